@@ -1,0 +1,138 @@
+"""ModelConfig: a decoder's geometry, validated once at the border.
+
+Knows nothing about files, tensors or graphs; architectures/ fill it in from what a checkpoint says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from headrace.errors import ConfigError, did_you_mean
+
+__all__ = ["ModelConfig", "RopeScaling", "positive_int"]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched: `linear` divides all by `factor`; `llama3` only the slow ones.
+
+    Source: Llama 3.1 model card and reference code (meta-llama/llama-models, `apply_scaling`).
+    """
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "llama3"):
+            raise ConfigError(f"rope_scaling {self.kind!r} is not supported; expected 'linear' or 'llama3'")
+        if self.factor < 1:
+            raise ConfigError(f"rope_scaling factor {self.factor} is below 1")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A pre-norm decoder: RMSNorm, rotate-half RoPE, grouped-query attention, gated SiLU feed-forward.
+
+    Attributes:
+        architecture: HF model_type of the source ("baichuan", "llama").
+        vocab_size: rows V of the embedding and of the head.
+        hidden_size: width H of the residual stream.
+        intermediate_size: width F of the feed-forward.
+        num_layers: decoder layers.
+        num_heads: query heads.
+        num_kv_heads: key and value heads (equal to num_heads for MHA).
+        head_dim: width D of a head.
+        rms_norm_eps: epsilon of every RMSNorm.
+        rope_theta: rotary base.
+        max_context: longest context the model was made for, tokens.
+        tied_head: the head is the embedding's table.
+        rope_scaling: stretched frequencies, or None.
+
+    Raises:
+        ConfigError: a number is out of range or two contradict each other.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_context: int
+    tied_head: bool
+    rope_scaling: RopeScaling | None = None
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size", "hidden_size", "intermediate_size", "num_layers",
+            "num_heads", "num_kv_heads", "head_dim", "max_context",
+        ):  # fmt: skip
+            positive_int(name, getattr(self, name))
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_attention_heads {self.num_heads} is not a multiple of num_key_value_heads {self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim {self.head_dim} is odd; rotary embedding needs pairs")
+        if not 0 < self.rms_norm_eps < 1:
+            raise ConfigError(f"rms_norm_eps {self.rms_norm_eps} is not between 0 and 1")
+        if self.rope_theta <= 1:
+            raise ConfigError(f"rope_theta {self.rope_theta} is not above 1")
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def query_size(self) -> int:
+        """Width of q before it is split to heads."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of k (and of v) before it is split to heads."""
+        return self.num_kv_heads * self.head_dim
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ConfigError: a key is unknown or missing.
+        """
+        known = [f.name for f in fields(cls)]
+        for key in raw:
+            if key not in known:
+                raise ConfigError(f"unknown geometry key {key!r}{did_you_mean(key, known)}")
+        missing = [k for k in known if k not in raw and k != "rope_scaling"]
+        if missing:
+            raise ConfigError(f"geometry lacks {', '.join(missing)}")
+        values = dict(raw)
+        if values.get("rope_scaling") is not None:
+            values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+        return cls(**values)
+
+
+def positive_int(name: str, value: object, limit: int = 1 << 31) -> int:
+    """`value` as an int in 1 … limit.
+
+    Raises:
+        ConfigError: it is anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= limit:
+        raise ConfigError(f"{name} is {value!r}; expected a whole number from 1 to {limit}")
+    return value

@@ -1,0 +1,95 @@
+"""Every error a caller can meet.
+
+    HeadraceError
+    ├── UserError                 a value the user can change; the command line prints one line and exits 2
+    │   ├── ConfigError           a model's config.json or GGUF header
+    │   ├── CheckpointError       a checkpoint's files
+    │   ├── TokenizerError        a tokenizer's files
+    │   ├── RecipeError           a quantization recipe, a budget
+    │   ├── CalibrationError      calibration or evaluation text
+    │   ├── BundleError           a bundle on disk
+    │   ├── ContextFull           a prompt that does not fit the context
+    │   └── TargetError           a compiler, an emulator, a device
+    └── VerificationFailed        a check that was asked for found a difference; exit 1
+
+A message says what was wrong, with the value, then what was expected, then what to do, in one line.
+This file does not know who prints the messages.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "BundleError",
+    "CalibrationError",
+    "CheckpointError",
+    "ConfigError",
+    "ContextFull",
+    "HeadraceError",
+    "RecipeError",
+    "TargetError",
+    "TokenizerError",
+    "UserError",
+    "VerificationFailed",
+    "did_you_mean",
+]
+
+
+class HeadraceError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class UserError(HeadraceError):
+    """A value the user can change."""
+
+
+class ConfigError(UserError):
+    """A model's geometry is missing, contradictory or not supported."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint's files are missing, damaged or hostile."""
+
+
+class TokenizerError(UserError):
+    """A tokenizer's files are missing, damaged or of an unknown kind."""
+
+
+class RecipeError(UserError):
+    """A recipe, rule or budget cannot be carried out."""
+
+
+class CalibrationError(UserError):
+    """Calibration or evaluation text is missing or too short."""
+
+
+class BundleError(UserError):
+    """A bundle is missing, damaged or of a newer format."""
+
+
+class ContextFull(UserError):
+    """The tokens do not fit the context that is left."""
+
+    def __init__(self, needed: int, context: int) -> None:
+        super().__init__(
+            f"the prompt has {needed} tokens, but the context holds {context} and one place is needed for the "
+            f"answer; shorten it to {context - 1} tokens or export with a longer --context"
+        )
+        self.needed = needed
+        self.context = context
+
+
+class TargetError(UserError):
+    """A compiler, an emulator or a device refused."""
+
+
+class VerificationFailed(HeadraceError):
+    """A check that was asked for found a difference."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint for a misspelt word: `"; did you mean 'x'?"`, or an empty string when nothing is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,32 @@
+"""Rotary tables: the angles every backend shares. Knows nothing about graphs or caches."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.config import ModelConfig
+
+__all__ = ["rope_tables"]
+
+
+def rope_tables(config: ModelConfig, length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """cos and sin of position × frequency, each float32 (length, head_dim / 2).
+
+    Angles are computed in float64, so position 4095 is as exact as position 0.
+    Source: Su et al. 2021 (RoFormer), rotate-half form; scaling as in `RopeScaling`.
+    """
+    half = config.head_dim // 2
+    frequencies = config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "linear":
+        frequencies = frequencies / scaling.factor
+    elif scaling is not None:
+        turns = scaling.original_context * frequencies / (2 * math.pi)  # full turns within the old context
+        share = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        share = np.clip(share, 0.0, 1.0)  # 1: a fast frequency, kept; 0: a slow one, divided
+        frequencies = share * frequencies + (1 - share) * frequencies / scaling.factor
+    angles = np.arange(length, dtype=np.float64)[:, None] * frequencies
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
