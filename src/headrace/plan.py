@@ -72,7 +72,9 @@ def plan_parts(config: ModelConfig, count: int = 5) -> tuple[Part, ...]:
         ConfigError: count is below 1 or leaves a part without a layer.
     """
     if count < 1 or count > config.num_layers + 1:
-        raise ConfigError(f"--parts {count} is not possible; expected 1 to {config.num_layers + 1} for this model")
+        raise ConfigError(
+            f"--parts {count} is not possible; expected 1 to {config.num_layers + 1} for this model"
+        )
     if count == 1:
         return (Part(1, 1, 0, config.num_layers, embeds=True, heads=True),)
     parts = [Part(1, count, 0, 0, embeds=True, heads=False)]
@@ -91,7 +93,13 @@ def graph_name(part: Part, length: int, context: int) -> str:
 
 
 def ports(
-    config: ModelConfig, part: Part, style: GraphStyle, *, length: int = 1, context: int = 4096, kv_dtype: str = "int8"
+    config: ModelConfig,
+    part: Part,
+    style: GraphStyle,
+    *,
+    length: int = 1,
+    context: int = 4096,
+    kv_dtype: str = "int8",
 ) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
     """Inputs and outputs of a part's graph.
 
@@ -111,7 +119,11 @@ def ports(
 def _host_ports(config: ModelConfig, part: Part, kv_dtype: str) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
     ids = Port("input_ids", ("batch", "length"), "int64")
     inputs, outputs = [], []
-    inputs.append(ids if part.embeds else Port(f"hidden_{part.number - 1}", ("batch", "length", config.hidden_size), "float32"))
+    inputs.append(
+        ids
+        if part.embeds
+        else Port(f"hidden_{part.number - 1}", ("batch", "length", config.hidden_size), "float32")
+    )
     if part.layers:
         tables = ("max_positions", config.head_dim // 2)
         inputs += [
@@ -132,10 +144,16 @@ def _host_ports(config: ModelConfig, part: Part, kv_dtype: str) -> tuple[tuple[P
     return tuple(inputs), tuple(outputs)
 
 
-def _device_ports(config: ModelConfig, part: Part, s: int, c: int) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
+def _device_ports(
+    config: ModelConfig, part: Part, s: int, c: int
+) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
     h, d, kv = config.hidden_size, config.head_dim, config.num_kv_heads
     inputs, outputs = [], []
-    inputs.append(Port("input_ids", (1, s), "int32") if part.embeds else Port(f"hidden_{part.number - 1}", (1, s, h), "uint16"))
+    inputs.append(
+        Port("input_ids", (1, s), "int32")
+        if part.embeds
+        else Port(f"hidden_{part.number - 1}", (1, s, h), "uint16")
+    )
     if part.layers:
         inputs += [
             Port("position_ids_cos", (1, 1, s, d // 2), "uint16"),

@@ -16,7 +16,17 @@ from typing import Generic, TypeVar
 
 from headrace.model.ops import Ops, Positions
 
-__all__ = ["EMBEDDING", "FINAL_NORM", "HEAD", "Residual", "block", "embed", "head", "layer_linears", "layer_weights"]
+__all__ = [
+    "EMBEDDING",
+    "FINAL_NORM",
+    "HEAD",
+    "Residual",
+    "block",
+    "embed",
+    "head",
+    "layer_linears",
+    "layer_weights",
+]
 
 T = TypeVar("T")
 

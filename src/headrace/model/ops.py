@@ -126,10 +126,14 @@ class Ops(ABC, Generic[T]):
         half = self.config.head_dim // 2
         low, high = self.slice(x, 3, 0, half), self.slice(x, 3, half, 2 * half)
         turned_low = self.subtract(
-            self.multiply(low, at.cos, f"{name}.low_cos"), self.multiply(high, at.sin, f"{name}.high_sin"), f"{name}.low"
+            self.multiply(low, at.cos, f"{name}.low_cos"),
+            self.multiply(high, at.sin, f"{name}.high_sin"),
+            f"{name}.low",
         )
         turned_high = self.add(
-            self.multiply(high, at.cos, f"{name}.high_cos"), self.multiply(low, at.sin, f"{name}.low_sin"), f"{name}.high"
+            self.multiply(high, at.cos, f"{name}.high_cos"),
+            self.multiply(low, at.sin, f"{name}.low_sin"),
+            f"{name}.high",
         )
         return self.concat([turned_low, turned_high], 3, name)
 

@@ -1,0 +1,198 @@
+"""Integer grids: scales, rounding, packing, and what comes back. Knows nothing about calibration or files.
+
+A weight (N, K) is a row per output. Its codes are signed and symmetric (int4: −8 … 7, int8: −127 … 127) with one
+scale per row, or per block of columns of a row. On disk codes are unsigned (code + 8, code + 128), int4 two a byte
+along K with the low nibble first, which is what MatMulNBits reads; scales are float16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.errors import RecipeError
+
+__all__ = [
+    "Grid",
+    "QuantizedTensor",
+    "dequantize",
+    "fit_scales",
+    "pack",
+    "quantize_nearest",
+    "round_codes",
+    "storable",
+    "unpack",
+]
+
+# Candidates for the clip of the MSE search, as shares of the largest magnitude.
+_CLIPS = np.linspace(1.0, 0.55, 19, dtype=np.float32)
+_ROWS_AT_ONCE = 1 << 22  # elements: bounds the temporary memory of the search
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Bits (4 or 8) and the columns that share a scale: `block`, or None for one scale a row.
+
+    Raises:
+        RecipeError: bits or block are none of the above.
+    """
+
+    bits: int
+    block: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise RecipeError(f"bits {self.bits} is not possible; expected 4 or 8")
+        if self.block is not None and self.block not in (16, 32, 64, 128, 256):
+            raise RecipeError(f"block {self.block} is not possible; expected channel, 16, 32, 64, 128 or 256")
+
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return 7 if self.bits == 4 else 127
+
+    @property
+    def bottom(self) -> int:
+        """The smallest code."""
+        return -8 if self.bits == 4 else -127
+
+    @property
+    def zero_point(self) -> int:
+        """What is added to a code to store it unsigned."""
+        return 8 if self.bits == 4 else 128
+
+    def blocks(self, columns: int, name: str = "a weight") -> int:
+        """How many scales a row of `columns` has.
+
+        Raises:
+            RecipeError: the block does not divide the row.
+        """
+        if self.block is None:
+            return 1
+        if columns % self.block:
+            fitting = [b for b in (16, 32, 64, 128, 256) if columns % b == 0]
+            raise RecipeError(
+                f"block {self.block} does not divide the rows of {name} ({columns} columns); "
+                f"expected channel{''.join(f' or {b}' for b in fitting)}"
+            )
+        return columns // self.block
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """Bytes of the packed codes and the scales of a weight."""
+        return rows * columns * self.bits // 8 + rows * self.blocks(columns) * 2
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A weight on its grid.
+
+    Attributes:
+        codes: int8 (N, K), signed.
+        scales: float16 (N, blocks).
+        grid: bits and block.
+    """
+
+    codes: NDArray[np.int8]
+    scales: NDArray[np.float16]
+    grid: Grid
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.grid.nbytes(*self.codes.shape)
+
+
+def storable(scales: NDArray[np.float32]) -> NDArray[np.float16]:
+    """Scales as they are stored: float16, never zero, so that codes may be rounded against the very same value."""
+    smallest = np.finfo(np.float16).smallest_subnormal
+    return np.maximum(np.minimum(scales, np.float32(65504)).astype(np.float16), smallest)
+
+
+def fit_scales(
+    weight: NDArray[np.float32], grid: Grid, importance: NDArray[np.float32] | None = None
+) -> NDArray[np.float16]:
+    """The scale of each block with the least squared rounding error, (N, blocks).
+
+    Args:
+        weight: (N, K).
+        grid: bits and block.
+        importance: (K,) weight of each column's squared error, or None for equal ones.
+    """
+    rows, columns = weight.shape
+    blocks = grid.blocks(columns)
+    out = np.empty((rows, blocks), np.float16)
+    for at in _chunks(rows, columns):
+        w = weight[at].reshape(-1, blocks, columns // blocks)
+        share = None if importance is None else importance.reshape(1, blocks, -1)
+        # int4 reaches one step further down than up: the side with the largest magnitude decides.
+        limit = np.maximum(w.max(2) / grid.top, w.min(2) / grid.bottom)
+        limit = np.maximum(limit, 0)
+        best_scale, best_error = storable(limit), np.full(limit.shape, np.inf, np.float32)
+        for clip in _CLIPS:
+            scale = storable(limit * clip)
+            step = scale.astype(np.float32)[:, :, None]
+            error = np.clip(np.rint(w / step), grid.bottom, grid.top)
+            error *= step
+            error -= w
+            np.square(error, out=error)
+            total = error.sum(2) if share is None else (error * share).sum(2)
+            better = total < best_error
+            best_error = np.where(better, total, best_error)
+            best_scale = np.where(better, scale, best_scale)
+        out[at] = best_scale
+    return out
+
+
+def round_codes(weight: NDArray[np.float32], scales: NDArray[np.float16], grid: Grid) -> NDArray[np.int8]:
+    """The nearest codes of a weight (N, K) for given scales (N, blocks); halves go to even."""
+    rows, columns = weight.shape
+    blocks = grid.blocks(columns)
+    w = weight.reshape(rows, blocks, columns // blocks) / scales.astype(np.float32)[:, :, None]
+    return np.clip(np.rint(w, out=w), grid.bottom, grid.top).astype(np.int8).reshape(rows, columns)
+
+
+def quantize_nearest(
+    weight: NDArray[np.float32], grid: Grid, importance: NDArray[np.float32] | None = None
+) -> QuantizedTensor:
+    """Round to nearest under the scales of `fit_scales`."""
+    scales = fit_scales(weight, grid, importance)
+    codes = np.empty(weight.shape, np.int8)
+    for at in _chunks(*weight.shape):
+        codes[at] = round_codes(weight[at], scales[at], grid)
+    return QuantizedTensor(codes, scales, grid)
+
+
+def dequantize(tensor: QuantizedTensor) -> NDArray[np.float32]:
+    """codes × scales, float32 (N, K)."""
+    rows, columns = tensor.codes.shape
+    blocks = tensor.scales.shape[1]
+    values = (
+        tensor.codes.reshape(rows, blocks, columns // blocks) * tensor.scales.astype(np.float32)[:, :, None]
+    )
+    return values.reshape(rows, columns)
+
+
+def pack(codes: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
+    """Signed codes (N, K) → stored bytes (N, K·bits/8)."""
+    if bits == 8:
+        return (codes.view(np.uint8) ^ 0x80).reshape(codes.shape)  # + 128 in two's complement
+    unsigned = (codes + 8).view(np.uint8)
+    return unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
+
+
+def unpack(stored: NDArray[np.uint8], bits: int) -> NDArray[np.int8]:
+    """The inverse of `pack`."""
+    if bits == 8:
+        return (stored ^ 0x80).view(np.int8)
+    codes = np.empty((stored.shape[0], stored.shape[1] * 2), np.int8)
+    codes[:, 0::2] = (stored & 15).view(np.int8) - 8
+    codes[:, 1::2] = (stored >> 4).view(np.int8) - 8
+    return codes
+
+
+def _chunks(rows: int, columns: int) -> Iterator[slice]:
+    step = max(1, _ROWS_AT_ONCE // columns)
+    return (slice(at, min(at + step, rows)) for at in range(0, rows, step))
