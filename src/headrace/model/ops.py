@@ -257,7 +257,7 @@ class Eager(Ops[Array]):
         return np.transpose(x, order)
 
     def rows(self, x: Array, wanted: Array) -> Array:
-        return np.take(x, wanted, axis=1)
+        return np.take(x, wanted.astype(np.int64), axis=1)
 
     def to_cache(self, x: Array, name: str) -> Array:
         return self.tap(name, x)

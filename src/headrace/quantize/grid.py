@@ -172,21 +172,21 @@ def dequantize(tensor: QuantizedTensor) -> NDArray[np.float32]:
     values = (
         tensor.codes.reshape(rows, blocks, columns // blocks) * tensor.scales.astype(np.float32)[:, :, None]
     )
-    return values.reshape(rows, columns)
+    return np.asarray(values, np.float32).reshape(rows, columns)
 
 
 def pack(codes: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
     """Signed codes (N, K) → stored bytes (N, K·bits/8)."""
     if bits == 8:
-        return (codes.view(np.uint8) ^ 0x80).reshape(codes.shape)  # + 128 in two's complement
-    unsigned = (codes + 8).view(np.uint8)
-    return unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
+        return np.bitwise_xor(codes.view(np.uint8), np.uint8(0x80))  # + 128 in two's complement
+    unsigned = (codes + np.int8(8)).view(np.uint8)
+    return np.asarray(unsigned[:, 0::2] | (unsigned[:, 1::2] << np.uint8(4)), np.uint8)
 
 
 def unpack(stored: NDArray[np.uint8], bits: int) -> NDArray[np.int8]:
     """The inverse of `pack`."""
     if bits == 8:
-        return (stored ^ 0x80).view(np.int8)
+        return np.bitwise_xor(stored, np.uint8(0x80)).view(np.int8)
     codes = np.empty((stored.shape[0], stored.shape[1] * 2), np.int8)
     codes[:, 0::2] = (stored & 15).view(np.int8) - 8
     codes[:, 1::2] = (stored >> 4).view(np.int8) - 8

@@ -100,7 +100,7 @@ class Recipe:
                 )
         return chosen
 
-    def with_linears(self, *, block: int | None | str = "keep", method: str | None = None) -> Recipe:
+    def with_linears(self, *, block: int | str | None = "keep", method: str | None = None) -> Recipe:
         """The same recipe with another block or method for its 4-bit rules."""
         rules = []
         for rule in self.rules:
