@@ -151,7 +151,8 @@ def round_codes(weight: NDArray[np.float32], scales: NDArray[np.float16], grid: 
     rows, columns = weight.shape
     blocks = grid.blocks(columns)
     w = weight.reshape(rows, blocks, columns // blocks) / scales.astype(np.float32)[:, :, None]
-    return np.clip(np.rint(w, out=w), grid.bottom, grid.top).astype(np.int8).reshape(rows, columns)
+    codes: NDArray[np.int8] = np.clip(np.rint(w, out=w), grid.bottom, grid.top).astype(np.int8)
+    return codes.reshape(rows, columns)
 
 
 def quantize_nearest(
@@ -169,9 +170,7 @@ def dequantize(tensor: QuantizedTensor) -> NDArray[np.float32]:
     """codes × scales, float32 (N, K)."""
     rows, columns = tensor.codes.shape
     blocks = tensor.scales.shape[1]
-    values = (
-        tensor.codes.reshape(rows, blocks, columns // blocks) * tensor.scales.astype(np.float32)[:, :, None]
-    )
+    values = tensor.codes.reshape(rows, blocks, columns // blocks) * tensor.scales.astype(np.float32)[:, :, None]
     return np.asarray(values, np.float32).reshape(rows, columns)
 
 

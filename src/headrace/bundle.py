@@ -1,0 +1,256 @@
+"""The bundle: a folder that holds one exported model, described by a versioned manifest. See docs/bundle-format.md.
+
+A bundle is written beside its final place and renamed when complete, so a folder with a manifest is whole. This file
+knows files and hashes; what graphs, weights and recipes mean is others' business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from headrace.config import ModelConfig
+from headrace.errors import BundleError
+from headrace.plan import Part, plan_parts
+
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "Bundle",
+    "check_files",
+    "is_bundle",
+    "open_bundle",
+    "publish",
+    "read_json",
+    "write_file",
+]
+
+FORMAT = 1
+MANIFEST = "headrace.json"
+UNLISTED = ("README.md", MANIFEST)  # the card may be edited; the manifest has its own digest
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle.
+
+    Attributes:
+        root: the folder.
+        config: the model's geometry.
+        parts: how it is split.
+        prompt_length: tokens a prompt step takes.
+        contexts: context lengths, longest last.
+        recipe: the recipe as JSON values.
+        kv_scales: (key, value) scale of each layer's int8 cache; empty when the cache is float32.
+        provenance: where it came from, as JSON values.
+        files: bytes and sha256 by path below the root.
+    """
+
+    root: Path
+    config: ModelConfig
+    parts: tuple[Part, ...]
+    prompt_length: int
+    contexts: tuple[int, ...]
+    recipe: Mapping[str, Any]
+    kv_scales: tuple[tuple[float, float], ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def context(self) -> int:
+        """The longest context, tokens."""
+        return self.contexts[-1]
+
+    @property
+    def kv_dtype(self) -> str:
+        """Element type of the host cache."""
+        return "int8" if self.kv_scales else "float32"
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights files."""
+        return sum(int(f["bytes"]) for path, f in self.files.items() if path.startswith("weights/"))
+
+    def graph(self, part: Part) -> Path:
+        """The host graph of a part."""
+        return self.root / f"{part.name}.onnx"
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the bundle, {} when it has none."""
+        path = self.root / name
+        return read_json(path) if path.exists() else {}
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether a folder has a manifest."""
+    return (path / MANIFEST).is_file()
+
+
+def open_bundle(path: Path) -> Bundle:
+    """Open a bundle: the manifest and the graphs are hashed, every other file's size is checked.
+
+    Raises:
+        BundleError: there is none, its format is newer, or a file is missing or changed.
+    """
+    raw = _manifest(path)
+    for name, problem in _problems(path, raw, hashed=lambda n: n.endswith(".onnx")):
+        raise BundleError(
+            f"{path / name} {problem}; export the bundle again or run: headrace verify {path} --files-only"
+        )
+    try:
+        config = ModelConfig.from_dict(raw["geometry"])
+        plan = raw["plan"]
+        return Bundle(
+            root=path,
+            config=config,
+            parts=plan_parts(config, plan["parts"]),
+            prompt_length=plan["prompt_length"],
+            contexts=tuple(plan["contexts"]),
+            recipe=raw["recipe"],
+            kv_scales=tuple((float(k), float(v)) for k, v in raw["kv_scales"]),
+            provenance=raw["provenance"],
+            files=raw["files"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"{path / MANIFEST} lacks or misstates {error}; export the bundle again") from None
+
+
+def check_files(path: Path, progress: Callable[[str], None] | None = None) -> list[tuple[str, str]]:
+    """Hash every file of a bundle: (name, what is wrong) of each that is not as it was written.
+
+    Raises:
+        BundleError: there is no bundle.
+    """
+    if not is_bundle(path):
+        raise BundleError(f"{path} has no {MANIFEST}; expected a folder made by: headrace export")
+    try:
+        raw = _manifest(path)
+    except BundleError as error:
+        return [(MANIFEST, str(error))]
+    found = list(_problems(path, raw, hashed=lambda _: True, progress=progress))
+    listed = set(raw["files"]) | set(UNLISTED)
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        if (name := file.relative_to(path).as_posix()) not in listed:
+            found.append((name, "is not in the manifest"))
+    return found
+
+
+def publish(work: Path, out: Path, manifest: Mapping[str, Any]) -> None:
+    """Turn a finished work folder into the bundle `out`: hash, write the manifest, sync, rename.
+
+    A bundle that is already there is replaced in one step; any other folder is refused before.
+
+    Raises:
+        BundleError: `out` exists and is no bundle.
+    """
+    refuse_foreign(out)
+    files = {}
+    for file in sorted(p for p in work.rglob("*") if p.is_file()):
+        name = file.relative_to(work).as_posix()
+        if name not in UNLISTED:
+            files[name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+            _fsync(file)
+    body = {"format": FORMAT, **manifest, "files": files}
+    write_file(work / MANIFEST, json.dumps({**body, "digest": _digest(body)}, ensure_ascii=False, indent=1).encode())
+    for folder in sorted({p.parent for p in work.rglob("*")} | {work}):
+        _fsync(folder)
+    old = None
+    if out.exists():
+        old = out.with_name(f".{out.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
+    work.rename(out)
+    _fsync(out.parent)
+    if old is not None:
+        shutil.rmtree(old)
+
+
+def refuse_foreign(out: Path) -> None:
+    """Raise BundleError when `out` exists and is neither a bundle nor an empty folder."""
+    if out.exists() and not is_bundle(out) and (not out.is_dir() or any(out.iterdir())):
+        raise BundleError(f"{out} exists and is no bundle; choose another -o or remove it")
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a whole file or none of it: a temporary name, synced, renamed."""
+    temporary = path.with_name(f".{path.name}.part")
+    with temporary.open("wb") as out:
+        out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        BundleError: it is missing, or anything else than a JSON object.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(f"{path} cannot be read: {error}; expected a JSON object") from None
+    if not isinstance(raw, dict):
+        raise BundleError(f"{path} is a {type(raw).__name__}; expected a JSON object")
+    return raw
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise BundleError(f"{path} is no folder; expected one made by: headrace export")
+    if not is_bundle(path):
+        raise BundleError(f"{path} has no {MANIFEST}; expected a folder made by: headrace export")
+    raw = read_json(path / MANIFEST)
+    version = raw.get("format")
+    if isinstance(version, int) and version > FORMAT:
+        raise BundleError(f"{path} has format {version}; this headrace reads up to {FORMAT}: update headrace")
+    if version != FORMAT:
+        raise BundleError(f"{path / MANIFEST} has format {version!r}; expected {FORMAT}: export the bundle again")
+    digest = raw.pop("digest", None)
+    if digest != _digest(raw):
+        raise BundleError(f"{path / MANIFEST} was changed (its digest differs); export the bundle again")
+    return raw
+
+
+def _problems(
+    path: Path,
+    raw: Mapping[str, Any],
+    hashed: Callable[[str], bool],
+    progress: Callable[[str], None] | None = None,
+) -> Iterator[tuple[str, str]]:
+    for name, expected in raw["files"].items():
+        file = path / name
+        if not file.is_file():
+            yield name, "is missing"
+        elif (size := file.stat().st_size) != expected["bytes"]:
+            yield name, f"has {size} bytes, expected {expected['bytes']}"
+        elif hashed(name) and _sha256(file) != expected["sha256"]:
+            yield name, "was changed (its sha256 differs)"
+        if progress is not None:
+            progress(name)
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    canonical = json.dumps(body, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,1 @@
+"""ONNX graphs from the decoder: the only home of onnx_ir."""

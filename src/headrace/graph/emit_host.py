@@ -1,0 +1,199 @@
+"""Host graphs: the decoder over ONNX Runtime's fused operators, any batch and length.
+
+One graph a part, for both roles. Weights are pointers into the parts' safetensors; the KV cache is one buffer a
+tensor, which the caller binds as past and as present, so that a step writes in place.
+
+    hidden ─► RMSNorm ─► MatMulNBits q,k,v ─► GroupQueryAttention(rope, int8 cache) ─► MatMulNBits o ─┐
+       └────────────────────────────────────────────────► SkipRMSNorm ◄──────────────────────────────┘
+                                                             └─► gate,up ─► silu·up ─► down ─► SkipRMSNorm …
+
+Knows nothing about sessions or threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from headrace.config import ModelConfig
+from headrace.errors import RecipeError
+from headrace.graph.build import GraphBuilder
+from headrace.graph.record import Recorder
+from headrace.model import decoder
+from headrace.model.decoder import EMBEDDING, HEAD, Residual
+from headrace.model.ops import Positions
+from headrace.plan import GraphStyle, Part, Port, ports
+from headrace.quantize.grid import Grid
+from headrace.quantize.storage import StoredTensor, linear_shape
+
+__all__ = ["HostWeights", "emit_host", "kernel_block"]
+
+MICROSOFT = "com.microsoft"
+INT8_ACTIVATIONS = 4  # MatMulNBits accuracy_level: activations rounded to int8 a block, int32 sums
+
+
+@dataclass(frozen=True)
+class HostWeights:
+    """What a graph must know of the weights.
+
+    Attributes:
+        tensors: every stored tensor of all parts.
+        grids: the grid of each quantized weight.
+        kv_scales: (key, value) scale of each layer's int8 cache; empty for a float32 cache.
+    """
+
+    tensors: Mapping[str, StoredTensor]
+    grids: Mapping[str, Grid]
+    kv_scales: Sequence[tuple[float, float]] = ()
+
+
+def kernel_block(columns: int, stored_block: int | None) -> int:
+    """The block MatMulNBits works with: the largest power of two ≤ 256 that divides the row and the stored block.
+
+    The kernel takes powers of two from 16 on and pads a row that is no multiple, so blocks that divide cost nothing.
+    """
+    block = 256
+    while block > 16 and (columns % block or (stored_block is not None and stored_block % block)):
+        block //= 2
+    return block
+
+
+class _HostOps(Recorder):
+    """Records ONNX Runtime's operators; attention, rope and add_norm are fused."""
+
+    def __init__(self, config: ModelConfig, graph: GraphBuilder, weights: HostWeights, accuracy_level: int) -> None:
+        super().__init__(config, graph)
+        self.weights = weights
+        self.accuracy_level = accuracy_level
+        self.last_position: ir.Value | None = None
+        self.total_length: ir.Value | None = None
+
+    def embed(self, ids: ir.Value, weight: str) -> ir.Value:
+        """(codes[ids] − 128) · scales[ids], in blocks when the table has any."""
+        g = self.graph
+        grid = self.weights.grids[weight]
+        _, columns = linear_shape(self.config, weight)
+        blocks = grid.blocks(columns, weight)
+        codes, scales = self._stored(f"{weight}_packed"), self._stored(f"{weight}_scale")
+        if grid.bits != 8:
+            raise RecipeError(f"{weight} has {grid.bits} bits; the embedding takes 8, change its rule")
+        picked = g.one("Gather", [codes, ids], name=f"{weight}.picked")
+        values = g.one("Cast", [picked], to=ir.DataType.FLOAT.value, name=f"{weight}.float")
+        centre = g.constant(f"zero_point_{grid.bits}", np.array(grid.zero_point, np.float32))
+        values = g.one("Sub", [values, centre], name=f"{weight}.centred")
+        step = g.one("Gather", [scales, ids], name=f"{weight}.steps")
+        step = g.one("Cast", [step], to=ir.DataType.FLOAT.value, name=f"{weight}.steps_float")
+        if blocks > 1:
+            values = self.reshape(values, (0, 0, blocks, columns // blocks))
+            step = self.reshape(step, (0, 0, blocks, 1))
+            return self.reshape(g.one("Mul", [values, step], name=f"{weight}.scaled"), (0, 0, columns))
+        return g.one("Mul", [values, step], name="embed_tokens")
+
+    def linear(self, x: ir.Value, weight: str) -> ir.Value:
+        """MatMulNBits. Stored scales are float16, a channel's or a block's; the kernel wants float32 for each of its
+        blocks: Cast and Expand are folded when the session is made, so neither disk nor steps pay for it."""
+        source = EMBEDDING if weight == HEAD and self.config.tied_head else weight
+        grid, (rows, columns) = self.weights.grids[source], linear_shape(self.config, source)
+        block = kernel_block(columns, grid.block)
+        blocks = -(-columns // block)
+        stored = self._stored(f"{source}_scale")
+        packed = self.weights.tensors[f"{source}_packed"]
+        data = self.graph.stored(f"{source}_packed", packed, (rows, blocks, block * grid.bits // 8))
+        scales = self.graph.one("Cast", [stored], to=ir.DataType.FLOAT.value, name=f"{source}_scale.float")
+        stored_blocks = grid.blocks(columns, source)
+        if stored_blocks != blocks:
+            scales = self._expand(scales, rows, stored_blocks, blocks // stored_blocks, source)
+        attributes = {
+            "K": columns,
+            "N": rows,
+            "bits": grid.bits,
+            "block_size": block,
+            "accuracy_level": self.accuracy_level,
+        }
+        name = weight.removesuffix(".weight")
+        return self.graph.node("MatMulNBits", [x, data, scales], attributes, domain=MICROSOFT, name=name)[0]
+
+    def rms_norm(self, x: ir.Value, weight: str) -> ir.Value:
+        attributes = {"epsilon": self.config.rms_norm_eps, "axis": -1, "stash_type": 1}
+        inputs = [x, self._stored(weight)]
+        return self.graph.one("SimplifiedLayerNormalization", inputs, name=weight.removesuffix(".weight"), **attributes)
+
+    def add_norm(self, x: ir.Value, update: ir.Value, weight: str, name: str) -> tuple[ir.Value, ir.Value]:
+        normed, _, _, total = self.graph.node(
+            "SkipSimplifiedLayerNormalization",
+            [x, update, self._stored(weight)],
+            {"epsilon": self.config.rms_norm_eps},
+            domain=MICROSOFT,
+            name=weight.removesuffix(".weight"),
+            outputs=4,
+        )
+        return normed, total
+
+    def attention(
+        self,
+        q: ir.Value,
+        k: ir.Value,
+        v: ir.Value,
+        at: Positions[ir.Value],
+        past: tuple[ir.Value, ir.Value] | None,
+        name: str,
+    ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
+        assert past is not None
+        c = self.config
+        attributes: dict[str, int | str] = {
+            "num_heads": c.num_heads,
+            "kv_num_heads": c.num_kv_heads,
+            "do_rotary": 1,
+            "rotary_interleaved": 0,
+        }
+        inputs = [q, k, v, *past, self.last_position, self.total_length, at.cos, at.sin]
+        if self.weights.kv_scales:
+            layer = int(name.split(".")[1])
+            key_scale, value_scale = self.weights.kv_scales[layer]
+            inputs += [None, None, None]
+            inputs.append(self.graph.constant(f"{name}.key_scale", np.array([key_scale], np.float32)))
+            inputs.append(self.graph.constant(f"{name}.value_scale", np.array([value_scale], np.float32)))
+            attributes |= {"k_quant_type": "PER_TENSOR", "v_quant_type": "PER_TENSOR", "kv_cache_bit_width": 8}
+        mixed, key, value = self.graph.node(
+            "GroupQueryAttention", inputs, attributes, domain=MICROSOFT, name=name, outputs=3
+        )
+        return mixed, (key, value)
+
+    def _stored(self, name: str) -> ir.Value:
+        return self.graph.stored(name, self.weights.tensors[name])
+
+    def _expand(self, scales: ir.Value, rows: int, blocks: int, times: int, source: str) -> ir.Value:
+        """(N, blocks) → (N, blocks · times): each scale repeated."""
+        scales = self.reshape(scales, (rows, blocks, 1))
+        target = self.graph.constant(f"shape_{rows}_{blocks}_{times}", np.array((rows, blocks, times), np.int64))
+        scales = self.graph.one("Expand", [scales, target], name=f"{source}_scale.repeated")
+        return self.reshape(scales, (rows, blocks * times))
+
+
+def emit_host(
+    config: ModelConfig, part: Part, weights: HostWeights, *, accuracy_level: int = INT8_ACTIVATIONS
+) -> GraphBuilder:
+    """One part's host graph, with exactly the ports of `plan.ports`."""
+    kv_dtype = "int8" if weights.kv_scales else "float32"
+    inputs, outputs = ports(config, part, GraphStyle.HOST, kv_dtype=kv_dtype)
+    graph = GraphBuilder(part.name, {"": 21, MICROSOFT: 1})
+    ops = _HostOps(config, graph, weights, accuracy_level)
+    given = {port.name: graph.input(port) for port in inputs}
+    wanted: dict[str, Port] = {port.name: port for port in outputs}
+    stream = decoder.embed(ops, given["input_ids"]) if part.embeds else Residual(given[f"hidden_{part.number - 1}"])
+    if part.layers:
+        ops.last_position, ops.total_length = given["last_position"], given["total_length"]
+        at = Positions(given["cos"], given["sin"], given["cos"])  # the fused operator masks by itself
+    for layer in part.layers:
+        past = given[f"past_key_{layer}_in"], given[f"past_value_{layer}_in"]
+        stream, (key, value) = decoder.block(ops, layer, stream, at, past)
+        graph.output(key, wanted[f"past_key_{layer}_out"])
+        graph.output(value, wanted[f"past_value_{layer}_out"])
+    if part.heads:
+        graph.output(decoder.head(ops, stream, given["rows"]), wanted["logits"])
+    else:
+        graph.output(stream.settle(ops), wanted[f"hidden_{part.number}"])
+    return graph

@@ -1,0 +1,1 @@
+"""From token ids to text: engine, sampling, generation, conversation. NumPy and a runner; never onnx, never torch."""

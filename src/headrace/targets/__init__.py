@@ -1,0 +1,1 @@
+"""Where a bundle's device graphs go: Qualcomm's compiler, emulator and Genie."""
