@@ -7,7 +7,7 @@ top-p. Knows nothing about text, models or when to stop.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -18,7 +18,8 @@ from headrace.errors import HeadraceError, UserError, did_you_mean
 
 __all__ = ["Sampler", "SamplingOptions"]
 
-FIRST_LOOK = 512  # candidates tried for top-p before the whole vocabulary is sorted
+FIRST_LOOK = 256  # candidates looked at first for top-p
+ROW = 128  # logits looked at together when the largest are sought
 HF_TOP_K = 50  # what Hugging Face's generation takes when it samples and the configuration says nothing
 
 
@@ -44,13 +45,12 @@ class SamplingOptions:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 (greedy) or more")
-        _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
-        _check("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < math.inf, "above 0")
-        for name in ("top_k", "seed"):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-            _check(name, value, whole or (name == "seed" and value is None), "a whole number, 0 or more")
+        _number("temperature", self.temperature, lambda v: 0 <= v < math.inf, "0 (greedy) or more")
+        _number("top_p", self.top_p, lambda v: 0 < v <= 1, "above 0 and at most 1")
+        _number("repetition_penalty", self.repetition_penalty, lambda v: 0 < v < math.inf, "above 0")
+        _whole("top_k", self.top_k, "a whole number, 0 (all) or more")
+        if self.seed is not None:
+            _whole("seed", self.seed, "a whole number, 0 or more")
 
     @property
     def greedy(self) -> bool:
@@ -127,12 +127,12 @@ class Sampler:
             )
         if options.greedy:
             return best
-        top = float(logits[best])
         ids = _largest(logits, options.top_k)
-        weights = np.exp((logits[ids].astype(np.float64) - top) / options.temperature)
+        # float32 is exact enough for one weight (its error is far below a logit's own); sums need float64
+        weights = np.exp((logits[ids] - logits[best]) / np.float32(options.temperature))
         if options.top_p < 1:
             ids, weights = _nucleus(ids, weights, options.top_p)
-        reached = np.cumsum(weights)
+        reached = np.cumsum(weights, dtype=np.float64)
         at = int(np.searchsorted(reached, self._random.random() * reached[-1], side="right"))
         return int(ids[min(at, len(ids) - 1)])
 
@@ -149,34 +149,55 @@ def _penalized(logits: npt.NDArray[np.float32], seen: Iterable[int], penalty: fl
     return logits
 
 
-def _largest(logits: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.intp]:
-    """The ids of the `count` largest logits and of any as large as the last of them, ascending; all for 0."""
-    size = len(logits)
+def _largest(values: npt.NDArray[Any], count: int) -> npt.NDArray[np.intp]:
+    """The places of the `count` largest values and of any as large as the last of them, ascending; all for 0.
+
+    Values are first looked at in rows: the `count`-th largest of the rows' maxima is at most the `count`-th largest
+    value, so everything below it is out, which leaves little to partition.
+    """
+    size = len(values)
     if not 0 < count < size:
         return np.arange(size)
-    last = np.partition(logits, size - count)[size - count]
-    return np.flatnonzero(logits >= last)
+    places = np.arange(size)
+    rows = size // ROW
+    if count <= rows:
+        peaks = values[: rows * ROW].reshape(rows, ROW).max(axis=1)
+        places = np.flatnonzero(values >= np.partition(peaks, rows - count)[rows - count])
+        values = values[places]
+    at = len(values) - count
+    large: npt.NDArray[np.intp] = places[values >= np.partition(values, at)[at]]
+    return large
 
 
 def _nucleus(
-    ids: npt.NDArray[np.intp], weights: npt.NDArray[np.float64], share: float
-) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
-    """The fewest most likely tokens whose weights reach `share` of the whole, at least one; equals in order of id."""
-    goal = share * float(weights.sum())
-    for count in (FIRST_LOOK, len(ids)):
-        if count < len(ids):  # usually enough, and far cheaper than sorting a vocabulary
-            last = np.partition(weights, len(ids) - count)[len(ids) - count]
-            chosen = np.flatnonzero(weights >= last)
-        else:
-            chosen = np.arange(len(ids))
-        order = chosen[np.argsort(-weights[chosen], kind="stable")]
-        reached = np.cumsum(weights[order])
-        if reached[-1] >= goal or count >= len(ids):
-            keep = order[: int(np.searchsorted(reached, goal, side="left")) + 1]
-            return ids[keep], weights[keep]
-    raise AssertionError("the second look sees every token")
+    ids: npt.NDArray[np.intp], weights: npt.NDArray[np.float32], share: float
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float32]]:
+    """The fewest most likely tokens whose weights reach `share` of the whole, at least one; of equals the lowest ids.
+
+    The order of what is given is kept.
+    """
+    goal = share * float(weights.sum(dtype=np.float64))
+    looked = np.arange(len(weights))
+    for count in (FIRST_LOOK, 0):  # a few are nearly always enough, and cheaper than sorting a vocabulary
+        looked = _largest(weights, count)
+        falling = np.sort(weights[looked])[::-1]
+        reached = np.cumsum(falling, dtype=np.float64)
+        if reached[-1] >= goal:
+            break
+    size = min(int(np.searchsorted(reached, goal, side="left")) + 1, len(looked))
+    above = looked[weights[looked] > falling[size - 1]]
+    equal = looked[weights[looked] == falling[size - 1]]
+    keep = np.sort(np.concatenate([above, equal[: size - len(above)]]))
+    return ids[keep], weights[keep]
 
 
-def _check(name: str, value: object, valid: bool, expected: str) -> None:
-    if not valid:
+def _number(name: str, value: float, valid: Callable[[float], bool], expected: str) -> None:
+    # NumPy's own numbers are welcome, a bool or a text from a configuration file is not.
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not valid(value):
+        raise UserError(f"{name} is {value!r}; expected {expected}")
+
+
+def _whole(name: str, value: int, expected: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
         raise UserError(f"{name} is {value!r}; expected {expected}")
