@@ -1,0 +1,89 @@
+"""Calibration windows, and the Eager that shows a group of linears their input before it computes them.
+
+The text is cut into windows; all windows walk through the decoder together, a layer at a time, so that one layer's
+weights are in memory and every window's hidden states are. Knows no method, no file and no text: only token ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.config import ModelConfig
+from headrace.errors import CalibrationError
+from headrace.model.decoder import layer_linears
+from headrace.model.ops import Array, Eager, Positions
+from headrace.rope import rope_tables
+
+__all__ = ["BLOCKED", "Follower", "causal_positions", "cut_windows"]
+
+# Added to the score of a token in the future: far below any score, far above float32's smallest.
+BLOCKED = np.float32(-1e9)
+
+_ELEMENTS = 1 << 25  # of attention scores held at once
+
+
+def cut_windows(ids: NDArray[np.integer[Any]], length: int, count: int) -> NDArray[np.int64]:
+    """At most `count` windows of `length` tokens, spread evenly over the text, int64 (count, length).
+
+    Args:
+        ids: the text's tokens, (tokens,).
+        length: tokens of a window.
+        count: windows wanted; fewer when the text is short.
+
+    Raises:
+        CalibrationError: the text is shorter than one window.
+    """
+    have = len(ids) // length
+    if have < 1:
+        raise CalibrationError(
+            f"the text has {len(ids)} tokens, which is less than one window of {length}; "
+            "give more text or a shorter window"
+        )
+    chosen = np.linspace(0, have - 1, min(count, have)).round().astype(np.int64)
+    return np.asarray(ids[: have * length], np.int64).reshape(have, length)[chosen]
+
+
+def causal_positions(config: ModelConfig, length: int) -> Positions[Array]:
+    """Positions of a window that starts at 0 and has no past."""
+    cos, sin = rope_tables(config, length)
+    mask = np.triu(np.full((length, length), BLOCKED, np.float32), 1)
+    return Positions(cos[None, None], sin[None, None], mask[None, None])
+
+
+class Follower(Eager):
+    """Eager with one layer's weights, which calls `arrive` when all windows' input of a group of linears is known.
+
+    Args:
+        config: the geometry.
+        weights: canonical name → float32 array; may be changed by `arrive`, and is read after it.
+        arrive: called with a group's weight names and their input (…, K), before the first of them is computed.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Array],
+        arrive: Callable[[tuple[str, ...], Array], None] | None = None,
+    ) -> None:
+        super().__init__(config, weights.__getitem__)
+        self._arrive = arrive
+        groups = (group for layer in range(config.num_layers) for group in layer_linears(layer))
+        self._groups = {group[0]: group for group in groups}
+
+    def tap_linear(self, weight: str, x: Array) -> None:
+        if self._arrive is not None and weight in self._groups:
+            self._arrive(self._groups[weight], x)
+
+    def weighted_values(self, q: Array, keys: Array, values: Array, mask: Array, name: str) -> Array:
+        """As `Ops.weighted_values`, a few windows at a time: scores of all windows would not fit in memory."""
+        batch, heads, length, _ = q.shape
+        step = max(1, _ELEMENTS // (heads * length * keys.shape[3]))
+        parts = [
+            super(Follower, self).weighted_values(q[at], keys[at], values[at], mask, name)
+            for at in (slice(start, start + step) for start in range(0, batch, step))
+        ]
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]

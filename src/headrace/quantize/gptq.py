@@ -1,0 +1,102 @@
+"""GPTQ: columns are rounded one after the other, and each column's error is made up for by those still to come.
+
+Source: Frantar et al. 2022 (GPTQ), with columns in the order of falling activation energy ("act-order") and the
+scales of all blocks fixed beforehand ("static groups"), so that a block stays contiguous on disk.
+This file does not know where the second moments come from.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.quantize.grid import Grid, QuantizedTensor, fit_scales
+from headrace.quantize.statistics import InputStatistics
+
+__all__ = ["damped", "inverse_factor", "quantize", "rounding_loss", "solve_codes"]
+
+Array = NDArray[np.float32]
+
+DAMPING = 0.01  # of the diagonal's mean
+_LAZY = 96  # columns whose error reaches the later ones in one product
+_TRIANGLE = 64  # below this a triangle is inverted directly
+
+
+def quantize(weight: Array, statistics: InputStatistics, grid: Grid) -> QuantizedTensor:
+    """A weight (N, K) to codes that keep weight·x, for the inputs of `statistics`, as well as rounding in turn can."""
+    moment = damped(statistics.moment)
+    scales = fit_scales(weight, grid, np.diagonal(moment).copy())
+    return QuantizedTensor(solve_codes(weight, moment, scales, grid), scales, grid)
+
+
+def damped(moment: Array, damping: float = DAMPING) -> Array:
+    """moment + damping · mean(diagonal) · I, so that its inverse exists; channels that never fire count the mean."""
+    out = moment.copy()
+    diagonal = np.einsum("ii->i", out)
+    mean = float(diagonal.mean())
+    if mean <= 0:
+        mean = 1.0
+    diagonal[diagonal <= 0] = mean
+    diagonal += np.float32(damping * mean)
+    return out
+
+
+def inverse_factor(moment: Array) -> Array:
+    """The upper U with moment⁻¹ = Uᵀ U, float32 (K, K), from one Cholesky factor and one triangular inverse.
+
+    With J the reversal of order and J·moment·J = L Lᵀ, U = J L⁻¹ J.
+    """
+    lower = np.linalg.cholesky(moment[::-1, ::-1].astype(np.float64))
+    _invert_lower(lower)
+    return np.ascontiguousarray(lower[::-1, ::-1].astype(np.float32))
+
+
+def solve_codes(
+    weight: Array, moment: Array, scales: NDArray[np.float16], grid: Grid, lazy: int = _LAZY
+) -> NDArray[np.int8]:
+    """The codes (N, K) that GPTQ finds for given scales.
+
+    Args:
+        weight: (N, K).
+        moment: (K, K), positive definite.
+        scales: (N, blocks), as stored.
+        grid: bits and block.
+        lazy: columns handled before later ones are told; changes the speed, not the result.
+    """
+    rows, columns = weight.shape
+    order = np.argsort(-np.diagonal(moment), kind="stable")
+    factor = inverse_factor(moment[np.ix_(order, order)])
+    block = columns // scales.shape[1]
+    steps = np.ascontiguousarray(scales.astype(np.float32).T)  # (blocks, N)
+    rest = np.ascontiguousarray(weight.T[order])  # (K, N): a column of the weight is contiguous
+    codes = np.empty((columns, rows), np.int8)
+    for start in range(0, columns, lazy):
+        stop = min(start + lazy, columns)
+        errors = np.empty((stop - start, rows), np.float32)
+        for i in range(start, stop):
+            step = steps[order[i] // block]
+            code = np.clip(np.rint(rest[i] / step), grid.bottom, grid.top)
+            codes[order[i]] = code
+            error = (rest[i] - code * step) / factor[i, i]
+            errors[i - start] = error
+            rest[i + 1 : stop] -= factor[i, i + 1 : stop, None] * error
+        rest[stop:] -= factor[start:stop, stop:].T @ errors
+    return np.ascontiguousarray(codes.T)
+
+
+def rounding_loss(weight: Array, rounded: Array, moment: Array) -> float:
+    """Mean squared output error: trace(E·moment·Eᵀ) with E = weight − rounded."""
+    error = weight - rounded
+    return float(np.einsum("nk,nk->", error @ moment, error, dtype=np.float64))
+
+
+def _invert_lower(lower: NDArray[np.float64]) -> None:
+    """Invert a lower triangle in place: [A 0; B C]⁻¹ = [A⁻¹ 0; −C⁻¹ B A⁻¹, C⁻¹]."""
+    size = lower.shape[0]
+    if size <= _TRIANGLE:
+        lower[:] = np.tril(np.linalg.inv(lower))
+        return
+    half = size // 2
+    _invert_lower(lower[:half, :half])
+    _invert_lower(lower[half:, half:])
+    lower[half:, :half] = -(lower[half:, half:] @ lower[half:, :half] @ lower[:half, :half])

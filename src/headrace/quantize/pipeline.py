@@ -1,0 +1,144 @@
+"""Layer after layer: calibrate on the layers quantized before, quantize, hand the layer over, go on.
+
+    windows ─ embed ─► layer 0 ─► layer 1 ─► … ─► the final norm's input
+                         │ at each group of linears: second moments ─► codes ─► the group computes with them
+
+Every linear is calibrated on what the quantized linears before it give, also those of its own layer. A layer that
+was finished earlier (a resumed export) is replayed with its codes, which gives bit-identical inputs to the rest.
+This file does not know where layers go, nor how a method works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.checkpoint.tensor import LazyTensor
+from headrace.config import ModelConfig
+from headrace.model.decoder import EMBEDDING, Residual, block, embed, layer_linears, layer_weights
+from headrace.model.ops import Array, Positions
+from headrace.quantize.calibrate import Follower, causal_positions
+from headrace.quantize.grid import QuantizedTensor, dequantize
+from headrace.quantize.methods import find_method
+from headrace.quantize.recipe import Rule
+from headrace.quantize.statistics import InputStatistics
+
+__all__ = ["QuantizedLayer", "Source", "linear_names", "quantize_layers", "quantize_table"]
+
+
+class Source(Protocol):
+    """A checkpoint: geometry, and lazily read tensors under canonical names."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    def tensor(self, name: str) -> LazyTensor: ...
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """One finished layer.
+
+    Attributes:
+        number: the layer.
+        linears: canonical name → codes and scales.
+        norms: canonical name → float32 gain.
+        key_peak: the largest |key|, after rope, over the calibration windows; 0 without calibration.
+        value_peak: the largest |value|.
+    """
+
+    number: int
+    linears: Mapping[str, QuantizedTensor]
+    norms: Mapping[str, NDArray[np.float32]]
+    key_peak: float = 0.0
+    value_peak: float = 0.0
+
+    def weights(self) -> dict[str, Array]:
+        """What the layer computes with, float32."""
+        return {**{name: dequantize(q) for name, q in self.linears.items()}, **self.norms}
+
+
+@dataclass
+class _Pass:
+    """The layer in work: its weights, float until their group's turn has come."""
+
+    rules: Mapping[str, Rule]
+    weights: dict[str, Array]
+    done: dict[str, QuantizedTensor] = field(default_factory=dict)
+
+    def arrive(self, names: tuple[str, ...], x: Array) -> None:
+        methods = [find_method(self.rules[name].method) for name in names]
+        statistics = None
+        if any(method.calibrated for method in methods):
+            statistics = InputStatistics.of(x.reshape(-1, x.shape[-1]))
+        for name, method in zip(names, methods, strict=True):
+            quantized = method.quantize(self.weights[name], statistics, self.rules[name].grid)  # type: ignore[arg-type]
+            self.done[name] = quantized
+            self.weights[name] = dequantize(quantized)
+
+
+def linear_names(config: ModelConfig) -> list[str]:
+    """Canonical names of all linears of all layers, in the order they are computed."""
+    return [name for layer in range(config.num_layers) for group in layer_linears(layer) for name in group]
+
+
+def quantize_table(source: Source, name: str, rule: Rule) -> QuantizedTensor:
+    """The embedding's or the head's table, rounded to nearest."""
+    return find_method("nearest").quantize(source.tensor(name).load(), None, rule.grid)  # type: ignore[arg-type]
+
+
+def quantize_layers(
+    source: Source,
+    rules: Mapping[str, Rule],
+    windows: NDArray[np.int64],
+    emit: Callable[[QuantizedLayer], None],
+    *,
+    embedding: QuantizedTensor | None = None,
+    finished: Callable[[int], QuantizedLayer | None] | None = None,
+    progress: Callable[[int, int], Any] | None = None,
+) -> None:
+    """Quantize every layer's linears.
+
+    Args:
+        source: the checkpoint.
+        rules: canonical name → rule, as `Recipe.resolve` gives.
+        windows: token ids of the calibration text, int64 (windows, length).
+        emit: called with each layer that this call quantized, in order.
+        embedding: the embedding's table as it will be used; the float one when None.
+        finished: gives a layer that an interrupted run already emitted, or None.
+        progress: called with (layers done, layers) before each layer and at the end.
+
+    Raises:
+        RecipeError: a rule names an unknown method or a block that does not divide a row.
+    """
+    config = source.config
+    at = causal_positions(config, windows.shape[1])
+    table = source.tensor(EMBEDDING).load() if embedding is None else dequantize(embedding)
+    stream: Residual[Array] = embed(Follower(config, {EMBEDDING: table}), cast(Array, windows))
+    del table
+    for number in range(config.num_layers):
+        if progress is not None:
+            progress(number, config.num_layers)
+        known = finished(number) if finished is not None else None
+        if known is not None:
+            stream, _ = block(Follower(config, known.weights()), number, stream, at, None)
+        else:
+            layer, stream = _quantize_layer(source, rules, number, stream, at)
+            emit(layer)
+        stream = Residual(stream.settle(Follower(config, {})))
+    if progress is not None:
+        progress(config.num_layers, config.num_layers)
+
+
+def _quantize_layer(
+    source: Source, rules: Mapping[str, Rule], number: int, stream: Residual[Array], at: Positions[Array]
+) -> tuple[QuantizedLayer, Residual[Array]]:
+    work = _Pass(rules, {name: source.tensor(name).load() for name in layer_weights(number)})
+    stream, (keys, values) = block(Follower(source.config, work.weights, work.arrive), number, stream, at, None)
+    norms = {name: value for name, value in work.weights.items() if name not in work.done}
+    layer = QuantizedLayer(number, work.done, norms, float(np.abs(keys).max()), float(np.abs(values).max()))
+    return layer, stream
