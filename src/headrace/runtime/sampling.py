@@ -18,7 +18,7 @@ from headrace.errors import HeadraceError, UserError, did_you_mean
 
 __all__ = ["Sampler", "SamplingOptions"]
 
-FIRST_LOOK = 256  # candidates looked at first for top-p
+LOOKS = (256, 4096, 0)  # candidates looked at for top-p, until they suffice; 0: the whole vocabulary
 ROW = 128  # logits looked at together when the largest are sought
 HF_TOP_K = 50  # what Hugging Face's generation takes when it samples and the configuration says nothing
 
@@ -102,6 +102,7 @@ class Sampler:
 
     def __init__(self, options: SamplingOptions) -> None:
         self.options = options
+        self._scratch = np.empty(0, dtype=np.float32)
         self._random = np.random.Generator(np.random.PCG64(options.seed))
 
     def sample(self, logits: npt.NDArray[np.float32], recent_ids: Iterable[int] = ()) -> int:
@@ -129,12 +130,21 @@ class Sampler:
             return best
         ids = _largest(logits, options.top_k)
         # float32 is exact enough for one weight (its error is far below a logit's own); sums need float64
-        weights = np.exp((logits[ids] - logits[best]) / np.float32(options.temperature))
+        weights = self._buffer(len(ids) if ids is not None else len(logits))
+        np.subtract(logits if ids is None else logits[ids], logits[best], out=weights)
+        np.divide(weights, np.float32(options.temperature), out=weights)
+        np.exp(weights, out=weights)
         if options.top_p < 1:
-            ids, weights = _nucleus(ids, weights, options.top_p)
-        reached = np.cumsum(weights, dtype=np.float64)
-        at = int(np.searchsorted(reached, self._random.random() * reached[-1], side="right"))
-        return int(ids[min(at, len(ids) - 1)])
+            places = _nucleus(weights, options.top_p)
+            ids, weights = (places if ids is None else ids[places]), weights[places]
+        at = _draw(weights, self._random.random())
+        return at if ids is None else int(ids[at])
+
+    def _buffer(self, size: int) -> npt.NDArray[np.float32]:
+        # Fresh pages for a vocabulary of weights would cost more than filling them.
+        if len(self._scratch) < size:
+            self._scratch = np.empty(size, dtype=np.float32)
+        return self._scratch[:size]
 
 
 def _penalized(logits: npt.NDArray[np.float32], seen: Iterable[int], penalty: float) -> npt.NDArray[np.float32]:
@@ -149,46 +159,63 @@ def _penalized(logits: npt.NDArray[np.float32], seen: Iterable[int], penalty: fl
     return logits
 
 
-def _largest(values: npt.NDArray[Any], count: int) -> npt.NDArray[np.intp]:
-    """The places of the `count` largest values and of any as large as the last of them, ascending; all for 0.
+def _largest(values: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.intp] | None:
+    """The places of the `count` largest values and of any as large as the last of them, ascending; None: all.
 
     Values are first looked at in rows: the `count`-th largest of the rows' maxima is at most the `count`-th largest
     value, so everything below it is out, which leaves little to partition.
     """
     size = len(values)
     if not 0 < count < size:
-        return np.arange(size)
-    places = np.arange(size)
+        return None
     rows = size // ROW
-    if count <= rows:
-        peaks = values[: rows * ROW].reshape(rows, ROW).max(axis=1)
-        places = np.flatnonzero(values >= np.partition(peaks, rows - count)[rows - count])
-        values = values[places]
-    at = len(values) - count
-    large: npt.NDArray[np.intp] = places[values >= np.partition(values, at)[at]]
+    if count > rows:
+        return np.flatnonzero(values >= np.partition(values, size - count)[size - count])
+    peaks = values[: rows * ROW].reshape(rows, ROW).max(axis=1)
+    places = np.flatnonzero(values >= np.partition(peaks, rows - count)[rows - count])
+    left = values[places]
+    at = len(left) - count
+    large: npt.NDArray[np.intp] = places[left >= np.partition(left, at)[at]]
     return large
 
 
-def _nucleus(
-    ids: npt.NDArray[np.intp], weights: npt.NDArray[np.float32], share: float
-) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float32]]:
-    """The fewest most likely tokens whose weights reach `share` of the whole, at least one; of equals the lowest ids.
+def _draw(weights: npt.NDArray[np.float32], chance: float) -> int:
+    """The place where the running sum of `weights` passes `chance` (0 … 1) of the whole.
 
-    The order of what is given is kept.
+    Sums of rows come first, so that only one row needs a running sum.
+    """
+    rows = np.add.reduceat(weights, np.arange(0, len(weights), ROW), dtype=np.float64)
+    reached = np.cumsum(rows)
+    goal = chance * reached[-1]
+    row = min(int(np.searchsorted(reached, goal, side="right")), len(rows) - 1)
+    inside = np.cumsum(weights[row * ROW : (row + 1) * ROW], dtype=np.float64)
+    goal -= reached[row] - rows[row]
+    at = min(int(np.searchsorted(inside, goal, side="right")), len(inside) - 1)
+    # Rounding may carry the goal past the last weight that counts: step back to it.
+    while at and inside[at] == inside[at - 1]:
+        at -= 1
+    return row * ROW + at
+
+
+def _nucleus(weights: npt.NDArray[np.float32], share: float) -> npt.NDArray[np.intp]:
+    """The places, ascending, of the fewest and largest weights that reach `share` of the whole, at least one.
+
+    Of equal weights the lowest places are taken.
     """
     goal = share * float(weights.sum(dtype=np.float64))
-    looked = np.arange(len(weights))
-    for count in (FIRST_LOOK, 0):  # a few are nearly always enough, and cheaper than sorting a vocabulary
-        looked = _largest(weights, count)
-        falling = np.sort(weights[looked])[::-1]
+    for count in LOOKS:  # a few are nearly always enough, and cheaper than sorting a vocabulary
+        places = _largest(weights, count)
+        looked = weights if places is None else weights[places]
+        falling = np.sort(looked)[::-1]
         reached = np.cumsum(falling, dtype=np.float64)
         if reached[-1] >= goal:
             break
     size = min(int(np.searchsorted(reached, goal, side="left")) + 1, len(looked))
-    above = looked[weights[looked] > falling[size - 1]]
-    equal = looked[weights[looked] == falling[size - 1]]
-    keep = np.sort(np.concatenate([above, equal[: size - len(above)]]))
-    return ids[keep], weights[keep]
+    keep = looked > falling[size - 1]
+    equal = np.flatnonzero(looked == falling[size - 1])
+    keep[equal[: size - np.count_nonzero(keep)]] = True
+    chosen = np.flatnonzero(keep)
+    return chosen if places is None else places[chosen]
 
 
 def _number(name: str, value: float, valid: Callable[[float], bool], expected: str) -> None:
