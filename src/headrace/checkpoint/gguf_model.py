@@ -129,19 +129,24 @@ def _rope_scaling(path: Path, file: GgufFile) -> dict[str, Any] | None:
         return {"rope_type": "linear", "factor": meta["llama.rope.scale_linear"]}
     if ROPE_FACTORS not in file.tensors:
         return None
+    base = meta.get("llama.rope.freq_base", 10000.0)
     factors = file.tensors[ROPE_FACTORS].lazy().load()
+    if not isinstance(base, float) or base <= 1 or factors.ndim != 1 or not np.isfinite(factors).all():
+        raise ConfigError(
+            f"{path}: {ROPE_FACTORS} {list(factors.shape)} with base {base!r} is no table of finite numbers"
+        )
     guess = {
         "rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }  # fmt: skip
-    if not np.allclose(factors, _llama3_factors(meta, len(factors), guess), rtol=1e-4):
+    if not np.allclose(factors, _llama3_factors(base, len(factors), guess), rtol=1e-4):
         raise ConfigError(f"{path}: {ROPE_FACTORS} is not llama3's table for factor {guess['factor']:g}; expected that")
     return guess
 
 
-def _llama3_factors(meta: Mapping[str, Any], half: int, scaling: Mapping[str, Any]) -> NDArray[np.float64]:
+def _llama3_factors(base: float, half: int, scaling: Mapping[str, Any]) -> NDArray[np.float64]:
     """What llama3's scaling divides each frequency by."""
-    frequencies = float(meta.get("llama.rope.freq_base", 10000.0)) ** (-np.arange(half) / half)
+    frequencies = base ** (-np.arange(half) / half)
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * np.pi)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     share = np.clip((turns - low) / (high - low), 0.0, 1.0)
