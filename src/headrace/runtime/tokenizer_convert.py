@@ -1,0 +1,148 @@
+"""A SentencePiece BPE model as a tokenizer.json that gives the same ids for every text.
+
+Qualcomm's Genie reads nothing but tokenizer.json, and Baichuan2 comes as SentencePiece alone. What cannot be converted
+exactly is refused. Knows nothing about Genie.
+
+SentencePiece joins, again and again, the two neighbours whose joint piece has the highest score; it has no list of
+joins. A tokenizer.json has such a list, in order of preference. So every way to cut a piece into two pieces becomes
+a join, in order of the piece's score. Neither cuts the text into words first; a space is spelled ▁.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from headrace.errors import TokenizerError
+
+__all__ = ["sentencepiece_to_tokenizer_json"]
+
+SPACE = "\u2581"  # ▁, how SentencePiece spells a space
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+
+
+def sentencepiece_to_tokenizer_json(model: Path, special: Mapping[int, str | None] | None = None) -> str:
+    """The text of a tokenizer.json with the same encoding as a tokenizer.model.
+
+    Args:
+        model: a SentencePiece file.
+        special: further ids that become special tokens, so that their spelling in a text gives their id (Baichuan2's
+            turn ids 195 and 196); None takes the spelling the vocabulary has, and ids beyond the vocabulary need one.
+
+    Returns:
+        JSON text.
+
+    Raises:
+        TokenizerError: the file is damaged, is no BPE model, or has something that cannot be converted exactly.
+    """
+    proto: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+    spec = proto.ModelProto()
+    try:
+        spec.ParseFromString(model.read_bytes())
+    except Exception as error:  # protobuf's DecodeError, without importing protobuf for its name
+        raise TokenizerError(f"{model} is not a SentencePiece model ({error}); fetch the file again") from None
+    _check(model, spec)
+
+    vocabulary = {piece.piece: i for i, piece in enumerate(spec.pieces)}
+    added = {i: _added(i, p.piece, True) for i, p in enumerate(spec.pieces) if p.type in (CONTROL, UNKNOWN)}
+    for i, piece in enumerate(spec.pieces):
+        if piece.type == USER_DEFINED:
+            added[i] = _added(i, piece.piece.replace(SPACE, " "), False)
+    for i, spelling in (special or {}).items():
+        known = spec.pieces[i].piece if 0 <= i < len(spec.pieces) else None
+        spelling = spelling or known
+        if spelling is None or (known is not None and spelling != known):
+            raise TokenizerError(
+                f"special token {i} is spelled {spelling!r}; the vocabulary has {known!r} there; "
+                "expected the vocabulary's own spelling, or a new one beyond its end"
+            )
+        added[i] = _added(i, spelling, True)
+
+    steps: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
+    ends: list[dict[str, Any]] = []
+    if spec.normalizer_spec.add_dummy_prefix:
+        steps.insert(0, {"type": "Prepend", "prepend": SPACE})
+        ends.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    unknown = next(p.piece for p in spec.pieces if p.type == UNKNOWN)
+    document = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [added[i] for i in sorted(added)],
+        "normalizer": {"type": "Sequence", "normalizers": steps},
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                *ends,
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": unknown,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,  # SentencePiece makes one unknown token of neighbours
+            "byte_fallback": spec.trainer_spec.byte_fallback,
+            "ignore_merges": False,
+            "vocab": vocabulary,
+            "merges": _joins(spec),
+        },
+    }
+    return json.dumps(document, ensure_ascii=False)
+
+
+def _joins(spec: Any) -> list[list[str]]:
+    """Every pair of pieces that makes a piece, the best first."""
+    rank = {p.piece: i for i, p in enumerate(spec.pieces) if p.type == NORMAL}
+    joins = []
+    for piece, place in rank.items():
+        score = spec.pieces[place].score
+        for cut in range(1, len(piece)):
+            left, right = rank.get(piece[:cut]), rank.get(piece[cut:])
+            if left is not None and right is not None:
+                # Equal scores: SentencePiece takes the leftmost pair in the text, which no list can say; the order
+                # of the vocabulary stands in, and real vocabularies have no equal scores among joined pieces.
+                joins.append((-score, place, left, right, piece[:cut], piece[cut:]))
+    return [[left, right] for *_, left, right in sorted(joins)]
+
+
+def _check(model: Path, spec: Any) -> None:
+    """Refuses what a tokenizer.json cannot say, or not exactly.
+
+    Raises:
+        TokenizerError: saying what it is.
+    """
+    trainer, normalizer = spec.trainer_spec, spec.normalizer_spec
+    kinds = [p.type for p in spec.pieces]
+    if trainer.model_type != trainer.BPE:
+        name = trainer.ModelType.Name(trainer.model_type).lower()
+        raise TokenizerError(f"{model} is a {name} model; expected BPE, the one kind that can be converted exactly")
+    if kinds.count(UNKNOWN) != 1:
+        raise TokenizerError(f"{model} has {kinds.count(UNKNOWN)} unknown tokens; expected one")
+    problems = {
+        f"normalization {normalizer.name!r}": bool(normalizer.precompiled_charsmap),
+        "removal of extra spaces": normalizer.remove_extra_whitespaces,
+        "spaces that are not escaped": not normalizer.escape_whitespaces,
+        "a space put behind the text": trainer.treat_whitespace_as_suffix and normalizer.add_dummy_prefix,
+        "unused pieces": UNUSED in kinds,
+        "user-defined pieces with a space put before the text": USER_DEFINED in kinds and normalizer.add_dummy_prefix,
+    }
+    for what, present in problems.items():
+        if present:
+            raise TokenizerError(
+                f"{model} has {what}, which tokenizer.json cannot say exactly; expected a model without"
+            )
+
+
+def _added(token: int, content: str, special: bool) -> dict[str, Any]:
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": token, "content": content, **plain, "special": special}
