@@ -72,9 +72,7 @@ def plan_parts(config: ModelConfig, count: int = 5) -> tuple[Part, ...]:
         ConfigError: count is below 1 or leaves a part without a layer.
     """
     if count < 1 or count > config.num_layers + 1:
-        raise ConfigError(
-            f"--parts {count} is not possible; expected 1 to {config.num_layers + 1} for this model"
-        )
+        raise ConfigError(f"--parts {count} is not possible; expected 1 to {config.num_layers + 1} for this model")
     if count == 1:
         return (Part(1, 1, 0, config.num_layers, embeds=True, heads=True),)
     parts = [Part(1, count, 0, 0, embeds=True, heads=False)]
@@ -120,9 +118,7 @@ def _host_ports(config: ModelConfig, part: Part, kv_dtype: str) -> tuple[tuple[P
     ids = Port("input_ids", ("batch", "length"), "int64")
     inputs, outputs = [], []
     inputs.append(
-        ids
-        if part.embeds
-        else Port(f"hidden_{part.number - 1}", ("batch", "length", config.hidden_size), "float32")
+        ids if part.embeds else Port(f"hidden_{part.number - 1}", ("batch", "length", config.hidden_size), "float32")
     )
     if part.layers:
         tables = ("max_positions", config.head_dim // 2)
@@ -144,15 +140,11 @@ def _host_ports(config: ModelConfig, part: Part, kv_dtype: str) -> tuple[tuple[P
     return tuple(inputs), tuple(outputs)
 
 
-def _device_ports(
-    config: ModelConfig, part: Part, s: int, c: int
-) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
+def _device_ports(config: ModelConfig, part: Part, s: int, c: int) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
     h, d, kv = config.hidden_size, config.head_dim, config.num_kv_heads
     inputs, outputs = [], []
     inputs.append(
-        Port("input_ids", (1, s), "int32")
-        if part.embeds
-        else Port(f"hidden_{part.number - 1}", (1, s, h), "uint16")
+        Port("input_ids", (1, s), "int32") if part.embeds else Port(f"hidden_{part.number - 1}", (1, s, h), "uint16")
     )
     if part.layers:
         inputs += [

@@ -25,7 +25,7 @@ from headrace.model.decoder import EMBEDDING, FINAL_NORM, HEAD, layer_linears, l
 from headrace.plan import Part
 from headrace.quantize.grid import Grid, QuantizedTensor, dequantize, pack, unpack
 
-__all__ = ["Layout", "StoredTensor", "WeightFile", "layouts", "linear_shape", "part_weights", "quantized_names"]
+__all__ = ["Layout", "StoredTensor", "WeightStore", "layouts", "linear_shape", "part_weights", "quantized_names"]
 
 _DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype(np.uint8), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
 
@@ -123,48 +123,60 @@ def _layout(config: ModelConfig, part: Part, grids: Mapping[str, Grid]) -> Layou
     return Layout(file, header, tensors, len(header) + at)
 
 
-class WeightFile:
-    """A part's file, memory-mapped: weights are written and read one at a time.
+class WeightStore:
+    """The weights files of a bundle, memory-mapped: weights are written and read one at a time by canonical name.
 
     Args:
         root: the bundle's folder.
-        layout: the file's layout.
-        create: make it (zeros, full size) instead of opening it for reading.
+        config: the geometry.
+        parts: how the model is split.
+        grids: the grid of each quantized weight.
+        create: make the files (zeros, full size) instead of opening what is there.
     """
 
-    def __init__(self, root: Path, layout: Layout, *, create: bool = False) -> None:
-        self.layout = layout
-        self.path = root / layout.file
+    def __init__(
+        self, root: Path, config: ModelConfig, parts: Sequence[Part], grids: Mapping[str, Grid], *, create: bool = False
+    ) -> None:
+        self._root = root
+        self._grids = grids
+        self._tied = config.tied_head
+        self.names = [name for part in parts for name in part_weights(config, part)]
+        all_layouts = layouts(config, parts, grids)
+        self.tensors: Mapping[str, StoredTensor] = {n: t for layout in all_layouts for n, t in layout.tensors.items()}
         if create:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("wb") as out:
-                out.write(layout.header)
-                out.truncate(layout.nbytes)
-        self._writable = create
+            for layout in all_layouts:
+                path = root / layout.file
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("wb") as out:
+                    out.write(layout.header)
+                    out.truncate(layout.nbytes)
 
     def write(self, name: str, value: QuantizedTensor | NDArray[np.float32]) -> None:
-        """Store a weight under its canonical name."""
+        """Store a weight."""
         if isinstance(value, QuantizedTensor):
             self._write(f"{name}_packed", pack(value.codes, value.grid.bits))
             self._write(f"{name}_scale", value.scales)
         else:
             self._write(name, value)
 
-    def read(self, name: str, grid: Grid | None) -> NDArray[np.float32]:
-        """A weight by canonical name as float32, dequantized when it has a grid."""
-        if grid is None:
-            return np.array(self._view(name, "r"), np.float32)
-        return dequantize(self.read_codes(name, grid))
+    def read(self, name: str) -> NDArray[np.float32]:
+        """A weight as float32, dequantized when it has a grid; a tied head is the embedding."""
+        name = EMBEDDING if name == HEAD and self._tied else name
+        if name in self._grids:
+            return dequantize(self.read_codes(name))
+        return np.array(self._view(name, "r"), np.float32)
 
-    def read_codes(self, name: str, grid: Grid) -> QuantizedTensor:
-        """A quantized weight by canonical name."""
+    def read_codes(self, name: str) -> QuantizedTensor:
+        """A quantized weight."""
+        grid = self._grids[name]
         codes = unpack(np.asarray(self._view(f"{name}_packed", "r")), grid.bits)
         return QuantizedTensor(codes, np.array(self._view(f"{name}_scale", "r")), grid)
 
     def sync(self) -> None:
         """Everything written so far is on disk when this returns."""
-        with self.path.open("rb+") as file:
-            os.fsync(file.fileno())
+        for file in {tensor.file for tensor in self.tensors.values()}:
+            with (self._root / file).open("rb+") as handle:
+                os.fsync(handle.fileno())
 
     def _write(self, name: str, array: NDArray[np.generic]) -> None:
         view = self._view(name, "r+")
@@ -174,5 +186,5 @@ class WeightFile:
         view.flush()
 
     def _view(self, name: str, mode: str) -> np.memmap[tuple[int, ...], np.dtype[np.generic]]:
-        t = self.layout.tensors[name]
-        return np.memmap(self.path, _DTYPES[t.dtype], mode, t.offset, t.shape)  # type: ignore[call-overload, no-any-return]
+        t = self.tensors[name]
+        return np.memmap(self._root / t.file, _DTYPES[t.dtype], mode, t.offset, t.shape)  # type: ignore[call-overload, no-any-return]

@@ -1,0 +1,295 @@
+"""The command line: one program, verbs in the order data flows. Imports what a verb needs when it runs.
+
+Exit status: 0 done, 1 a check that was asked for failed, 2 an error told in one line, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.exceptions import TyperException
+
+from headrace import __version__
+from headrace.console import human_bytes, note, print_json, progress_bars, table
+from headrace.errors import HeadraceError, UserError, VerificationFailed
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="headrace",
+    help="From an open checkpoint to a phone, and the very same model on any computer.",
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of stdout.")]
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by: headrace export")]
+Threads = Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Threads; physical cores by default.")]
+
+
+def main() -> None:
+    """Run the program and exit with its status."""
+    sys.exit(_run(sys.argv[1:]))
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        return int(app(arguments or ["--help"], prog_name="headrace", standalone_mode=False) or 0)
+    except VerificationFailed as error:
+        note(f"failed: {error}")
+        return 1
+    except HeadraceError as error:
+        note(f"error: {error}")
+        return 2
+    except TyperException as error:
+        hint = getattr(getattr(error, "ctx", None), "command_path", "headrace")
+        note(f"error: {_one_line(error)}; see: {hint} --help")
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        note("")
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read our output has gone
+        return 0
+    except (OSError, MemoryError) as error:
+        note(f"error: {error or type(error).__name__}")
+        return 2
+
+
+def _one_line(error: TyperException) -> str:
+    text = error.format_message() if hasattr(error, "format_message") else str(error)
+    return " ".join(str(text).split()).rstrip(".")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def pull(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2-135m, or ORG/REPO of a Hugging Face hub.")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder; the name's last part by default.")] = None,
+    json: Json = False,
+) -> None:
+    """Fetch a checkpoint."""
+    from headrace.pull import pull as fetch
+
+    path = fetch(name, out)
+    if json:
+        print_json({"path": str(path)})
+    else:
+        typer.echo(path)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint or a bundle.")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="Also list every tensor.")] = False,
+    json: Json = False,
+) -> None:
+    """Show geometry, tensors, precisions and sizes."""
+    from headrace.inspection import inspect_path
+
+    report = inspect_path(path)
+    if json:
+        print_json(report)
+        return
+    table([(key, str(value)) for key, value in report["summary"].items()])
+    typer.echo("")
+    table([(n, str(c), human_bytes(b)) for n, c, b in report["precisions"]], ("precision", "tensors", "bytes"))
+    if tensors:
+        typer.echo("")
+        table([(t["name"], t["precision"], "×".join(map(str, t["shape"]))) for t in report["tensors"]])
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face folder or a .gguf file.")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="BUNDLE", help="The bundle's folder.")],
+    recipe: Annotated[str, typer.Option("--recipe", help="w4a16, w4b32, another shipped recipe, or a file.")] = "w4a16",
+    block: Annotated[
+        str | None, typer.Option("--block", help="channel, 16, 32, 64, 128 or 256 for 4-bit weights.")
+    ] = None,
+    method: Annotated[str | None, typer.Option("--method", help="How 4-bit weights are found.")] = None,
+    kv: Annotated[str | None, typer.Option("--kv", help="int8 or float32 cache.")] = None,
+    parts: Annotated[int, typer.Option("--parts", help="Graphs the model is split into.")] = 5,
+    prompt_length: Annotated[int, typer.Option("--prompt-length", help="Tokens a prompt step takes.")] = 128,
+    context: Annotated[str | None, typer.Option("--context", help="Context length, or several: 512,4096.")] = None,
+    calibration: Annotated[
+        list[Path] | None, typer.Option("--calibration", help="Text to calibrate on; repeatable.")
+    ] = None,
+    windows: Annotated[int, typer.Option("--windows", min=1, help="Most windows of calibration text.")] = 32,
+    window_length: Annotated[int, typer.Option("--window-length", min=2, help="Tokens of a window.")] = 512,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted export stopped.")] = False,
+    json: Json = False,
+) -> None:
+    """Make a bundle of a checkpoint."""
+    import time
+
+    from headrace.bundle import open_bundle
+    from headrace.exporter import export as run
+    from headrace.quantize.recipe import parse_block
+
+    if not calibration:
+        note("calibration: the English reference topics that come with Python; --calibration FILE takes your own text")
+    started = time.monotonic()
+    with progress_bars() as progress:
+        run(
+            checkpoint,
+            out,
+            recipe=recipe,
+            block="keep" if block is None else parse_block(block),
+            method=method,
+            kv=kv,
+            parts=parts,
+            prompt_length=prompt_length,
+            context=_lengths("--context", context),
+            calibration=calibration or (),
+            windows=windows,
+            window_length=window_length,
+            resume=resume,
+            progress=progress,
+        )
+    seconds = time.monotonic() - started
+    size = open_bundle(out).weight_bytes
+    if json:
+        print_json({"bundle": str(out), "weight_bytes": size, "seconds": round(seconds, 1)})
+    else:
+        typer.echo(f"{out}: {human_bytes(size)} of weights in {parts} parts, {seconds:.0f} s")
+
+
+@app.command()
+def verify(
+    bundle: BundlePath,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", help="Also compare with what it was made of.")
+    ] = None,
+    files_only: Annotated[bool, typer.Option("--files-only", help="Only hash the files.")] = False,
+    json: Json = False,
+) -> None:
+    """Check every link of the chain; exit 1 when one is broken."""
+    from headrace.measure.parity import verify_bundle
+
+    with progress_bars() as progress:
+        links = verify_bundle(bundle, checkpoint, files_only=files_only, progress=progress)
+    if json:
+        print_json({"ok": all(link.ok for link in links), "links": [link.to_dict() for link in links]})
+    else:
+        rows = [("ok" if link.ok else "FAILED", link.name, link.found, link.limit) for link in links]
+        table(rows, ("", "link", "found", "limit"))
+    broken = [link for link in links if not link.ok]
+    if broken:
+        raise VerificationFailed(f"{broken[0].name}: {broken[0].found}; expected {broken[0].limit}")
+
+
+@app.command()
+def chat(
+    bundle: BundlePath,
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Answer this and leave.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text, without a turn format.")] = False,
+    max_tokens: Annotated[int, typer.Option("-n", "--max-tokens", min=1, help="Most tokens of an answer.")] = 256,
+    temperature: Annotated[float | None, typer.Option("--temp", help="Sampling temperature; 0 is greedy.")] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="Only the k likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", help="Only the likeliest tokens of this probability.")
+    ] = None,
+    repeat_penalty: Annotated[
+        float | None, typer.Option("--repeat-penalty", help="Above 1: fewer repetitions.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("-s", "--seed", help="The same seed, the same answer.")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
+    system: Annotated[str | None, typer.Option("--system", help="What the model is told first.")] = None,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="End the answer at this text; repeatable.")] = None,
+    runner: Annotated[str, typer.Option("--runner", help="host, device or genie.")] = "host",
+    threads: Threads = None,
+) -> None:
+    """Talk with a bundle."""
+    from headrace.language_model import load
+    from headrace.repl import converse, print_answer
+
+    with load(bundle, runner=runner, threads=threads) as model:
+        options = model.sampling_options(
+            temperature=0.0 if greedy else temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repeat_penalty,
+            seed=seed,
+        )
+        session = model.chat(system, raw=raw)
+        if session.turns.is_raw and not raw:
+            note("this model has no turn format: it continues your text")
+
+        def answer(text: str) -> Any:
+            return session.say(text, max_tokens=max_tokens, stop=stop or (), options=options)
+
+        if prompt is not None:
+            print_answer(answer(prompt))
+        elif sys.stdin.isatty():
+            converse(answer)
+        else:
+            print_answer(answer(sys.stdin.read()))
+
+
+@app.command()
+def bench(
+    bundle: BundlePath,
+    prompts: Annotated[
+        str, typer.Option("-p", "--prompts", help="Prompt lengths, separated by commas.")
+    ] = "128,512,1024",
+    tokens: Annotated[int, typer.Option("-n", "--tokens", min=1, help="Tokens to decode.")] = 128,
+    depth: Annotated[
+        int, typer.Option("-d", "--depth", min=0, help="Tokens in the cache before decoding starts.")
+    ] = 128,
+    repeats: Annotated[int, typer.Option("-r", "--repeats", min=1, help="Repetitions; the median is told.")] = 5,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Measure loading, time to first token, prompt and decode speed, memory."""
+    from headrace.measure.bench import bench_bundle
+
+    with progress_bars() as progress:
+        report = bench_bundle(
+            bundle,
+            prompts=_lengths("--prompts", prompts) or (),
+            tokens=tokens,
+            depth=depth,
+            repeats=repeats,
+            threads=threads,
+            progress=progress,
+        )
+    if json:
+        print_json(report)
+        return
+    rows = [(f"prompt {p['tokens']}", f"{p['ttft_ms']:.0f} ms", f"{p['tok_s']:.1f} tok/s") for p in report["prompts"]]
+    rows.append((f"decode {tokens} after {depth}", "", f"{report['decode_tok_s']:.1f} tok/s"))
+    rows.append(("load", f"{report['load_ms']:.0f} ms", ""))
+    rows.append(("KV cache", human_bytes(report["kv_bytes"]), ""))
+    rows.append(("peak memory", human_bytes(report["peak_rss_bytes"]), ""))
+    table(rows)
+
+
+def _lengths(option: str, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(item) for item in text.split(","))
+    except ValueError:
+        raise UserError(f"{option} {text!r} is not possible; expected whole numbers separated by commas") from None

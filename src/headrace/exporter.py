@@ -1,0 +1,295 @@
+"""export: the main job. checkpoint → quantize → graphs → bundle, in resumable steps with one layer in memory.
+
+    OUT.partial/            grows beside the final place
+      state.json            settings, and the layers that are finished
+      bundle/               becomes OUT when everything is there
+
+Orchestrates; how a weight is quantized, a graph emitted or a file laid out is written elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace import __version__
+from headrace.bundle import publish, read_json, refuse_foreign, write_file
+from headrace.checkpoint import Checkpoint, open_checkpoint
+from headrace.config import ModelConfig
+from headrace.errors import CalibrationError, ConfigError, RecipeError
+from headrace.graph.emit_host import HostWeights, emit_host
+from headrace.model.decoder import EMBEDDING, FINAL_NORM, HEAD, layer_weights
+from headrace.plan import Part, plan_parts
+from headrace.progress import Progress, silent
+from headrace.quantize.calibrate import cut_windows
+from headrace.quantize.grid import Grid
+from headrace.quantize.pipeline import QuantizedLayer, quantize_layers, quantize_table
+from headrace.quantize.recipe import Recipe, Rule, load_recipe
+from headrace.quantize.storage import WeightStore, quantized_names
+from headrace.runtime.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+
+__all__ = ["export"]
+
+KV_LEVELS = 127  # int8, symmetric
+EMPTY_SCALE = 1 / KV_LEVELS  # a cache that calibration saw only zeros in
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Everything that decides the bytes of a bundle; an interrupted export goes on only under the same ones."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    rules: Mapping[str, Rule]
+    parts: tuple[Part, ...]
+    prompt_length: int
+    contexts: tuple[int, ...]
+    calibration: tuple[str, ...]
+    windows: int
+    window_length: int
+
+    def fingerprint(self) -> str:
+        source = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self.checkpoint.files]
+        texts = [hashlib.sha256(text.encode()).hexdigest() for text in self.calibration]
+        body = [
+            __version__, source, self.recipe.to_dict(), len(self.parts), self.prompt_length, self.contexts,
+            texts, self.windows, self.window_length,
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(body).encode()).hexdigest()
+
+
+def export(
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    recipe: str | Recipe = "w4a16",
+    block: int | str | None = "keep",
+    method: str | None = None,
+    kv: str | None = None,
+    parts: int = 5,
+    prompt_length: int = 128,
+    context: int | Sequence[int] | None = None,
+    calibration: Sequence[str | os.PathLike[str]] = (),
+    windows: int = 32,
+    window_length: int = 512,
+    resume: bool = False,
+    progress: Progress = silent,
+) -> Path:
+    """Make a bundle of a checkpoint.
+
+    Args:
+        checkpoint: a Hugging Face folder or a GGUF file.
+        out: the bundle's folder; a bundle that is there is replaced when the new one is complete.
+        recipe: a shipped recipe's name, a recipe file, or a Recipe.
+        block: columns that share a scale in 4-bit weights, None for a channel, "keep" for the recipe's.
+        method: how 4-bit weights are found, the recipe's when None.
+        kv: "int8" or "float32" cache, the recipe's when None.
+        parts: how many graphs the model is split into.
+        prompt_length: tokens a prompt step takes.
+        context: context length or lengths; 4096 or the model's own, if that is less, when None.
+        calibration: text files; English text that comes with Python when empty.
+        windows: most windows of calibration text.
+        window_length: tokens of a window.
+        resume: go on where an interrupted export of the same settings stopped.
+        progress: told how far it is.
+
+    Returns:
+        The bundle's folder.
+
+    Raises:
+        UserError: anything in the above is not possible; the message says what and what to do.
+    """
+    out = Path(out)
+    source = open_checkpoint(Path(checkpoint))
+    config = source.config
+    chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    if kv is not None:
+        chosen = Recipe(chosen.name, chosen.rules, kv)
+    chosen = chosen.with_linears(block=block, method=method)
+    settings = _Settings(
+        checkpoint=source,
+        recipe=chosen,
+        rules=chosen.resolve(quantized_names(config)),
+        parts=plan_parts(config, parts),
+        prompt_length=_length("--prompt-length", prompt_length, config.max_context),
+        contexts=_contexts(config, context, prompt_length),
+        calibration=_texts(calibration),
+        windows=windows,
+        window_length=min(window_length, config.max_context),
+    )
+    if settings.rules[EMBEDDING].bits != 8 or settings.rules.get(HEAD, settings.rules[EMBEDDING]).bits != 8:
+        raise RecipeError(
+            f"recipe {chosen.name!r} gives embedding or head less than 8 bits; expected 8, change its rule"
+        )
+    refuse_foreign(out)
+    work = out.with_name(f"{out.name}.partial")
+    state = _open_work(work, settings, resume)
+    folder = work / "bundle"
+    tokenizer = _save_tokenizer(source, folder)
+    kv_scales = _quantize(settings, folder, work, state, tokenizer, progress)
+    _emit_graphs(settings, folder, kv_scales, progress)
+    progress("writing the bundle", 0, 1)
+    publish(folder, out, _manifest(settings, kv_scales))
+    shutil.rmtree(work)
+    progress("writing the bundle", 1, 1)
+    return out
+
+
+def _contexts(config: ModelConfig, context: int | Sequence[int] | None, prompt_length: int) -> tuple[int, ...]:
+    if context is None:
+        return (min(4096, config.max_context),)
+    wanted = sorted({context} if isinstance(context, int) else set(context))
+    if not wanted:
+        raise ConfigError("--context is empty; expected a length, or several separated by commas")
+    for length in wanted:
+        _length("--context", length, config.max_context)
+        if length <= prompt_length:
+            raise ConfigError(
+                f"--context {length} does not exceed --prompt-length {prompt_length}; make one of them fit"
+            )
+    return tuple(wanted)
+
+
+def _length(option: str, value: int, most: int) -> int:
+    if not 1 <= value <= most:
+        raise ConfigError(f"{option} {value} is not possible; this model was made for 1 to {most} tokens")
+    return value
+
+
+def _texts(files: Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
+    if not files:
+        from pydoc_data import topics  # English, a few hundred kilobytes, in every Python
+
+        return ("\n\n".join(topics.topics.values()),)
+    texts = []
+    for file in files:
+        try:
+            texts.append(Path(file).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise CalibrationError(f"calibration text {file} cannot be read: {error}; expected a UTF-8 file") from None
+    return tuple(texts)
+
+
+def _windows(settings: _Settings, tokenizer: Tokenizer) -> NDArray[np.int64]:
+    """Windows of all texts, an equal share of each."""
+    share = -(-settings.windows // len(settings.calibration))
+    cut = [
+        cut_windows(np.array(tokenizer.encode(text), np.int64), settings.window_length, share)
+        for text in settings.calibration
+    ]
+    return np.concatenate(cut)[: max(settings.windows, len(cut))]
+
+
+def _open_work(work: Path, settings: _Settings, resume: bool) -> dict[str, Any]:
+    fingerprint = settings.fingerprint()
+    state_file = work / "state.json"
+    if resume and state_file.exists():
+        state = read_json(state_file)
+        if state.get("fingerprint") == fingerprint:
+            return state
+    shutil.rmtree(work, ignore_errors=True)
+    (work / "bundle").mkdir(parents=True)
+    return {"fingerprint": fingerprint, "layers": {}}
+
+
+def _save_tokenizer(source: Checkpoint, folder: Path) -> Tokenizer:
+    save_tokenizer(source.path, source.metadata or None, folder)
+    if source.generation_config:
+        text = json.dumps(dict(source.generation_config), ensure_ascii=False, indent=1)
+        write_file(folder / "generation_config.json", text.encode())
+    return load_tokenizer(folder)
+
+
+def _quantize(
+    settings: _Settings, folder: Path, work: Path, state: dict[str, Any], tokenizer: Tokenizer, progress: Progress
+) -> list[tuple[float, float]]:
+    """Fill the weights files; scales (key, value) of each layer's cache, or none for a float32 one."""
+    source, config = settings.checkpoint, settings.checkpoint.config
+    store = WeightStore(folder, config, settings.parts, _grids(settings), create=not state["layers"])
+    progress("embedding and head", 0, 1)
+    embedding = quantize_table(source, EMBEDDING, settings.rules[EMBEDDING])
+    store.write(EMBEDDING, embedding)
+    store.write(FINAL_NORM, source.tensor(FINAL_NORM).load())
+    if not config.tied_head:
+        store.write(HEAD, quantize_table(source, HEAD, settings.rules[HEAD]))
+    progress("embedding and head", 1, 1)
+
+    def emit(layer: QuantizedLayer) -> None:
+        for name, linear in layer.linears.items():
+            store.write(name, linear)
+        for name, norm in layer.norms.items():
+            store.write(name, norm)
+        store.sync()
+        state["layers"][str(layer.number)] = [layer.key_peak, layer.value_peak]
+        write_file(work / "state.json", json.dumps(state).encode())
+
+    def finished(number: int) -> QuantizedLayer | None:
+        peaks = state["layers"].get(str(number))
+        if peaks is None:
+            return None
+        names = layer_weights(number)
+        linears = {name: store.read_codes(name) for name in names if name in settings.rules}
+        norms = {name: store.read(name) for name in names if name not in settings.rules}
+        return QuantizedLayer(number, linears, norms, *peaks)
+
+    quantize_layers(
+        source,
+        settings.rules,
+        _windows(settings, tokenizer),
+        emit,
+        embedding=embedding,
+        finished=finished,
+        progress=lambda done, total: progress("quantizing layers", done, total),
+    )
+    if settings.recipe.kv == "float32":
+        return []
+    peaks = [state["layers"][str(i)] for i in range(config.num_layers)]
+    return [(key / KV_LEVELS or EMPTY_SCALE, value / KV_LEVELS or EMPTY_SCALE) for key, value in peaks]
+
+
+def _emit_graphs(
+    settings: _Settings, folder: Path, kv_scales: Sequence[tuple[float, float]], progress: Progress
+) -> None:
+    config, grids = settings.checkpoint.config, _grids(settings)
+    weights = HostWeights(WeightStore(folder, config, settings.parts, grids).tensors, grids, kv_scales)
+    for number, part in enumerate(settings.parts):
+        progress("host graphs", number, len(settings.parts))
+        emit_host(config, part, weights).save(folder / f"{part.name}.onnx")
+    progress("host graphs", len(settings.parts), len(settings.parts))
+
+
+def _grids(settings: _Settings) -> dict[str, Grid]:
+    return {name: rule.grid for name, rule in settings.rules.items()}
+
+
+def _manifest(settings: _Settings, kv_scales: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    source = settings.checkpoint
+    return {
+        "headrace": __version__,
+        "geometry": source.config.to_dict(),
+        "plan": {
+            "parts": len(settings.parts),
+            "prompt_length": settings.prompt_length,
+            "contexts": list(settings.contexts),
+        },
+        "recipe": settings.recipe.to_dict(),
+        "kv_scales": [list(pair) for pair in kv_scales],
+        "provenance": {
+            "checkpoint": source.path.name,
+            "checkpoint_files": {file.name: file.stat().st_size for file in source.files},
+            "calibration": {
+                "texts": [hashlib.sha256(text.encode()).hexdigest() for text in settings.calibration],
+                "windows": settings.windows,
+                "window_length": settings.window_length,
+            },
+        },
+    }

@@ -1,0 +1,196 @@
+"""verify: the chain from files to logits, link by link, each with what was found and its limit.
+
+    files ─► checkpoint → quantized weights (eager) → one float graph → N parts → token by token → the graphs as shipped
+
+Each link compares with the one before, so the first that fails is the one that broke. Compares; exports nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.bundle import Bundle, check_files, open_bundle
+from headrace.errors import BundleError
+from headrace.graph.emit_host import INT8_ACTIVATIONS, HostWeights, emit_host
+from headrace.measure.fidelity import FidelityMeter, no_target
+from headrace.model.reference import eager_logits
+from headrace.plan import plan_parts
+from headrace.progress import Progress, silent
+from headrace.quantize.recipe import Recipe
+from headrace.quantize.storage import WeightStore, quantized_names
+from headrace.runtime.engine import Engine
+from headrace.runtime.tokenizer import load_tokenizer
+
+__all__ = ["Link", "verify_bundle"]
+
+Logits = NDArray[np.float32]
+
+# Both languages, digits, punctuation; longer than one prompt step, so that the cache is read across steps.
+SAMPLE = (
+    "A headrace is the channel that carries a river to the machine. In 2026, 7 of 10 engineers measured first. "
+    "百川东到海，何时复西归？引水渠把河水送到机器。先测量，再优化；每一个数字背后都有一次测量。"
+)
+SAMPLE_TOKENS = 160
+
+# Float graphs do the eager decoder's arithmetic in another order: differences are float32 rounding, relative to the
+# largest logit, which grows with depth.
+FLOAT_LIMIT = 1e-3
+# The same graph cut at other places does the very same operations.
+PARTS_LIMIT = 1e-5
+# int8 activations and an int8 cache are approximations; measured 0.004 … 0.03 on real models.
+SHIPPED_KL = 0.1
+# Rounding an int8 activation depends on its block alone, so a step's length changes only the cache's rounding.
+STEPS_KL = 0.02
+# Against the checkpoint: far above any usable recipe (plain per-channel rounding of a 135M model: 1.2), far below
+# what a wrong layer gives (8 and more).
+CHECKPOINT_KL = 2.5
+FLOAT_ARITHMETIC = 1  # MatMulNBits accuracy_level: float32 inside
+
+
+@dataclass(frozen=True)
+class Link:
+    """One comparison: its name, what was found, what was allowed, and whether that holds."""
+
+    name: str
+    found: str
+    limit: str
+    ok: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+
+def verify_bundle(
+    path: Path, checkpoint: Path | None = None, *, files_only: bool = False, progress: Progress = silent
+) -> list[Link]:
+    """Check a bundle.
+
+    Args:
+        path: the bundle.
+        checkpoint: what it was made of; adds the link from there.
+        files_only: only hash the files.
+        progress: told how far it is.
+
+    Returns:
+        The links, in order; it ends at changed files, since nothing after them would mean anything.
+
+    Raises:
+        BundleError: there is no bundle.
+        CheckpointError: the checkpoint cannot be opened.
+    """
+    links = [_files(path, progress)]
+    if files_only or not links[0].ok:
+        return links
+    bundle = open_bundle(path)
+    total = 5 if checkpoint is None else 6
+    for link in _numbers(bundle, checkpoint):
+        links.append(link)
+        progress("comparing", len(links) - 1, total)
+    return links
+
+
+def _files(path: Path, progress: Progress) -> Link:
+    seen = 0
+
+    def count(_: str) -> None:
+        nonlocal seen
+        seen += 1
+        progress("hashing", seen, seen + 1)
+
+    problems = check_files(path, count)
+    progress("hashing", seen, seen)
+    found = "; ".join(f"{name} {problem}" for name, problem in problems) or f"{seen} files as written"
+    return Link("files", found, "every sha256 as in the manifest", not problems)
+
+
+def _numbers(bundle: Bundle, checkpoint: Path | None) -> Iterator[Link]:
+    config = bundle.config
+    grids = {n: r.grid for n, r in Recipe.from_dict(bundle.recipe).resolve(quantized_names(config)).items()}
+    store = WeightStore(bundle.root, config, bundle.parts, grids)
+    ids = _sample(bundle)
+    eager = eager_logits(config, store.read, np.array([ids]))[0]
+    if checkpoint is not None:
+        from headrace.checkpoint import open_checkpoint
+
+        source = open_checkpoint(checkpoint)
+        if replace(source.config, tied_head=config.tied_head) != config:
+            raise BundleError(
+                f"{checkpoint} has another geometry than {bundle.root}; give the checkpoint it was made of"
+            )
+        reference = eager_logits(config, lambda name: source.tensor(name).load(), np.array([ids]))[0]
+        yield _divergence("checkpoint → quantized weights", reference, eager, CHECKPOINT_KL)
+
+    with _variant(bundle, 1, store, ()) as whole:
+        one = _score(whole, ids)
+    yield _difference("quantized weights → one float graph", eager, one, FLOAT_LIMIT)
+    with _variant(bundle, len(bundle.parts), store, ()) as split:
+        parts = _score(split, ids)
+        yield _difference(f"one graph → {len(bundle.parts)} parts", one, parts, PARTS_LIMIT)
+        yield _difference("prompt steps → token by token, float cache", parts, _score(split, ids, 1), FLOAT_LIMIT)
+    shipped = _score(bundle, ids)
+    yield _divergence("float → as shipped (int8 arithmetic, cache)", eager, shipped, SHIPPED_KL)
+    yield _divergence("prompt steps → token by token, as shipped", shipped, _score(bundle, ids, 1), STEPS_KL)
+
+
+def _sample(bundle: Bundle) -> list[int]:
+    ids = load_tokenizer(bundle.root).encode(SAMPLE)
+    ids = (ids * (SAMPLE_TOKENS // len(ids) + 1))[:SAMPLE_TOKENS]
+    return ids[: bundle.context]
+
+
+def _score(bundle: Bundle, ids: list[int], chunk: int | None = None) -> Logits:
+    from headrace.targets.onnxruntime import HostRunner
+
+    engine = Engine(HostRunner(bundle))
+    try:
+        return engine.score(ids, chunk)
+    finally:
+        engine.close()
+
+
+@contextmanager
+def _variant(
+    bundle: Bundle, parts: int, store: WeightStore, kv_scales: tuple[tuple[float, float], ...]
+) -> Iterator[Bundle]:
+    """The same weights under other graphs, float arithmetic, in a temporary folder beside the bundle: graphs may
+    only point to files below their own folder, so the weights are linked there (copied where links are impossible)."""
+    parent = bundle.root.resolve().parent
+    place: Callable[[Path, Path], Any] = os.link
+    if not os.access(parent, os.W_OK):
+        parent, place = Path(tempfile.gettempdir()), shutil.copyfile
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".headrace-verify-") as name:
+        folder = Path(name)
+        (folder / "weights").mkdir()
+        for file in sorted((bundle.root / "weights").iterdir()):
+            place(file, folder / "weights" / file.name)
+        plan = plan_parts(bundle.config, parts)
+        grids = {n: r.grid for n, r in Recipe.from_dict(bundle.recipe).resolve(quantized_names(bundle.config)).items()}
+        level = INT8_ACTIVATIONS if kv_scales else FLOAT_ARITHMETIC
+        for part in plan:
+            weights = HostWeights(store.tensors, grids, kv_scales)
+            emit_host(bundle.config, part, weights, accuracy_level=level).save(folder / f"{part.name}.onnx")
+        yield replace(bundle, root=folder, parts=plan, kv_scales=kv_scales)
+
+
+def _difference(name: str, expected: Logits, found: Logits, limit: float) -> Link:
+    worst = float(np.abs(expected - found).max() / max(1.0, float(np.abs(expected).max())))
+    return Link(name, f"max |Δ| {worst:.1e} of the largest logit", f"≤ {limit:g}", worst <= limit)
+
+
+def _divergence(name: str, expected: Logits, found: Logits, limit: float) -> Link:
+    meter = FidelityMeter()
+    meter.add(expected, found, np.full(len(expected), no_target, np.int64))
+    result = meter.result()
+    ok = result.kl <= limit  # False for NaN
+    return Link(name, f"KL {result.kl:.4f}, top-1 {result.top1:.3f}", f"KL ≤ {limit:g}", ok)
