@@ -177,6 +177,8 @@ def write_gguf(
     vocab: int = 160,
     tied: bool = False,
     type: str = "F32",
+    linear_scaling: float | None = None,
+    rope_factors: NDArray[np.float32] | None = None,
 ) -> Path:
     """The weights of `write_llama` of the same seed as a GGUF; `type`: F32, F16, BF16, Q4_0 … Q8_0 for matrices."""
     tensors = llama_tensors(seed, Shape(layers, hidden, heads, kv_heads, head_dim, ffn, vocab), tied)
@@ -192,6 +194,11 @@ def write_gguf(
     writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(50000.0)
     writer.add_layer_norm_rms_eps(1e-5)
+    if linear_scaling is not None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(linear_scaling)
+    if rope_factors is not None:
+        writer.add_tensor("rope_freqs.weight", rope_factors)
     writer.add_vocab_size(vocab)
     writer.add_tokenizer_model("llama")
     writer.add_token_list([f"<{i}>" for i in range(vocab)])
@@ -280,7 +287,8 @@ def torch_pickle(views: Mapping[str, TorchTensor], kinds: Sequence[tuple[str, in
         storage = b"(" + text("storage") + storage_class + text(view.storage) + text("cpu") + integer(count) + b"tQ"
         described = storage + integer(view.offset) + tuple_of(view.size) + tuple_of(view.stride)
         body += text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + described + b"\x89" + ordered_dict + b"tR"
-    return b"\x80\x02" + ordered_dict + b"(" + body + b"u."
+    metadata = b"}" + text("_metadata") + ordered_dict + b"sb"  # an attribute of the dict
+    return b"\x80\x02" + ordered_dict + b"(" + body + b"u" + metadata + b"."
 
 
 def rewrite_as_baichuan(checkpoint: Checkpoint, folder: Path, shards: int = 2) -> Path:

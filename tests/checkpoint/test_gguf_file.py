@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from headrace.checkpoint import open_checkpoint
 from headrace.checkpoint.gguf_file import read_gguf
+from headrace.config import RopeScaling
 from headrace.errors import CheckpointError, ConfigError, UserError
 from tests.tiny import write_gguf
 
@@ -144,6 +145,35 @@ def test_quantized_model_is_near_the_plain_one(tmp_path: Path, type: str) -> Non
     for name in plain.names:
         a, b = plain.tensor(name).load(), quantized.tensor(name).load()
         assert np.abs(a - b).max() <= np.abs(a).max() / 7
+
+
+def test_linear_rope_scaling(tmp_path: Path) -> None:
+    scaling = open_checkpoint(write_gguf(tmp_path / "m.gguf", linear_scaling=2.0)).config.rope_scaling
+    assert scaling is not None
+    assert (scaling.kind, scaling.factor) == ("linear", 2.0)
+
+
+def test_llama3_rope_scaling_is_known_by_its_table(tmp_path: Path) -> None:
+    """The table as llama.cpp's converter makes it (`Llama3Model.generate_extra_tensors`), for factor 32."""
+    table = []
+    for pair in range(8):
+        wavelength = 2 * math.pi * 50000.0 ** (pair / 8)
+        if wavelength < 8192 / 4.0:
+            table.append(1.0)
+        elif wavelength > 8192 / 1.0:
+            table.append(32.0)
+        else:
+            smooth = (8192 / wavelength - 1.0) / (4.0 - 1.0)
+            table.append(1 / ((1 - smooth) / 32.0 + smooth))
+    factors = np.array(table, np.float32)
+    assert len(set(table)) > 2
+    scaling = open_checkpoint(write_gguf(tmp_path / "m.gguf", rope_factors=factors)).config.rope_scaling
+    assert scaling == RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
+    factors[3] += 1
+    with pytest.raises(ConfigError, match=r"rope_freqs.weight is not llama3's table for factor 32"):
+        open_checkpoint(write_gguf(tmp_path / "other.gguf", rope_factors=factors))
+    with pytest.raises(ConfigError, match="no table of finite numbers"):
+        open_checkpoint(write_gguf(tmp_path / "nan.gguf", rope_factors=np.full(8, np.nan, np.float32)))
 
 
 def edited(path: Path, old: bytes, new: bytes) -> Path:

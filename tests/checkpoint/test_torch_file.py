@@ -104,6 +104,8 @@ HOSTILE = {
     "cut": (torch_pickle({"a": TorchTensor("0", (2,), (1,))}, [("float32", 24)])[:-5], "pickle is damaged"),
     "huge memo": (b"\x80\x02]r\xff\xff\xff\x7f.", "LONG_BINPUT"),
     "huge string": (b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7fabc.", "pickle is damaged"),
+    "attributes": (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}b0}.", "BUILD before the end"),
+    "storage attributes": (b"\x80\x02ctorch\nFloatStorage\n}X\x05\x00\x00\x00dtypeK\x01sb.", "pickle is damaged"),
     "not a dict": (pickle.dumps([1]), "holds a list"),
     "no tensors": (pickle.dumps({"a": 1}), "expected a flat state dict"),
     "storage kind": (b"\x80\x02(X\x01\x00\x00\x00sK\x01K\x01K\x01K\x01tQ.", "a storage is described as"),

@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,9 +33,8 @@ DIMENSIONS_LIMIT = 8
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, …, length of the name, length of the extra field
 
 
-@dataclass(frozen=True)
-class _StorageClass:
-    """Stands for torch.FloatStorage and its like."""
+class _StorageClass(NamedTuple):
+    """Stands for torch.FloatStorage and its like; a tuple, because no pickle can change one."""
 
     dtype: str
     stored: type[np.generic]
@@ -162,7 +161,7 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild_tensor
+            return lambda *described: _rebuild_tensor(*described)  # a new one: a pickle may set its attributes
         if module == "torch" and name in STORAGES:
             return STORAGES[name]  # type: ignore[return-value]  # never called: only named by persistent ids
         raise CheckpointError(
@@ -184,7 +183,15 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _check_opcodes(pickled: bytes) -> None:
-    """Refuse a memo index that would make the unpickler allocate a table of billions of entries."""
+    """Refuse what the unpickler would carry out without asking `find_class`.
+
+    A memo index makes it allocate a table of that many entries. BUILD sets attributes of any object; torch.save needs
+    it once, at the end, to give the state dict its `_metadata`.
+    """
+    built = False
     for opcode, argument, _ in pickletools.genops(pickled):
+        if built and opcode.name != "STOP":
+            raise ValueError("BUILD before the end")
+        built = opcode.name == "BUILD"
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(pickled):
             raise ValueError(f"{opcode.name} {argument}")
