@@ -156,15 +156,21 @@ class Ops(ABC, Generic[T]):
         Returns:
             (B, S, heads·D) and the step's own keys (B, kv_heads, D, S) and values (B, kv_heads, S, D).
         """
+        q, new_k, new_v = self.rotated(q, k, v, at, name)
+        keys = new_k if past is None else self.concat([past[0], new_k], 3, f"{name}.k_cache")
+        values = new_v if past is None else self.concat([past[1], new_v], 2, f"{name}.v_cache")
+        return self.weighted_values(q, keys, values, at.mask, name), (new_k, new_v)
+
+    def rotated(self, q: T, k: T, v: T, at: Positions[T], name: str) -> tuple[T, T, T]:
+        """Heads, rotated and ready: scaled q (B, heads, S, D), and what the cache gives back of k (B, kv_heads, D, S)
+        and v (B, kv_heads, S, D)."""
         c = self.config
         q = self.rope(self._split_heads(q, c.num_heads), at, f"{name}.q_rope")
         k = self.rope(self._split_heads(k, c.num_kv_heads), at, f"{name}.k_rope")
         q = self.scale(q, 1 / math.sqrt(c.head_dim), f"{name}.q_scaled")
-        new_k = self.to_cache(self.transpose(k, (0, 1, 3, 2)), f"{name}.k_cache")  # (B, kvH, D, S)
-        new_v = self.to_cache(self._split_heads(v, c.num_kv_heads), f"{name}.v_cache")  # (B, kvH, S, D)
-        keys = new_k if past is None else self.concat([past[0], new_k], 3, f"{name}.k_cache")
-        values = new_v if past is None else self.concat([past[1], new_v], 2, f"{name}.v_cache")
-        return self.weighted_values(q, keys, values, at.mask, name), (new_k, new_v)
+        new_k = self.to_cache(self.transpose(k, (0, 1, 3, 2)), f"{name}.k_cache")
+        new_v = self.to_cache(self._split_heads(v, c.num_kv_heads), f"{name}.v_cache")
+        return q, new_k, new_v
 
     def weighted_values(self, q: T, keys: T, values: T, mask: T, name: str) -> T:
         """softmax(q·keys + mask)·values: q (B, heads, S, D) → (B, S, heads·D).

@@ -39,10 +39,10 @@ def _share_threads(threads: int) -> None:
         _pool = threads
 
 
-def make_session(path: str, threads: int) -> Any:
-    """An onnxruntime session on the CPU in the shared pool."""
+def make_session(path: str, threads: int, options: Any = None) -> Any:
+    """An onnxruntime session on the CPU in the shared pool; `options`: the caller's own `SessionOptions`."""
     _share_threads(threads)
-    options = ort.SessionOptions()
+    options = options or ort.SessionOptions()
     options.use_per_session_threads = False
     options.log_severity_level = 3
     # The cache's buffers come from outside and weights are packed by the kernels: an arena would only hold on to peaks.

@@ -1,0 +1,352 @@
+"""Device graphs: the decoder as static QDQ ONNX, quantized from port to port.
+
+One graph for each part, step length S and context C. Every result is brought to its encoding's grid by a pair of
+QuantizeLinear and DequantizeLinear; moving data keeps the grid of what is moved.
+
+    port ─ DQ ─► op ─ Q ─ DQ ─► op ─ Q ─ DQ ─► … ─ Q ─► port
+                  ▲
+      int4 codes ─ DQ (a scale a channel, an explicit zero point)
+
+The attention is the decoder's default; where the keys of all heads in one tensor would be too large for the compiler,
+it is taken apart into heads. Knows nothing about compilers' options or sessions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from headrace.config import ModelConfig
+from headrace.errors import CalibrationError
+from headrace.graph.build import GraphBuilder, ir_type
+from headrace.graph.check import check_graph
+from headrace.graph.device_weights import DeviceWeights, EmbeddingForm, ReadWeight, derive_weights
+from headrace.graph.record import Recorder
+from headrace.model import decoder
+from headrace.model.decoder import EMBEDDING, Residual
+from headrace.model.ops import Positions
+from headrace.plan import GraphStyle, Part, graph_name, ports
+from headrace.quantize.encodings import Encoding, port_encodings
+
+__all__ = ["FUSED_KV_LIMIT", "DeviceGraph", "emit_device", "write_device_graphs"]
+
+OPSET = 23  # the first with RMSNormalization
+
+FUSED_KV_LIMIT = 8 << 20  # bytes of keys of one layer: the HTP compiler does not finalize a larger tensor
+
+
+class _DeviceOps(Recorder):
+    """Records every operator between DequantizeLinear and QuantizeLinear."""
+
+    def __init__(
+        self, config: ModelConfig, graph: GraphBuilder, weights: DeviceWeights, encodings: Mapping[str, Encoding]
+    ) -> None:
+        super().__init__(config, graph)
+        self.weights = weights
+        self.encodings = encodings
+        self.split_heads = False
+        self._grids: dict[str, Encoding] = {}
+
+    # Grids.
+
+    def dequantized(self, codes: ir.Value, encoding: Encoding) -> ir.Value:
+        """The real value of a quantized tensor."""
+        name = f"{codes.name}.real"
+        value = self.graph.one("DequantizeLinear", [codes, *self._scale_and_zero(encoding)], name=name)
+        assert value.name is not None
+        self._grids[value.name] = encoding
+        return value
+
+    def quantized(self, x: ir.Value, encoding: Encoding, name: str) -> ir.Value:
+        """The codes of a real value, named `name`."""
+        return self.graph.one("QuantizeLinear", [x, *self._scale_and_zero(encoding)], name=name)
+
+    def _on_grid(self, raw: ir.Value, name: str) -> ir.Value:
+        """A named result on its own grid."""
+        if name not in self.encodings:
+            raise CalibrationError(f"the encodings lack {name!r}; calibrate and export again")
+        encoding = self.encodings[name]
+        return self.dequantized(self.quantized(raw, encoding, name), encoding)
+
+    def _moved(self, op: str, x: ir.Value, inputs: Sequence[ir.Value], suffix: str, **attributes: object) -> ir.Value:
+        """The same values elsewhere, on the same grid."""
+        assert x.name is not None
+        encoding = self._grids[x.name]
+        name = f"{x.name.removesuffix('.real')}.{suffix}"
+        raw = self.graph.one(op, [x, *inputs], name=f"{name}.raw", **attributes)
+        return self.dequantized(self.quantized(raw, encoding, name), encoding)
+
+    def _scale_and_zero(self, e: Encoding) -> tuple[ir.Value, ir.Value]:
+        return (
+            self.graph.constant(f"scale_{e.scale!r}", np.array(e.scale, np.float32)),
+            self.graph.constant(f"zero_{e.dtype}_{e.zero_point}", np.array(e.zero_point, e.dtype)),
+        )
+
+    def _constant(self, name: str, value: float) -> ir.Value:
+        """A positive number as the top of a uint16 grid."""
+        e = Encoding(float(np.float32(value / 65535)), 0)
+        codes = self.graph.constant("top_uint16", np.array([65535], np.uint16))
+        return self.graph.one("DequantizeLinear", [codes, *self._scale_and_zero(e)], name=name)
+
+    # Weights.
+
+    def _external(self, name: str) -> ir.Value:
+        t = self.weights.tensors[name]
+        shape, dtype = ir.Shape(t.shape), ir_type(t.dtype)
+        return self.graph.tensor(ir.ExternalTensor(t.file, t.offset, t.nbytes, dtype, shape=shape, name=name))
+
+    def _table(self, name: str) -> ir.Value:
+        """A stored tensor with one scale, real."""
+        encoding = self.weights.tensors[name].encoding
+        assert encoding is not None
+        return self.dequantized(self._external(name), encoding)
+
+    def embed(self, ids: ir.Value, weight: str) -> ir.Value:
+        name = weight.removesuffix(".weight")
+        table = self._table(f"{weight}.codes")
+        assert table.name is not None
+        grid = self._grids[table.name]
+        raw = self.graph.one("Gather", [table, ids], axis=0, name=f"{name}.picked.raw")
+        picked = self.dequantized(self.quantized(raw, grid, f"{name}.picked"), grid)
+        if self.weights.embedding is not EmbeddingForm.ROWS:
+            return picked if grid == self.encodings[name] else self._on_grid(picked, name)
+        # Every uint8 code is a uint16 code of a grid 256 times as fine, so the change of width is exact.
+        wide = Encoding(grid.scale / 256, grid.zero_point * 256)
+        picked = self.dequantized(self.quantized(picked, wide, f"{name}.picked_wide"), wide)
+        steps = self._table(f"{weight}.scale")
+        assert steps.name is not None
+        raw = self.graph.one("Gather", [steps, ids], axis=0, name=f"{name}.steps.raw")
+        grid = self._grids[steps.name]
+        step = self.dequantized(self.quantized(raw, grid, f"{name}.steps"), grid)  # (1, S, blocks)
+        columns = self.weights.tensors[f"{weight}.codes"].shape[1]
+        blocks = self.weights.tensors[f"{weight}.scale"].shape[1]
+        if blocks == 1:
+            return self._on_grid(self.graph.one("Mul", [picked, step], name=f"{name}.raw"), name)
+        picked = self.reshape(picked, (0, 0, blocks, columns // blocks))
+        raw = self.graph.one("Mul", [picked, self.reshape(step, (0, 0, blocks, 1))], name=f"{name}.raw")
+        return self.reshape(self._on_grid(raw, name), (0, 0, columns))
+
+    def linear(self, x: ir.Value, weight: str) -> ir.Value:
+        name = weight.removesuffix(".weight")
+        codes, scale = self._external(f"{weight}.codes"), self._external(f"{weight}.scale")
+        bits, outputs = self.weights.bits[weight], self.weights.tensors[f"{weight}.scale"].shape[0]
+        # Without a zero point of its own the compiler reads int4 codes as 0 … 15, silently.
+        dtype = ml_dtypes.int4 if bits == 4 else np.int8
+        zero = self.graph.constant(f"zero_int{bits}_{outputs}", np.zeros(outputs, dtype))
+        real = self.graph.one("DequantizeLinear", [codes, scale, zero], axis=1, name=f"{weight}.real")
+        return self._on_grid(self.graph.one("MatMul", [x, real], name=f"{name}.raw"), name)
+
+    def rms_norm(self, x: ir.Value, weight: str) -> ir.Value:
+        name = weight.removesuffix(".weight")
+        gain = self._table(f"{weight}.codes")
+        eps = self.config.rms_norm_eps
+        raw = self.graph.one("RMSNormalization", [x, gain], axis=-1, epsilon=eps, stash_type=1, name=f"{name}.raw")
+        return self._on_grid(raw, name)
+
+    # Arithmetic.
+
+    def matmul(self, a: ir.Value, b: ir.Value, name: str) -> ir.Value:
+        return self._on_grid(super().matmul(a, b, f"{name}.raw"), name)
+
+    def softmax(self, x: ir.Value, name: str) -> ir.Value:
+        return self._on_grid(super().softmax(x, f"{name}.raw"), name)
+
+    def sigmoid(self, x: ir.Value, name: str) -> ir.Value:
+        return self._on_grid(super().sigmoid(x, f"{name}.raw"), name)
+
+    def add(self, a: ir.Value, b: ir.Value, name: str) -> ir.Value:
+        return self._on_grid(super().add(a, b, f"{name}.raw"), name)
+
+    def subtract(self, a: ir.Value, b: ir.Value, name: str) -> ir.Value:
+        return self._on_grid(super().subtract(a, b, f"{name}.raw"), name)
+
+    def multiply(self, a: ir.Value, b: ir.Value, name: str) -> ir.Value:
+        return self._on_grid(super().multiply(a, b, f"{name}.raw"), name)
+
+    def scale(self, x: ir.Value, factor: float, name: str) -> ir.Value:
+        return self._on_grid(super().multiply(x, self._constant(f"{name}.factor", factor), f"{name}.raw"), name)
+
+    def concat(self, parts: Sequence[ir.Value], axis: int, name: str) -> ir.Value:
+        return self._on_grid(super().concat(parts, axis, f"{name}.joined"), name)
+
+    def to_cache(self, x: ir.Value, name: str) -> ir.Value:
+        return self._on_grid(x, name)
+
+    # Movement.
+
+    def slice(self, x: ir.Value, axis: int, start: int, stop: int) -> ir.Value:
+        bounds = [self.graph.constant(f"int_{n}", np.array([n], np.int64)) for n in (start, stop, axis)]
+        return self._moved("Slice", x, bounds, f"{start}_{stop}")
+
+    def reshape(self, x: ir.Value, shape: Sequence[int]) -> ir.Value:
+        target = self.graph.constant(f"shape_{'_'.join(map(str, shape))}", np.array(shape, np.int64))
+        return self._moved("Reshape", x, [target], "reshaped")
+
+    def transpose(self, x: ir.Value, order: Sequence[int]) -> ir.Value:
+        return self._moved("Transpose", x, [], "turned", perm=list(order))
+
+    def rows(self, x: ir.Value, wanted: ir.Value) -> ir.Value:
+        raise NotImplementedError("device graphs give the logits of every token")
+
+    # Attention: the cache comes and goes as (kvH, 1, …).
+
+    def attention(
+        self,
+        q: ir.Value,
+        k: ir.Value,
+        v: ir.Value,
+        at: Positions[ir.Value],
+        past: tuple[ir.Value, ir.Value] | None,
+        name: str,
+    ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
+        assert past is not None
+        if self.split_heads:
+            return self._attention_by_head(q, k, v, at, past, name)
+        turned = self.transpose(past[0], (1, 0, 2, 3)), self.transpose(past[1], (1, 0, 2, 3))
+        mixed, (new_k, new_v) = super().attention(q, k, v, at, turned, name)
+        return mixed, (self.transpose(new_k, (1, 0, 2, 3)), self.transpose(new_v, (1, 0, 2, 3)))
+
+    def _attention_by_head(
+        self,
+        q: ir.Value,
+        k: ir.Value,
+        v: ir.Value,
+        at: Positions[ir.Value],
+        past: tuple[ir.Value, ir.Value],
+        name: str,
+    ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
+        """The same, KV head by KV head: past heads are cut out of the ports, no tensor holds all heads' keys."""
+        group = self.config.group_size
+        one = _DeviceOps(
+            replace(self.config, num_heads=group, num_kv_heads=1), self.graph, self.weights, self.encodings
+        )
+        one._grids = self._grids
+        q, new_k, new_v = self.rotated(q, k, v, at, name)
+        mixed = []
+        for h in range(self.config.num_kv_heads):
+            key = [self.slice(past[0], 0, h, h + 1), self.slice(new_k, 1, h, h + 1)]
+            value = [self.slice(past[1], 0, h, h + 1), self.slice(new_v, 1, h, h + 1)]
+            keys, values = self.concat(key, 3, f"{name}.k_cache"), self.concat(value, 2, f"{name}.v_cache")
+            queries = self.slice(q, 1, h * group, (h + 1) * group)
+            mixed.append(one.weighted_values(queries, keys, values, at.mask, name))  # (1, S, group·D)
+        turned = self.transpose(new_k, (1, 0, 2, 3)), self.transpose(new_v, (1, 0, 2, 3))
+        return self.concat(mixed, 2, f"{name}.mixed"), turned
+
+
+def emit_device(
+    config: ModelConfig,
+    part: Part,
+    *,
+    length: int,
+    context: int,
+    weights: DeviceWeights,
+    encodings: Mapping[str, Encoding],
+) -> GraphBuilder:
+    """One part's device graph, with exactly the ports of `plan.ports`.
+
+    Args:
+        config: the geometry.
+        part: which part.
+        length: tokens a step S.
+        context: context C, tokens; the cache holds C − S of them.
+        weights: the part's derived file.
+        encodings: of every named result, as `device_encodings` gives.
+
+    Raises:
+        CalibrationError: a result has no encoding.
+    """
+    inputs, outputs = ports(config, part, GraphStyle.DEVICE, length=length, context=context)
+    grids = port_encodings([part], encodings)
+    if not part.embeds:
+        grids[f"hidden_{part.number - 1}"] = _incoming(part, encodings)
+    graph = GraphBuilder(graph_name(part, length, context), {"": OPSET})
+    ops = _DeviceOps(config, graph, weights, encodings)
+    ops.split_heads = config.num_kv_heads * context * config.head_dim > FUSED_KV_LIMIT
+    given = {port.name: graph.input(port) for port in inputs}
+    real = {name: ops.dequantized(value, grids[name]) for name, value in given.items() if name in grids}
+    stream = decoder.embed(ops, given["input_ids"]) if part.embeds else Residual(real[f"hidden_{part.number - 1}"])
+    made: dict[str, ir.Value] = {}
+    for layer in part.layers:
+        at = Positions(real["position_ids_cos"], real["position_ids_sin"], real["attention_mask"])
+        past = real[f"past_key_{layer}_in"], real[f"past_value_{layer}_in"]
+        stream, new = decoder.block(ops, layer, stream, at, past)
+        made[f"past_key_{layer}_out"], made[f"past_value_{layer}_out"] = new
+    if part.heads:
+        made["logits"] = decoder.head(ops, stream)
+    else:
+        made[f"hidden_{part.number}"] = stream.settle(ops)
+    for port in outputs:
+        graph.output(ops.quantized(made[port.name], grids[port.name], port.name), port)
+    return graph
+
+
+def _incoming(part: Part, encodings: Mapping[str, Encoding]) -> Encoding:
+    """The grid of the hidden state a part reads: its predecessor's last result."""
+    name = f"layers.{part.start - 1}.residual" if part.start else EMBEDDING.removesuffix(".weight")
+    if name not in encodings:
+        raise CalibrationError(f"the encodings lack {name!r}; calibrate and export again")
+    return encodings[name]
+
+
+@dataclass(frozen=True)
+class DeviceGraph:
+    """A written graph."""
+
+    part: Part
+    length: int
+    context: int
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """`ar128_cl4096_2_of_5`."""
+        return graph_name(self.part, self.length, self.context)
+
+
+def write_device_graphs(
+    config: ModelConfig,
+    parts: Sequence[Part],
+    read: ReadWeight,
+    encodings: Mapping[str, Encoding],
+    folder: Path,
+    *,
+    lengths: Sequence[int],
+    contexts: Sequence[int],
+    embedding: EmbeddingForm = EmbeddingForm.ROWS,
+) -> list[DeviceGraph]:
+    """Write every part's weights and its graphs for all lengths × contexts into `folder`.
+
+    Args:
+        config: the geometry.
+        parts: the plan.
+        read: gives the bundle's weights.
+        encodings: of every named result.
+        folder: made when missing.
+        lengths: tokens a step of each graph, such as 128 and 1.
+        contexts: context lengths.
+        embedding: the table's form.
+
+    Returns:
+        The graphs, part by part, each checked against the plan.
+
+    Raises:
+        RecipeError: a linear is quantized in blocks.
+        CalibrationError: a result has no encoding.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for part in parts:
+        weights = derive_weights(config, part, read, encodings, folder, embedding)
+        for context in contexts:
+            for length in lengths:
+                graph = emit_device(config, part, length=length, context=context, weights=weights, encodings=encodings)
+                made = DeviceGraph(part, length, context, folder / f"{graph.name}.onnx")
+                graph.save(made.path)
+                check_graph(made.path, *ports(config, part, GraphStyle.DEVICE, length=length, context=context))
+                written.append(made)
+    return written

@@ -1,0 +1,76 @@
+"""Static ranges: the smallest and largest value of every named result, over calibration windows.
+
+Walks the decoder a layer at a time, so that one layer of weights is in memory. Plain minimum and maximum: the residual
+stream of some models has one token a thousand times larger than the others, and clipping it destroys the model. Knows
+no encoding and no text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.config import ModelConfig
+from headrace.model.decoder import EMBEDDING, FINAL_NORM, HEAD, Residual, block, embed, head, layer_weights
+from headrace.model.ops import Array
+from headrace.quantize.calibrate import Follower, causal_positions
+
+__all__ = ["collect_ranges"]
+
+_ELEMENTS = 1 << 24  # of logits held at once
+
+
+class _Observer(Follower):
+    """Follower that notes each named result's range."""
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Array], seen: dict[str, tuple[float, float]]) -> None:
+        super().__init__(config, weights)
+        self.seen = seen
+
+    def tap(self, name: str, value: Array) -> Array:
+        low, high = self.seen.get(name, (np.inf, -np.inf))
+        self.seen[name] = (min(low, float(value.min())), max(high, float(value.max())))
+        return value
+
+
+def collect_ranges(
+    config: ModelConfig,
+    weights: Callable[[str], Array],
+    windows: NDArray[np.integer[Any]],
+    *,
+    progress: Callable[[int, int], Any] | None = None,
+) -> dict[str, tuple[float, float]]:
+    """(low, high) of every named result of the decoder.
+
+    The embedding's range is its whole table's, so that no token is ever clipped there. Scores that the mask blocks
+    count as scores, but `masked_scores` says what the device's own mask makes of them elsewhere: its range here holds
+    the mask of the eager decoder and is of no use.
+
+    Args:
+        config: the geometry.
+        weights: gives a weight by canonical name, float32: the ones the graphs will compute with.
+        windows: token ids (windows, length), each from position 0.
+        progress: called with (layers done, layers).
+    """
+    seen: dict[str, tuple[float, float]] = {}
+    at = causal_positions(config, windows.shape[1])
+    table = weights(EMBEDDING)
+    stream: Residual[Array] = embed(_Observer(config, {EMBEDDING: table}, seen), cast(Array, windows))
+    seen["embed_tokens"] = (float(table.min()), float(table.max()))
+    for layer in range(config.num_layers):
+        if progress is not None:
+            progress(layer, config.num_layers)
+        ops = _Observer(config, {name: weights(name) for name in layer_weights(layer)}, seen)
+        stream, _ = block(ops, layer, stream, at, None)
+        stream = Residual(stream.settle(ops))
+    last = {FINAL_NORM: weights(FINAL_NORM), HEAD: table if config.tied_head else weights(HEAD)}
+    ops = _Observer(config, last, seen)
+    step = max(1, _ELEMENTS // (windows.shape[1] * config.vocab_size))
+    for start in range(0, windows.shape[0], step):
+        head(ops, Residual(stream.x[start : start + step]))
+    if progress is not None:
+        progress(config.num_layers, config.num_layers)
+    return seen

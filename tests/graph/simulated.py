@@ -1,0 +1,106 @@
+"""Test doubles for device graphs: a quantized tiny model, and the eager decoder on the device's own grids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.config import ModelConfig
+from headrace.model.decoder import EMBEDDING, HEAD, Residual, block, embed, head
+from headrace.model.ops import Array, Eager, Positions
+from headrace.plan import MASK_DEPTH
+from headrace.quantize.encodings import ANGLE, MASK, Encoding, device_encodings
+from headrace.quantize.grid import Grid, QuantizedTensor, dequantize, quantize_nearest
+from headrace.quantize.ranges import collect_ranges
+from headrace.rope import rope_tables
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """Weights on their grids, encodings from calibration windows."""
+
+    config: ModelConfig
+    weights: Mapping[str, QuantizedTensor | Array]
+    encodings: Mapping[str, Encoding]
+    kv_scales: tuple[tuple[float, float], ...]
+
+    def read(self, name: str) -> QuantizedTensor | Array:
+        return self.weights[name]
+
+    def real(self, name: str) -> Array:
+        """A weight as the float decoder uses it."""
+        value = self.weights[EMBEDDING if name == HEAD and self.config.tied_head else name]
+        return dequantize(value) if isinstance(value, QuantizedTensor) else value
+
+
+def quantized_model(
+    config: ModelConfig,
+    load: Callable[[str], Array],
+    windows: NDArray[np.int64],
+    eight_bits: str = "down_proj",
+) -> QuantizedModel:
+    """int4 a channel, int8 for embedding, head and linears named `eight_bits`; ranges from `windows`."""
+    from headrace.plan import plan_parts
+    from headrace.quantize.storage import part_weights
+
+    weights: dict[str, QuantizedTensor | Array] = {}
+    for name in part_weights(config, plan_parts(config, 1)[0]):
+        value = load(name)
+        if value.ndim == 1:
+            weights[name] = value
+        else:
+            bits = 8 if name in (EMBEDDING, HEAD) or eight_bits in name else 4
+            weights[name] = quantize_nearest(value, Grid(bits))
+    bare = QuantizedModel(config, weights, {}, ())
+    ranges = collect_ranges(config, bare.real, windows)
+    scales = []
+    for layer in range(config.num_layers):
+        p = f"layers.{layer}.self_attn"
+        scales.append(tuple(max(map(abs, ranges[f"{p}.{cache}"])) / 127 for cache in ("k_cache", "v_cache")))
+    kv_scales = tuple((float(k), float(v)) for k, v in scales)
+    return QuantizedModel(config, weights, device_encodings(config, ranges, kv_scales), kv_scales)
+
+
+class SimulatedDevice(Eager):
+    """Eager with every named result on its grid, and norm gains on theirs."""
+
+    def __init__(self, model: QuantizedModel) -> None:
+        super().__init__(model.config, self._weight)
+        self.model = model
+        self.seen: dict[str, list[Array]] = {}
+
+    def _weight(self, name: str) -> Array:
+        value = self.model.real(name)
+        if value.ndim == 1:
+            value = Encoding.of_range(float(value.min()), float(value.max())).simulate(value)
+        return value
+
+    def tap(self, name: str, value: Array) -> Array:
+        value = self.model.encodings[name].simulate(value)
+        self.seen.setdefault(name, []).append(value)
+        return value
+
+
+def simulated_logits(model: QuantizedModel, ids: NDArray[np.int64], ops: Eager | None = None) -> Array:
+    """Logits (S, V) of one sequence of ids (S,): one step without a past, the mask and angles on their grids."""
+    run = ops or SimulatedDevice(model)
+    length = len(ids)
+    cos, sin = (ANGLE.dequantize(ANGLE.floor(table)) for table in rope_tables(model.config, length))
+    mask = MASK.dequantize(np.tri(length, dtype=np.uint16) * np.uint16(65535))
+    assert mask.min() >= -MASK_DEPTH * 1.001
+    at = Positions(cos[None, None], sin[None, None], mask[None, None])
+    stream: Residual[Array] = embed(run, ids[None])  # type: ignore[arg-type]
+    for layer in range(model.config.num_layers):
+        stream, _ = block(run, layer, stream, at, None)
+        stream = Residual(stream.settle(run))
+    logits: Array = head(run, stream)[0]
+    return logits
+
+
+def kept(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
