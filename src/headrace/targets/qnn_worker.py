@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnxruntime as ort
 import onnxruntime_qnn
 
@@ -38,7 +39,10 @@ class Sessions:
             options.add_session_config_entry("ep.share_ep_contexts", "1")
             if request["last"]:
                 options.add_session_config_entry("ep.stop_share_ep_contexts", "1")
-        return self._create(request, options)
+        answer = self._create(request, options)
+        if request["context"] is not None and not request["share"]:
+            _adopt(Path(request["context"]))
+        return answer
 
     def load(self, request: dict[str, Any]) -> dict[str, Any]:
         """Open a compiled graph by its EPContext file."""
@@ -87,6 +91,17 @@ def _serve(pipe: Pipe) -> None:
                 pipe.send(actions[request["action"]](request))
         except Exception as error:  # whatever the runtime raises is told to the parent, which words it
             pipe.send({"error": f"{Path(request.get('onnx', request['name'])).name}: {_one_line(error)}"})
+
+
+def _adopt(path: Path) -> None:
+    """Let any QNN provider open the EPContext file: it is written for the name of the provider that made it, under
+    which it does not load again."""
+    model = onnx.load(path, load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "source":
+                attribute.s = b"QNN"
+    onnx.save(model, path)
 
 
 def _one_line(error: Exception) -> str:
