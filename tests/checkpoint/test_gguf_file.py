@@ -24,6 +24,12 @@ HUGE = 1 << 61
 QUICK = 1.0  # seconds; a refusal reads a header and makes nothing of the stated size
 
 
+GEOMETRY = {
+    "llama.embedding_length": 8, "llama.attention.head_count": 2, "llama.feed_forward_length": 8,
+    "llama.block_count": 1, "llama.context_length": 64,
+}  # fmt: skip
+
+
 def string(text: str | bytes, length: int | None = None) -> bytes:
     data = text if isinstance(text, bytes) else text.encode()
     return struct.pack("<Q", len(data) if length is None else length) + data
@@ -201,6 +207,9 @@ def test_another_architecture(tmp_path: Path) -> None:
     [
         ({}, "has no llama.embedding_length"),
         ({"llama.expert_count": 8}, "mixture of 8 experts"),
+        (GEOMETRY | {"llama.rope.dimension_count": 2}, "turns 2 of 4 dimensions"),
+        (GEOMETRY | {"llama.rope.scaling.type": 7}, "rope scaling 7 is not supported"),
+        (GEOMETRY | {"llama.rope.scale_linear": 0}, "factor 0.0 is below 1"),
         ({"llama.embedding_length": 8, "llama.attention.head_count": 0}, "above 0|does not state"),
         ({"llama.embedding_length": 8, "llama.attention.head_count": 2}, "does not state intermediate_size"),
     ],
@@ -216,6 +225,18 @@ def test_header_without_geometry(tmp_path: Path, values: dict[str, int], message
     writer.close()
     with pytest.raises(ConfigError, match=message):
         open_checkpoint(tmp_path / "m.gguf")
+
+
+def test_model_without_embedding(tmp_path: Path) -> None:
+    path = edited(write_gguf(tmp_path / "m.gguf"), b"token_embd.weight", b"token_embb.weight")
+    with pytest.raises(CheckpointError, match=r"lacks tensor 'token_embd.weight'"):
+        open_checkpoint(path)
+
+
+def test_heads_that_do_not_divide_the_rows(tmp_path: Path) -> None:
+    old, new = (string("llama.attention.head_count") + struct.pack("<II", 4, heads) for heads in (4, 5))
+    with pytest.raises(CheckpointError, match="expected a multiple of twice its 5 heads"):
+        open_checkpoint(edited(write_gguf(tmp_path / "m.gguf"), old, new))
 
 
 def test_vocabulary_alone(tmp_path: Path) -> None:

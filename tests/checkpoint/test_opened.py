@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -143,6 +144,16 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "other activation": (lambda f: edit_config(f, hidden_act="gelu"), "hidden_act 'gelu'"),
     "yarn": (lambda f: edit_config(f, rope_scaling={"rope_type": "yarn"}), "rope_scaling 'yarn' is not supported"),
     "no factor": (lambda f: edit_config(f, rope_scaling={"type": "linear"}), "factor 0.0 is below 1"),
+    "scaling is a word": (lambda f: edit_config(f, rope_scaling="linear"), "expected an object or null"),
+    "factors cross": (
+        lambda f: edit_config(f, rope_scaling={"rope_type": "llama3", "factor": 8, "low_freq_factor": 4.0}),
+        "is not above low_freq_factor",
+    ),
+    "config is a folder": (
+        lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()),
+        "is missing; expected",
+    ),
+    "huge config": (lambda f: os.truncate(f / "config.json", 1 << 30), "has 1073741824 bytes; expected at most"),
     "theta is infinite": (lambda f: edit_config(f, rope_theta=float("inf")), "finite number"),
     "tied is a word": (lambda f: edit_config(f, tie_word_embeddings="no"), "expected true or false"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no weights; expected one of model.safetensors"),

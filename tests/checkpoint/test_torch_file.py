@@ -153,6 +153,11 @@ def test_compressed_member(tmp_path: Path) -> None:
         read_torch(path)
 
 
+def test_huge_pickle(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="has a pickle of 67108865 bytes"):
+        read_torch(write_pickle(tmp_path / "m.bin", bytes((64 << 20) + 1)))
+
+
 @pytest.mark.parametrize(
     ("members", "message"),
     [

@@ -42,7 +42,19 @@ def _half(blocks: Bytes, start: int) -> Floats:
 
 def _nibbles(packed: Bytes) -> Bytes:
     """Low nibbles of all bytes, then high nibbles: (N, k) → (N, 2k)."""
-    return np.concatenate([packed & 15, packed >> 4], axis=1)
+    count, half = packed.shape
+    codes = np.empty((count, 2 * half), np.uint8)
+    np.bitwise_and(packed, 15, out=codes[:, :half])
+    np.right_shift(packed, 4, out=codes[:, half:])
+    return codes
+
+
+def _line(scale: Floats, codes: NDArray[np.integer], minimum: Floats | None = None) -> Floats:
+    """scale · codes + minimum, without temporaries: these are the formats whole models are read from."""
+    values: Floats = np.multiply(scale, codes, dtype=np.float32)
+    if minimum is not None:
+        values += minimum
+    return values
 
 
 def _fifth_bits(blocks: Bytes, start: int) -> Bytes:
@@ -51,25 +63,25 @@ def _fifth_bits(blocks: Bytes, start: int) -> Bytes:
 
 
 def _q4_0(blocks: Bytes) -> Floats:
-    return _half(blocks, 0) * (_nibbles(blocks[:, 2:18]).astype(np.float32) - 8)
+    return _line(_half(blocks, 0), _nibbles(blocks[:, 2:18]).view(np.int8) - np.int8(8))
 
 
 def _q4_1(blocks: Bytes) -> Floats:
-    return _half(blocks, 0) * _nibbles(blocks[:, 4:20]) + _half(blocks, 2)
+    return _line(_half(blocks, 0), _nibbles(blocks[:, 4:20]), _half(blocks, 2))
 
 
 def _q5_0(blocks: Bytes) -> Floats:
     codes = _nibbles(blocks[:, 6:22]) | _fifth_bits(blocks, 2)
-    return _half(blocks, 0) * (codes.astype(np.float32) - 16)
+    return _line(_half(blocks, 0), codes.view(np.int8) - np.int8(16))
 
 
 def _q5_1(blocks: Bytes) -> Floats:
     codes = _nibbles(blocks[:, 8:24]) | _fifth_bits(blocks, 4)
-    return _half(blocks, 0) * codes + _half(blocks, 2)
+    return _line(_half(blocks, 0), codes, _half(blocks, 2))
 
 
 def _q8_0(blocks: Bytes) -> Floats:
-    return _half(blocks, 0) * blocks[:, 2:34].view(np.int8)
+    return _line(_half(blocks, 0), blocks[:, 2:34].view(np.int8))
 
 
 def _scales_and_minima(packed: Bytes) -> tuple[Floats, Floats]:
