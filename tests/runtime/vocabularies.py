@@ -1,4 +1,4 @@
-"""Small vocabularies for tests, made in memory: SentencePiece trained on a few lines, byte-level BPE as GGUF metadata."""
+"""Small vocabularies, made in memory: SentencePiece trained on a few lines, byte-level BPE as GGUF metadata."""
 
 from __future__ import annotations
 

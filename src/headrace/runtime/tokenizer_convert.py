@@ -50,7 +50,8 @@ def sentencepiece_to_tokenizer_json(model: Path, special: Mapping[int, str | Non
     added = {i: _added(i, p.piece, True) for i, p in enumerate(spec.pieces) if p.type in (CONTROL, UNKNOWN)}
     for i, piece in enumerate(spec.pieces):
         if piece.type == USER_DEFINED:
-            added[i] = _added(i, piece.piece.replace(SPACE, " "), False)
+            # Found after spaces became ▁, as SentencePiece does it.
+            added[i] = _added(i, piece.piece, False) | {"normalized": True}
     for i, spelling in (special or {}).items():
         known = spec.pieces[i].piece if 0 <= i < len(spec.pieces) else None
         spelling = spelling or known

@@ -43,7 +43,7 @@ class JsonTokenizer(Tokenizer):
         self._plain.no_truncation()
         self._plain.no_padding()
         added = self._plain.get_added_tokens_decoder()
-        self._added = {i: token.content for i, token in added.items()}
+        self._added = frozenset(added)
         self.special_ids = frozenset(i for i, token in added.items() if token.special) | frozenset(
             i for i, piece in config.added.items() if piece.special
         )
@@ -104,9 +104,9 @@ class JsonTokenizer(Tokenizer):
         piece = self.id_to_piece(token)
         if token in self.special_ids:
             return b""
-        if token in self._added:
-            return piece.encode()
         if self._byte_level:
+            if token in self._added:
+                return piece.encode()
             try:
                 return bytes(BYTES_OF[c] for c in piece)
             except KeyError:  # a piece outside the byte alphabet stands for itself
