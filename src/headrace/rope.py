@@ -9,13 +9,18 @@ from numpy.typing import NDArray
 
 from headrace.config import ModelConfig
 
-__all__ = ["rope_tables"]
+__all__ = ["rope_angles", "rope_tables"]
 
 
 def rope_tables(config: ModelConfig, length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """cos and sin of position × frequency, each float32 (length, head_dim / 2).
+    """cos and sin of `rope_angles`, each float32 (length, head_dim / 2)."""
+    angles = rope_angles(config, length)
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
-    Angles are computed in float64, so position 4095 is as exact as position 0.
+
+def rope_angles(config: ModelConfig, length: int) -> NDArray[np.float64]:
+    """Position × frequency, (length, head_dim / 2), in float64, so that position 4095 is as exact as position 0.
+
     Source: Su et al. 2021 (RoFormer), rotate-half form; scaling as in `RopeScaling`.
     """
     half = config.head_dim // 2
@@ -28,5 +33,4 @@ def rope_tables(config: ModelConfig, length: int) -> tuple[NDArray[np.float32], 
         share = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
         share = np.clip(share, 0.0, 1.0)  # 1: a fast frequency, kept; 0: a slow one, divided
         frequencies = share * frequencies + (1 - share) * frequencies / scaling.factor
-    angles = np.arange(length, dtype=np.float64)[:, None] * frequencies
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    return np.arange(length, dtype=np.float64)[:, None] * frequencies

@@ -101,7 +101,15 @@ class Dialog:
         if "ids" in arrays:
             ids = np.ascontiguousarray(arrays["ids"], np.uint32)
             pointer = ids.ctypes.data_as(c.c_void_p)
-            call = ("GenieDialog_tokenQuery", self.handle, pointer, c.c_uint32(len(ids)), code, self.token_callback, None)
+            call = (
+                "GenieDialog_tokenQuery",
+                self.handle,
+                pointer,
+                c.c_uint32(len(ids)),
+                code,
+                self.token_callback,
+                None,
+            )
         else:
             text = arrays["text"].tobytes()
             call = ("GenieDialog_query", self.handle, text, code, self.text_callback, None)
@@ -115,7 +123,9 @@ class Dialog:
         elif action in ("save", "restore"):
             self._call(f"GenieDialog_{action}", self.handle, request["path"].encode())
         elif action == "stop_sequences":
-            self._call("GenieDialog_setStopSequence", self.handle, json.dumps({"stop-sequence": request["stop"]}).encode())
+            self._call(
+                "GenieDialog_setStopSequence", self.handle, json.dumps({"stop-sequence": request["stop"]}).encode()
+            )
         elif action == "encode":
             return self._encode(request["text"])
         else:

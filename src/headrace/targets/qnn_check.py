@@ -107,9 +107,8 @@ def check_graph(
 
 def _check_tensor(where: str, kind: str, port: Port, tensor: TensorInfo, encodings: Mapping[str, PortEncoding]) -> None:
     if tensor.shape != port.shape or tensor.dtype != port.dtype:
-        raise TargetError(
-            f"{where}: {kind} {port.name} is {tensor.dtype}{list(tensor.shape)}; expected {port.dtype}{list(port.shape)}"
-        )
+        found, planned = f"{tensor.dtype}{list(tensor.shape)}", f"{port.dtype}{list(port.shape)}"
+        raise TargetError(f"{where}: {kind} {port.name} is {found}; expected {planned}")
     expected = None if port.dtype == "int32" else encodings[port.name]
     if expected is None:
         same = tensor.scale is None

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from headrace.config import ModelConfig
 from headrace.errors import ContextFull, TargetError
 from headrace.plan import Part, graph_name
-from headrace.rope import rope_tables
+from headrace.rope import rope_angles
 from headrace.targets.qnn_check import PortEncoding
 
 __all__ = ["DeviceLoop", "Run", "choose_context", "prompt_steps"]
@@ -95,9 +95,10 @@ class DeviceLoop:
         self.pad = pad
         self.past = 0
         self._logits = encodings["logits"]
-        tables = rope_tables(config, max(contexts))
+        angles = rope_angles(config, max(contexts))
         self._tables = [
-            _floored(table, encodings[f"position_ids_{kind}"]) for table, kind in zip(tables, ("cos", "sin"))
+            _floored(table, encodings[f"position_ids_{kind}"])
+            for table, kind in ((np.cos(angles), "cos"), (np.sin(angles), "sin"))
         ]
         kv, d, room = config.num_kv_heads, config.head_dim, max(contexts)
         self._keys = {i: np.full((kv, 1, d, room), EMPTY, np.uint8) for part in parts for i in part.layers}
@@ -112,7 +113,9 @@ class DeviceLoop:
         rows, done = [], 0
         for used, length, context in prompt_steps(len(ids), self.past, self.lengths, self.contexts):
             codes = self._step(ids[done : done + used], length, context)[0, :used]
-            rows.append((codes.astype(np.float32) - np.float32(self._logits.zero_point)) * np.float32(self._logits.scale))
+            rows.append(
+                (codes.astype(np.float32) - np.float32(self._logits.zero_point)) * np.float32(self._logits.scale)
+            )
             done += used
         return np.concatenate(rows)
 
@@ -159,7 +162,9 @@ def _inputs(part: Part) -> list[str]:
     return names
 
 
-def _floored(table: NDArray[np.float32], encoding: PortEncoding) -> NDArray[np.uint16]:
-    """Rotary tables are floored when Genie quantizes them, not rounded (measured)."""
-    codes = np.floor(table / np.float32(encoding.scale)) + encoding.zero_point
-    return np.clip(codes, 0, 65535).astype(np.uint16)
+def _floored(table: NDArray[np.float64], encoding: PortEncoding) -> NDArray[np.uint16]:
+    """Codes of a rotary table as Genie makes them: floored, not rounded, and all in double precision (measured; in
+    single precision 1 position of 20 differs by a code)."""
+    codes = np.floor(table / float(np.float32(encoding.scale))) + encoding.zero_point
+    limited: NDArray[np.uint16] = np.clip(codes, 0, 65535).astype(np.uint16)
+    return limited
