@@ -381,9 +381,12 @@ def smollm_words(text: str) -> Iterator[str]:
     yield from gpt2_words(stretch)
 
 
+ALPHABET = byte_alphabet()
+
+
 def merged(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
     """Byte-pair encoding by its definition: again and again the best neighbours everywhere."""
-    parts = [byte_alphabet()[b] for b in word.encode()]
+    parts = [ALPHABET[b] for b in word.encode()]
     while True:
         pairs = [ranks.get(pair, len(ranks)) for pair in itertools.pairwise(parts)]
         if not pairs or min(pairs) == len(ranks):

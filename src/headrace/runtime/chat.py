@@ -126,6 +126,8 @@ class IdTurns(TurnFormat):
         ends_open = bool(rounds) and rounds[-1][-1].role == "assistant"
         tail = [] if ends_open else [self.assistant]
         history: list[int] = []
+        if not rounds and len(head) + len(tail) > room:
+            raise ContextFull(len(head) + len(tail), room + 1)
         for turn in reversed(rounds):
             ids = [i for m in turn for i in (self._mark(m), *self._text(m))]
             needed = len(head) + len(ids) + len(history) + len(tail)

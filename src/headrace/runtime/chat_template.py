@@ -115,11 +115,15 @@ def _environment() -> Any:
             if isinstance(owner, str):
                 if name in PADDING and any(isinstance(a, int) and a > MAX_REPEAT for a in args):
                     raise SecurityError(f"it pads text to more than {MAX_REPEAT} characters")
-                if name in ("format", "format_map"):
-                    _check_widths(owner)
                 if name == "replace" and len(args) > 1 and len(owner) * max(len(str(args[1])), 1) > MAX_OUTPUT:
                     raise SecurityError(f"it makes a text of more than {MAX_OUTPUT} characters")
             return super().call(context, function, *args, **kwargs)
+
+        def wrap_str_format(self, value: Any) -> Any:
+            wrapped = super().wrap_str_format(value)
+            if wrapped is not None:
+                _check_widths(value.__self__)
+            return wrapped
 
     class Generation(Extension):
         """Hugging Face's `{% generation %}` marks the assistant's words for training; here it only passes them on."""
@@ -132,7 +136,8 @@ def _environment() -> Any:
             return jinja2.nodes.Scope(body).set_lineno(line)
 
     def _check_widths(text: str) -> None:
-        if re.search(r"\d{5,}", text) or "*" in text:
+        # a long number, printf's width from an argument, and format's width from an argument
+        if re.search(r"\d{5,}|%[^a-zA-Z%]*\*|\{[^{}]*:[^{}]*\{", text):
             raise SecurityError("a width in its format is too large")
 
     def raise_exception(message: str) -> None:
@@ -142,10 +147,16 @@ def _environment() -> Any:
         _check_widths(form)
         return datetime.datetime.now().strftime(form)
 
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
         # jinja's own escapes HTML, which no prompt wants
         width = indent if indent is None else min(indent, 16)
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=width)
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=width, separators=separators, sort_keys=sort_keys)
 
     environment = Bounded(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = tojson

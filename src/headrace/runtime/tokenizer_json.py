@@ -141,7 +141,7 @@ def byte_alphabet() -> dict[int, str]:
     U+0100.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [b for b in range(256) if b not in printable]
+    rest = sorted({*range(256)} - {*printable})
     return {b: chr(b) for b in printable} | {b: chr(0x100 + i) for i, b in enumerate(rest)}
 
 
