@@ -101,7 +101,7 @@ class _HostOps(Recorder):
         blocks = -(-columns // block)
         stored = self._stored(f"{source}_scale")
         packed = self.weights.tensors[f"{source}_packed"]
-        data = self.graph.stored(f"{source}_packed", packed, (rows, blocks, block * grid.bits // 8))
+        data = self.graph.stored(f"{source}_packed.blocks", packed, (rows, blocks, block * grid.bits // 8))
         scales = self.graph.one("Cast", [stored], to=ir.DataType.FLOAT.value, name=f"{source}_scale.float")
         stored_blocks = grid.blocks(columns, source)
         if stored_blocks != blocks:

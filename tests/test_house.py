@@ -1,0 +1,146 @@
+"""House rules: who may import whom, names, docstrings, a light --help, and a README whose commands exist."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from headrace.cli import app
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "headrace"
+FILES = sorted(SOURCE.rglob("*.py"))
+
+# A package or module, and what it may import of headrace beside itself and what stands below it here. Downwards only.
+LAYERS = [
+    {"cli", "server", "__main__"},
+    {"repl"},
+    {"exporter", "language_model", "inspection", "pull"},
+    {"measure"},
+    {"targets"},
+    {"runtime"},
+    {"bundle"},
+    {"graph"},
+    {"quantize"},
+    {"checkpoint"},
+    {"architectures"},
+    {"model"},
+    {"plan", "rope"},
+    {"config"},
+    {"console"},
+    {"errors", "progress", "recipes"},
+]
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+NEVER = {  # what a part of the package must not pull in, even indirectly
+    "headrace.runtime.generate": ("onnx", "onnx_ir", "torch", "onnxruntime"),
+    "headrace.language_model": ("onnx", "onnx_ir", "torch"),
+    "headrace.targets.onnxruntime": ("onnx", "onnx_ir", "torch"),
+    "headrace.exporter": ("torch", "onnxruntime"),
+}
+JUNK = {"utils", "util", "common", "helpers", "helper", "misc", "_shared"}
+
+
+def _module(path: Path) -> str:
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return parts[0] if parts[0] != "__init__" else ""
+
+
+def _imports(tree: ast.AST) -> set[str]:
+    """First components below headrace that a file imports, also inside functions."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "headrace":
+            rest = node.module.split(".")[1:]
+            found |= {rest[0]} if rest else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("headrace.")}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(SOURCE).as_posix())
+def test_file_follows_the_rules(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree), "a module says what it does and what it does not know"
+    assert path.stem not in JUNK and not JUNK & set(path.relative_to(SOURCE).parts)
+    module = _module(path)
+    if module:
+        assert module in RANK, f"{module} has no layer: add it to LAYERS"
+        for imported in _imports(tree) - {module} - {"__version__"}:
+            assert imported in RANK, f"{imported} has no layer"
+            assert RANK[imported] > RANK[module], f"{module} may not import {imported}: imports go downwards only"
+    for node in tree.body:
+        public = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+        if public:
+            assert ast.get_docstring(node), f"{node.name} is public and has no docstring"
+    if "graph" not in path.relative_to(SOURCE).parts:
+        roots = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        roots |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+        assert "onnx_ir" not in roots, "graph/ is the only home of onnx_ir"
+
+
+@pytest.mark.parametrize("module", NEVER)
+def test_module_stays_light(module: str) -> None:
+    loaded = _loaded_by(f"import {module}")
+    assert not loaded & set(NEVER[module])
+
+
+def test_help_loads_no_heavy_module() -> None:
+    code = "from headrace.cli import _run; assert _run(['--help']) == 0; assert _run(['export', '--help']) == 0"
+    assert not _loaded_by(code) & {"numpy", "onnxruntime", "onnx", "onnx_ir", "tokenizers", "rich.progress"}
+
+
+def _loaded_by(code: str) -> set[str]:
+    report = f"{code}\nimport sys; print('LOADED', *sys.modules)"
+    done = subprocess.run([sys.executable, "-c", report], capture_output=True, text=True, check=True)
+    line = next(line for line in done.stdout.splitlines() if line.startswith("LOADED"))
+    return set(line.split())
+
+
+def _readme_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+def _readme_commands() -> list[str]:
+    lines = [line.strip().removeprefix("$ ") for block in _readme_blocks("(?:sh|console)") for line in _joined(block)]
+    return [line for line in lines if line.startswith(("headrace ", "make "))]
+
+
+def _joined(block: tuple[str, ...] | str) -> list[str]:
+    return (block if isinstance(block, str) else block[-1]).replace("\\\n", " ").splitlines()
+
+
+def test_readme_shows_commands() -> None:
+    assert any(c.startswith("make chat") for c in _readme_commands())
+    assert any(c.startswith("make test") for c in _readme_commands())
+    assert sum(c.startswith("headrace ") for c in _readme_commands()) >= 5
+
+
+@pytest.mark.parametrize("command", _readme_commands())
+def test_readme_command_exists(command: str) -> None:
+    words = shlex.split(command, comments=True)
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return
+    verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert words[1] in verbs, f"{words[1]} is no verb"
+    known = {option for parameter in verbs[words[1]].params for option in parameter.opts}
+    for word in words[2:]:
+        if word.startswith("-") and not word.lstrip("-").replace(".", "").isdigit():
+            assert word in known, f"{word} is no option of {words[1]}"
+
+
+def test_nothing_private_in_the_repository() -> None:
+    """The repository speaks of the project alone: no machine's paths."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in listed:
+        path = ROOT / name
+        if path.is_file() and path != Path(__file__):
+            text = path.read_text(encoding="utf-8", errors="replace")
+            assert not re.search(r"/(root|home/\w+|tmp/w|work)/", text), name
