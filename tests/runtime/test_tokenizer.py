@@ -8,6 +8,7 @@ import subprocess
 import sys
 import unicodedata
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,26 @@ def test_every_id_has_bytes_and_every_piece_its_id(tokenizers: dict[str, Tokeniz
     assert tokenizer.token_id("no such piece") is None
     with pytest.raises(TokenizerError, match="token id -1 is negative"):
         tokenizer.piece_bytes(-1)
+
+
+def test_added_tokens_that_are_no_marks_have_text(tmp_path: Path) -> None:
+    metadata = byte_level_metadata()
+    size = len(metadata["tokenizer.ggml.tokens"])
+    metadata["tokenizer.ggml.tokens"] += ["<think 1>", "of no byte: 百"]
+    metadata["tokenizer.ggml.token_type"] += [4, 1]
+    save_tokenizer(tmp_path, metadata, tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("sea<think 1>")[-1] == size
+    assert tokenizer.decode([size, size + 1]) == "<think 1>of no byte: 百"
+
+
+def test_threads_do_not_share_the_switch_for_special_tokens(tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer = tokenizers["byte-level"]
+    text = "the<|im_end|>" * 50
+    expected = [tokenizer.encode(text, special=bool(i % 2)) for i in range(2)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: tokenizer.encode(text, special=bool(i % 2)), range(400)))
+    assert found == expected * 200
 
 
 @pytest.mark.parametrize("kind", KINDS)

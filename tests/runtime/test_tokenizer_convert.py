@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -84,6 +85,28 @@ def test_baichuans_vocabulary_encodes_equally(shared_data: Path, tmp_path: Path)
     pieces = [theirs.IdToPiece(rng.randrange(theirs.GetPieceSize())).replace("▁", " ") for _ in range(8000)]
     rows = ["".join(pieces[i : i + 8]) for i in range(0, len(pieces), 8)]
     assert_equal_ids(theirs, ours, [*lines, *code, *rows, *random_strings(2, RANDOM_STRINGS), texts[0]])
+
+
+@pytest.mark.parametrize("decoder", ["ByteFallback", "Metaspace"])
+@pytest.mark.parametrize("dummy_prefix", [False, True])
+def test_a_converted_vocabulary_stands_for_the_same_bytes(tmp_path: Path, decoder: str, dummy_prefix: bool) -> None:
+    model = sentencepiece_model(dummy_prefix)
+    document = json.loads(converted(tmp_path, model).to_str())
+    if decoder == "Metaspace":  # how older conversions write the same
+        scheme = "always" if dummy_prefix else "never"
+        document["decoder"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+    before = load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    after = load_tokenizer(tmp_path)
+    assert type(after) is not type(before)
+    assert after.vocab_size == before.vocab_size
+    assert after.special_ids == before.special_ids
+    assert after.drops_leading_space == before.drops_leading_space == dummy_prefix
+    for token in range(before.vocab_size):
+        assert after.piece_bytes(token) == before.piece_bytes(token)
+    text = "the sea 龘 </s>"
+    assert after.encode(text) == before.encode(text)
+    assert after.encode(text, special=True) == before.encode(text, special=True)
 
 
 @pytest.mark.shared

@@ -36,7 +36,8 @@ class Message:
         role: "system" (only first), "user" or "assistant".
         content: the text.
         ids: the very tokens an answer was generated as, without an end token; then the conversation so far stays a
-            prefix of the next prompt, token for token, and the cache of it can be kept. None: the text is encoded.
+            prefix of the next prompt, token for token, and the cache of it can be kept. None: the text is encoded, as
+            a template always does.
 
     Raises:
         UserError: the role is unknown.

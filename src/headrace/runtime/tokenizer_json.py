@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from functools import cached_property
+import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from headrace.errors import TokenizerError
 from headrace.runtime.tokenizer import Tokenizer, valid_text
 from headrace.runtime.tokenizer_config import TokenizerConfig
-
-if TYPE_CHECKING:
-    import tokenizers
 
 __all__ = ["JsonTokenizer", "byte_alphabet"]
 
@@ -37,21 +34,20 @@ class JsonTokenizer(Tokenizer):
         import tokenizers
 
         try:
-            self._plain = tokenizers.Tokenizer.from_file(str(path))
+            self._library = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
             raise TokenizerError(f"{path} is not a tokenizer.json ({error}); fetch the file again") from None
-        self._plain.no_truncation()
-        self._plain.no_padding()
-        added = self._plain.get_added_tokens_decoder()
+        self._library.no_truncation()
+        self._library.no_padding()
+        added = self._library.get_added_tokens_decoder()
         self._added = frozenset(added)
         self.special_ids = frozenset(i for i, token in added.items() if token.special) | frozenset(
             i for i, piece in config.added.items() if piece.special
         )
-        # Read before special tokens are switched off below.
-        template_ids = self._plain.encode("", add_special_tokens=True).ids
-        self._plain.encode_special_tokens = True  # here "encode as text": what a user typed forges no turn
-        self._size = max(self._plain.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self._byte_level, self.drops_leading_space = _decoder_kind(self._plain.decoder, path)
+        template_ids = self._library.encode("", add_special_tokens=True).ids
+        self._lock = threading.Lock()
+        self._size = max(self._library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self._byte_level, self.drops_leading_space = _decoder_kind(self._library.decoder, path)
         self._bytes: dict[int, bytes] = {}
 
         self.bos_id = None if config.bos is None else self.token_id(config.bos)
@@ -63,15 +59,6 @@ class JsonTokenizer(Tokenizer):
         self.add_bos = self.bos_id is not None and (template_ids[:1] == [self.bos_id] if says is None else says)
         self.chat_template = config.chat_template
 
-    @cached_property
-    def _special(self) -> tokenizers.Tokenizer:
-        # A second copy, because the switch is part of the tokenizer and flipping it would race between threads.
-        import tokenizers
-
-        copy = tokenizers.Tokenizer.from_str(self._plain.to_str())
-        copy.encode_special_tokens = False
-        return copy
-
     @property
     def vocab_size(self) -> int:
         """One more than the largest id."""
@@ -79,19 +66,21 @@ class JsonTokenizer(Tokenizer):
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """See `Tokenizer.encode`."""
-        chosen = self._special if special else self._plain
-        return list(chosen.encode(valid_text(text), add_special_tokens=False).ids)
+        text = valid_text(text)
+        with self._lock:  # the switch is part of the library's tokenizer
+            self._library.encode_special_tokens = not special
+            return list(self._library.encode(text, add_special_tokens=False).ids)
 
     def token_id(self, piece: str) -> int | None:
         """See `Tokenizer.token_id`."""
-        found: int | None = self._plain.token_to_id(piece)
+        found: int | None = self._library.token_to_id(piece)
         return found
 
     def id_to_piece(self, token: int) -> str:
         """See `Tokenizer.id_to_piece`."""
         if token < 0:
             raise TokenizerError(f"token id {token} is negative; expected 0 … {self._size - 1}")
-        return self._plain.id_to_token(token) or ""
+        return self._library.id_to_token(token) or ""
 
     def piece_bytes(self, token: int) -> bytes:
         """See `Tokenizer.piece_bytes`."""
