@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.bundle import Bundle, open_bundle
+from headrace.errors import ContextFull
 from headrace.runtime.chat import Message, RawTurns, TurnFormat, turn_format
 from headrace.runtime.engine import Engine, Runner
 from headrace.runtime.generate import Token, generate
@@ -152,7 +153,10 @@ class Chat:
         model = self.model
         messages = [*self.messages, Message("user", text)]
         reserve = min(max_tokens, model.engine.context // 2)
-        ids = self.turns.render(messages, model.engine.context - reserve)
+        try:
+            ids = self.turns.render(messages, model.engine.context - reserve)
+        except ContextFull:  # then a shorter answer is better than none
+            ids = self.turns.render(messages, model.engine.context - 1)
         answer: list[Token] = []
         try:
             for token in generate(
