@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes as c
 import json
+import mmap
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -227,7 +228,7 @@ class _Provider(c.Structure):
         ("name", c.c_char_p),
         ("version", _Version),
         ("create", c.CFUNCTYPE(c.c_uint64, c.c_void_p)),
-        ("get_binary_info", c.CFUNCTYPE(c.c_uint64, c.c_void_p, c.c_char_p, c.c_uint64, c.c_void_p, c.c_void_p)),
+        ("get_binary_info", c.CFUNCTYPE(c.c_uint64, c.c_void_p, c.c_void_p, c.c_uint64, c.c_void_p, c.c_void_p)),
     )
 
 
@@ -236,7 +237,7 @@ _SCALE_OFFSET = 0  # QNN_QUANTIZATION_ENCODING_SCALE_OFFSET
 _VERSION = 3  # of binary and graph information
 
 
-def _parse(library: str, data: bytes) -> BinaryInfo:
+def _parse(library: str, data: mmap.mmap) -> BinaryInfo:
     providers, count = c.POINTER(c.POINTER(_Provider))(), c.c_uint32()
     system = c.CDLL(library)
     if system.QnnSystemInterface_getProviders(c.byref(providers), c.byref(count)) or not count.value:
@@ -245,7 +246,8 @@ def _parse(library: str, data: bytes) -> BinaryInfo:
     handle, found, size = c.c_void_p(), c.POINTER(_Binary)(), c.c_uint64()
     if interface.create(c.byref(handle)):
         raise ValueError("libQnnSystem has no context")
-    status = interface.get_binary_info(handle, data, len(data), c.byref(found), c.byref(size))
+    address = c.addressof(c.c_char.from_buffer(data))  # mapped: a part may be larger than memory should be
+    status = interface.get_binary_info(handle, address, len(data), c.byref(found), c.byref(size))
     if status or not found:
         raise ValueError(f"libQnnSystem refuses it with status {status}")
     binary = found[0]
@@ -283,7 +285,8 @@ def _tensor(tensor: _Tensor) -> TensorInfo:
 
 def _main(library: str, path: str) -> None:
     try:
-        answer = _parse(library, Path(path).read_bytes())
+        with Path(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as data:
+            answer = _parse(library, data)
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from None
     sys.stdout.write(json.dumps(asdict(answer)))

@@ -101,19 +101,10 @@ class Dialog:
         if "ids" in arrays:
             ids = np.ascontiguousarray(arrays["ids"], np.uint32)
             pointer = ids.ctypes.data_as(c.c_void_p)
-            call = (
-                "GenieDialog_tokenQuery",
-                self.handle,
-                pointer,
-                c.c_uint32(len(ids)),
-                code,
-                self.token_callback,
-                None,
-            )
-        else:
-            text = arrays["text"].tobytes()
-            call = ("GenieDialog_query", self.handle, text, code, self.text_callback, None)
-        return {"event": "end", "status": self._call(*call)}
+            values: tuple[Any, ...] = (pointer, c.c_uint32(len(ids)), code, self.token_callback, None)
+            return {"event": "end", "status": self._call("GenieDialog_tokenQuery", self.handle, *values)}
+        values = (arrays["text"].tobytes(), code, self.text_callback, None)
+        return {"event": "end", "status": self._call("GenieDialog_query", self.handle, *values)}
 
     def act(self, request: dict[str, Any], _arrays: Arrays) -> dict[str, Any]:
         """reset, save, restore, stop sequences."""

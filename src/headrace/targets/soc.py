@@ -21,12 +21,14 @@ class Soc:
         title: its trade name.
         model: Qualcomm's `soc_model`, which every compiled binary carries.
         arch: generation of the Hexagon tensor processor, the 79 of "v79".
+        android: runs Android, reached by adb; otherwise Windows on the machine itself.
     """
 
     name: str
     title: str
     model: int
     arch: int
+    android: bool = True
 
     @property
     def dsp_arch(self) -> str:
@@ -38,7 +40,7 @@ SOCS = (
     Soc("snapdragon-8-elite", "Snapdragon 8 Elite", 69, 79),
     Soc("snapdragon-8-gen3", "Snapdragon 8 Gen 3", 57, 75),
     Soc("snapdragon-8-gen2", "Snapdragon 8 Gen 2", 43, 73),
-    Soc("snapdragon-x-elite", "Snapdragon X Elite and X Plus", 60, 73),
+    Soc("snapdragon-x-elite", "Snapdragon X Elite and X Plus", 60, 73, android=False),
 )
 
 

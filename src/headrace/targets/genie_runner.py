@@ -1,0 +1,255 @@
+"""Talks to Qualcomm's own Genie on this computer, over binaries in HTP emulation.
+
+The dialog lives in a child process (genie_worker.py). This file does not know how configurations or binaries are
+made; check a folder with genie_check.py first.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.errors import TargetError
+from headrace.targets.genie_worker import CALLBACK
+from headrace.targets.qnn_child import Child
+from headrace.targets.qnn_loop import prompt_steps
+from headrace.targets.qnn_toolchain import find_toolchain
+
+__all__ = ["End", "GenieRunner", "GenieToken"]
+
+OPEN_SECONDS = 600.0
+STEP_SECONDS = 3600.0  # one token, or a whole prompt before the first: 32 steps of a 7B model are long in emulation
+ACTION_SECONDS = 600.0
+EVERY_TOKEN = (1 << 31) - 1
+
+
+class End(Enum):
+    """Why an answer ended: Genie's status."""
+
+    DONE = 0  # eos, a stop sequence, or as many tokens as were asked for
+    ABORTED = 1
+    CONTEXT_FULL = 4
+
+
+@dataclass(frozen=True)
+class GenieToken:
+    """A generated token, and the logits it was chosen from: float32 (V,), or None when not asked for."""
+
+    id: int
+    logits: NDArray[np.float32] | None
+
+
+class GenieRunner:
+    """One Genie dialog.
+
+    Args:
+        config: content of genie_config.json.
+        folder: what the paths in it are relative to.
+        lengths, contexts: every S and C of the binaries' graphs.
+        own_sampler: let headrace choose tokens in Genie's sampler callback (greedy, or forced), which is what gives
+            logits; otherwise Genie samples by the configuration.
+
+    Raises:
+        TargetError: Genie refused the configuration or a binary, or died; or the toolchain is not installed.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        folder: Path,
+        *,
+        lengths: Sequence[int],
+        contexts: Sequence[int],
+        own_sampler: bool = False,
+    ) -> None:
+        self.lengths, self.contexts = tuple(lengths), tuple(contexts)
+        self.own_sampler = own_sampler
+        self.end = End.DONE
+        dialog = dict(config["dialog"])
+        if own_sampler:
+            dialog["sampler"] = {"version": 1, "type": "custom", "callback-name": CALLBACK.decode()}
+        self._request = {
+            "library": str(find_toolchain().library("Genie")),
+            "config": {"dialog": dialog},
+            "folder": str(folder),
+        }
+        self._bos = int(dialog["context"]["bos-token"]) >= 0
+        self._past = 0  # an upper bound of the tokens in the cache, so that no query runs into the context
+        self._running = False
+        self._child = self._open()
+
+    def _open(self) -> Child:
+        child = Child("headrace.targets.genie_worker", "Genie")
+        try:
+            child.call(self._request, seconds=OPEN_SECONDS)
+        except TargetError:
+            child.close()
+            raise
+        return child
+
+    def __enter__(self) -> GenieRunner:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def query_tokens(
+        self,
+        ids: Sequence[int],
+        max_tokens: int | None = None,
+        *,
+        logits: bool = False,
+        forced: Sequence[int] = (),
+        rewind: bool = False,
+    ) -> Iterator[GenieToken]:
+        """Continue the dialog with these ids; `end` says afterwards why it ended. An eos is not given out.
+
+        Args:
+            ids: the prompt; Genie puts the bos before it if the configuration has one.
+            max_tokens: most tokens to generate; None: until eos or the end of the context.
+            logits: give the logits of every token.
+            forced: the tokens to choose, before greedy ones.
+            rewind: `ids` are the whole conversation; what is in the cache already is kept, the rest forgotten. Without
+                it Genie feeds its last token and an eos before a second turn.
+
+        Raises:
+            ContextFull: the prompt does not fit.
+            TargetError: Genie failed; or logits or forced tokens were asked for without `own_sampler`.
+        """
+        if (logits or forced) and not self.own_sampler:
+            raise TargetError("Genie gives logits only to headrace's sampler; expected GenieRunner(own_sampler=True)")
+        self._admit(len(ids), rewind)
+        arrays = {"ids": np.asarray(ids, np.uint32)}
+        for message, received in self._query(arrays, max_tokens, logits=logits, forced=forced, rewind=rewind):
+            rows = received.get("logits")
+            for i, token in enumerate(message["tokens"]):
+                self._past += 1
+                yield GenieToken(token, None if rows is None else rows[i])
+
+    def query(self, text: str, max_tokens: int | None = None, *, rewind: bool = False) -> Iterator[str]:
+        """Continue the dialog with a text; gives pieces of the answer, whole characters only.
+
+        Raises:
+            ContextFull: the prompt does not fit.
+            TargetError: Genie failed.
+        """
+        self._admit(len(self.encode(text)), rewind)
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        arrays = {"text": np.frombuffer(text.encode(), np.uint8)}
+        for _, received in self._query(arrays, max_tokens, logits=False, forced=(), rewind=rewind):
+            self._past += 1
+            if piece := decoder.decode(received["text"].tobytes()):
+                yield piece
+        if piece := decoder.decode(b"", final=True):
+            yield piece
+
+    def _admit(self, count: int, rewind: bool) -> None:
+        """Refuse what Genie would run into the end of the context with: with several contexts it crashes later."""
+        before = 0 if rewind else self._past
+        # A second turn is preceded by the last token and an eos; every turn by the bos if there is one.
+        extra = int(self._bos) + (2 if before else 0)
+        if count == 0:
+            raise TargetError("the prompt is empty; expected at least one token")
+        prompt_steps(count + extra, before, self.lengths, self.contexts)
+        self._past = before + count + extra
+
+    def _query(
+        self,
+        arrays: Mapping[str, NDArray[Any]],
+        max_tokens: int | None,
+        *,
+        logits: bool,
+        forced: Sequence[int],
+        rewind: bool,
+    ) -> Iterator[tuple[dict[str, Any], dict[str, NDArray[Any]]]]:
+        if self._running:
+            raise TargetError("this Genie dialog is still answering; let the answer end, or abort it")
+        request = {
+            "action": "query",
+            "max_tokens": EVERY_TOKEN if max_tokens is None else max_tokens,
+            "logits": logits,
+            "forced": list(forced),
+            "rewind": rewind,
+        }
+        self._child.send(request, arrays)
+        self._running = True
+        try:
+            while True:
+                message, received = self._child.receive(seconds=STEP_SECONDS)
+                if message["event"] == "end":
+                    self._running = False
+                    self._ended(message["status"])
+                    return
+                yield message, received
+        finally:
+            if self._running and self._child.alive:  # the caller stopped listening
+                self.abort()
+                while self._running:
+                    message, _ = self._child.receive(seconds=STEP_SECONDS)
+                    if message["event"] == "end":
+                        self._running = False
+                        self._ended(message["status"])
+
+    def _ended(self, status: int) -> None:
+        try:
+            self.end = End(status)
+        except ValueError:
+            raise TargetError(f"Genie ended with status {status}; expected 0 (done)") from None
+        if self.end is End.CONTEXT_FULL:
+            # Genie does not recover when it has several contexts: its next query would crash.
+            self._child.close()
+            self._child = self._open()
+            self._past = 0
+
+    def encode(self, text: str) -> list[int]:
+        """Ids as Genie's own tokenizer gives them."""
+        answer, _ = self._child.call({"action": "encode", "text": text}, seconds=ACTION_SECONDS)
+        return [int(token) for token in answer["ids"]]
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self._child.call({"action": "reset"}, seconds=ACTION_SECONDS)
+        self._past = 0
+
+    def stop_at(self, sequences: Sequence[str]) -> None:
+        """End text answers at any of these; token answers do not look at them."""
+        self._child.call({"action": "stop_sequences", "stop": list(sequences)}, seconds=ACTION_SECONDS)
+
+    def save(self, folder: Path) -> None:
+        """Write the conversation to a folder (Genie makes several files)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._child.call({"action": "save", "path": str(folder.resolve())}, seconds=ACTION_SECONDS)
+        (folder / "past").write_text(str(self._past), encoding="ascii")
+
+    def restore(self, folder: Path) -> None:
+        """Go on with a saved conversation.
+
+        Raises:
+            TargetError: there is none in `folder`.
+        """
+        try:
+            past = int((folder / "past").read_text(encoding="ascii"))
+        except (OSError, ValueError):
+            raise TargetError(f"{folder} holds no saved Genie dialog; expected a folder that `save` wrote") from None
+        self._child.call({"action": "restore", "path": str(folder.resolve())}, seconds=ACTION_SECONDS)
+        self._past = past
+
+    def abort(self) -> None:
+        """End the running answer soon; callable from another thread."""
+        self._child.send({"action": "abort"})
+
+    def close(self) -> None:
+        """Free the dialog and end its process."""
+        if self._running and self._child.alive:
+            self.abort()
+        self._child.close()
