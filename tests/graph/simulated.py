@@ -9,14 +9,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.checkpoint import open_checkpoint
 from headrace.config import ModelConfig
+from headrace.measure.fidelity import FidelityMeter, no_target
 from headrace.model.decoder import EMBEDDING, HEAD, Residual, block, embed, head
 from headrace.model.ops import Array, Eager, Positions
-from headrace.plan import MASK_DEPTH
+from headrace.plan import MASK_DEPTH, plan_parts
 from headrace.quantize.encodings import ANGLE, MASK, Encoding, device_encodings
 from headrace.quantize.grid import Grid, QuantizedTensor, dequantize, quantize_nearest
 from headrace.quantize.ranges import collect_ranges
-from headrace.rope import rope_tables
+from headrace.quantize.storage import part_weights
+from headrace.rope import rope_angles
+from tests.tiny import write_baichuan, write_llama
 
 
 @dataclass(frozen=True)
@@ -41,20 +45,19 @@ def quantized_model(
     config: ModelConfig,
     load: Callable[[str], Array],
     windows: NDArray[np.int64],
+    *,
     eight_bits: str = "down_proj",
+    embedding_block: int | None = None,
 ) -> QuantizedModel:
-    """int4 a channel, int8 for embedding, head and linears named `eight_bits`; ranges from `windows`."""
-    from headrace.plan import plan_parts
-    from headrace.quantize.storage import part_weights
-
+    """int4 a channel, int8 for tables and linears named `eight_bits`; ranges from `windows`."""
     weights: dict[str, QuantizedTensor | Array] = {}
     for name in part_weights(config, plan_parts(config, 1)[0]):
         value = load(name)
         if value.ndim == 1:
             weights[name] = value
         else:
-            bits = 8 if name in (EMBEDDING, HEAD) or eight_bits in name else 4
-            weights[name] = quantize_nearest(value, Grid(bits))
+            bits = 8 if name == HEAD or eight_bits in name else 4
+            weights[name] = quantize_nearest(value, Grid(8, embedding_block) if name == EMBEDDING else Grid(bits))
     bare = QuantizedModel(config, weights, {}, ())
     ranges = collect_ranges(config, bare.real, windows)
     scales = []
@@ -89,7 +92,8 @@ def simulated_logits(model: QuantizedModel, ids: NDArray[np.int64], ops: Eager |
     """Logits (S, V) of one sequence of ids (S,): one step without a past, the mask and angles on their grids."""
     run = ops or SimulatedDevice(model)
     length = len(ids)
-    cos, sin = (ANGLE.dequantize(ANGLE.floor(table)) for table in rope_tables(model.config, length))
+    angles = rope_angles(model.config, length)
+    cos, sin = (ANGLE.dequantize(ANGLE.floor(table)) for table in (np.cos(angles), np.sin(angles)))
     mask = MASK.dequantize(np.tri(length, dtype=np.uint16) * np.uint16(65535))
     assert mask.min() >= -MASK_DEPTH * 1.001
     at = Positions(cos[None, None], sin[None, None], mask[None, None])
@@ -101,6 +105,19 @@ def simulated_logits(model: QuantizedModel, ids: NDArray[np.int64], ops: Eager |
     return logits
 
 
-def kept(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def tiny_model(folder: Path, kind: str, **shape: int) -> QuantizedModel:
+    """A random decoder: "gqa", "mha" (Baichuan2: W_pack, NormHead) or "tied" (GQA, the head is the embedding)."""
+    if kind == "mha":
+        written = write_baichuan(folder, **shape)
+    else:
+        written = write_llama(folder, tied=kind == "tied", **shape)
+    checkpoint = open_checkpoint(written)
+    windows = np.random.default_rng(7).integers(0, checkpoint.config.vocab_size, (6, 96))
+    return quantized_model(checkpoint.config, lambda name: checkpoint.tensor(name).load(), windows)
+
+
+def divergence(reference: Array, logits: Array) -> float:
+    """Mean KL(reference ‖ logits) over rows, nats."""
+    meter = FidelityMeter()
+    meter.add(reference, logits, np.full(len(reference), no_target))
+    return meter.result().kl

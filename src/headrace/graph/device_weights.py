@@ -157,8 +157,8 @@ class _Writer:
 def _write_linear(writer: _Writer, name: str, value: QuantizedTensor) -> None:
     if value.scales.shape[1] != 1:
         raise RecipeError(
-            f"{name} is quantized in blocks of {value.grid.block}, which device graphs do not take (the compiler "
-            "would run them in float16 or re-quantize their scales); expected one scale a channel: export with --block channel"
+            f"{name} is quantized in blocks of {value.grid.block}; device graphs take one scale a channel (compilers "
+            "run blocks in float16 or round their scales again): export with --block channel"
         )
     writer.add_transposed(f"{name}.codes", value.codes, value.grid.bits)
     writer.add(f"{name}.scale", value.scales[:, 0].astype(np.float32))

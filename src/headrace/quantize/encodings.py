@@ -91,8 +91,8 @@ class Encoding:
         return np.asarray(np.clip(codes, 0, self.top), self.dtype)
 
     def floor(self, x: NDArray[np.floating[Any]]) -> NDArray[np.unsignedinteger[Any]]:
-        """The codes at or below: how Genie quantizes cos and sin."""
-        codes = np.floor(np.asarray(x, np.float64) / self.scale + self.zero_point)
+        """The codes at or below, in double precision: how Genie quantizes cos and sin."""
+        codes = np.floor(np.asarray(x, np.float64) / self.scale) + self.zero_point
         return np.asarray(np.clip(codes, 0, self.top), self.dtype)
 
     def dequantize(self, codes: NDArray[np.unsignedinteger[Any]]) -> NDArray[np.float32]:

@@ -15,25 +15,35 @@ from numpy.typing import NDArray
 
 from headrace.config import ModelConfig
 from headrace.model.decoder import EMBEDDING, FINAL_NORM, HEAD, Residual, block, embed, head, layer_weights
-from headrace.model.ops import Array
-from headrace.quantize.calibrate import Follower, causal_positions
+from headrace.model.ops import Array, Eager
+from headrace.quantize.calibrate import causal_positions
 
 __all__ = ["collect_ranges"]
 
-_ELEMENTS = 1 << 24  # of logits held at once
+_ELEMENTS = 1 << 24  # of scores or logits held at once
 
 
-class _Observer(Follower):
-    """Follower that notes each named result's range."""
+class _Observer(Eager):
+    """Eager that notes each named result's range."""
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, Array], seen: dict[str, tuple[float, float]]) -> None:
-        super().__init__(config, weights)
+        super().__init__(config, weights.__getitem__)
         self.seen = seen
 
     def tap(self, name: str, value: Array) -> Array:
         low, high = self.seen.get(name, (np.inf, -np.inf))
         self.seen[name] = (min(low, float(value.min())), max(high, float(value.max())))
         return value
+
+    def weighted_values(self, q: Array, keys: Array, values: Array, mask: Array, name: str) -> Array:
+        """A few windows at a time: the scores of all would not fit in memory."""
+        step = max(1, _ELEMENTS // (q.shape[1] * q.shape[2] * keys.shape[3]))
+        return np.concatenate(
+            [
+                super(_Observer, self).weighted_values(q[at], keys[at], values[at], mask, name)
+                for at in (slice(start, start + step) for start in range(0, len(q), step))
+            ]
+        )
 
 
 def collect_ranges(

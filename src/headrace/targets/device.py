@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import psutil
 from numpy.typing import NDArray
 
 from headrace.bundle import Bundle
@@ -24,7 +25,7 @@ from headrace.config import ModelConfig
 from headrace.errors import BundleError, ContextFull
 from headrace.plan import GraphStyle, Part, graph_name, ports
 from headrace.quantize.encodings import ANGLE, Encoding, port_encodings, read_encodings
-from headrace.rope import rope_tables
+from headrace.rope import rope_angles
 from headrace.runtime.engine import Logits
 from headrace.targets.onnxruntime import default_threads, make_session
 
@@ -37,9 +38,7 @@ EMPTY = 128  # the zero point of keys and values
 Codes = NDArray[np.uint8]
 
 
-def choose_graph(
-    lengths: Sequence[int], contexts: Sequence[int], tokens: int, past: int
-) -> tuple[int, int] | None:
+def choose_graph(lengths: Sequence[int], contexts: Sequence[int], tokens: int, past: int) -> tuple[int, int] | None:
     """(S, C) of the graph that runs next: the smallest S that takes all tokens, or the largest S; the smallest C with
     past + S < C, as Genie has it. Near the end of the last context, where Genie gives up, smaller steps go on while
     they fit at all; None when nothing does.
@@ -109,7 +108,12 @@ class DeviceRunner:
             self._cache[f"past_key_{layer}"] = np.zeros((heads, 1, width, self.context), np.uint8)
             self._cache[f"past_value_{layer}"] = np.zeros((heads, 1, self.context, width), np.uint8)
         self.kv_bytes = sum(a.nbytes for a in self._cache.values())
-        self.tables = tuple(ANGLE.floor(table) for table in rope_tables(config, self.context + self.prompt_length))
+        angles = rope_angles(config, self.context + self.prompt_length)  # padding may stand beyond the context
+        self._tables = {
+            "position_ids_cos": ANGLE.floor(np.cos(angles)),
+            "position_ids_sin": ANGLE.floor(np.sin(angles)),
+        }
+        self._fold = _fits_dequantized(folder, parts, sessions=len(lengths))
         self._filled = 0
         self._graphs: dict[tuple[int, int], _Graph] = {}
 
@@ -183,7 +187,7 @@ class _Graph:
         self._bound = []
         for part in runner.parts:
             path = runner.folder / f"{graph_name(part, length, context)}.onnx"
-            session = _exact_session(path, runner._threads)
+            session = _exact_session(path, runner._threads, fold=runner._fold)
             binding = session.io_binding()
             inputs, outputs = ports(runner.config, part, GraphStyle.DEVICE, length=length, context=context)
             for port in inputs:
@@ -202,10 +206,9 @@ class _Graph:
         buffers = self._buffers
         buffers["input_ids"][0, :count], buffers["input_ids"][0, count:] = ids, self.runner.pad
         mask = buffers["attention_mask"][0, 0]
-        mask[:] = 0
-        mask[:count, :past] = ATTEND
-        mask[:count, first : first + count] = np.tri(count, dtype=np.uint16) * np.uint16(ATTEND)
-        for name, table in zip(("position_ids_cos", "position_ids_sin"), self.runner.tables):
+        mask[:, :past], mask[:, past:first] = ATTEND, 0
+        mask[:, first:] = np.tri(self.length, dtype=np.uint16) * np.uint16(ATTEND)
+        for name, table in self.runner._tables.items():
             buffers[name][0, 0] = table[past : past + self.length]
         self._sync(past)
         for session, binding in self._bound:
@@ -237,9 +240,19 @@ def _slots(cache: Codes, name: str, start: int, stop: int) -> Codes:
     return cache[..., start:stop] if name.startswith("past_key") else cache[..., start:stop, :]
 
 
-def _exact_session(path: Path, threads: int) -> Any:
-    """A session that computes every node as written: fused quantized operators would round elsewhere."""
+def _exact_session(path: Path, threads: int, *, fold: bool) -> Any:
+    """A session that computes every node as written: ONNX Runtime's fused quantized operators round elsewhere.
+
+    `fold`: dequantize the weights once, at load, which takes float32's memory and makes a token some ten times faster.
+    """
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.add_session_config_entry("session.disable_quant_qdq", "1")  # weights are dequantized once, at load
+    if fold:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     return make_session(str(path), threads, options)
+
+
+def _fits_dequantized(folder: Path, parts: Sequence[Part], sessions: int) -> bool:
+    """Whether float32 weights of `sessions` graphs a part fit in half of the free memory; codes are 4 bits or more."""
+    stored = sum((folder / f"{part.name}.weights").stat().st_size for part in parts)
+    return bool(sessions * stored * 8 < psutil.virtual_memory().available / 2)
