@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.exports import Exports
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 CACHE = ROOT / ".cache"
 REQUIRED = bool(os.environ.get("CI") or os.environ.get("HEADRACE_REQUIRE_SHARED"))
+
+# Machines that run tests are shared: how long an example takes says nothing.
+settings.register_profile("headrace", deadline=None)
+settings.load_profile("headrace")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,3 +44,11 @@ def smollm2() -> Path:
     from headrace.pull import pull
 
     return pull("smollm2-135m", CACHE / "smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
+    """Tiny checkpoints and bundles, each made once."""
+    from tests.exports import Exports
+
+    return Exports(tmp_path_factory.mktemp("exports"))

@@ -5,6 +5,7 @@ Knows nothing about files, tensors or graphs; architectures/ fill it in from wha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -30,8 +31,8 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.kind not in ("linear", "llama3"):
             raise ConfigError(f"rope_scaling {self.kind!r} is not supported; expected 'linear' or 'llama3'")
-        if self.factor < 1:
-            raise ConfigError(f"rope_scaling factor {self.factor} is below 1")
+        if not 1 <= self.factor < math.inf:
+            raise ConfigError(f"rope_scaling factor {self.factor} is below 1 or no number")
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class ModelConfig:
             raise ConfigError(f"head_dim {self.head_dim} is odd; rotary embedding needs pairs")
         if not 0 < self.rms_norm_eps < 1:
             raise ConfigError(f"rms_norm_eps {self.rms_norm_eps} is not between 0 and 1")
-        if self.rope_theta <= 1:
+        if not 1 < self.rope_theta < math.inf:
             raise ConfigError(f"rope_theta {self.rope_theta} is not above 1")
 
     @property

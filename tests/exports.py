@@ -1,0 +1,137 @@
+"""Tiny checkpoints with a vocabulary, and bundles made of them: each is made once a session and shared.
+
+Whoever changes a bundle copies it first. Knows nothing about what tests look at.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from headrace.bundle import Bundle, open_bundle
+from headrace.exporter import export
+from headrace.graph.emit_host import INT8_ACTIVATIONS, HostWeights, emit_host
+from headrace.plan import plan_parts
+from headrace.quantize.grid import Grid
+from headrace.quantize.recipe import Recipe
+from headrace.quantize.storage import WeightStore, quantized_names
+from headrace.runtime.tokenizer import save_tokenizer
+from tests.runtime.vocabularies import TEXT, byte_level_metadata, sentencepiece_model
+from tests.tiny import write_baichuan, write_llama
+
+LAYERS = 4  # so that five parts are possible
+VOCAB = 420
+CONTEXT = 200
+PROMPT_LENGTH = 32
+FLOAT_ARITHMETIC = 1  # MatMulNBits accuracy_level: float32 inside
+SMALL = {"prompt_length": PROMPT_LENGTH, "context": CONTEXT, "windows": 4, "window_length": 64}
+
+
+class Exports:
+    """Checkpoints and bundles below `root`, by kind.
+
+    gqa     llama, 4 query heads over 2 KV heads, its own head, SentencePiece, no turn format
+    tied    llama whose head is the embedding, byte-level vocabulary with a ChatML template
+    mha     Baichuan2: W_pack, NormHead, SentencePiece, turn ids
+    wide    llama with rows that 256 divides
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.text = root / "text.txt"
+        self.text.write_text("\n".join(TEXT) * 3, encoding="utf-8")
+        self._bundles: dict[str, Path] = {}
+
+    def checkpoint(self, kind: str = "gqa") -> Path:
+        """A Hugging Face folder."""
+        folder = self.root / f"{kind}-checkpoint"
+        if not folder.exists():
+            write_checkpoint(folder, kind)
+        return folder
+
+    def bundle(self, kind: str = "gqa", **options: Any) -> Path:
+        """A bundle; `options` are those of `headrace.export`."""
+        key = json.dumps([kind, options], sort_keys=True)
+        if key not in self._bundles:
+            out = self.root / f"{kind}-{len(self._bundles)}.bundle"
+            self._bundles[key] = export(
+                self.checkpoint(kind), out, **{**SMALL, "calibration": [self.text], **options}
+            )  # fmt: skip
+        return self._bundles[key]
+
+    def copy(self, folder: Path, kind: str = "gqa", **options: Any) -> Path:
+        """A bundle of one's own."""
+        return Path(shutil.copytree(self.bundle(kind, **options), folder))
+
+
+def write_checkpoint(folder: Path, kind: str = "gqa", **shape: Any) -> Path:
+    """A checkpoint of a kind of `Exports` (and a tiny one of any other shape)."""
+    if kind == "mha":
+        write_baichuan(folder, 2, **{"layers": LAYERS, "vocab": VOCAB, **shape})
+    elif kind == "wide":
+        write_llama(folder, **{"layers": 2, "vocab": VOCAB, "hidden": 256, "head_dim": 64, "ffn": 512, **shape})
+    else:
+        write_llama(folder, **{"layers": LAYERS, "vocab": VOCAB, "tied": kind == "tied", **shape})
+    if kind == "tied":
+        save_tokenizer(folder, byte_level_metadata(), folder)
+    else:
+        (folder / "tokenizer.model").write_bytes(sentencepiece_model())
+        (folder / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False}), encoding="utf-8")
+    if kind == "mha":
+        turns = {
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            "user_token_id": 195,
+            "assistant_token_id": 196,
+        }
+        (folder / "generation_config.json").write_text(json.dumps(turns), encoding="utf-8")
+    return folder
+
+
+def opened_store(bundle: Bundle) -> tuple[WeightStore, dict[str, Grid]]:
+    """A bundle's weights and their grids."""
+    rules = Recipe.from_dict(bundle.recipe).resolve(quantized_names(bundle.config))
+    grids = {name: rule.grid for name, rule in rules.items()}
+    return WeightStore(bundle.root, bundle.config, bundle.parts, grids), grids
+
+
+def re_emitted(
+    path: Path,
+    folder: Path,
+    *,
+    parts: int | None = None,
+    kv_scales: Sequence[tuple[float, float]] | None = None,
+    accuracy_level: int = FLOAT_ARITHMETIC,
+) -> Bundle:
+    """The same weights under graphs written anew into `folder`: another split, cache or arithmetic."""
+    bundle = open_bundle(path)
+    store, grids = opened_store(bundle)
+    (folder / "weights").mkdir(parents=True)
+    for file in (path / "weights").iterdir():
+        os.link(file, folder / "weights" / file.name)
+    plan = plan_parts(bundle.config, parts or len(bundle.parts))
+    scales = tuple(bundle.kv_scales if kv_scales is None else kv_scales)
+    for part in plan:
+        weights = HostWeights(store.tensors, grids, scales)
+        emit_host(bundle.config, part, weights, accuracy_level=accuracy_level).save(folder / f"{part.name}.onnx")
+    return replace(bundle, root=folder, parts=plan, kv_scales=scales)
+
+
+__all__ = [
+    "CONTEXT",
+    "INT8_ACTIVATIONS",
+    "LAYERS",
+    "PROMPT_LENGTH",
+    "SMALL",
+    "VOCAB",
+    "Exports",
+    "opened_store",
+    "re_emitted",
+    "write_checkpoint",
+]
