@@ -10,34 +10,50 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.quantize.grid import Grid, QuantizedTensor, fit_scales
+from headrace.quantize.grid import Grid, QuantizedTensor, dequantize, fit_scales
 from headrace.quantize.statistics import InputStatistics
 
-__all__ = ["damped", "inverse_factor", "quantize", "rounding_loss", "solve_codes"]
+__all__ = ["damped", "inverse_factor", "quantize", "rounding_loss", "solve", "solve_codes"]
 
 Array = NDArray[np.float32]
 
-DAMPING = 0.01  # of the diagonal's mean
+DAMPING = 0.1  # of the typical energy of a channel
+_POWERS = (0.5, 1.0)
 _LAZY = 96  # columns whose error reaches the later ones in one product
 _TRIANGLE = 64  # below this a triangle is inverted directly
 
 
 def quantize(weight: Array, statistics: InputStatistics, grid: Grid) -> QuantizedTensor:
     """A weight (N, K) to codes that keep weight·x, for the inputs of `statistics`, as well as rounding in turn can."""
-    moment = damped(statistics.moment)
-    scales = fit_scales(weight, grid, np.diagonal(moment).copy())
-    return QuantizedTensor(solve_codes(weight, moment, scales, grid), scales, grid)
+    return solve(weight, damped(statistics.moment), grid)
+
+
+def solve(weight: Array, moment: Array, grid: Grid) -> QuantizedTensor:
+    """Scales by the clip search, the codes for them, and of several searches the best one, row by row.
+
+    The search counts a column's error by a power of its energy. By the energy itself a few strong channels decide
+    the clip of all the others, whose error GPTQ could have made up for: the root is better for most weights, the
+    energy for those whose input has huge channels.
+    """
+    energy = np.diagonal(moment)
+    scales = np.concatenate([fit_scales(weight, grid, energy**power) for power in _POWERS])
+    codes = solve_codes(np.concatenate([weight] * len(_POWERS)), moment, scales, grid)
+    error = np.concatenate([weight] * len(_POWERS))
+    error -= dequantize(QuantizedTensor(codes, scales, grid))
+    loss = np.einsum("nk,nk->n", error @ moment, error).reshape(len(_POWERS), -1)
+    best = loss.argmin(0) * weight.shape[0] + np.arange(weight.shape[0])
+    return QuantizedTensor(codes[best], scales[best], grid)
 
 
 def damped(moment: Array, damping: float = DAMPING) -> Array:
-    """moment + damping · mean(diagonal) · I, so that its inverse exists; channels that never fire count the mean."""
+    """moment + damping · (mean root of the diagonal)² · I, so that its inverse exists and generalises.
+
+    The root keeps a few huge channels (SmolLM2's first token) from deciding how much all others are damped.
+    """
     out = moment.copy()
     diagonal = np.einsum("ii->i", out)
-    mean = float(diagonal.mean())
-    if mean <= 0:
-        mean = 1.0
-    diagonal[diagonal <= 0] = mean
-    diagonal += np.float32(damping * mean)
+    typical = float(np.sqrt(diagonal).mean()) ** 2
+    diagonal += np.float32(damping * typical if typical > 0 else 1.0)
     return out
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.errors import RecipeError, did_you_mean
-from headrace.quantize import gptq, nearest
+from headrace.quantize import descent, gptq, nearest
 from headrace.quantize.grid import Grid, QuantizedTensor
 from headrace.quantize.statistics import InputStatistics
 
@@ -32,6 +32,7 @@ class Method:
 METHODS: Mapping[str, Method] = {
     "nearest": Method(nearest.quantize, calibrated=False),
     "gptq": Method(gptq.quantize, calibrated=True),
+    "descent": Method(descent.quantize, calibrated=True),
 }
 
 

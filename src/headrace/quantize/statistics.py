@@ -47,13 +47,16 @@ class InputStatistics:
         else:
             scaled = x * np.sqrt(weights)[:, None]
             moment = scaled.T @ scaled
-        shift = None
-        if reference is not None:
-            difference = reference - x
-            if weights is not None:
-                difference *= weights[:, None]
-            shift = difference.T @ x
-            shift /= tokens
+        shift = None if reference is None else _shift(x, reference, weights)
         moment /= tokens
         peak = np.maximum(x.max(0), -x.min(0))
         return cls(moment, peak, tokens, shift)
+
+
+def _shift(
+    x: NDArray[np.float32], reference: NDArray[np.float32], weights: NDArray[np.float32] | None
+) -> NDArray[np.float32]:
+    difference = reference - x
+    if weights is not None:
+        difference *= weights[:, None]
+    return np.asarray(difference.T @ x / np.float32(len(x)), np.float32)

@@ -1,0 +1,170 @@
+"""How much each linear's rounding costs in KL, from one walk back through the float model, and who gets 8 bits.
+
+Rounding a linear changes its output at token t by e_t. To second order that costs
+
+    KL ≈ ½ · mean over tokens of (g_t · e_t)²,
+
+where g_t is the gradient at that output of v·logits for random v with covariance diag(p) − p pᵀ, the Fisher
+information of the prediction p: the Hessian of KL. Costs of different linears add up. Layers are walked back one at
+a time, so one layer's weights are in memory, beside the hidden states of a few windows.
+
+Source: second-order pruning and quantization (LeCun et al. 1990; Dong et al. 2019, HAWQ), with a randomised Fisher
+factor. This file does not know how a rule's method works, nor how a recipe is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.config import ModelConfig
+from headrace.model.decoder import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    Residual,
+    block,
+    embed,
+    head,
+    layer_weights,
+)
+from headrace.model.ops import Array, Positions
+from headrace.quantize.calibrate import Follower, causal_positions
+from headrace.quantize.grid import dequantize
+from headrace.quantize.methods import find_method
+from headrace.quantize.pipeline import Source
+from headrace.quantize.recipe import Rule
+from headrace.quantize.statistics import InputStatistics
+from headrace.quantize.tape import Node, Tape
+
+__all__ = ["fisher_gradient", "measure_sensitivity"]
+
+
+def measure_sensitivity(
+    source: Source,
+    rules: Mapping[str, Rule],
+    windows: NDArray[np.int64],
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], Any] | None = None,
+) -> dict[str, float]:
+    """The KL, in nats, that bringing each linear alone to its rule's grid costs.
+
+    Args:
+        source: the checkpoint.
+        rules: canonical name → the rule that is tried.
+        windows: token ids, int64 (windows, length).
+        seed: of the random factor.
+        progress: called with (layers walked, all): forward and back count one each.
+    """
+    config = source.config
+    at = causal_positions(config, windows.shape[1])
+    inputs = _forward(source, windows, at, progress)
+    grads = fisher_gradient(source, inputs.pop(), np.random.default_rng(seed))
+    costs: dict[str, float] = {}
+    for number in range(config.num_layers - 1, -1, -1):
+        if progress is not None:
+            progress(2 * config.num_layers - 1 - number, 2 * config.num_layers)
+        weights = {name: source.tensor(name).load() for name in layer_weights(number)}
+        x = inputs.pop()
+        errors = _errors(config, rules, number, weights, x, at)
+        found = _walk_back(config, number, weights, errors, x, grads, at)
+        costs.update({name: found[name] for name in errors})
+    if progress is not None:
+        progress(2 * config.num_layers, 2 * config.num_layers)
+    return dict(reversed(costs.items()))
+
+
+def fisher_gradient(source: Source, stream: Array, generator: np.random.Generator) -> Array:
+    """The gradient of v·logits at the last hidden states (W, S, H), with v of covariance diag(p) − p pᵀ.
+
+    v = √p ∘ r − p (√p · r) for normal r.
+    """
+    weights = {FINAL_NORM: source.tensor(FINAL_NORM).load(), HEAD: source.tensor(HEAD).load()}
+    grads = np.empty_like(stream)
+    for window, x in enumerate(stream):
+        tape, node = Tape(source.config, weights.__getitem__), Node(x[None])
+        logits = head(tape, Residual(node))
+        share = logits.value
+        share = share - share.max(-1, keepdims=True)
+        np.exp(share, out=share)
+        share /= share.sum(-1, keepdims=True)
+        root = np.sqrt(share)
+        v = generator.standard_normal(share.shape, np.float32)
+        along = np.einsum("bsv,bsv->bs", root, v)
+        v *= root
+        v -= share * along[..., None]
+        tape.backward(logits, v)
+        grads[window] = cast(Array, node.grad)[0]
+    return grads
+
+
+def _forward(
+    source: Source,
+    windows: NDArray[np.int64],
+    at: Positions[Array],
+    progress: Callable[[int, int], Any] | None,
+) -> list[Array]:
+    """Every layer's input, and the last one's output, each (W, S, H)."""
+    config = source.config
+    table = {EMBEDDING: source.tensor(EMBEDDING).load()}
+    inputs = [embed(Follower(config, table), cast(Array, windows)).x]
+    del table
+    for number in range(config.num_layers):
+        if progress is not None:
+            progress(number, 2 * config.num_layers)
+        ops = Follower(config, {name: source.tensor(name).load() for name in layer_weights(number)})
+        inputs.append(block(ops, number, Residual(inputs[-1]), at, None)[0].settle(ops))
+    return inputs
+
+
+def _errors(
+    config: ModelConfig,
+    rules: Mapping[str, Rule],
+    number: int,
+    weights: Mapping[str, Array],
+    x: Array,
+    at: Positions[Array],
+) -> dict[str, Array]:
+    """What each linear of a layer loses on its rule's grid, calibrated on the float model's own inputs."""
+    errors: dict[str, Array] = {}
+
+    def arrive(names: tuple[str, ...], inputs: Array) -> None:
+        statistics = InputStatistics.of(inputs.reshape(-1, inputs.shape[-1]))
+        for name in names:
+            method = find_method(rules[name].method)
+            quantized = method.quantize(weights[name], statistics, rules[name].grid)
+            errors[name] = weights[name] - dequantize(quantized)
+
+    block(Follower(config, weights, arrive), number, Residual(x), at, None)
+    return errors
+
+
+def _walk_back(
+    config: ModelConfig,
+    number: int,
+    weights: Mapping[str, Array],
+    errors: Mapping[str, Array],
+    x: Array,
+    grads: Array,
+    at: Positions[Array],
+) -> dict[str, float]:
+    """Costs of a layer's errors; `grads` at its output become those at its input."""
+    costs = dict.fromkeys(errors, 0.0)
+    tokens = x.shape[0] * x.shape[1]
+
+    def at_linear(name: str, inputs: Array, g: Array) -> None:
+        effect = np.einsum("bsn,bsn->bs", inputs @ errors[name].T, g)
+        costs[name] += 0.5 * float(np.square(effect, dtype=np.float64).sum()) / tokens
+
+    tape = Tape(config, weights.__getitem__, at_linear)
+    positions = Tape.positions(at)
+    for window in range(x.shape[0]):
+        node = Node(x[window : window + 1])
+        stream, _ = block(tape, number, Residual(node), positions, None)
+        tape.backward(stream.settle(tape), grads[window : window + 1])
+        grads[window] = cast(Array, node.grad)[0]
+    return costs

@@ -1,0 +1,138 @@
+"""Methods that round linears: what they promise, on random weights and inputs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from headrace.errors import RecipeError
+from headrace.quantize import descent, gptq, nearest
+from headrace.quantize.grid import Grid, dequantize
+from headrace.quantize.methods import METHODS, find_method
+from headrace.quantize.statistics import InputStatistics
+
+GRIDS = (Grid(4, 16), Grid(4, 32), Grid(4, None), Grid(8, None))
+
+# Coordinate descent minimises in float32 and rounds scales to float16; it may lose this share by rounding alone.
+FLOAT_NOISE = 1e-4
+# Two orders of the same float32 sums may round a code differently when it lies on the edge of two.
+EDGE_SHARE = 0.002
+# U from float64 Cholesky, rounded to float32: relative to the identity it should give.
+FACTOR_NOISE = 1e-3
+
+
+def problem(
+    seed: int, rows: int = 24, columns: int = 64, tokens: int = 400
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """A weight (N, K) and correlated inputs (tokens, K), one channel far larger than the others."""
+    rng = np.random.default_rng(seed)
+    mixing = rng.normal(size=(columns, columns)) * rng.uniform(0.1, 2, columns)
+    inputs = rng.normal(size=(tokens, columns)) @ mixing
+    inputs[:, seed % columns] *= 20
+    return rng.normal(size=(rows, columns)).astype(np.float32), inputs.astype(np.float32)
+
+
+@given(seed=st.integers(0, 10_000), grid=st.sampled_from(GRIDS))
+def test_gptq_loses_no_more_than_rounding_on_its_own_hessian(seed: int, grid: Grid) -> None:
+    weight, inputs = problem(seed)
+    statistics = InputStatistics.of(inputs)
+    moment = gptq.damped(statistics.moment)
+    rounded = gptq.rounding_loss(weight, dequantize(nearest.quantize(weight, statistics, grid)), moment)
+    solved = gptq.rounding_loss(weight, dequantize(gptq.quantize(weight, statistics, grid)), moment)
+    assert solved <= rounded
+
+
+@given(seed=st.integers(0, 10_000), grid=st.sampled_from(GRIDS))
+def test_descent_loses_no_more_than_gptq(seed: int, grid: Grid) -> None:
+    weight, inputs = problem(seed)
+    moment = gptq.damped(InputStatistics.of(inputs).moment)
+    start = gptq.solve(weight, moment, grid)
+    before = gptq.rounding_loss(weight, dequantize(start), moment)
+    after = gptq.rounding_loss(weight, dequantize(descent.improve(weight, moment, start)), moment)
+    assert after <= before * (1 + FLOAT_NOISE)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_descent_gains_something(grid: Grid) -> None:
+    weight, inputs = problem(3, rows=48)
+    moment = gptq.damped(InputStatistics.of(inputs).moment)
+    start = gptq.solve(weight, moment, grid)
+    better = descent.improve(weight, moment, start)
+    assert gptq.rounding_loss(weight, dequantize(better), moment) < gptq.rounding_loss(
+        weight, dequantize(start), moment
+    )
+
+
+@given(seed=st.integers(0, 1000), lazy=st.sampled_from([1, 7, 16, 64, 100]))
+def test_gptq_codes_do_not_depend_on_its_block_size(seed: int, lazy: int) -> None:
+    weight, inputs = problem(seed)
+    grid = Grid(4, 32)
+    moment = gptq.damped(InputStatistics.of(inputs).moment)
+    scales = gptq.solve(weight, moment, grid).scales
+    whole = gptq.solve_codes(weight, moment, scales, grid, lazy=weight.shape[1])
+    parts = gptq.solve_codes(weight, moment, scales, grid, lazy=lazy)
+    assert np.mean(whole != parts) <= EDGE_SHARE
+
+
+def test_gptq_without_correlation_is_rounding() -> None:
+    weight, _ = problem(1)
+    scales = nearest.quantize(weight, None, Grid(4, 32)).scales
+    codes = gptq.solve_codes(weight, np.eye(64, dtype=np.float32), scales, Grid(4, 32))
+    exact = np.clip(np.rint(weight / np.repeat(scales.astype(np.float32), 32, axis=1)), -8, 7)
+    assert np.array_equal(codes, exact)
+
+
+@pytest.mark.parametrize("size", [1, 5, 64, 200])
+def test_inverse_factor_is_one(size: int) -> None:
+    x = np.random.default_rng(size).normal(size=(size * 2, size)).astype(np.float32)
+    moment = gptq.damped(x.T @ x)
+    factor = gptq.inverse_factor(moment)
+    assert np.array_equal(factor, np.triu(factor))
+    assert np.abs(factor.T @ factor @ moment - np.eye(size)).max() < FACTOR_NOISE
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_methods_are_deterministic_and_fill_their_grid(name: str) -> None:
+    weight, inputs = problem(9)
+    statistics = InputStatistics.of(inputs)
+    for grid in GRIDS:
+        first, second = (find_method(name).quantize(weight, statistics, grid) for _ in range(2))
+        assert np.array_equal(first.codes, second.codes) and np.array_equal(first.scales, second.scales)
+        assert first.codes.dtype == np.int8 and first.scales.dtype == np.float16 and first.grid == grid
+        assert first.codes.min() >= grid.bottom and first.codes.max() <= grid.top
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_methods_survive_silent_channels_and_empty_rows(name: str) -> None:
+    weight, inputs = problem(2)
+    inputs[:, 5] = 0
+    weight[3] = 0
+    result = dequantize(find_method(name).quantize(weight, InputStatistics.of(inputs), Grid(4, 16)))
+    assert np.isfinite(result).all() and not result[3].any()
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_a_block_that_does_not_divide_is_refused(name: str) -> None:
+    weight, inputs = problem(2, columns=48)
+    with pytest.raises(RecipeError, match="block 32 does not divide the rows"):
+        find_method(name).quantize(weight, InputStatistics.of(inputs), Grid(4, 32))
+
+
+def test_an_unknown_method_is_refused_with_a_hint() -> None:
+    with pytest.raises(RecipeError, match=r"method 'gtpq' is unknown; did you mean 'gptq'\?; expected nearest"):
+        find_method("gtpq")
+
+
+def test_statistics_are_moments() -> None:
+    _, inputs = problem(4)
+    weights = np.linspace(0.5, 1.5, len(inputs), dtype=np.float32)
+    statistics = InputStatistics.of(inputs, inputs + 1, weights)
+    exact = (inputs.astype(np.float64) * weights[:, None]).T @ inputs.astype(np.float64) / len(inputs)
+    assert np.allclose(statistics.moment, exact, rtol=1e-3, atol=1e-3 * np.abs(exact).max())
+    shift = np.outer(np.ones(inputs.shape[1]), (inputs * weights[:, None]).mean(0))
+    assert statistics.shift is not None
+    assert np.allclose(statistics.shift, shift, atol=1e-2 * np.abs(shift).max())
+    assert np.array_equal(statistics.peak, np.abs(inputs).max(0))
