@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 from numpy.typing import NDArray
 
 from headrace.checkpoint import open_checkpoint
@@ -16,10 +18,11 @@ from headrace.model.decoder import EMBEDDING, HEAD, Residual, block, embed, head
 from headrace.model.ops import Array, Eager, Positions
 from headrace.plan import MASK_DEPTH, plan_parts
 from headrace.quantize.encodings import ANGLE, MASK, Encoding, device_encodings
-from headrace.quantize.grid import Grid, QuantizedTensor, dequantize, quantize_nearest
+from headrace.quantize.grid import Grid, QuantizedTensor, dequantize, quantize_nearest, round_codes, storable
 from headrace.quantize.ranges import collect_ranges
 from headrace.quantize.storage import part_weights
 from headrace.rope import rope_angles
+from headrace.targets.onnxruntime import default_threads, make_session
 from tests.tiny import write_baichuan, write_llama
 
 
@@ -47,7 +50,6 @@ def quantized_model(
     windows: NDArray[np.int64],
     *,
     eight_bits: str = "down_proj",
-    embedding_block: int | None = None,
 ) -> QuantizedModel:
     """int4 a channel, int8 for tables and linears named `eight_bits`; ranges from `windows`."""
     weights: dict[str, QuantizedTensor | Array] = {}
@@ -56,8 +58,8 @@ def quantized_model(
         if value.ndim == 1:
             weights[name] = value
         else:
-            bits = 8 if name == HEAD or eight_bits in name else 4
-            weights[name] = quantize_nearest(value, Grid(8, embedding_block) if name == EMBEDDING else Grid(bits))
+            eight = name in (EMBEDDING, HEAD) or eight_bits in name
+            weights[name] = eight_bit(value) if eight else quantize_nearest(value, Grid(4))
     bare = QuantizedModel(config, weights, {}, ())
     ranges = collect_ranges(config, bare.real, windows)
     scales = []
@@ -66,6 +68,12 @@ def quantized_model(
         scales.append(tuple(max(map(abs, ranges[f"{p}.{cache}"])) / 127 for cache in ("k_cache", "v_cache")))
     kv_scales = tuple((float(k), float(v)) for k, v in scales)
     return QuantizedModel(config, weights, device_encodings(config, ranges, kv_scales), kv_scales)
+
+
+def eight_bit(weight: Array) -> QuantizedTensor:
+    """int8 a channel, no clipping: quick."""
+    scales = storable(np.abs(weight).max(1, keepdims=True) / np.float32(127))
+    return QuantizedTensor(round_codes(weight, scales, Grid(8)), scales, Grid(8))
 
 
 class SimulatedDevice(Eager):
@@ -121,3 +129,17 @@ def divergence(reference: Array, logits: Array) -> float:
     meter = FidelityMeter()
     meter.add(reference, logits, np.full(len(reference), no_target))
     return meter.result().kl
+
+
+def reference_session(path: Path) -> Any:
+    """A session that runs every node as written."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return make_session(str(path), default_threads(), options)
+
+
+def run_session(session: Any, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """All outputs by name; of `feeds`, what the graph has inputs for."""
+    names = [o.name for o in session.get_outputs()]
+    wanted = {i.name: np.ascontiguousarray(feeds[i.name]) for i in session.get_inputs()}
+    return dict(zip(names, session.run(names, wanted)))

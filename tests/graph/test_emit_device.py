@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,6 +31,8 @@ from tests.graph.simulated import (
     SimulatedDevice,
     divergence,
     quantized_model,
+    reference_session,
+    run_session,
     simulated_logits,
     tiny_model,
 )
@@ -73,12 +74,7 @@ def feeds_for(model: QuantizedModel, ids: NDArray[np.int64], length: int = S, co
 
 
 def run(path: Path, feeds: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = 1
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    names = [o.name for o in session.get_outputs()]
-    return dict(zip(names, session.run(names, {i.name: feeds[i.name] for i in session.get_inputs()})))
+    return run_session(reference_session(path), feeds)
 
 
 def chain(graphs: Sequence[DeviceGraph], feeds: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
