@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -108,6 +109,6 @@ def test_host_ports(kv: str) -> None:
 @pytest.mark.parametrize("count", [1, 2, 5, 31])
 def test_what_a_part_writes_the_next_reads(style: GraphStyle, count: int) -> None:
     parts = plan_parts(CONFIG, count)
-    for one, next_one in zip(parts, parts[1:]):
+    for one, next_one in itertools.pairwise(parts):
         written, read = ports(CONFIG, one, style)[1][-1], ports(CONFIG, next_one, style)[0][0]
         assert written == read

@@ -24,7 +24,7 @@ def test_first_match_wins() -> None:
 
 
 def test_a_weight_without_a_rule() -> None:
-    with pytest.raises(RecipeError, match="recipe 'r' has no rule for layers.0.self_attn.q_proj.weight"):
+    with pytest.raises(RecipeError, match=r"recipe .r. has no rule for layers\.0\.self_attn\.q_proj\.weight"):
         Recipe("r", (TABLES, DOWN)).resolve(NAMES)
 
 

@@ -63,7 +63,7 @@ def test_what_was_written_is_read(tmp_path: Path, config: ModelConfig, parts: in
 
 @pytest.mark.parametrize("config", [UNTIED, TIED], ids=["untied", "tied"])
 def test_anyone_can_open_the_files(tmp_path: Path, config: ModelConfig) -> None:
-    store, values = filled(tmp_path, config, 4)
+    _, values = filled(tmp_path, config, 4)
     found: dict[str, np.ndarray] = {}
     for part in plan_parts(config, 4):
         path = tmp_path / "weights" / f"{part.name}.safetensors"

@@ -102,6 +102,7 @@ class Engine:
         """
         if len(ids) > self.room:
             raise ContextFull(len(self.tokens) + len(ids), self.context)
+        self._last = None  # an interrupted step must not leave an older sequence's logits behind
         size = self.runner.prompt_length
         for at in range(0, len(ids), size):
             chunk = np.asarray(ids[at : at + size], np.int64)

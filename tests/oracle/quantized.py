@@ -1,0 +1,92 @@
+"""A bundle's forward pass in float64 from its safetensors files alone, with an int8 or a float cache.
+
+Reads codes and scales as docs/bundle-format.md describes them; imports nothing of headrace.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from tests.oracle.llama import Matrix, attend, frequencies, rms, turn
+
+Caches = dict[str, Matrix]
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Logits (S, V); and by cache name (`past_key_0` …) what was written, (kv_heads, S, D), in steps of its scale."""
+
+    logits: Matrix
+    caches: Caches
+
+
+def stored_weights(bundle: Path) -> dict[str, Matrix]:
+    """Every weight, dequantized."""
+    stored: dict[str, NDArray[Any]] = {}
+    for file in sorted((bundle / "weights").iterdir()):
+        stored.update(load_file(file))
+    weights: dict[str, Matrix] = {}
+    for name, array in stored.items():
+        if name.endswith("_packed"):
+            weight = name.removesuffix("_packed")
+            scales = stored[f"{weight}_scale"].astype(np.float64)
+            columns = _columns(bundle, weight)
+            if array.shape[1] * 2 == columns:  # int4: two a byte, low nibble first
+                array = np.stack([array & 15, array >> 4], 2).reshape(len(array), -1)
+                codes = array.astype(np.float64) - 8
+            else:
+                codes = array.astype(np.float64) - 128
+            weights[weight] = codes * np.repeat(scales, columns // scales.shape[1], axis=1)
+        elif not name.endswith("_scale"):
+            weights[name] = array.astype(np.float64)
+    return weights
+
+
+def forward(bundle: Path, ids: Sequence[int], *, int8_cache: bool) -> Forward:
+    """The whole sequence in one step; attention reads keys and values as the cache gives them back."""
+    manifest = json.loads((bundle / "headrace.json").read_text())
+    g = manifest["geometry"]
+    heads, kv_heads, width, eps = g["num_heads"], g["num_kv_heads"], g["head_dim"], g["rms_norm_eps"]
+    w = stored_weights(bundle)
+    angles = np.outer(np.arange(len(ids)), frequencies({"rope_theta": g["rope_theta"]}, width))
+    caches: Caches = {}
+
+    def through_cache(x: Matrix, name: str, scale: float) -> Matrix:
+        caches[name] = x / scale
+        return np.clip(np.rint(x / scale), -128, 127) * scale if int8_cache else x
+
+    x = w["embed_tokens.weight"][list(ids)]
+    for i in range(g["num_layers"]):
+        p = f"layers.{i}"
+        key_scale, value_scale = manifest["kv_scales"][i] if int8_cache else (1.0, 1.0)
+        y = rms(x, w[f"{p}.input_layernorm.weight"], eps)
+        q, k, v = (
+            (y @ w[f"{p}.self_attn.{part}_proj.weight"].T).reshape(len(ids), -1, width).swapaxes(0, 1) for part in "qkv"
+        )
+        k = through_cache(np.stack([turn(head, angles) for head in k]), f"past_key_{i}", key_scale)
+        v = through_cache(v, f"past_value_{i}", value_scale)
+        mixed = [attend(turn(q[h], angles), k[h * kv_heads // heads], v[h * kv_heads // heads]) for h in range(heads)]
+        x = x + np.concatenate(mixed, 1) @ w[f"{p}.self_attn.o_proj.weight"].T
+        y = rms(x, w[f"{p}.post_attention_layernorm.weight"], eps)
+        gate = y @ w[f"{p}.mlp.gate_proj.weight"].T
+        gate = gate / (1 + np.exp(-gate))
+        x = x + (gate * (y @ w[f"{p}.mlp.up_proj.weight"].T)) @ w[f"{p}.mlp.down_proj.weight"].T
+    table = w["embed_tokens.weight" if g["tied_head"] else "lm_head.weight"]
+    return Forward(rms(x, w["norm.weight"], eps) @ table.T, caches)
+
+
+def _columns(bundle: Path, weight: str) -> int:
+    g = json.loads((bundle / "headrace.json").read_text())["geometry"]
+    if weight.endswith("down_proj.weight"):
+        return int(g["intermediate_size"])
+    if weight.endswith("o_proj.weight"):
+        return int(g["num_heads"] * g["head_dim"])
+    return int(g["hidden_size"])
