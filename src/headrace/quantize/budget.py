@@ -1,0 +1,143 @@
+"""Who gets 8 bits under a budget: greedy by KL gained per byte, and the choice as rules anyone can read.
+
+Knows no weights and no text: only geometry, a recipe, and what each linear's 4 bits cost.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from headrace.config import ModelConfig
+from headrace.errors import RecipeError
+from headrace.model.decoder import EMBEDDING, HEAD
+from headrace.plan import Part, plan_parts
+from headrace.quantize.grid import Grid
+from headrace.quantize.recipe import Recipe, Rule
+from headrace.quantize.storage import layouts, linear_shape, quantized_names
+
+__all__ = ["Spending", "average_bits", "spend", "weight_bytes"]
+
+_EIGHT = Grid(8)
+_ROUNDING = 1e-3  # bytes: a budget that fits exactly must not fail by float arithmetic
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What a budget bought.
+
+    Attributes:
+        recipe: the recipe with rules for the 8-bit linears in front.
+        eight: their names, in the order they were chosen.
+        bits: code bits averaged over the linears.
+        nbytes: of all weights files.
+        cost: the KL that the linears left at 4 bits are predicted to cost together.
+    """
+
+    recipe: Recipe
+    eight: tuple[str, ...]
+    bits: float
+    nbytes: int
+    cost: float
+
+
+def average_bits(config: ModelConfig, rules: Mapping[str, Rule]) -> float:
+    """Code bits averaged over the weights of the linears, embedding and head not counted."""
+    total = weights = 0
+    for name in _linears(config):
+        rows, columns = linear_shape(config, name)
+        total += rows * columns * rules[name].bits
+        weights += rows * columns
+    return total / weights
+
+
+def weight_bytes(config: ModelConfig, rules: Mapping[str, Rule], parts: Sequence[Part] | None = None) -> int:
+    """Bytes of all weights files, headers and norms included."""
+    grids = {name: rule.grid for name, rule in rules.items()}
+    return sum(layout.nbytes for layout in layouts(config, parts or plan_parts(config, 1), grids))
+
+
+def spend(
+    recipe: Recipe,
+    config: ModelConfig,
+    costs: Mapping[str, float],
+    *,
+    bits: float | None = None,
+    size: int | None = None,
+    parts: Sequence[Part] | None = None,
+) -> Spending:
+    """Give 8 bits per channel to the linears where that gains most KL per byte.
+
+    Args:
+        recipe: what every weight gets otherwise; linears it already gives 8 bits keep them.
+        config: the geometry.
+        costs: canonical name → KL that the linear's 4 bits cost, from `measure_sensitivity`.
+        bits: most code bits averaged over the linears.
+        size: most bytes of all weights files; either this or `bits`.
+        parts: how files are split, for their headers.
+
+    Raises:
+        RecipeError: the budget cannot be met, or not exactly one of them is given.
+    """
+    if (bits is None) == (size is None):
+        raise RecipeError("give either --bits or --size, not both and not neither")
+    rules = recipe.resolve(quantized_names(config))
+    candidates = [name for name in _linears(config) if rules[name].bits == 4]
+    least_bits, least_bytes = average_bits(config, rules), weight_bytes(config, rules, parts)
+    if bits is not None and bits < least_bits:
+        raise RecipeError(
+            f"--bits {bits:g} cannot be met: recipe {recipe.name!r} needs {least_bits:.4g} without any 8-bit layer"
+        )
+    if size is not None and size < least_bytes:
+        raise RecipeError(
+            f"--size {size} bytes cannot be met: recipe {recipe.name!r} needs {least_bytes} bytes "
+            f"({least_bytes / 1e6:.1f} MB) without any 8-bit layer; give more or use larger blocks"
+        )
+    extra = {name: _extra(config, name, rules[name].grid, count_scales=size is not None) for name in candidates}
+    if bits is not None:
+        elements = sum(r * c for r, c in (linear_shape(config, name) for name in _linears(config)))
+        left = (bits - least_bits) * elements / 8 + _ROUNDING
+    else:
+        left = float((size or 0) - least_bytes)
+    chosen = []
+    for name in sorted(candidates, key=lambda n: -costs[n] / max(extra[n], 1)):
+        if extra[name] <= left:
+            chosen.append(name)
+            left -= extra[name]
+    mixed = _with_eight(recipe, rules, chosen)
+    final = mixed.resolve(quantized_names(config))
+    return Spending(
+        mixed,
+        tuple(chosen),
+        average_bits(config, final),
+        weight_bytes(config, final, parts),
+        sum(costs[name] for name in candidates if name not in set(chosen)),
+    )
+
+
+def _linears(config: ModelConfig) -> list[str]:
+    return [name for name in quantized_names(config) if name not in (EMBEDDING, HEAD)]
+
+
+def _extra(config: ModelConfig, name: str, grid: Grid, *, count_scales: bool) -> int:
+    """Bytes that 8 bits take beyond what the weight has now."""
+    rows, columns = linear_shape(config, name)
+    if count_scales:
+        return _EIGHT.nbytes(rows, columns) - grid.nbytes(rows, columns)
+    return rows * columns * (8 - grid.bits) // 8
+
+
+def _with_eight(recipe: Recipe, rules: Mapping[str, Rule], chosen: Sequence[str]) -> Recipe:
+    """Rules for the chosen linears, one for each kind, in front of the recipe's; rules left without a name go."""
+    kinds: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for name in chosen:
+        _, layer, kind = name.removesuffix(".weight").split(".", 2)
+        kinds[kind, rules[name].method].append(int(layer))
+    front = [
+        Rule(rf"layers\.({'|'.join(map(str, sorted(layers)))})\.{re.escape(kind)}", 8, None, method)
+        for (kind, method), layers in kinds.items()
+    ]
+    left = {rule for name, rule in rules.items() if name not in set(chosen)}
+    return replace(recipe, rules=(*front, *(rule for rule in recipe.rules if rule in left)))

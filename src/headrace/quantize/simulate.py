@@ -1,0 +1,67 @@
+"""Simulated: the eager decoder on the device's own grids, each kind of quantization switched on by itself.
+
+    activations   every named result on its static uint16 grid
+    cache         keys and values on the grid of the 8-bit KV cache
+    weights       whatever `weights` gives: float, or dequantized codes
+
+Says what a16 and KV8 cost each on their own, without a graph. Knows no text and no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.config import ModelConfig
+from headrace.model.decoder import Residual, block, embed, head
+from headrace.model.ops import Array, Eager
+from headrace.quantize.calibrate import causal_positions
+from headrace.quantize.encodings import Encoding
+
+__all__ = ["Simulated", "simulated_logits"]
+
+_CACHES = (".k_cache", ".v_cache")
+
+
+class Simulated(Eager):
+    """Eager whose named results are rounded to their encodings.
+
+    Args:
+        config: the geometry.
+        weights: gives a weight by canonical name, float32.
+        encodings: the grid of each named result, as `device_encodings` gives them.
+        activations: round everything but keys and values.
+        cache: round keys and values.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Callable[[str], Array],
+        encodings: Mapping[str, Encoding],
+        *,
+        activations: bool = True,
+        cache: bool = True,
+    ) -> None:
+        super().__init__(config, weights)
+        self.encodings = encodings
+        self.activations = activations
+        self.cache = cache
+
+    def tap(self, name: str, value: Array) -> Array:
+        wanted = self.cache if name.endswith(_CACHES) else self.activations
+        if not wanted or name.endswith(".masked_scores"):
+            return value  # the device's mask is shallower than the eager one, whose sums no grid could hold
+        return self.encodings[name].simulate(value)
+
+
+def simulated_logits(run: Eager, ids: NDArray[np.integer[Any]], rows: NDArray[np.int64]) -> Array:
+    """Logits (len(rows), V) of the wanted tokens of one sequence of ids (S,), in one step from position 0."""
+    at = causal_positions(run.config, len(ids))
+    stream: Residual[Array] = embed(run, cast(Array, ids[None]))
+    for layer in range(run.config.num_layers):
+        stream, _ = block(run, layer, stream, at, None)
+    return cast(Array, head(run, stream, cast(Array, rows))[0])

@@ -1,0 +1,128 @@
+"""Layer after layer: what the pipeline calibrates on, hands over and replays."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from headrace.checkpoint import Checkpoint, open_checkpoint
+from headrace.errors import CalibrationError, RecipeError
+from headrace.model.decoder import EMBEDDING, Residual, block, embed, layer_weights
+from headrace.model.ops import Eager
+from headrace.quantize.calibrate import Follower, causal_positions, cut_windows
+from headrace.quantize.grid import dequantize
+from headrace.quantize.pipeline import QuantizedLayer, linear_names, quantize_layers, quantize_table
+from headrace.quantize.recipe import Rule
+from tests.tiny import write_llama
+
+# The follower sums scores in another order than the plain decoder.
+ORDER_NOISE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return open_checkpoint(write_llama(tmp_path_factory.mktemp("model"), layers=3))
+
+
+def windows(source: Checkpoint, count: int = 3, length: int = 40) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, source.config.vocab_size, (count, length))
+
+
+def run(source: Checkpoint, method: str = "gptq", **options: object) -> list[QuantizedLayer]:
+    rules = {name: Rule("proj", 4, 16, method) for name in linear_names(source.config)}
+    layers: list[QuantizedLayer] = []
+    quantize_layers(source, rules, windows(source), layers.append, **options)  # type: ignore[arg-type]
+    return layers
+
+
+def same(a: QuantizedLayer, b: QuantizedLayer) -> bool:
+    return all(
+        np.array_equal(a.linears[n].codes, b.linears[n].codes)
+        and np.array_equal(a.linears[n].scales, b.linears[n].scales)
+        for n in a.linears
+    ) and (a.key_peak, a.value_peak) == (b.key_peak, b.value_peak)
+
+
+@pytest.mark.parametrize("method", ["nearest", "gptq", "descent"])
+def test_every_layer_is_handed_over_in_order(source: Checkpoint, method: str) -> None:
+    seen: list[tuple[int, int]] = []
+    layers = run(source, method, progress=lambda done, total: seen.append((done, total)))
+    assert [layer.number for layer in layers] == [0, 1, 2]
+    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    for layer in layers:
+        assert set(layer.weights()) == set(layer_weights(layer.number))
+        assert layer.key_peak > 0 and layer.value_peak > 0
+
+
+def test_two_runs_are_equal(source: Checkpoint) -> None:
+    assert all(same(a, b) for a, b in zip(run(source), run(source), strict=True))
+
+
+@pytest.mark.parametrize("known", [1, 2])
+def test_resumed_is_uninterrupted(source: Checkpoint, known: int) -> None:
+    whole = run(source)
+    rest = run(source, finished=lambda number: whole[number] if number < known else None)
+    assert [layer.number for layer in rest] == list(range(known, 3))
+    assert all(same(a, b) for a, b in zip(rest, whole[known:], strict=True))
+
+
+def test_a_linear_is_calibrated_on_the_quantized_ones_before_it(source: Checkpoint) -> None:
+    layers = run(source)
+    weights = {
+        EMBEDDING: source.tensor(EMBEDDING).load(),
+        **{k: v for layer in layers for k, v in layer.weights().items()},
+    }
+    ids = windows(source)
+    inputs = []
+
+    class Watch(Eager):
+        def tap_linear(self, weight: str, x: np.ndarray) -> None:
+            if weight == "layers.1.mlp.down_proj.weight":
+                inputs.append(x)
+
+    ops, at = Watch(source.config, weights.__getitem__), causal_positions(source.config, ids.shape[1])
+    stream = embed(ops, ids)
+    for number in range(2):
+        stream, _ = block(ops, number, stream, at, None)
+    seen = []
+    follower = Follower(source.config, weights, lambda names, x: seen.append((names, x)))
+    stream = embed(follower, ids)
+    for number in range(2):
+        stream, _ = block(follower, number, stream, at, None)
+    assert [names[0] for names, _ in seen][-1] == "layers.1.mlp.down_proj.weight"
+    assert len(seen) == 8
+    assert np.allclose(seen[-1][1], inputs[0], atol=ORDER_NOISE * np.abs(inputs[0]).max())
+
+
+def test_follower_computes_what_the_decoder_says(source: Checkpoint) -> None:
+    ids = np.random.default_rng(2).integers(0, source.config.vocab_size, (2, 150))  # more than one run of queries
+    weights = {name: source.tensor(name).load() for name in [EMBEDDING, *layer_weights(0)]}
+    at = causal_positions(source.config, ids.shape[1])
+    results = []
+    for ops in (Eager(source.config, weights.__getitem__), Follower(source.config, weights)):
+        stream: Residual[np.ndarray] = embed(ops, ids)
+        stream, _ = block(ops, 0, stream, at, None)
+        results.append(stream.settle(ops))
+    assert np.abs(results[0] - results[1]).max() < ORDER_NOISE * np.abs(results[0]).max()
+
+
+def test_table_is_rounded(source: Checkpoint) -> None:
+    table = quantize_table(source, EMBEDDING, Rule("embed", 8, None, "nearest"))
+    exact = source.tensor(EMBEDDING).load()
+    assert np.abs(dequantize(table) - exact).max() <= np.abs(exact).max() / 127
+
+
+def test_unknown_method_and_block_are_refused(source: Checkpoint) -> None:
+    with pytest.raises(RecipeError, match="method 'gtpq' is unknown"):
+        run(source, "gtpq")
+    rules = {name: Rule("proj", 4, 64, "nearest") for name in linear_names(source.config)}
+    with pytest.raises(RecipeError, match="block 64 does not divide"):
+        quantize_layers(source, rules, windows(source), lambda layer: None)
+
+
+def test_windows_are_spread_and_short_text_is_refused() -> None:
+    ids = np.arange(1000)
+    assert cut_windows(ids, 100, 3)[:, 0].tolist() == [0, 400, 900]
+    assert cut_windows(ids, 100, 50).shape == (10, 100)
+    with pytest.raises(CalibrationError, match="1000 tokens, which is less than one window of 1001"):
+        cut_windows(ids, 1001, 1)
