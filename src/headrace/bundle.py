@@ -118,7 +118,7 @@ def open_bundle(path: Path) -> Bundle:
             provenance=raw["provenance"],
             files=raw["files"],
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{path / MANIFEST} lacks or misstates {error}; export the bundle again") from None
 
 
@@ -151,6 +151,7 @@ def publish(work: Path, out: Path, manifest: Mapping[str, Any]) -> None:
         BundleError: `out` exists and is no bundle.
     """
     refuse_foreign(out)
+    (work / f".{MANIFEST}.part").unlink(missing_ok=True)  # of a run that was killed while it wrote the manifest
     files = {}
     for file in sorted(p for p in work.rglob("*") if p.is_file()):
         name = file.relative_to(work).as_posix()
@@ -158,18 +159,16 @@ def publish(work: Path, out: Path, manifest: Mapping[str, Any]) -> None:
             files[name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
             _fsync(file)
     body = {"format": FORMAT, **manifest, "files": files}
-    write_file(work / MANIFEST, json.dumps({**body, "digest": _digest(body)}, ensure_ascii=False, indent=1).encode())
+    write_file(work / MANIFEST, _text({**body, "digest": _digest(body)}))
     for folder in sorted({p.parent for p in work.rglob("*")} | {work}):
         _fsync(folder)
-    old = None
+    old = out.with_name(f".{out.name}.old")
     if out.exists():
-        old = out.with_name(f".{out.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         out.rename(old)
     work.rename(out)
     _fsync(out.parent)
-    if old is not None:
-        shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)  # also what a run left that was killed between the two renames
 
 
 def refuse_foreign(out: Path) -> None:
@@ -214,9 +213,16 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise BundleError(f"{path} has format {version}; this headrace reads up to {FORMAT}: update headrace")
     if version != FORMAT:
         raise BundleError(f"{path / MANIFEST} has format {version!r}; expected {FORMAT}: export the bundle again")
+    text = _text(raw)
     digest = raw.pop("digest", None)
-    if digest != _digest(raw):
+    # JSON has many spellings of one value (1e-06, 1E-06): the text itself must be the one that was written.
+    if digest != _digest(raw) or (path / MANIFEST).read_bytes() != text:
         raise BundleError(f"{path / MANIFEST} was changed (its digest differs); export the bundle again")
+    files = raw.get("files")
+    if not isinstance(files, dict) or not all(
+        isinstance(f, dict) and {"bytes", "sha256"} <= set(f) for f in files.values()
+    ):
+        raise BundleError(f"{path / MANIFEST} lacks or misstates 'files'; export the bundle again")
     return raw
 
 
@@ -236,6 +242,10 @@ def _problems(
             yield name, "was changed (its sha256 differs)"
         if progress is not None:
             progress(name)
+
+
+def _text(manifest: Mapping[str, Any]) -> bytes:
+    return json.dumps(manifest, ensure_ascii=False, indent=1).encode()
 
 
 def _digest(body: Mapping[str, Any]) -> str:
