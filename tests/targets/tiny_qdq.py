@@ -24,7 +24,17 @@ from headrace.model.ops import Array, Eager, Ops, Positions
 from headrace.plan import MASK_DEPTH, GraphStyle, Part, graph_name, plan_parts, ports
 from headrace.rope import rope_tables
 
-__all__ = ["Encoding", "TinyModel", "emit", "make", "tiny_config", "write"]
+__all__ = [
+    "Encoding",
+    "TinyModel",
+    "emit",
+    "graph_name",
+    "make",
+    "plan_parts",
+    "port_encodings",
+    "tiny_config",
+    "write",
+]
 
 OPSET = 23
 DTYPES = {
@@ -412,3 +422,14 @@ def write(
                 written[name] = folder / f"{name}.onnx"
                 onnx.save(emit(model, part, length, context), written[name])
     return written
+
+
+def port_encodings(model: TinyModel, parts: Sequence[Part]) -> dict[str, Encoding]:
+    """The encoding of every quantized device port, by port name."""
+    found = {}
+    for part in parts:
+        for port in sum(ports(model.config, part, GraphStyle.DEVICE), ()):
+            e = model.port_encoding(port.name)
+            if e is not None:
+                found[port.name] = e
+    return found

@@ -12,6 +12,7 @@ import json
 import mmap
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 from headrace.errors import TargetError
 from headrace.targets.qnn_toolchain import child_environment, find_toolchain
 
-__all__ = ["BinaryInfo", "GraphInfo", "TensorInfo", "read_context_binary"]
+__all__ = ["BinaryInfo", "GraphInfo", "TensorInfo", "read_context_binaries", "read_context_binary"]
 
 SECONDS = 300  # a 1 GB binary is parsed in about a second
 
@@ -89,21 +90,33 @@ def read_context_binary(path: Path) -> BinaryInfo:
     Raises:
         TargetError: it is missing or is not a context binary, or the toolchain is not installed.
     """
-    if not path.is_file():
-        raise TargetError(f"there is no context binary at {path}; export with --target again")
+    return read_context_binaries([path])[0]
+
+
+def read_context_binaries(paths: Sequence[Path]) -> list[BinaryInfo]:
+    """What each binary says about itself.
+
+    Raises:
+        TargetError: the first that is missing or is not a context binary; or the toolchain is not installed.
+    """
+    for path in paths:
+        if not path.is_file():
+            raise TargetError(f"there is no context binary at {path}; export with --target again")
     toolchain = find_toolchain()
-    command = [sys.executable, "-m", __name__, str(toolchain.library("QnnSystem")), str(path)]
+    command = [sys.executable, "-m", __name__, str(toolchain.library("QnnSystem")), *map(str, paths)]
     try:
         done = subprocess.run(
             command, env=child_environment(toolchain), capture_output=True, timeout=SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
-        raise TargetError(f"{path} could not be read as a context binary within {SECONDS} s") from None
-    if done.returncode != 0:
-        said = done.stderr.decode("utf-8", "replace").strip().splitlines()
-        why = said[-1] if said else f"the reader ended with status {done.returncode}"
-        raise TargetError(f"{path} is not a readable QNN context binary ({why}); export with --target again")
-    return _from_json(json.loads(done.stdout))
+        raise TargetError(f"{paths[0]} could not be read as a context binary within {SECONDS} s") from None
+    if done.returncode == 0:
+        return [_from_json(raw) for raw in json.loads(done.stdout)]
+    if len(paths) > 1:  # one by one, to find out which it is
+        return [read_context_binary(path) for path in paths]
+    said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+    why = said[-1] if said else f"the reader ended with status {done.returncode}"
+    raise TargetError(f"{paths[0]} is not a readable QNN context binary ({why}); export with --target again")
 
 
 def _from_json(raw: dict[str, Any]) -> BinaryInfo:
@@ -283,13 +296,15 @@ def _tensor(tensor: _Tensor) -> TensorInfo:
     return TensorInfo(tensor.name.decode(), tuple(tensor.dimensions[: tensor.rank]), dtype, scale, offset)
 
 
-def _main(library: str, path: str) -> None:
-    try:
-        with Path(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as data:
-            answer = _parse(library, data)
-    except (OSError, ValueError) as error:
-        raise SystemExit(str(error)) from None
-    sys.stdout.write(json.dumps(asdict(answer)))
+def _main(library: str, *paths: str) -> None:
+    answers = []
+    for path in paths:
+        try:
+            with Path(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as data:
+                answers.append(asdict(_parse(library, data)))
+        except (OSError, ValueError) as error:
+            raise SystemExit(str(error)) from None
+    sys.stdout.write(json.dumps(answers))
 
 
 if __name__ == "__main__":

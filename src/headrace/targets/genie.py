@@ -22,6 +22,7 @@ from headrace.config import ModelConfig
 from headrace.errors import TargetError
 from headrace.plan import Part
 from headrace.targets.qnn_check import PortEncoding
+from headrace.targets.qnn_loop import longest_prompt
 from headrace.targets.soc import Soc
 
 __all__ = [
@@ -98,13 +99,8 @@ class GeniePlan:
 
     @property
     def longest_prompt(self) -> int:
-        """Tokens a first prompt may have: its last step of S must end below the largest context."""
-        best = 0
-        for length in self.lengths:  # the tail takes the smallest step that fits
-            room = max(self.contexts) - 1 - length  # past of the last step, at most
-            whole = room // max(self.lengths) * max(self.lengths)
-            best = max(best, whole + length)
-        return best
+        """Tokens a first prompt may have."""
+        return longest_prompt(0, self.lengths, self.contexts)
 
 
 def binary_name(part: Part) -> str:

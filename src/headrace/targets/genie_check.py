@@ -14,7 +14,7 @@ from typing import Any
 
 from headrace.errors import TargetError, did_you_mean
 from headrace.plan import GraphStyle, Part, graph_name, ports
-from headrace.targets.context_binary import BinaryInfo, GraphInfo, TensorInfo, read_context_binary
+from headrace.targets.context_binary import BinaryInfo, GraphInfo, TensorInfo, read_context_binaries
 from headrace.targets.genie import BACKEND_FILE, CONFIG_FILE, TOKENIZER_FILE, GeniePlan, backend_config, genie_config
 from headrace.targets.qnn import refuse_shared
 from headrace.targets.qnn_check import check_graph, check_sharing
@@ -68,10 +68,9 @@ def check_genie_folder(folder: Path, plan: GeniePlan, *, emulation: bool = False
     tokenizer = _read_json(folder / TOKENIZER_FILE)
     if "model" not in tokenizer:
         raise TargetError(f"{folder / TOKENIZER_FILE} is not a tokenizer (it has no 'model'); export again")
-    infos: dict[Path, BinaryInfo] = {}
-    for name in binaries:
-        path = folder / name
-        infos[path] = refuse_shared(path) if emulation else read_context_binary(path)
+    paths = [folder / name for name in binaries]
+    infos = dict(zip(paths, refuse_shared(paths) if emulation else read_context_binaries(paths)))
+    for path in paths:
         if infos[path].soc_model != plan.soc.model or infos[path].arch != plan.soc.arch:
             raise TargetError(
                 f"{path} was compiled for soc_model {infos[path].soc_model}, v{infos[path].arch}; expected "

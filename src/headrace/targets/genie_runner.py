@@ -81,8 +81,13 @@ class GenieRunner:
             "config": {"dialog": dialog},
             "folder": str(folder),
         }
-        self._bos = int(dialog["context"]["bos-token"]) >= 0
+        context = dialog["context"]
+        self._bos = [int(context["bos-token"])] if int(context["bos-token"]) >= 0 else []
+        eos = context["eos-token"]
+        self._eos = [int(token) for token in eos] if isinstance(eos, list) else [int(eos)]
         self._past = 0  # an upper bound of the tokens in the cache, so that no query runs into the context
+        self._kept: list[int] | None = []  # the tokens in the cache; None when they are not known
+        self._unfed: list[int] = []  # what the last token may be that Genie chose, but did not take in
         self._running = False
         self._child = self._open()
 
@@ -120,7 +125,7 @@ class GenieRunner:
             logits: give the logits of every token.
             forced: the tokens to choose, before greedy ones.
             rewind: `ids` are the whole conversation; what is in the cache already is kept, the rest forgotten. Without
-                it Genie feeds its last token and an eos before a second turn.
+                it Genie puts an eos before a second turn (and a bos, if it has one).
 
         Raises:
             ContextFull: the prompt does not fit.
@@ -128,25 +133,48 @@ class GenieRunner:
         """
         if (logits or forced) and not self.own_sampler:
             raise TargetError("Genie gives logits only to headrace's sampler; expected GenieRunner(own_sampler=True)")
+        if rewind and not (rewind := self._can_rewind([*self._bos, *ids])):
+            self.reset()
+        known = not self._past or rewind
         self._admit(len(ids), rewind)
-        arrays = {"ids": np.asarray(ids, np.uint32)}
+        given = [*self._bos, *ids] if rewind else list(ids)  # a rewound query gets no bos from Genie
+        kept, said = [*self._bos, *ids], 0
+        self._kept = None  # until the answer has ended
+        arrays = {"ids": np.asarray(given, np.uint32)}
         for message, received in self._query(arrays, max_tokens, logits=logits, forced=forced, rewind=rewind):
             rows = received.get("logits")
             for i, token in enumerate(message["tokens"]):
                 self._past += 1
+                said += 1
+                kept.append(token)
                 yield GenieToken(token, None if rows is None else rows[i])
+        if known and self.end is End.DONE:
+            cut = said == max_tokens
+            self._kept, self._unfed = (kept[:-1], kept[-1:]) if cut else (kept, self._eos)
 
-    def query(self, text: str, max_tokens: int | None = None, *, rewind: bool = False) -> Iterator[str]:
+    def _can_rewind(self, ids: Sequence[int]) -> bool:
+        """Whether Genie rewinds to these ids rightly (measured): it takes the token that it chose last for taken in,
+        and neither goes back to the start nor answers without a new token."""
+        if self._kept is None:
+            return False
+        pairs = zip(self._kept, ids)
+        common = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self._kept), len(ids)))
+        if not 0 < common < len(ids):
+            return False
+        return common < len(self._kept) or ids[common] not in self._unfed
+
+    def query(self, text: str, max_tokens: int | None = None) -> Iterator[str]:
         """Continue the dialog with a text; gives pieces of the answer, whole characters only.
 
         Raises:
             ContextFull: the prompt does not fit.
             TargetError: Genie failed.
         """
-        self._admit(len(self.encode(text)), rewind)
+        self._admit(len(self.encode(text)), rewind=False)
+        self._kept = None
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         arrays = {"text": np.frombuffer(text.encode(), np.uint8)}
-        for _, received in self._query(arrays, max_tokens, logits=False, forced=(), rewind=rewind):
+        for _, received in self._query(arrays, max_tokens, logits=False, forced=(), rewind=False):
             self._past += 1
             if piece := decoder.decode(received["text"].tobytes()):
                 yield piece
@@ -157,7 +185,7 @@ class GenieRunner:
         """Refuse what Genie would run into the end of the context with: with several contexts it crashes later."""
         before = 0 if rewind else self._past
         # A second turn is preceded by the last token and an eos; every turn by the bos if there is one.
-        extra = int(self._bos) + (2 if before else 0)
+        extra = len(self._bos) + (2 if before else 0)
         if count == 0:
             raise TargetError("the prompt is empty; expected at least one token")
         prompt_steps(count + extra, before, self.lengths, self.contexts)
@@ -209,7 +237,7 @@ class GenieRunner:
             # Genie does not recover when it has several contexts: its next query would crash.
             self._child.close()
             self._child = self._open()
-            self._past = 0
+            self._past, self._kept = 0, []
 
     def encode(self, text: str) -> list[int]:
         """Ids as Genie's own tokenizer gives them."""
@@ -219,7 +247,7 @@ class GenieRunner:
     def reset(self) -> None:
         """Forget the conversation."""
         self._child.call({"action": "reset"}, seconds=ACTION_SECONDS)
-        self._past = 0
+        self._past, self._kept = 0, []
 
     def stop_at(self, sequences: Sequence[str]) -> None:
         """End text answers at any of these; token answers do not look at them."""
@@ -242,7 +270,7 @@ class GenieRunner:
         except (OSError, ValueError):
             raise TargetError(f"{folder} holds no saved Genie dialog; expected a folder that `save` wrote") from None
         self._child.call({"action": "restore", "path": str(folder.resolve())}, seconds=ACTION_SECONDS)
-        self._past = past
+        self._past, self._kept = past, None
 
     def abort(self) -> None:
         """End the running answer soon; callable from another thread."""

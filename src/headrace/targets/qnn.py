@@ -1,7 +1,7 @@
 """Compiles device graphs to QNN context binaries, and runs compiled graphs in HTP emulation.
 
     graphs of one part, S × C  ── compile_shared ──►  one binary, weights held once  ──►  phone
-                               ── compile_graph ───►  one binary each               ──►  Emulator, Genie on x86
+                               ── compile_apart ───►  one binary each               ──►  Emulator, Genie on x86
 
 The emulator cannot open a binary with shared weights: the same graphs are compiled a second time, apart. Compiler and
 emulator live in child processes. This file does not know what the graphs compute nor what a binary should contain.
@@ -21,11 +21,11 @@ from typing import Any
 from numpy.typing import NDArray
 
 from headrace.errors import TargetError
-from headrace.targets.context_binary import BinaryInfo, read_context_binary
+from headrace.targets.context_binary import BinaryInfo, read_context_binaries, read_context_binary
 from headrace.targets.qnn_child import Arrays, Child
 from headrace.targets.soc import Soc
 
-__all__ = ["Compiled", "EmulationGraph", "Emulator", "GraphFile", "compile_graph", "compile_shared"]
+__all__ = ["Compiled", "EmulationGraph", "Emulator", "GraphFile", "compile_apart", "compile_shared"]
 
 COMPILE_SECONDS = 3600.0  # one graph; 7 layers at 7B shape take 57 s on a core
 LOAD_SECONDS = 600.0
@@ -101,25 +101,37 @@ def compile_shared(
     return Compiled(binary, info, time.monotonic() - started, int(answer["peak_bytes"]))
 
 
-def compile_graph(graph: GraphFile, soc: Soc, folder: Path) -> tuple[EmulationGraph, Compiled]:
-    """Compile one graph alone, for emulation.
+def compile_apart(
+    graphs: Sequence[GraphFile], soc: Soc, folder: Path, *, progress: Callable[[str], None] | None = None
+) -> list[EmulationGraph]:
+    """Compile each graph into a binary of its own, for emulation.
 
     Writes NAME.onnx and NAME_qnn.bin into `folder`, which must exist.
 
+    Args:
+        graphs: of one part: they are compiled one after another in one child process.
+        soc: the chip whose code is emulated.
+        folder: where they go.
+        progress: called with each graph's name when it is compiled.
+
     Raises:
-        TargetError: the compiler refused the graph, or died.
+        TargetError: the compiler refused a graph, or died.
     """
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix=".compile-", dir=folder) as scratch:
-        with Child(_WORKER, "the HTP compiler") as child:
-            answer = _prepare(child, graph, soc, Path(scratch), share=False, last=True)
-        made = _only_binary(Path(scratch), graph.name)
-        info = read_context_binary(made)
-        # The .onnx names its binary, so both keep the names they were written under.
-        _publish(made, folder / made.name)
-        _publish(Path(scratch) / f"{graph.name}.onnx", folder / f"{graph.name}.onnx")
-    compiled = Compiled(folder / made.name, info, time.monotonic() - started, int(answer["peak_bytes"]))
-    return EmulationGraph(graph.name, folder / f"{graph.name}.onnx", compiled.path), compiled
+    finished = []
+    with (
+        tempfile.TemporaryDirectory(prefix=".compile-", dir=folder) as scratch,
+        Child(_WORKER, "the HTP compiler") as child,
+    ):
+        for graph in graphs:
+            _prepare(child, graph, soc, Path(scratch), share=False, last=True)
+            made = _only_binary(Path(scratch), graph.name)
+            # The .onnx names its binary, so both keep the names they were written under.
+            _publish(made, folder / made.name)
+            _publish(Path(scratch) / f"{graph.name}.onnx", folder / f"{graph.name}.onnx")
+            finished.append(EmulationGraph(graph.name, folder / f"{graph.name}.onnx", folder / made.name))
+            if progress is not None:
+                progress(graph.name)
+    return finished
 
 
 def _prepare(child: Child, graph: GraphFile, soc: Soc, scratch: Path, *, share: bool, last: bool) -> dict[str, Any]:
@@ -172,8 +184,7 @@ class Emulator:
     """
 
     def __init__(self, graphs: Sequence[EmulationGraph]) -> None:
-        for graph in graphs:
-            refuse_shared(graph.binary)
+        refuse_shared([graph.binary for graph in graphs])
         self._child = Child(_WORKER, "the HTP emulator")
         try:
             for graph in graphs:
@@ -204,16 +215,17 @@ class Emulator:
         self._child.close()
 
 
-def refuse_shared(binary: Path) -> BinaryInfo:
-    """What the binary says about itself.
+def refuse_shared(binaries: Sequence[Path]) -> list[BinaryInfo]:
+    """What the binaries say about themselves.
 
     Raises:
-        TargetError: its weights are shared between graphs, which crashes the emulator, or it cannot be read.
+        TargetError: one has weights shared between graphs, which crashes the emulator, or cannot be read.
     """
-    info = read_context_binary(binary)
-    if info.shared:
-        raise TargetError(
-            f"{binary} holds weights shared between {len(info.graphs)} graphs, which only a phone can open; expected "
-            "graphs compiled apart for emulation"
-        )
-    return info
+    infos = read_context_binaries(binaries)
+    for path, info in zip(binaries, infos):
+        if info.shared:
+            raise TargetError(
+                f"{path} holds weights shared between {len(info.graphs)} graphs, which only a phone can open; expected "
+                "graphs compiled apart for emulation"
+            )
+    return infos

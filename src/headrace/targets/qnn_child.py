@@ -38,7 +38,8 @@ GOODBYE_SECONDS = 20.0  # freeing the contexts of a large model takes a few
 TAIL_LINES = 6
 # Said at every start, whatever happens later.
 _NOISE = re.compile(r"LIBNATIVE|File mapped weights|EPContext encryption|^\s*$")
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+# Colours, and ONNX Runtime's time and place.
+_DRESS = re.compile(r"\x1b\[[0-9;]*m|^\S+ [\d:.]+ \[\w:onnxruntime:[^\]]*\] ", re.MULTILINE)
 
 
 class Pipe:
@@ -203,7 +204,7 @@ class Child:
     def _tail(self) -> str:
         """The last lines it printed, on one line."""
         self._log.seek(0)
-        lines = _COLOUR.sub("", self._log.read().decode("utf-8", "replace")).splitlines()
+        lines = _DRESS.sub("", self._log.read().decode("utf-8", "replace")).splitlines()
         kept = [line.strip() for line in lines if not _NOISE.search(line)][-TAIL_LINES:]
         return f"; it said: {' | '.join(kept)}" if kept else ""
 

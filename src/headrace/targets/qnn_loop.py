@@ -23,7 +23,7 @@ from headrace.plan import Part, graph_name
 from headrace.rope import rope_angles
 from headrace.targets.qnn_check import PortEncoding
 
-__all__ = ["DeviceLoop", "Run", "choose_context", "prompt_steps"]
+__all__ = ["DeviceLoop", "Run", "choose_context", "longest_prompt", "prompt_steps"]
 
 Codes: TypeAlias = NDArray[Any]
 Run: TypeAlias = Callable[[str, Mapping[str, Codes]], Mapping[str, Codes]]
@@ -53,10 +53,22 @@ def prompt_steps(count: int, past: int, lengths: Sequence[int], contexts: Sequen
         length = next((s for s in sorted(lengths) if s >= left), max(lengths))
         context = choose_context(past + done, length, contexts)
         if context is None:
-            raise ContextFull(past + count, max(contexts) - length)
+            raise ContextFull(past + count, past + longest_prompt(past, lengths, contexts) + 1)
         steps.append((min(left, length), length, context))
         done += min(left, length)
     return steps
+
+
+def longest_prompt(past: int, lengths: Sequence[int], contexts: Sequence[int]) -> int:
+    """The most tokens that `prompt_steps` takes after `past`: the last step, padding included, must end below the
+    largest context. 3969 for S 128 and 1 at context 4096."""
+    chunk, last = max(lengths), max(contexts) - 1
+    best = 0
+    for length in lengths:
+        room = last - past - length  # tokens before the last step, at most
+        if room >= 0:
+            best = max(best, room // chunk * chunk + length)
+    return best
 
 
 class DeviceLoop:

@@ -42,6 +42,7 @@ class Sessions:
         answer = self._create(request, options)
         if request["context"] is not None and not request["share"]:
             _adopt(Path(request["context"]))
+            del self.open[request["name"]]  # its binary is written: free the compiler's memory
         return answer
 
     def load(self, request: dict[str, Any]) -> dict[str, Any]:
