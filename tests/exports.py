@@ -29,7 +29,7 @@ VOCAB = 420
 CONTEXT = 200
 PROMPT_LENGTH = 32
 FLOAT_ARITHMETIC = 1  # MatMulNBits accuracy_level: float32 inside
-SMALL = {"prompt_length": PROMPT_LENGTH, "context": CONTEXT, "windows": 4, "window_length": 64}
+SMALL = {"prompt_length": PROMPT_LENGTH, "context": CONTEXT, "windows": 2, "window_length": 48}
 
 
 class Exports:
