@@ -138,6 +138,8 @@ def export(
     ] = None,
     windows: Annotated[int, typer.Option("--windows", min=1, help="Most windows of calibration text.")] = 32,
     window_length: Annotated[int, typer.Option("--window-length", min=2, help="Tokens of a window.")] = 512,
+    target: Annotated[str | None, typer.Option("--target", help="Chips to compile for: snapdragon-8-elite,…")] = None,
+    keep_onnx: Annotated[bool, typer.Option("--keep-onnx", help="Keep the device graphs in the bundle.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted export stopped.")] = False,
     json: Json = False,
 ) -> None:
@@ -165,6 +167,8 @@ def export(
             calibration=calibration or (),
             windows=windows,
             window_length=window_length,
+            targets=target.split(",") if target else (),
+            keep_onnx=keep_onnx,
             resume=resume,
             progress=progress,
         )
@@ -222,10 +226,9 @@ def chat(
     threads: Threads = None,
 ) -> None:
     """Talk with a bundle."""
-    from headrace.language_model import load
     from headrace.repl import converse, print_answer
 
-    with load(bundle, runner=runner, threads=threads) as model:
+    with _open_model(bundle, runner, threads) as model:
         options = model.sampling_options(
             temperature=0.0 if greedy else temperature,
             top_k=top_k,
@@ -284,6 +287,17 @@ def bench(
     rows.append(("KV cache", human_bytes(report["kv_bytes"]), ""))
     rows.append(("peak memory", human_bytes(report["peak_rss_bytes"]), ""))
     table(rows)
+
+
+def _open_model(bundle: Path, runner: str, threads: int | None) -> LanguageModel | GenieModel:
+    if runner == "genie":
+        from headrace.genie_model import load_genie
+
+        with progress_bars() as progress:
+            return load_genie(bundle, progress)
+    from headrace.language_model import load
+
+    return load(bundle, runner=runner, threads=threads)
 
 
 def _lengths(option: str, text: str | None) -> tuple[int, ...] | None:

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace import __version__
-from headrace.bundle import publish, read_json, refuse_foreign, write_file
+from headrace.bundle import Bundle, publish, read_json, refuse_foreign, write_file
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.config import ModelConfig
 from headrace.errors import CalibrationError, ConfigError, RecipeError
@@ -31,14 +31,19 @@ from headrace.model.decoder import EMBEDDING, FINAL_NORM, HEAD, layer_weights
 from headrace.plan import Part, plan_parts
 from headrace.progress import Progress, silent
 from headrace.quantize.calibrate import cut_windows
+from headrace.quantize.encodings import device_encodings, write_encodings
 from headrace.quantize.grid import Grid
 from headrace.quantize.pipeline import QuantizedLayer, quantize_layers, quantize_table
+from headrace.quantize.ranges import collect_ranges
 from headrace.quantize.recipe import Recipe, Rule, load_recipe
 from headrace.quantize.storage import WeightStore, quantized_names
 from headrace.runtime.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from headrace.snapdragon import compile_target, device_graphs, refuse_blocks
+from headrace.targets.soc import find_soc
 
 __all__ = ["export"]
 
+RANGE_WINDOWS = 8  # minimum and maximum settle after a few thousand tokens
 KV_LEVELS = 127  # int8, symmetric
 EMPTY_SCALE = 1 / KV_LEVELS  # a cache that calibration saw only zeros in
 
@@ -81,6 +86,8 @@ def export(
     calibration: Sequence[str | os.PathLike[str]] = (),
     windows: int = 32,
     window_length: int = 512,
+    targets: Sequence[str] = (),
+    keep_onnx: bool = False,
     resume: bool = False,
     progress: Progress = silent,
 ) -> Path:
@@ -99,6 +106,8 @@ def export(
         calibration: text files; English text that comes with Python when empty.
         windows: most windows of calibration text.
         window_length: tokens of a window.
+        targets: chips to compile for, such as "snapdragon-8-elite" (needs headrace[qnn]).
+        keep_onnx: keep the device graphs in the bundle, for other tools.
         resume: go on where an interrupted export of the same settings stopped.
         progress: told how far it is.
 
@@ -130,15 +139,27 @@ def export(
         raise RecipeError(
             f"recipe {chosen.name!r} gives embedding or head less than 8 bits; expected 8, change its rule"
         )
+    for target in targets:
+        find_soc(target)
+    if targets or keep_onnx:
+        refuse_blocks(settings.rules)
     refuse_foreign(out)
     work = out.with_name(f"{out.name}.partial")
     state = _open_work(work, settings, resume)
     folder = work / "bundle"
     tokenizer = _save_tokenizer(source, folder)
-    kv_scales = _quantize(settings, folder, work, state, tokenizer, progress)
+    windows_of_text = _windows(settings, tokenizer)
+    kv_scales = _quantize(settings, folder, work, state, windows_of_text, progress)
     _emit_graphs(settings, folder, kv_scales, progress)
+    manifest = _manifest(settings, kv_scales)
+    if kv_scales:
+        _calibrate_device(settings, folder, kv_scales, windows_of_text[:RANGE_WINDOWS], progress)
+    for target in targets:
+        compile_target(_unpublished(settings, folder, manifest), target, work / "device", progress)
+    if keep_onnx:
+        device_graphs(_unpublished(settings, folder, manifest), folder / "device")
     progress("writing the bundle", 0, 1)
-    publish(folder, out, _manifest(settings, kv_scales))
+    publish(folder, out, manifest)
     shutil.rmtree(work)
     progress("writing the bundle", 1, 1)
     return out
@@ -210,7 +231,7 @@ def _save_tokenizer(source: Checkpoint, folder: Path) -> Tokenizer:
 
 
 def _quantize(
-    settings: _Settings, folder: Path, work: Path, state: dict[str, Any], tokenizer: Tokenizer, progress: Progress
+    settings: _Settings, folder: Path, work: Path, state: dict[str, Any], windows: NDArray[np.int64], progress: Progress
 ) -> list[tuple[float, float]]:
     """Fill the weights files; scales (key, value) of each layer's cache, or none for a float32 one."""
     source, config = settings.checkpoint, settings.checkpoint.config
@@ -244,7 +265,7 @@ def _quantize(
     quantize_layers(
         source,
         settings.rules,
-        _windows(settings, tokenizer),
+        windows,
         emit,
         embedding=embedding,
         finished=finished,
@@ -265,6 +286,41 @@ def _emit_graphs(
         progress("host graphs", number, len(settings.parts))
         emit_host(config, part, weights).save(folder / f"{part.name}.onnx")
     progress("host graphs", len(settings.parts), len(settings.parts))
+
+
+def _calibrate_device(
+    settings: _Settings,
+    folder: Path,
+    kv_scales: Sequence[tuple[float, float]],
+    windows: NDArray[np.int64],
+    progress: Progress,
+) -> None:
+    """encodings.json: static ranges of every result of the quantized decoder, and the scales of its weights."""
+    config, grids = settings.checkpoint.config, _grids(settings)
+    store = WeightStore(folder, config, settings.parts, grids)
+    ranges = collect_ranges(
+        config, store.read, windows, progress=lambda done, total: progress("static ranges", done, total)
+    )
+    parameters = {
+        name: (grid.bits, store.read_codes(name).scales[:, 0].astype(np.float64).tolist())
+        for name, grid in grids.items()
+        if grid.block is None and name != EMBEDDING
+    }
+    write_encodings(folder / "encodings.json", device_encodings(config, ranges, kv_scales), parameters)
+
+
+def _unpublished(settings: _Settings, folder: Path, manifest: Mapping[str, Any]) -> Bundle:
+    """The bundle in the making, for what is derived from it."""
+    return Bundle(
+        root=folder,
+        config=settings.checkpoint.config,
+        parts=settings.parts,
+        prompt_length=settings.prompt_length,
+        contexts=settings.contexts,
+        recipe=manifest["recipe"],
+        kv_scales=tuple((key, value) for key, value in manifest["kv_scales"]),
+        provenance=manifest["provenance"],
+    )
 
 
 def _grids(settings: _Settings) -> dict[str, Grid]:

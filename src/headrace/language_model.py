@@ -3,23 +3,51 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from headrace.bundle import Bundle, open_bundle
-from headrace.errors import ContextFull
+from headrace.errors import ContextFull, TargetError, did_you_mean
 from headrace.runtime.chat import Message, RawTurns, TurnFormat, turn_format
 from headrace.runtime.engine import Engine, Runner
 from headrace.runtime.generate import Token, generate
 from headrace.runtime.sampling import SamplingOptions
 from headrace.runtime.tokenizer import Tokenizer, load_tokenizer
 
-__all__ = ["Chat", "LanguageModel", "load"]
+__all__ = ["Chat", "LanguageModel", "Speaker", "load"]
+
+RUNNERS = ("host", "device", "genie")
+
+
+class Speaker(Protocol):
+    """What a conversation needs of a model: LanguageModel, or Qualcomm's Genie (genie_model.py)."""
+
+    tokenizer: Tokenizer
+    turns: TurnFormat
+    sampling: SamplingOptions
+
+    @property
+    def context(self) -> int:
+        """Positions in all."""
+        ...
+
+    def answer(
+        self,
+        ids: Sequence[int],
+        options: SamplingOptions,
+        *,
+        max_tokens: int,
+        stop_ids: Collection[int],
+        stops: Sequence[str],
+        continues: bool,
+    ) -> Iterator[Token]:
+        """Continue token ids; see `generate`."""
+        ...
 
 
 class LanguageModel:
@@ -82,15 +110,35 @@ class LanguageModel:
         options = self.sampling_options(
             temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed
         )
+        return self.answer(
+            ids, options, max_tokens=max_tokens, stop_ids=self.tokenizer.eos_ids, stops=stop, continues=True
+        )
+
+    @property
+    def context(self) -> int:
+        """Positions in all."""
+        return self.engine.context
+
+    def answer(
+        self,
+        ids: Sequence[int],
+        options: SamplingOptions,
+        *,
+        max_tokens: int,
+        stop_ids: Collection[int] = (),
+        stops: Sequence[str] = (),
+        continues: bool = False,
+    ) -> Iterator[Token]:
+        """Continue token ids; see `headrace.runtime.generate.generate`."""
         return generate(
             self.engine,
             self.tokenizer,
             ids,
             options,
             max_tokens=max_tokens,
-            stop_ids=self.tokenizer.eos_ids,
-            stops=stop,
-            continues=True,
+            stop_ids=stop_ids,
+            stops=stops,
+            continues=continues,
         )
 
     def encode_raw(self, text: str) -> list[int]:
@@ -132,7 +180,7 @@ class Chat:
         messages: all turns so far; the newest rounds are sent when the context fills.
     """
 
-    def __init__(self, model: LanguageModel, system: str | None, turns: TurnFormat) -> None:
+    def __init__(self, model: Speaker, system: str | None, turns: TurnFormat) -> None:
         self.model = model
         self.turns = turns
         self.messages: list[Message] = [] if system is None else [Message("system", system)]
@@ -152,16 +200,14 @@ class Chat:
         """
         model = self.model
         messages = [*self.messages, Message("user", text)]
-        reserve = min(max_tokens, model.engine.context // 2)
+        reserve = min(max_tokens, model.context // 2)
         try:
-            ids = self.turns.render(messages, model.engine.context - reserve)
+            ids = self.turns.render(messages, model.context - reserve)
         except ContextFull:  # then a shorter answer is better than none
-            ids = self.turns.render(messages, model.engine.context - 1)
+            ids = self.turns.render(messages, model.context - 1)
         answer: list[Token] = []
         try:
-            for token in generate(
-                model.engine,
-                model.tokenizer,
+            for token in model.answer(
                 ids,
                 options or model.sampling,
                 max_tokens=max_tokens,
@@ -191,7 +237,14 @@ def load(bundle: str | os.PathLike[str], *, runner: str = "host", threads: int |
         BundleError: the bundle is missing, damaged or of a newer format.
         TargetError: there is no such runner.
     """
-    from headrace.targets import open_runner
-
     opened = open_bundle(Path(bundle))
-    return LanguageModel(opened, open_runner(opened, runner, threads=threads))
+    if runner == "host":
+        from headrace.targets.onnxruntime import HostRunner
+
+        return LanguageModel(opened, HostRunner(opened, threads=threads))
+    if runner == "device":
+        from headrace.snapdragon import kept_device_graphs
+        from headrace.targets.device import DeviceRunner
+
+        return LanguageModel(opened, DeviceRunner.open(opened, kept_device_graphs(opened), threads=threads))
+    raise TargetError(f"runner {runner!r} is unknown{did_you_mean(runner, RUNNERS)}; expected {', '.join(RUNNERS)}")

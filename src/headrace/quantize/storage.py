@@ -172,6 +172,10 @@ class WeightStore:
         codes = unpack(np.asarray(self._view(f"{name}_packed", "r")), grid.bits)
         return QuantizedTensor(codes, np.array(self._view(f"{name}_scale", "r")), grid)
 
+    def read_stored(self, name: str) -> QuantizedTensor | NDArray[np.float32]:
+        """A weight as it is stored: codes and scales, or float32 for one without a grid."""
+        return self.read_codes(name) if name in self._grids else self.read(name)
+
     def sync(self) -> None:
         """Everything written so far is on disk when this returns."""
         for file in {tensor.file for tensor in self.tensors.values()}:

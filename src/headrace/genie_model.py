@@ -1,0 +1,133 @@
+"""GenieModel: a bundle that talks through Qualcomm's own Genie on this computer, over binaries in HTP emulation.
+
+The same prompts and conversations as LanguageModel; Genie loads, steps, samples and keeps the cache itself. Knows
+nothing about how binaries are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from headrace.bundle import Bundle, open_bundle
+from headrace.language_model import Chat
+from headrace.progress import Progress, silent
+from headrace.runtime.chat import RawTurns, turn_format
+from headrace.runtime.generate import Token
+from headrace.runtime.sampling import SamplingOptions
+from headrace.runtime.streaming import TextStream
+from headrace.runtime.tokenizer import load_tokenizer
+from headrace.snapdragon import Emulated, beside, emulate
+from headrace.targets.genie import Sampling, genie_config
+from headrace.targets.genie_runner import GenieRunner
+
+__all__ = ["GenieModel", "load_genie"]
+
+
+class GenieModel:
+    """A bundle in Genie. A `Speaker`.
+
+    Args:
+        bundle: an opened bundle.
+        emulated: its binaries for this computer.
+    """
+
+    def __init__(self, bundle: Bundle, emulated: Emulated) -> None:
+        self.bundle = bundle
+        self.tokenizer = load_tokenizer(bundle.root)
+        self._settings = bundle.read_json("generation_config.json")
+        self.turns = turn_format(self.tokenizer, self._settings, self.tokenizer.chat_template)
+        self.sampling = SamplingOptions.from_generation_config(self._settings)
+        self._emulated = emulated
+        self._runner: GenieRunner | None = None
+        self._options: SamplingOptions | None = None
+
+    @property
+    def context(self) -> int:
+        """Tokens of a prompt and its answer that Genie's context rule lets through."""
+        return self._emulated.plan.longest_prompt
+
+    def sampling_options(self, **overrides: Any) -> SamplingOptions:
+        """The model's own sampling, changed where a value is given."""
+        return SamplingOptions.from_generation_config(self._settings, overrides)
+
+    def chat(self, system: str | None = None, *, raw: bool = False) -> Chat:
+        """A new conversation."""
+        return Chat(self, system, RawTurns(self.tokenizer) if raw else self.turns)
+
+    def answer(
+        self,
+        ids: Sequence[int],
+        options: SamplingOptions,
+        *,
+        max_tokens: int,
+        stop_ids: Collection[int] = (),
+        stops: Sequence[str] = (),
+        continues: bool = False,
+    ) -> Iterator[Token]:
+        """Continue token ids. The whole conversation is sent each time and what Genie holds of it is kept (rewind),
+        so that no end token comes between turns."""
+        plan, runner = self._emulated.plan, self._open(options)
+        if plan.bos is not None and ids and ids[0] == plan.bos:
+            ids = ids[1:]  # Genie puts it there itself
+        stream = TextStream(self.tokenizer, stops, continues=continues)
+        last: Token | None = None
+        for made in runner.query_tokens(ids, max_tokens, rewind=True):
+            if last is not None:
+                yield last
+                last = None
+            if made.id in stop_ids:
+                yield Token(made.id, stream.finish(), "stop")
+                return
+            text = stream.push(made.id)
+            if stream.stopped:
+                yield Token(made.id, text, "stop")
+                return
+            last = Token(made.id, text)
+        if last is not None:  # Genie ended: an end token, which it keeps to itself, or the limit
+            yield Token(last.id, last.text + stream.finish(), "length")
+
+    def close(self) -> None:
+        """End Genie's process."""
+        if self._runner is not None:
+            self._runner.close()
+            self._runner = None
+
+    def __enter__(self) -> GenieModel:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _open(self, options: SamplingOptions) -> GenieRunner:
+        """A dialog that samples as asked; Genie takes sampling when a dialog is made."""
+        if self._runner is None or self._options != options:
+            self.close()
+            sampling = Sampling(
+                temperature=options.temperature,
+                top_k=options.top_k,
+                top_p=options.top_p,
+                repetition_penalty=options.repetition_penalty,
+                **({} if options.seed is None else {"seed": options.seed}),
+            )
+            binaries = self._emulated.config["dialog"]["engine"]["model"]["binary"]["ctx-bins"]
+            plan = replace(self._emulated.plan, sampling=sampling)
+            self._runner = GenieRunner(
+                genie_config(plan, binaries), self._emulated.folder, lengths=plan.lengths, contexts=plan.contexts
+            )
+            self._options = options
+        return self._runner
+
+
+def load_genie(path: Path, progress: Progress = silent) -> GenieModel:
+    """Open a bundle in Genie; its emulation binaries are compiled once and kept beside it (BUNDLE.emulation).
+
+    Raises:
+        BundleError: the bundle cannot be opened.
+        TargetError: headrace[qnn] is not installed, or compiler or Genie refused.
+    """
+    bundle = open_bundle(path)
+    return GenieModel(bundle, emulate(bundle, beside(bundle, "emulation"), progress=progress))
