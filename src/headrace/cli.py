@@ -17,7 +17,8 @@ from headrace.console import human_bytes, note, print_json, progress_bars, table
 from headrace.errors import HeadraceError, UserError, VerificationFailed
 
 if TYPE_CHECKING:
-    pass
+    from headrace.genie_model import GenieModel
+    from headrace.language_model import LanguageModel
 
 __all__ = ["app", "main"]
 
