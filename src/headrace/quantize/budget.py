@@ -21,6 +21,7 @@ from headrace.quantize.storage import layouts, linear_shape, quantized_names
 __all__ = ["Spending", "average_bits", "spend", "weight_bytes"]
 
 _EIGHT = Grid(8)
+_EIGHT_METHOD = "gptq"  # what is left at 8 bits is not worth a longer search
 _ROUNDING = 1e-3  # bytes: a budget that fits exactly must not fail by float arithmetic
 
 
@@ -131,13 +132,13 @@ def _extra(config: ModelConfig, name: str, grid: Grid, *, count_scales: bool) ->
 
 def _with_eight(recipe: Recipe, rules: Mapping[str, Rule], chosen: Sequence[str]) -> Recipe:
     """Rules for the chosen linears, one for each kind, in front of the recipe's; rules left without a name go."""
-    kinds: dict[tuple[str, str], list[int]] = defaultdict(list)
+    kinds: dict[str, list[int]] = defaultdict(list)
     for name in chosen:
         _, layer, kind = name.removesuffix(".weight").split(".", 2)
-        kinds[kind, rules[name].method].append(int(layer))
+        kinds[kind].append(int(layer))
     front = [
-        Rule(rf"layers\.({'|'.join(map(str, sorted(layers)))})\.{re.escape(kind)}", 8, None, method)
-        for (kind, method), layers in kinds.items()
+        Rule(rf"layers\.({'|'.join(map(str, sorted(layers)))})\.{re.escape(kind)}", 8, None, _EIGHT_METHOD)
+        for kind, layers in kinds.items()
     ]
     left = {rule for name, rule in rules.items() if name not in set(chosen)}
     return replace(recipe, rules=(*front, *(rule for rule in recipe.rules if rule in left)))

@@ -36,11 +36,14 @@ def solve(weight: Array, moment: Array, grid: Grid) -> QuantizedTensor:
     energy for those whose input has huge channels.
     """
     energy = np.diagonal(moment)
-    scales = np.concatenate([fit_scales(weight, grid, energy**power) for power in _POWERS])
-    codes = solve_codes(np.concatenate([weight] * len(_POWERS)), moment, scales, grid)
-    error = np.concatenate([weight] * len(_POWERS))
-    error -= dequantize(QuantizedTensor(codes, scales, grid))
-    loss = np.einsum("nk,nk->n", error @ moment, error).reshape(len(_POWERS), -1)
+    powers = _POWERS[: 2 if grid.bits == 4 else 1]  # int8 clips nothing: one search is enough
+    scales = np.concatenate([fit_scales(weight, grid, energy**power) for power in powers])
+    tall = np.concatenate([weight] * len(powers))
+    codes = solve_codes(tall, moment, scales, grid)
+    if len(powers) == 1:
+        return QuantizedTensor(codes, scales, grid)
+    error = tall - dequantize(QuantizedTensor(codes, scales, grid))
+    loss = np.einsum("nk,nk->n", error @ moment, error).reshape(len(powers), -1)
     best = loss.argmin(0) * weight.shape[0] + np.arange(weight.shape[0])
     return QuantizedTensor(codes[best], scales[best], grid)
 

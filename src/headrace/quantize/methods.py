@@ -33,6 +33,7 @@ METHODS: Mapping[str, Method] = {
     "nearest": Method(nearest.quantize, calibrated=False),
     "gptq": Method(gptq.quantize, calibrated=True),
     "descent": Method(descent.quantize, calibrated=True),
+    "best": Method(descent.quantize, calibrated=True),  # the strongest there is
 }
 
 

@@ -1,0 +1,75 @@
+"""The Fisher proxy against the divergence it predicts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from headrace.checkpoint import Checkpoint, open_checkpoint
+from headrace.measure.fidelity import FidelityMeter, log_softmax, no_target
+from headrace.model.decoder import EMBEDDING, FINAL_NORM, HEAD, Residual, head, layer_weights
+from headrace.model.ops import Eager
+from headrace.model.reference import eager_logits
+from headrace.quantize.grid import dequantize, quantize_nearest
+from headrace.quantize.pipeline import linear_names
+from headrace.quantize.recipe import Rule
+from headrace.quantize.sensitivity import fisher_gradient, measure_sensitivity
+from tests.tiny import write_llama
+
+# One random draw a token over a few hundred tokens: a third of the value is noise, and KL is not quite quadratic.
+PROXY_FACTOR = 2.0
+# 4000 draws of a random vector: its covariance is good to a few hundredths.
+DRAW_NOISE = 0.05
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return open_checkpoint(write_llama(tmp_path_factory.mktemp("model"), layers=2))
+
+
+def test_proxy_predicts_the_divergence_of_one_linear_alone(source: Checkpoint) -> None:
+    config = source.config
+    windows = np.random.default_rng(1).integers(0, config.vocab_size, (6, 64))
+    names = linear_names(config)
+    rules = {name: Rule("proj", 8, None, "nearest") for name in names}
+    steps: list[tuple[int, int]] = []
+    costs = measure_sensitivity(source, rules, windows, progress=lambda done, total: steps.append((done, total)))
+    assert set(costs) == set(names) and steps[-1] == (4, 4)
+    weights = {n: source.tensor(n).load() for n in [EMBEDDING, FINAL_NORM, HEAD, *names]}
+    weights |= {n: source.tensor(n).load() for layer in range(2) for n in layer_weights(layer)}
+    reference = eager_logits(config, weights.__getitem__, windows)
+    for name in ("layers.0.self_attn.v_proj.weight", "layers.1.mlp.down_proj.weight", "layers.0.mlp.gate_proj.weight"):
+        changed = {**weights, name: dequantize(quantize_nearest(weights[name], rules[name].grid))}
+        logits = eager_logits(config, changed.__getitem__, windows)
+        meter = FidelityMeter()
+        flat = logits.reshape(-1, config.vocab_size)
+        meter.add(reference.reshape(flat.shape), flat, np.full(len(flat), no_target))
+        real = meter.result().kl
+        assert real / PROXY_FACTOR < costs[name] < real * PROXY_FACTOR, name
+
+
+def test_same_seed_same_costs(source: Checkpoint) -> None:
+    windows = np.random.default_rng(2).integers(0, 160, (2, 32))
+    rules = {name: Rule("proj", 4, 32, "gptq") for name in linear_names(source.config)}
+    first = measure_sensitivity(source, rules, windows, seed=4)
+    assert first == measure_sensitivity(source, rules, windows, seed=4)
+    assert first != measure_sensitivity(source, rules, windows, seed=5)
+
+
+def test_random_factor_has_the_predictions_covariance(source: Checkpoint) -> None:
+    x = np.random.default_rng(3).normal(size=(1, 1, source.config.hidden_size)).astype(np.float32)
+    draws = fisher_gradient(source, np.repeat(x, 4000, 0), np.random.default_rng(0))[:, 0]
+    weights = {name: source.tensor(name).load() for name in (FINAL_NORM, HEAD)}
+
+    # The Fisher information at the hidden state, from the Jacobian by finite differences.
+
+    def logits(at: np.ndarray) -> np.ndarray:
+        return head(Eager(source.config, weights.__getitem__), Residual(at))[0, 0]
+
+    share = np.exp(log_softmax(logits(x)))
+    step = 1e-2
+    jacobian = np.stack(
+        [(logits(x + step * e) - logits(x - step * e)) / (2 * step) for e in np.eye(64, dtype=np.float32)], axis=1
+    )
+    fisher = jacobian.T @ (np.diag(share) - np.outer(share, share)) @ jacobian
+    assert np.trace(draws.T @ draws / len(draws)) == pytest.approx(np.trace(fisher), rel=DRAW_NOISE)

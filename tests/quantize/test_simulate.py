@@ -1,0 +1,54 @@
+"""Simulated quantization: each switch does its own part, and both together are the device's grids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from headrace.quantize.simulate import Simulated, simulated_logits
+from tests.graph.simulated import QuantizedModel, divergence, tiny_model
+
+# uint16 over the whole range of a tiny random model.
+ACTIVATIONS_KL = 1e-3
+CACHE_KL = 0.05
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> QuantizedModel:
+    return tiny_model(tmp_path_factory.mktemp("model"), "gqa")
+
+
+def run(model: QuantizedModel, activations: bool, cache: bool) -> np.ndarray:
+    ids = np.random.default_rng(1).integers(0, model.config.vocab_size, 40)
+    ops = Simulated(model.config, model.real, model.encodings, activations=activations, cache=cache)
+    return simulated_logits(ops, ids, np.arange(20, 40))
+
+
+def test_each_switch_costs_a_little_and_none_nothing(model: QuantizedModel, tmp_path: Path) -> None:
+    plain = run(model, False, False)
+    assert plain.shape == (20, model.config.vocab_size)
+    a16, kv8, both = (
+        divergence(plain, run(model, *switches)) for switches in ((True, False), (False, True), (True, True))
+    )
+    assert 0 < a16 < ACTIVATIONS_KL
+    assert a16 < kv8 < CACHE_KL
+    assert both > a16
+
+
+def test_values_are_on_their_grids(model: QuantizedModel) -> None:
+    seen: dict[str, np.ndarray] = {}
+
+    class Watch(Simulated):
+        def tap(self, name: str, value: np.ndarray) -> np.ndarray:
+            seen[name] = super().tap(name, value)
+            return seen[name]
+
+    ops = Watch(model.config, model.real, model.encodings)
+    simulated_logits(ops, np.arange(12), np.array([11]))
+    for name, value in seen.items():
+        if not name.endswith(".masked_scores"):
+            encoding = model.encodings[name]
+            assert np.array_equal(encoding.simulate(value), value), name
+    assert any(name.endswith("k_cache") for name in seen)
