@@ -13,6 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
 from headrace.bundle import Bundle, open_bundle
 from headrace.exporter import export
 from headrace.graph.emit_host import INT8_ACTIVATIONS, HostWeights, emit_host
@@ -39,6 +42,7 @@ class Exports:
     tied    llama whose head is the embedding, byte-level vocabulary with a ChatML template
     mha     Baichuan2: W_pack, NormHead, SentencePiece, turn ids
     wide    llama with rows that 256 divides
+    calm    gqa with smaller weights: attention and logits are not sharper than a trained model's
     """
 
     def __init__(self, root: Path) -> None:
@@ -77,6 +81,10 @@ def write_checkpoint(folder: Path, kind: str = "gqa", **shape: Any) -> Path:
         write_llama(folder, **{"layers": 2, "vocab": VOCAB, "hidden": 256, "head_dim": 64, "ffn": 512, **shape})
     else:
         write_llama(folder, **{"layers": LAYERS, "vocab": VOCAB, "tied": kind == "tied", **shape})
+    if kind == "calm":
+        tensors = load_file(folder / "model.safetensors")
+        calmer = {name: t * np.float32(0.4) if t.ndim == 2 else t for name, t in tensors.items()}
+        save_file(calmer, folder / "model.safetensors")
     if kind == "tied":
         save_tokenizer(folder, byte_level_metadata(), folder)
     else:

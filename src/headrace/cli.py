@@ -60,7 +60,7 @@ def _run(arguments: list[str]) -> int:
         sys.stderr.close()  # whoever read our output has gone
         return 0
     except (OSError, MemoryError) as error:
-        note(f"error: {error or type(error).__name__}")
+        note(f"error: {str(error) or type(error).__name__}")
         return 2
 
 
@@ -151,10 +151,17 @@ def export(
     from headrace.exporter import export as run
     from headrace.quantize.recipe import parse_block
 
-    if not calibration:
-        note("calibration: the English reference topics that come with Python; --calibration FILE takes your own text")
     started = time.monotonic()
-    with progress_bars() as progress:
+    told = bool(calibration)
+    with progress_bars() as bars:
+
+        def progress(stage: str, done: int, total: int) -> None:
+            nonlocal told
+            if not told:  # only now is it certain that there is something to calibrate
+                note("calibration: the English topics that come with Python; --calibration FILE takes your own text")
+                told = True
+            bars(stage, done, total)
+
         run(
             checkpoint,
             out,
@@ -304,7 +311,7 @@ def _open_model(bundle: Path, runner: str, threads: int | None) -> LanguageModel
 def _lengths(option: str, text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
-    try:
-        return tuple(int(item) for item in text.split(","))
-    except ValueError:
-        raise UserError(f"{option} {text!r} is not possible; expected whole numbers separated by commas") from None
+    items = text.split(",")
+    if not all(item.strip().isdecimal() and int(item) > 0 for item in items):
+        raise UserError(f"{option} {text!r} is not possible; expected whole numbers above 0, separated by commas")
+    return tuple(map(int, items))

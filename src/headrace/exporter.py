@@ -33,10 +33,11 @@ from headrace.progress import Progress, silent
 from headrace.quantize.calibrate import cut_windows
 from headrace.quantize.encodings import device_encodings, write_encodings
 from headrace.quantize.grid import Grid
+from headrace.quantize.methods import find_method
 from headrace.quantize.pipeline import QuantizedLayer, quantize_layers, quantize_table
 from headrace.quantize.ranges import collect_ranges
 from headrace.quantize.recipe import Recipe, Rule, load_recipe
-from headrace.quantize.storage import WeightStore, quantized_names
+from headrace.quantize.storage import WeightStore, layouts, quantized_names
 from headrace.runtime.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from headrace.snapdragon import compile_target, device_graphs, refuse_blocks
 from headrace.targets.soc import find_soc
@@ -139,6 +140,9 @@ def export(
         raise RecipeError(
             f"recipe {chosen.name!r} gives embedding or head less than 8 bits; expected 8, change its rule"
         )
+    for rule in settings.rules.values():
+        find_method(rule.method)
+    layouts(config, settings.parts, _grids(settings))  # refuses blocks that do not divide, before anything is written
     for target in targets:
         find_soc(target)
     if targets or keep_onnx:
