@@ -122,6 +122,45 @@ def inspect(
 
 
 @app.command()
+def plan(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face folder or a .gguf file.")],
+    recipe: Annotated[str, typer.Option("--recipe", help="As for export.")] = "w4a16",
+    parts: Annotated[int, typer.Option("--parts", help="Graphs the model is split into.")] = 5,
+    context: Annotated[str, typer.Option("--context", help="Context lengths: 512,4096.")] = "4096",
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Calibration tokens.")] = 32 * 512,
+    json: Json = False,
+) -> None:
+    """Say what an export and its bundle will need, before anything is made."""
+    from headrace.checkpoint import open_checkpoint
+    from headrace.measure.planner import plan_model
+    from headrace.quantize.recipe import load_recipe
+
+    report = plan_model(
+        open_checkpoint(checkpoint).config,
+        load_recipe(recipe),
+        parts=parts,
+        contexts=_lengths("--context", context) or (),
+        tokens=tokens,
+    )
+    if json:
+        print_json(report)
+        return
+    rows = [(p["name"], str(p["layers"]), human_bytes(p["weight_bytes"])) for p in report["parts"]]
+    table([*rows, ("all", "", human_bytes(report["weight_bytes"]))], ("part", "layers", "weights"))
+    typer.echo("")
+    rows = [(str(c["context"]), human_bytes(c["kv_bytes"]), human_bytes(c["run_bytes"])) for c in report["contexts"]]
+    table(rows, ("context", "KV cache", "with weights"))
+    typer.echo("")
+    rows = [(d["device"], str(d["context"]), f"{d['tok_s']:.1f} tok/s") for d in report["decode"]]
+    table(rows, ("decoding, at most", "context", "by bandwidth"))
+    need = report["export"]
+    typer.echo(
+        f"\nexport here: about {need['seconds'] / 60:.0f} min and {human_bytes(need['peak_bytes'])} of memory, "
+        f"with {need['tokens']} calibration tokens"
+    )
+
+
+@app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face folder or a .gguf file.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="BUNDLE", help="The bundle's folder.")],
@@ -295,6 +334,77 @@ def bench(
     rows.append(("KV cache", human_bytes(report["kv_bytes"]), ""))
     rows.append(("peak memory", human_bytes(report["peak_rss_bytes"]), ""))
     table(rows)
+
+
+@app.command()
+def evaluate(
+    bundle: BundlePath,
+    text: Annotated[list[Path], typer.Option("--text", help="A text file; repeatable, each told apart.")],
+    tasks: Annotated[str, typer.Option("--tasks", help="ppl, kl, or both: ppl,kl.")] = "ppl",
+    checkpoint: Annotated[Path | None, typer.Option("--checkpoint", help="What it was made of; kl needs it.")] = None,
+    windows: Annotated[int, typer.Option("--windows", min=1, help="Most windows of a text.")] = 8,
+    length: Annotated[
+        int, typer.Option("--length", min=4, help="Tokens of a window; its second half is scored.")
+    ] = 512,
+    simulate: Annotated[
+        str | None, typer.Option("--simulate", help="Instead of the bundle: a16, kv8 or both, on the checkpoint.")
+    ] = None,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Measure perplexity, and divergence from the checkpoint, on text."""
+    from headrace.measure.evaluation import evaluate_bundle
+
+    with progress_bars() as progress:
+        scores = evaluate_bundle(
+            bundle,
+            text,
+            tasks=tasks,
+            checkpoint=checkpoint,
+            windows=windows,
+            length=length,
+            simulate=simulate,
+            threads=threads,
+            progress=progress,
+        )
+    if json:
+        print_json({"texts": [score.to_dict() for score in scores]})
+        return
+    rows = []
+    for s in scores:
+        f = s.fidelity
+        kl = ["", "", "", ""] if f is None else [
+            f"{f.reference_perplexity:.3f}", f"{f.kl:.4f}", f"{f.kl_p99:.3f}", f"{f.top1:.3f}"
+        ]  # fmt: skip
+        rows.append((s.text, f"{s.perplexity:.3f}", *kl))
+    table(rows, ("text", "perplexity", "checkpoint's", "KL", "KL p99", "top-1"))
+
+
+@app.command()
+def push(
+    bundle: BundlePath,
+    target: Annotated[str, typer.Option("--target", help="Which of the bundle's chips.")] = "snapdragon-8-elite",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands and run none.")] = False,
+) -> None:
+    """Copy the Genie folder to a phone over adb."""
+    import shlex
+
+    from headrace.bundle import open_bundle
+    from headrace.errors import TargetError
+    from headrace.targets.adb import push_commands, push_folder, run_command
+    from headrace.targets.soc import find_soc
+
+    soc = find_soc(target)
+    folder = open_bundle(bundle).root / target
+    if not folder.is_dir():
+        raise TargetError(f"{folder} does not exist; expected a Genie folder: export with --target {target}")
+    name = bundle.resolve().name
+    commands = push_commands(folder, name)
+    if not dry_run:
+        push_folder(commands)
+        note("on the phone now; with QAIRT's libraries beside it, this answers the sample prompt:")
+    for command in [*(commands if dry_run else []), run_command(name, soc)]:
+        typer.echo(shlex.join(command))
 
 
 def _open_model(bundle: Path, runner: str, threads: int | None) -> LanguageModel | GenieModel:
