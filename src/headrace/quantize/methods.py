@@ -23,14 +23,17 @@ class Method:
     Attributes:
         quantize: (weight (N, K) float32, statistics of its input, grid) → codes and scales.
         calibrated: it looks at the statistics.
+        scaled: before, channels are scaled as AWQ finds best; needs all linears of one input to use the method.
     """
 
     quantize: Callable[[NDArray[np.float32], InputStatistics, Grid], QuantizedTensor]
     calibrated: bool
+    scaled: bool = False
 
 
 METHODS: Mapping[str, Method] = {
     "nearest": Method(nearest.quantize, calibrated=False),
+    "awq": Method(nearest.quantize, calibrated=True, scaled=True),
     "gptq": Method(gptq.quantize, calibrated=True),
     "descent": Method(descent.quantize, calibrated=True),
     "best": Method(descent.quantize, calibrated=True),  # the strongest there is

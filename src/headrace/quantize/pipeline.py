@@ -11,7 +11,7 @@ This file does not know where layers go, nor how a method works.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -21,13 +21,19 @@ from headrace.checkpoint.tensor import LazyTensor
 from headrace.config import ModelConfig
 from headrace.model.decoder import EMBEDDING, Residual, block, embed, layer_linears, layer_weights
 from headrace.model.ops import Array, Positions
+from headrace.quantize.awq import find_scale
 from headrace.quantize.calibrate import Follower, causal_positions
-from headrace.quantize.grid import QuantizedTensor, dequantize
+from headrace.quantize.grid import QuantizedTensor, dequantize, storable
 from headrace.quantize.methods import find_method
 from headrace.quantize.recipe import Rule
 from headrace.quantize.statistics import InputStatistics
 
 __all__ = ["QuantizedLayer", "Source", "linear_names", "quantize_layers", "quantize_table"]
+
+
+NORMS = ("input_layernorm", "post_attention_layernorm")
+PRODUCERS = {"q_proj": NORMS[0], "o_proj": "self_attn.v_proj", "gate_proj": NORMS[1], "down_proj": "mlp.up_proj"}
+"""First linear of a group → the operation whose result, channel by channel, is proportional to the group's input."""
 
 
 class Source(Protocol):
@@ -64,21 +70,57 @@ class QuantizedLayer:
 
 @dataclass
 class _Pass:
-    """The layer in work: its weights, float until their group's turn has come."""
+    """The layer in work: its weights, float until their group's turn has come; what it becomes; its channel scales.
 
+    A group whose methods scale channels is stored as W·s, and 1/s goes into the operation before: a norm's gain, or
+    a linear's rows. What the layer computes with stays W·s / s, since its input was computed before s was known.
+    """
+
+    config: ModelConfig
     rules: Mapping[str, Rule]
     weights: dict[str, Array]
     done: dict[str, QuantizedTensor] = field(default_factory=dict)
+    gains: dict[str, Array] = field(default_factory=dict)
+    value_scale: Array | None = None  # of v_proj's rows, (kv_heads·D,)
 
     def arrive(self, names: tuple[str, ...], x: Array) -> None:
         methods = [find_method(self.rules[name].method) for name in names]
         statistics = None
         if any(method.calibrated for method in methods):
             statistics = InputStatistics.of(x.reshape(-1, x.shape[-1]))
+        scale = None
+        if statistics is not None and all(method.scaled for method in methods):
+            scale = self._scale(names, statistics)
+            statistics = statistics.scaled(scale)
         for name, method in zip(names, methods, strict=True):
-            quantized = method.quantize(self.weights[name], statistics, self.rules[name].grid)  # type: ignore[arg-type]
+            weight = self.weights[name] if scale is None else self.weights[name] * scale
+            quantized = method.quantize(weight, statistics, self.rules[name].grid)  # type: ignore[arg-type]
             self.done[name] = quantized
-            self.weights[name] = dequantize(quantized)
+            self.weights[name] = dequantize(quantized) if scale is None else dequantize(quantized) / scale
+
+    def _scale(self, names: tuple[str, ...], statistics: InputStatistics) -> Array:
+        """The scale of a group's input channels, folded into the operation before."""
+        before = PRODUCERS[names[0].rsplit(".", 2)[1]]
+        prefix = ".".join(names[0].split(".")[:2])
+        c = self.config
+        heads = (
+            None
+            if before in NORMS
+            else (c.group_size, c.head_dim)
+            if before.endswith("v_proj")
+            else (1, c.intermediate_size)
+        )
+        scale = find_scale([self.weights[n] for n in names], [self.rules[n].grid for n in names], statistics, heads)
+        producer = f"{prefix}.{before}.weight"
+        if heads is None:
+            self.gains[producer] = self.weights[producer] / scale
+            return scale
+        rows = scale.reshape(-1, *heads)[:, 0].reshape(-1)
+        linear = self.done[producer]
+        self.done[producer] = replace(linear, scales=storable(linear.scales.astype(np.float32) / rows[:, None]))
+        if before.endswith("v_proj"):
+            self.value_scale = rows
+        return scale
 
 
 def linear_names(config: ModelConfig) -> list[str]:
@@ -137,8 +179,10 @@ def quantize_layers(
 def _quantize_layer(
     source: Source, rules: Mapping[str, Rule], number: int, stream: Residual[Array], at: Positions[Array]
 ) -> tuple[QuantizedLayer, Residual[Array]]:
-    work = _Pass(rules, {name: source.tensor(name).load() for name in layer_weights(number)})
+    work = _Pass(source.config, rules, {name: source.tensor(name).load() for name in layer_weights(number)})
     stream, (keys, values) = block(Follower(source.config, work.weights, work.arrive), number, stream, at, None)
-    norms = {name: value for name, value in work.weights.items() if name not in work.done}
+    norms = {name: work.gains.get(name, value) for name, value in work.weights.items() if name not in work.done}
+    if work.value_scale is not None:
+        values = values / work.value_scale.reshape(1, values.shape[1], 1, -1)  # (B, kvH, S, D)
     layer = QuantizedLayer(number, work.done, norms, float(np.abs(keys).max()), float(np.abs(values).max()))
     return layer, stream

@@ -52,6 +52,11 @@ class InputStatistics:
         peak = np.maximum(x.max(0), -x.min(0))
         return cls(moment, peak, tokens, shift)
 
+    def scaled(self, scale: NDArray[np.float32]) -> InputStatistics:
+        """Of x / scale, for a scale (K,)."""
+        shift = None if self.shift is None else self.shift / np.outer(scale, scale)
+        return InputStatistics(self.moment / np.outer(scale, scale), self.peak / scale, self.tokens, shift)
+
 
 def _shift(
     x: NDArray[np.float32], reference: NDArray[np.float32], weights: NDArray[np.float32] | None
