@@ -155,7 +155,7 @@ def plan(
     table(rows, ("decoding, at most", "context", "by bandwidth"))
     need = report["export"]
     typer.echo(
-        f"\nexport here: about {need['seconds'] / 60:.0f} min and {human_bytes(need['peak_bytes'])} of memory, "
+        f"\nexport here: about {need['seconds'] / 60:.1f} min and {human_bytes(need['peak_bytes'])} of memory, "
         f"with {need['tokens']} calibration tokens"
     )
 
@@ -394,7 +394,7 @@ def push(
     from headrace.targets.adb import push_commands, push_folder, run_command
     from headrace.targets.soc import find_soc
 
-    soc = find_soc(target)
+    find_soc(target)
     folder = open_bundle(bundle).root / target
     if not folder.is_dir():
         raise TargetError(f"{folder} does not exist; expected a Genie folder: export with --target {target}")
@@ -402,8 +402,8 @@ def push(
     commands = push_commands(folder, name)
     if not dry_run:
         push_folder(commands)
-        note("on the phone now; with QAIRT's libraries beside it, this answers the sample prompt:")
-    for command in [*(commands if dry_run else []), run_command(name, soc)]:
+        note(f"on the phone; with QAIRT's libraries beside it (see {folder}/README.md) this answers the sample prompt:")
+    for command in [*(commands if dry_run else []), run_command(name)]:
         typer.echo(shlex.join(command))
 
 

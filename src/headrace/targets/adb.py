@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from headrace.errors import TargetError
-from headrace.targets.soc import Soc
 
 __all__ = ["push_commands", "push_folder", "run_command"]
 
@@ -26,12 +25,12 @@ def push_commands(folder: Path, name: str) -> list[list[str]]:
     ]
 
 
-def run_command(name: str, soc: Soc) -> list[str]:
-    """The command that answers the sample prompt on the phone; QAIRT's libraries are expected in DEVICE_ROOT/qairt."""
-    libraries = f"{DEVICE_ROOT}/qairt"
+def run_command(name: str) -> list[str]:
+    """The command that answers the sample prompt on the phone; QAIRT's tool and libraries are expected beside the
+    binaries, as the folder's README.md says."""
     inside = (
-        f"cd {DEVICE_ROOT}/{name} && LD_LIBRARY_PATH={libraries} ADSP_LIBRARY_PATH={libraries}/hexagon-{soc.dsp_arch} "
-        f"{libraries}/genie-t2t-run -c genie_config.json --prompt_file sample_prompt.txt"
+        f"cd {DEVICE_ROOT}/{name} && export LD_LIBRARY_PATH=$PWD ADSP_LIBRARY_PATH=$PWD && "
+        "./genie-t2t-run -c genie_config.json --prompt_file sample_prompt.txt"
     )
     return ["adb", "shell", inside]
 
