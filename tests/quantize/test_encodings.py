@@ -116,6 +116,15 @@ def test_structure_decides_some_grids(ranges: dict[str, tuple[float, float]]) ->
     assert found["layers.0.self_attn.weights"] == found["layers.0.mlp.silu.sigmoid"] == Encoding.of_range(0, 1)
 
 
+def test_only_the_residual_stream_has_no_headroom(ranges: dict[str, tuple[float, float]]) -> None:
+    found = device_encodings(CONFIG, ranges, [(0.01, 0.01)] * 3)
+    for name in ("embed_tokens", "layers.0.attn_residual", "layers.2.residual", "layers.1.mlp.down_proj"):
+        assert found[name] == Encoding.of_range(*ranges[name])
+    for name in ("lm_head", "norm", "layers.0.mlp.gated", "layers.2.self_attn.v_proj"):
+        low, high = ranges[name]
+        assert found[name] == Encoding.of_range(1.25 * low, 1.25 * high)
+
+
 def test_ranges_see_the_whole_table_and_every_layer(ranges: dict[str, tuple[float, float]]) -> None:
     table = weights("embed_tokens.weight")
     assert ranges["embed_tokens"] == (table.min(), table.max())
