@@ -1,0 +1,167 @@
+"""headrace.load: logits, generation and conversations, as the README shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import headrace
+from headrace.errors import BundleError, ContextFull, TargetError, UserError
+from headrace.language_model import LanguageModel
+from headrace.runtime.chat import IdTurns, Message, RawTurns, TemplateTurns
+from tests.exports import CONTEXT, VOCAB, Exports
+
+MODELS = ["gqa", "tied", "mha"]
+# An int8 cache code on the other side of a tie, in these random models' sharp attention.
+TIE_TOLERANCE = 0.3
+
+
+@pytest.fixture(scope="module")
+def models(exports: Exports) -> Iterator[dict[str, LanguageModel]]:
+    opened = {kind: headrace.load(exports.bundle(kind)) for kind in MODELS}
+    yield opened
+    for model in opened.values():
+        model.close()
+
+
+def text(tokens: object) -> str:
+    return "".join(t.text for t in tokens)  # type: ignore[attr-defined]
+
+
+def test_the_public_names() -> None:
+    assert set(headrace.__all__) == {"Chat", "LanguageModel", "Token", "__version__", "export", "load"}
+    for name in headrace.__all__:
+        assert getattr(headrace, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'laod'"):
+        headrace.laod  # noqa: B018
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_logits_of_a_whole_sequence(models: dict[str, LanguageModel], kind: str) -> None:
+    model = models[kind]
+    ids = np.random.default_rng(0).integers(0, VOCAB, 70).tolist()
+    logits = model.logits(ids)
+    assert logits.shape == (70, VOCAB)
+    assert logits.dtype == np.float32
+    np.testing.assert_allclose(model.logits(ids[:33]), logits[:33], atol=TIE_TOLERANCE)
+    with pytest.raises(ContextFull, match=str(CONTEXT)):
+        model.logits([1] * (CONTEXT + 1))
+    assert model.logits([]).shape == (0, VOCAB)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_greedy_generation_follows_the_logits(models: dict[str, LanguageModel], kind: str) -> None:
+    model = models[kind]
+    ids = model.tokenizer.encode("The river")
+    tokens = list(model.generate(ids, max_tokens=10, temperature=0))
+    said = [t.id for t in tokens]
+    scored = model.logits(ids + said[:-1])
+    for row, token in zip(scored[len(ids) - 1 :], said, strict=True):
+        assert row[token] >= row.max() - TIE_TOLERANCE
+    assert [t.id for t in model.generate("The river", max_tokens=10, temperature=0)] == said
+    assert text(tokens) == model.tokenizer.decode([t for t in said if t not in model.tokenizer.eos_ids], continues=True)
+
+
+def test_options_of_generate(models: dict[str, LanguageModel]) -> None:
+    model = models["gqa"]
+    one, same, other = (
+        [t.id for t in model.generate("a", max_tokens=12, temperature=1.2, seed=seed)] for seed in (1, 1, 2)
+    )
+    assert one == same != other
+    greedy = [t.id for t in model.generate("a", max_tokens=12, temperature=0)]
+    assert [t.id for t in model.generate("a", max_tokens=12, temperature=2, top_k=1)] == greedy
+    stop = text(model.generate("a", max_tokens=12, temperature=0))[3:6]
+    cut = list(model.generate("a", max_tokens=12, temperature=0, stop=[stop]))
+    assert stop not in text(cut)
+    assert cut[-1].finish == "stop"
+    with pytest.raises(UserError, match="temperature"):
+        list(model.generate("a", temperature=-1.0))
+    with pytest.raises(ContextFull, match=f"has {CONTEXT} tokens, but the context holds {CONTEXT}"):
+        list(model.generate([5] * CONTEXT))
+
+
+def test_no_text_begins_with_bos(models: dict[str, LanguageModel]) -> None:
+    model = models["gqa"]
+    assert model.encode_raw("") == [1]
+    assert model.encode_raw("a") == model.tokenizer.encode("a")
+    assert len(list(model.generate("", max_tokens=3, temperature=0))) >= 1
+
+
+def test_each_model_has_its_own_turns(models: dict[str, LanguageModel]) -> None:
+    assert isinstance(models["gqa"].turns, RawTurns)
+    assert isinstance(models["tied"].turns, TemplateTurns)
+    assert isinstance(models["mha"].turns, IdTurns)
+    assert isinstance(models["mha"].chat(raw=True).turns, RawTurns)
+
+
+@pytest.mark.parametrize("kind", ["tied", "mha"])
+def test_a_conversation_keeps_its_cache(models: dict[str, LanguageModel], kind: str) -> None:
+    """The next prompt begins with the tokens that are in the cache; only what is new is computed."""
+    model = models[kind]
+    chat = model.chat("Be brief.")
+    first = list(chat.say("The river", max_tokens=6, options=model.sampling_options(temperature=0.0)))
+    assert [m.role for m in chat.messages] == ["system", "user", "assistant"]
+    assert chat.messages[-1].content == text(first)
+    before = list(model.engine.tokens)
+    prompt = model.turns.render([*chat.messages, Message("user", "the sea")], CONTEXT)
+    if kind == "mha":  # turn ids: nothing stands between turns
+        assert prompt[: len(before)] == before
+    list(chat.say("the sea", max_tokens=2, options=model.sampling_options(temperature=0.0)))
+    assert model.engine.tokens[: len(prompt)] == prompt
+    assert [m.role for m in chat.messages] == ["system", "user", "assistant", "user", "assistant"]
+
+
+def test_baichuan_turns_are_ids(models: dict[str, LanguageModel]) -> None:
+    model = models["mha"]
+    chat = model.chat()
+    first = [t.id for t in chat.say("The river", max_tokens=4, options=model.sampling_options(temperature=0.0))]
+    list(chat.say("the sea", max_tokens=1, options=model.sampling_options(temperature=0.0)))
+    encode = model.tokenizer.encode
+    said = [t for t in first if t not in model.turns.stop_ids]
+    expected = [195, *encode("The river"), 196, *said, 195, *encode("the sea"), 196]
+    assert model.engine.tokens[: len(expected)] == expected
+
+
+def test_an_answer_closed_early_stays_in_the_conversation(models: dict[str, LanguageModel]) -> None:
+    chat = models["gqa"].chat()
+    stream = chat.say("The river", max_tokens=50)
+    heard = [next(stream) for _ in range(3)]
+    stream.close()  # type: ignore[attr-defined]
+    assert chat.messages[-1].role == "assistant"
+    assert chat.messages[-1].content == text(heard)
+    list(chat.say(" and", max_tokens=2))
+    assert len(chat.messages) == 4
+
+
+def test_the_oldest_rounds_go_when_the_context_fills(models: dict[str, LanguageModel]) -> None:
+    model = models["mha"]
+    chat = model.chat("sea")
+    options = model.sampling_options(temperature=0.0)
+    for number in range(12):
+        answer = list(chat.say(f"river {number} " * 3, max_tokens=20, options=options))
+        assert answer
+        assert len(model.engine.tokens) <= CONTEXT
+    assert len(chat.messages) == 25, "nothing is forgotten by the conversation itself"
+    system = model.tokenizer.encode("sea")
+    assert model.engine.tokens[: len(system)] == system
+    with pytest.raises(ContextFull, match="tokens, but the context holds"):
+        list(chat.say("x " * 400))
+
+
+def test_a_message_that_does_not_fit_changes_nothing(models: dict[str, LanguageModel]) -> None:
+    chat = models["mha"].chat()
+    with pytest.raises(ContextFull):
+        list(chat.say("x " * 400))
+    assert chat.messages == []
+
+
+def test_loading(exports: Exports, tmp_path: Path) -> None:
+    with headrace.load(str(exports.bundle()), threads=1) as model:
+        assert model.bundle.root == exports.bundle()
+    with pytest.raises(BundleError, match="is no folder"):
+        headrace.load(tmp_path / "absent")
+    with pytest.raises(TargetError, match="runner 'hots' is unknown"):
+        headrace.load(exports.bundle(), runner="hots")
