@@ -7,6 +7,7 @@ made; check a folder with genie_check.py first.
 from __future__ import annotations
 
 import codecs
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -73,7 +74,10 @@ class GenieRunner:
         self.lengths, self.contexts = tuple(lengths), tuple(contexts)
         self.own_sampler = own_sampler
         self.end = End.DONE
-        dialog = dict(config["dialog"])
+        dialog = copy.deepcopy(config["dialog"])
+        # On a phone threads that wait may spin; here they would take the cores that the emulator computes on.
+        dialog["engine"]["n-threads"] = 1
+        dialog["engine"]["backend"]["QnnHtp"]["poll"] = False
         if own_sampler:
             dialog["sampler"] = {"version": 1, "type": "custom", "callback-name": CALLBACK.decode()}
         self._request = {

@@ -1,0 +1,220 @@
+"""The Snapdragon chain on a whole model: binaries, emulation, and Qualcomm's own Genie, token for token.
+
+    python benchmarks/snapdragon_acceptance.py ../shared/data/tiny-baichuan2
+
+Exports the checkpoint for a chip (weight-shared binaries, each checked against the plan), compiles the same graphs
+apart, and lets Genie continue prompts greedily on this computer. Every token and every row of logits is then held
+against headrace's own loop over the same binaries in HTP emulation, against the device graphs on ONNX Runtime's CPU
+kernels, and against the host runtime. Exits 1 when a limit is broken. Needs headrace[qnn].
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import headrace
+from headrace.bundle import Bundle, open_bundle
+from headrace.runtime.engine import Runner
+from headrace.runtime.tokenizer import Tokenizer, load_tokenizer
+from headrace.snapdragon import Emulated, emulate, kept_device_graphs
+from headrace.targets.context_binary import read_context_binaries
+from headrace.targets.device import DeviceRunner
+from headrace.targets.genie_runner import GenieRunner
+from headrace.targets.onnxruntime import HostRunner
+from headrace.targets.qnn import EmulationGraph, Emulator
+from headrace.targets.qnn_loop import DeviceLoop
+
+LOOP_KL = 1e-6  # the same binaries on the same codes
+CPU_KL = 1e-3  # the same graphs, other rounding
+
+CHINESE = "长江是中国最长的河流，发源于青藏高原，流经多个省份，最后注入东海。沿江有许多重要的城市，"
+ENGLISH = "The Yangtze is the longest river in Asia. It rises in the mountains of the west and flows to the sea. "
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt; with `then`, a second turn after a few tokens of answer."""
+
+    name: str
+    ids: list[int]
+    then: list[int] | None = None
+
+
+def cases(tokenizer: Tokenizer, length: int) -> list[Case]:
+    """Three Chinese and three English prompts: one of two turns, one longer than a step, one that grows out of the
+    first context (a step and one token, so that it starts there)."""
+    long_chinese = (tokenizer.encode(CHINESE) * 16)[: length + length // 3]
+    crossing = (tokenizer.encode(ENGLISH) * 16)[: length + 1]
+    return [
+        Case("Chinese", tokenizer.encode("这个软件的主要功能是")),
+        Case("Chinese, two turns", tokenizer.encode("安装之前，请先"), tokenizer.encode("。\n如果出现错误，")),
+        Case("Chinese, longer than a step", long_chinese),
+        Case("English", tokenizer.encode("This option can be used to")),
+        Case("English, a sentence", tokenizer.encode(ENGLISH)),
+        Case("English, across contexts", crossing),
+    ]
+
+
+def divergence(p: NDArray[np.float32], q: NDArray[np.float32]) -> NDArray[np.float64]:
+    """KL(p ‖ q) of each row of logits."""
+    a, b = (x.astype(np.float64) - x.max(-1, keepdims=True) for x in (p, q))
+    a, b = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (a, b))
+    return np.asarray((np.exp(a) * (a - b)).sum(-1))
+
+
+def rows_of(runner: Runner, ids: Sequence[int], first: int) -> NDArray[np.float32]:
+    """Logits after ids[first:] of a runner that starts anew."""
+    rows, start = [], 0
+    whole = np.asarray(ids, np.int64)
+    while start < len(whole):
+        step = whole[start : start + runner.prompt_length]
+        rows.append(runner.step(step, start, np.arange(max(first - start, 0), len(step))))
+        start += len(step)
+    return np.concatenate(rows)
+
+
+def run_case(
+    case: Case, tokens: int, genie: GenieRunner, loop: DeviceLoop, cpu: Runner, host: Runner
+) -> dict[str, Any]:
+    """Genie's answer, and how far the others are from it."""
+    genie.reset()
+    prompt = case.ids
+    if case.then is not None:
+        first = [token.id for token in genie.query_tokens(prompt, 8)]
+        prompt = [*prompt, *first, *case.then]
+    started = time.monotonic()
+    answer = list(genie.query_tokens(prompt, tokens, logits=True, rewind=case.then is not None))
+    seconds = time.monotonic() - started
+    ids = [token.id for token in answer]
+    said = np.stack([token.logits for token in answer if token.logits is not None])
+    sequence, first_row = [*prompt, *ids[:-1]], len(prompt) - 1
+    loop.rewind(0)
+    rows = [loop.feed(prompt)[-1]]
+    rows += [loop.feed([token])[0] for token in ids[:-1]]
+    own = np.stack(rows)
+    result: dict[str, Any] = {
+        "case": case.name,
+        "prompt_tokens": len(prompt),
+        "tokens": len(ids),
+        "genie_seconds": round(seconds, 1),
+        "equal_to_loop": int((own.argmax(-1) == ids).sum()),
+        "kl_loop": float(divergence(own, said).max()),
+        "text": ids,
+    }
+    for name, runner in (("cpu", cpu), ("host", host)):
+        logits = rows_of(runner, sequence, first_row)
+        result[f"kl_{name}"] = float(divergence(logits, said).mean())
+        result[f"equal_{name}"] = float((logits.argmax(-1) == ids).mean())
+    return result
+
+
+def compare(
+    bundle: Bundle, emulated: Emulated, tokens: int, report: Callable[[dict[str, Any]], None]
+) -> list[dict[str, Any]]:
+    """All cases."""
+    plan, tokenizer = emulated.plan, load_tokenizer(bundle.root)
+    graphs = [
+        EmulationGraph(path.stem, path, path.with_name(f"{path.stem}_qnn.bin"))
+        for path in sorted(emulated.folder.glob("ar*.onnx"))
+    ]
+    cpu = DeviceRunner.open(bundle, kept_device_graphs(bundle))
+    host = HostRunner(bundle)
+    results = []
+    with (
+        Emulator(graphs) as emulator,
+        GenieRunner(
+            emulated.config, emulated.folder, lengths=plan.lengths, contexts=plan.contexts, own_sampler=True
+        ) as genie,
+    ):
+        loop = DeviceLoop(
+            plan.config, plan.parts, plan.lengths, plan.contexts, plan.encodings, emulator.run, pad=plan.pad
+        )
+        for case in cases(tokenizer, bundle.prompt_length):
+            result = run_case(case, tokens, genie, loop, cpu, host)
+            result["text"] = tokenizer.decode(result["text"])
+            results.append(result)
+            report(result)
+    cpu.close()
+    host.close()
+    return results
+
+
+def main() -> int:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--work", type=Path, help="keep bundle and binaries here; what is there already is used")
+    parser.add_argument("--target", default="snapdragon-8-elite")
+    parser.add_argument("--recipe", default="w4a16")
+    parser.add_argument("--prompt-length", type=int, default=128)
+    parser.add_argument("--context", default="144,512", help="two: the crossing prompt starts in the first")
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--calibration", type=Path, nargs="*", default=[])
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    scratch = tempfile.TemporaryDirectory() if options.work is None else None
+    work = Path(scratch.name) if scratch else options.work
+    work.mkdir(parents=True, exist_ok=True)
+
+    started = time.monotonic()
+    if not (work / "bundle").exists():
+        headrace.export(
+            options.checkpoint,
+            work / "bundle",
+            recipe=options.recipe,
+            block=None,
+            prompt_length=options.prompt_length,
+            context=[int(c) for c in options.context.split(",")],
+            calibration=options.calibration,
+            windows=16,
+            targets=[options.target],
+        )
+    bundle = open_bundle(work / "bundle")
+    binaries = sorted((bundle.root / options.target).glob("*.bin"))
+    infos = read_context_binaries(binaries)
+    print(f"exported in {time.monotonic() - started:.0f} s; binaries, each checked against the plan:")
+    for path, info in zip(binaries, infos):
+        shared = info.graphs[0].shared_bytes
+        print(
+            f"  {path.name}: {len(info.graphs)} graphs, {info.size:,} bytes, {shared:,} of weights shared, {info.build}"
+        )
+    started = time.monotonic()
+    emulated = emulate(bundle, work / "emulation", options.target)
+    print(f"compiled for emulation in {time.monotonic() - started:.0f} s", flush=True)
+
+    def report(r: dict[str, Any]) -> None:
+        print(
+            f"{r['case']}: {r['prompt_tokens']} + {r['tokens']} tokens in {r['genie_seconds']} s, equal to the loop "
+            f"{r['equal_to_loop']}/{r['tokens']}, KL to the loop {r['kl_loop']:.1e} (at most), to ORT CPU "
+            f"{r['kl_cpu']:.1e} ({r['equal_cpu']:.0%} equal), to the host runtime {r['kl_host']:.1e} "
+            f"({r['equal_host']:.0%} equal)\n  {r['text']!r}",
+            flush=True,
+        )
+
+    results = compare(bundle, emulated, options.tokens, report)
+    broken = [
+        r["case"]
+        for r in results
+        if r["equal_to_loop"] != r["tokens"] or r["kl_loop"] > LOOP_KL or r["kl_cpu"] > CPU_KL
+    ]
+    print(f"broken: {', '.join(broken)}" if broken else "every limit holds")
+    if options.json:
+        print(json.dumps({"cases": results, "broken": broken}, ensure_ascii=False))
+    if scratch:
+        scratch.cleanup()
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
