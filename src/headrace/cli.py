@@ -234,13 +234,19 @@ def verify(
         Path | None, typer.Option("--checkpoint", help="Also compare with what it was made of.")
     ] = None,
     files_only: Annotated[bool, typer.Option("--files-only", help="Only hash the files.")] = False,
+    through: Annotated[
+        str, typer.Option("--through", help="The last link: host, device, emulation or genie.")
+    ] = "host",
+    layers: Annotated[bool, typer.Option("--layers", help="Also each layer of the device graphs.")] = False,
     json: Json = False,
 ) -> None:
     """Check every link of the chain; exit 1 when one is broken."""
     from headrace.measure.parity import verify_bundle
 
     with progress_bars() as progress:
-        links = verify_bundle(bundle, checkpoint, files_only=files_only, progress=progress)
+        links = verify_bundle(
+            bundle, checkpoint, files_only=files_only, through=through, layers=layers, progress=progress
+        )
     if json:
         print_json({"ok": all(link.ok for link in links), "links": [link.to_dict() for link in links]})
     else:

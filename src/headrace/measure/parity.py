@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.bundle import Bundle, check_files, open_bundle
-from headrace.errors import BundleError
+from headrace.errors import BundleError, UserError, did_you_mean
 from headrace.graph.emit_host import INT8_ACTIVATIONS, HostWeights, emit_host
 from headrace.measure.fidelity import FidelityMeter, no_target
+from headrace.measure.link import Link
 from headrace.model.reference import eager_logits
 from headrace.plan import plan_parts
 from headrace.progress import Progress, silent
@@ -31,7 +32,9 @@ from headrace.quantize.storage import WeightStore, quantized_names
 from headrace.runtime.engine import Engine
 from headrace.runtime.tokenizer import load_tokenizer
 
-__all__ = ["Link", "verify_bundle"]
+__all__ = ["DEPTHS", "verify_bundle"]
+
+DEPTHS = ("host", "device", "emulation", "genie")
 
 Logits = NDArray[np.float32]
 
@@ -57,22 +60,14 @@ CHECKPOINT_KL = 2.5
 FLOAT_ARITHMETIC = 1  # MatMulNBits accuracy_level: float32 inside
 
 
-@dataclass(frozen=True)
-class Link:
-    """One comparison: its name, what was found, what was allowed, and whether that holds."""
-
-    name: str
-    found: str
-    limit: str
-    ok: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return asdict(self)
-
-
 def verify_bundle(
-    path: Path, checkpoint: Path | None = None, *, files_only: bool = False, progress: Progress = silent
+    path: Path,
+    checkpoint: Path | None = None,
+    *,
+    files_only: bool = False,
+    through: str = "host",
+    layers: bool = False,
+    progress: Progress = silent,
 ) -> list[Link]:
     """Check a bundle.
 
@@ -80,6 +75,8 @@ def verify_bundle(
         path: the bundle.
         checkpoint: what it was made of; adds the link from there.
         files_only: only hash the files.
+        through: the last link: "host", "device" (graphs on this CPU), "emulation" (HTP) or "genie".
+        layers: also hold each layer of the device graphs against the simulation.
         progress: told how far it is.
 
     Returns:
@@ -88,7 +85,12 @@ def verify_bundle(
     Raises:
         BundleError: there is no bundle.
         CheckpointError: the checkpoint cannot be opened.
+        UserError: `through` is unknown.
     """
+    if through not in DEPTHS:
+        raise UserError(
+            f"--through {through!r} is unknown{did_you_mean(through, DEPTHS)}; expected {', '.join(DEPTHS)}"
+        )
     links = [_files(path, progress)]
     if files_only or not links[0].ok:
         return links
@@ -97,6 +99,10 @@ def verify_bundle(
     for link in _numbers(bundle, checkpoint):
         links.append(link)
         progress("comparing", len(links) - 1, total)
+    if through != "host":
+        from headrace.measure.device_parity import Depth, device_links
+
+        links += device_links(bundle, _sample(bundle), Depth(through), layers=layers)
     return links
 
 

@@ -29,7 +29,7 @@ from headrace.rope import rope_angles
 from headrace.runtime.engine import Logits
 from headrace.targets.onnxruntime import default_threads, make_session
 
-__all__ = ["DEVICE_FOLDER", "DeviceRunner", "choose_graph"]
+__all__ = ["DEVICE_FOLDER", "DeviceRunner", "choose_graph", "exact_session"]
 
 DEVICE_FOLDER = "device"
 ATTEND = 65535
@@ -187,7 +187,7 @@ class _Graph:
         self._bound = []
         for part in runner.parts:
             path = runner.folder / f"{graph_name(part, length, context)}.onnx"
-            session = _exact_session(path, runner._threads, fold=runner._fold)
+            session = exact_session(path, runner._threads, fold=runner._fold)
             binding = session.io_binding()
             inputs, outputs = ports(runner.config, part, GraphStyle.DEVICE, length=length, context=context)
             for port in inputs:
@@ -240,7 +240,7 @@ def _slots(cache: Codes, name: str, start: int, stop: int) -> Codes:
     return cache[..., start:stop] if name.startswith("past_key") else cache[..., start:stop, :]
 
 
-def _exact_session(path: Path, threads: int, *, fold: bool) -> Any:
+def exact_session(path: Path, threads: int, *, fold: bool) -> Any:
     """A session that computes every node as written: ONNX Runtime's fused quantized operators round elsewhere.
 
     `fold`: dequantize the weights once, at load, which takes float32's memory and makes a token some ten times faster.

@@ -1,0 +1,215 @@
+"""verify beyond the host: eager → the device's grids → device graphs on this CPU → HTP emulation → Genie's tokens.
+
+Each link compares with the one before it, in steps of the logits' 16-bit grid (LSB). With `layers`, the device graphs
+are cut after every layer and each layer's output is held against the simulation: the first that breaks its limit is
+where a model went wrong. Compares; makes nothing that is kept but the emulation binaries.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.bundle import Bundle
+from headrace.graph.emit_device import write_device_graphs
+from headrace.measure.fidelity import FidelityMeter, no_target
+from headrace.measure.link import Link
+from headrace.model.ops import Array
+from headrace.model.reference import eager_logits
+from headrace.plan import graph_name, plan_parts
+from headrace.quantize.encodings import Encoding, port_encodings, read_encodings
+from headrace.quantize.recipe import Recipe
+from headrace.quantize.simulate import Simulated, simulated_logits
+from headrace.quantize.storage import WeightStore, quantized_names
+from headrace.snapdragon import Emulated, beside, emulate, kept_device_graphs
+from headrace.targets.device import DeviceRunner, exact_session
+from headrace.targets.genie_runner import GenieRunner
+from headrace.targets.onnxruntime import default_threads
+from headrace.targets.qnn import EmulationGraph, Emulator
+from headrace.targets.qnn_loop import DeviceLoop
+
+__all__ = ["Depth", "device_links"]
+
+# What rounding every result to 16 bits may cost; the residual of some models spans four orders of magnitude.
+GRID_KL = 0.1
+# The device graphs round in other places than the simulation (fused kernels, floored rotary tables, a mask of −50).
+GRAPH_KL = 1e-3
+GRAPH_TOP1 = 0.95
+# The emulator computes as the chip does: other rounding again, some steps of the logits' grid.
+EMULATION_KL = 1e-3
+LAYER_SQNR = 20.0  # decibel of a layer's output over its error; a wrong scale or nibble order gives 0 and less
+TOKENS = 8
+
+
+class Depth(Enum):
+    """How far `verify` goes."""
+
+    HOST = "host"
+    DEVICE = "device"
+    EMULATION = "emulation"
+    GENIE = "genie"
+
+    @property
+    def rank(self) -> int:
+        """Links are checked up to here."""
+        return list(Depth).index(self)
+
+
+def device_links(bundle: Bundle, ids: Sequence[int], depth: Depth, *, layers: bool = False) -> Iterator[Link]:
+    """The links beyond the host graphs, in order.
+
+    Args:
+        bundle: an opened bundle whose linears have a scale a channel.
+        ids: tokens that are compared; at least a prompt step and a few more.
+        depth: the last link.
+        layers: also each layer of the device graphs.
+
+    Raises:
+        BundleError: there are no encodings.
+        RecipeError: linears are in blocks, which no device takes.
+        TargetError: the compiler, the emulator or Genie failed.
+    """
+    config = bundle.config
+    grids = {n: r.grid for n, r in Recipe.from_dict(bundle.recipe).resolve(quantized_names(config)).items()}
+    store = WeightStore(bundle.root, config, bundle.parts, grids)
+    encodings = read_encodings(bundle.root / "encodings.json")
+    step = port_encodings(bundle.parts, encodings)["logits"].scale
+    folder = kept_device_graphs(bundle)
+
+    eager = eager_logits(config, store.read, np.array([ids]))[0]
+    seen: dict[str, Array] = {}
+    simulated = _simulate(bundle, store, encodings, ids, seen)
+    yield _link("eager → the device's grids", eager, simulated, step, GRID_KL, 0.0)
+    if layers:
+        yield from _layers(bundle, store, encodings, ids, seen)
+    runner = DeviceRunner.open(bundle, folder)
+    try:
+        on_cpu = _score(runner, ids)
+    finally:
+        runner.close()
+    yield _link("the device's grids → device graphs on this CPU", simulated, on_cpu, step, GRAPH_KL, GRAPH_TOP1)
+    if depth.rank < Depth.EMULATION.rank:
+        return
+    emulated = emulate(bundle, beside(bundle, "emulation"))
+    prompt = list(ids[:-TOKENS])
+    with Emulator(_graphs(emulated)) as emulator:
+        loop = _loop(emulated, emulator)
+        in_emulation = np.concatenate([loop.feed(prompt), *(loop.feed([token]) for token in ids[-TOKENS:])])
+        yield _link("device graphs → HTP emulation", on_cpu, in_emulation, step, EMULATION_KL, GRAPH_TOP1)
+        if depth is Depth.GENIE:
+            loop.rewind(0)
+            yield _genie(emulated, loop, prompt)
+
+
+def _simulate(
+    bundle: Bundle, store: WeightStore, encodings: Mapping[str, Encoding], ids: Sequence[int], seen: dict[str, Array]
+) -> Array:
+    class Watched(Simulated):
+        def tap(self, name: str, value: Array) -> Array:
+            value = super().tap(name, value)
+            if name.endswith(".residual"):
+                seen[name] = value
+            return value
+
+    run = Watched(bundle.config, store.read, encodings)
+    return simulated_logits(run, np.asarray(ids), np.arange(len(ids)))
+
+
+def _layers(
+    bundle: Bundle,
+    store: WeightStore,
+    encodings: Mapping[str, Encoding],
+    ids: Sequence[int],
+    seen: Mapping[str, Array],
+) -> Iterator[Link]:
+    """Device graphs with one layer a part: each part's output beside the simulation's."""
+    config, length = bundle.config, bundle.prompt_length
+    parts = plan_parts(config, config.num_layers + 1)
+    context = bundle.contexts[0]
+    with tempfile.TemporaryDirectory(prefix="headrace-layers-") as name:
+        graphs = write_device_graphs(
+            config, parts, store.read_stored, encodings, Path(name), lengths=(length,), contexts=(context,)
+        )
+        paths = {graph.name: graph.path for graph in graphs}
+        found: dict[str, NDArray[Any]] = {}
+
+        def run(graph: str, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+            session = exact_session(paths[graph], default_threads(), fold=False)
+            names = [output.name for output in session.get_outputs()]
+            made = dict(zip(names, session.run(names, dict(feeds))))
+            found.update({n: v for n, v in made.items() if n.startswith("hidden_")})
+            return made
+
+        used = list(ids[: min(length, context - length - 1)])
+        ports = port_encodings(parts, encodings)
+        DeviceLoop(config, parts, (length,), (context,), ports, run).feed(used)
+        assert graph_name(parts[0], length, context) in paths
+        for part in parts[1:-1]:
+            layer = part.stop - 1
+            grid = ports[f"hidden_{part.number}"]
+            expected = seen[f"layers.{layer}.residual"][0, : len(used)]
+            real = (found[f"hidden_{part.number}"][0, : len(used)].astype(np.float32) - grid.zero_point) * grid.scale
+            sqnr = _sqnr(expected, real)
+            lsb = np.abs(expected - real).max() / grid.scale
+            told = f"SQNR {sqnr:.1f} dB, at most {lsb:.0f} LSB"
+            yield Link(f"  layer {layer}", told, f"SQNR ≥ {LAYER_SQNR:g} dB", sqnr >= LAYER_SQNR)
+
+
+def _score(runner: DeviceRunner, ids: Sequence[int]) -> Array:
+    rows, size = [], runner.prompt_length
+    for at in range(0, len(ids), size):
+        chunk = np.asarray(ids[at : at + size], np.int64)
+        rows.append(runner.step(chunk, at, np.arange(len(chunk))))
+    return np.concatenate(rows)
+
+
+def _graphs(emulated: Emulated) -> list[EmulationGraph]:
+    return [
+        EmulationGraph(path.stem, path, path.with_name(f"{path.stem}_qnn.bin"))
+        for path in sorted(emulated.folder.glob("ar*.onnx"))
+    ]
+
+
+def _loop(emulated: Emulated, emulator: Emulator) -> DeviceLoop:
+    plan = emulated.plan
+    return DeviceLoop(plan.config, plan.parts, plan.lengths, plan.contexts, plan.encodings, emulator.run, pad=plan.pad)
+
+
+def _genie(emulated: Emulated, loop: DeviceLoop, prompt: Sequence[int]) -> Link:
+    plan = emulated.plan
+    with GenieRunner(
+        emulated.config, emulated.folder, lengths=plan.lengths, contexts=plan.contexts, own_sampler=True
+    ) as genie:
+        said = [token.id for token in genie.query_tokens(prompt, TOKENS)]
+    own = [int(loop.feed([plan.bos, *prompt] if plan.bos is not None else prompt)[-1].argmax())]
+    while len(own) < len(said):
+        own.append(int(loop.feed([own[-1]])[-1].argmax()))
+    equal = sum(a == b for a, b in zip(said, own))
+    return Link("HTP emulation → Genie's tokens", f"{equal} of {len(said)} equal", "all equal", said == own)
+
+
+def _sqnr(expected: Array, found: Array) -> float:
+    """Decibel of the signal's power over the difference's."""
+    noise = float(np.square(expected - found, dtype=np.float64).sum())
+    signal = float(np.square(expected, dtype=np.float64).sum())
+    return float(10 * np.log10(signal / noise)) if noise else float("inf")
+
+
+def _link(name: str, expected: Array, found: Array, step: float, kl: float, top1: float) -> Link:
+    meter = FidelityMeter()
+    meter.add(expected, found, np.full(len(expected), no_target, np.int64))
+    result = meter.result()
+    difference = np.abs(expected - found) / step
+    correlation = float(np.corrcoef(expected.ravel(), found.ravel())[0, 1])
+    told = (
+        f"KL {result.kl:.1e}, top-1 {result.top1:.3f}, LSB mean {difference.mean():.1f} max {difference.max():.0f}, "
+        f"SQNR {_sqnr(expected, found):.1f} dB, correlation {correlation:.6f}"
+    )
+    limit = f"KL ≤ {kl:g}" + (f", top-1 ≥ {top1:g}" if top1 else "")
+    return Link(name, told, limit, result.kl <= kl and result.top1 >= top1)
