@@ -50,6 +50,7 @@ class GraphInfo:
         shared_bytes: weights that the binary holds once for all its graphs; 0 when nothing is shared.
         own_bytes: instructions and constants of this graph alone.
         spill_fill_bytes: scratch memory beyond VTCM that it needs when it runs.
+        vtcm_bytes: the processor's fast memory that it was planned for.
     """
 
     name: str
@@ -58,6 +59,7 @@ class GraphInfo:
     shared_bytes: int
     own_bytes: int
     spill_fill_bytes: int
+    vtcm_bytes: int
 
 
 @dataclass(frozen=True)
@@ -284,6 +286,7 @@ def _graph(graph: _Graph) -> GraphInfo:
         blob.shared_weights,
         blob.op_data + blob.constants,
         blob.spill_fill,
+        blob.vtcm,
     )
 
 

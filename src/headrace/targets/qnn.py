@@ -148,6 +148,7 @@ def _prepare(child: Child, graph: GraphFile, soc: Soc, scratch: Path, *, share: 
             # Both numbers: soc_model alone or an arch alone compiles for no chip, silently.
             "soc_model": str(soc.model),
             "htp_arch": str(soc.arch),
+            "vtcm_mb": str(soc.vtcm_mb),
             "htp_graph_finalization_optimization_mode": str(OPTIMIZATION),
             # Otherwise the graph's first and last quantization would run on the CPU.
             "offload_graph_io_quantization": "0",

@@ -68,6 +68,11 @@ def check_binary(
         raise TargetError(f"{path} holds {len(info.graphs)} graphs ({names}); expected {len(steps)}")
     for length, context in steps:
         graph = compiled_graph(path, info, graph_name(part, length, context))
+        if graph.vtcm_bytes != soc.vtcm_mb << 20:
+            raise TargetError(
+                f"{path}: {graph.name} was planned for {graph.vtcm_bytes} bytes of VTCM; "
+                f"{soc.name} has {soc.vtcm_mb} MB"
+            )
         check_graph(path, graph, ports(config, part, GraphStyle.DEVICE, length=length, context=context), encodings)
     if shared and len(steps) > 1:
         check_sharing(path, info)

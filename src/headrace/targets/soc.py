@@ -21,6 +21,7 @@ class Soc:
         title: its trade name.
         model: Qualcomm's `soc_model`, which every compiled binary carries.
         arch: generation of the Hexagon tensor processor, the 79 of "v79".
+        vtcm_mb: megabytes of the processor's own fast memory; the compiler plans for 4 unless told.
         android: runs Android, reached by adb; otherwise Windows on the machine itself.
     """
 
@@ -28,6 +29,7 @@ class Soc:
     title: str
     model: int
     arch: int
+    vtcm_mb: int = 8
     android: bool = True
 
     @property
