@@ -72,15 +72,15 @@ def test_gptq_codes_do_not_depend_on_its_block_size(seed: int, lazy: int) -> Non
     grid = Grid(4, 32)
     moment = gptq.damped(InputStatistics.of(inputs).moment)
     scales = gptq.solve(weight, moment, grid).scales
-    whole = gptq.solve_codes(weight, moment, scales, grid, lazy=weight.shape[1])
-    parts = gptq.solve_codes(weight, moment, scales, grid, lazy=lazy)
+    whole = gptq.solve_codes(weight, gptq.factorize(moment), scales, grid, lazy=weight.shape[1])
+    parts = gptq.solve_codes(weight, gptq.factorize(moment), scales, grid, lazy=lazy)
     assert np.mean(whole != parts) <= EDGE_SHARE
 
 
 def test_gptq_without_correlation_is_rounding() -> None:
     weight, _ = problem(1)
     scales = nearest.quantize(weight, None, Grid(4, 32)).scales
-    codes = gptq.solve_codes(weight, np.eye(64, dtype=np.float32), scales, Grid(4, 32))
+    codes = gptq.solve_codes(weight, gptq.factorize(np.eye(64, dtype=np.float32)), scales, Grid(4, 32))
     exact = np.clip(np.rint(weight / np.repeat(scales.astype(np.float32), 32, axis=1)), -8, 7)
     assert np.array_equal(codes, exact)
 

@@ -6,6 +6,7 @@ weights are in memory and every window's hidden states are. Knows no method, no 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,11 +15,11 @@ from numpy.typing import NDArray
 
 from headrace.config import ModelConfig
 from headrace.errors import CalibrationError
-from headrace.model.decoder import layer_linears
+from headrace.model.decoder import Residual, block, layer_linears
 from headrace.model.ops import Array, Eager, Positions
 from headrace.rope import rope_tables
 
-__all__ = ["BLOCKED", "Follower", "causal_positions", "cut_windows"]
+__all__ = ["BLOCKED", "Follower", "attention_energy", "causal_positions", "cut_windows"]
 
 # Added to the score of a token in the future: far below any score, far above float32's smallest.
 BLOCKED = np.float32(-1e9)
@@ -72,12 +73,20 @@ class Follower(Eager):
     ) -> None:
         super().__init__(config, weights.__getitem__)
         self._arrive = arrive
+        self.residual: Array | None = None
         groups = (group for layer in range(config.num_layers) for group in layer_linears(layer))
         self._groups = {group[0]: group for group in groups}
 
     def tap_linear(self, weight: str, x: Array) -> None:
         if self._arrive is not None and weight in self._groups:
             self._arrive(self._groups[weight], x)
+
+    def add(self, a: Array, b: Array, name: str) -> Array:
+        """As `Ops.add`; the last sum of the residual stream, as its name says, is kept in `residual`."""
+        total = super().add(a, b, name)
+        if name.endswith("residual"):
+            self.residual = total
+        return total
 
     def silu(self, x: Array, name: str) -> Array:
         """As `Ops.silu`, with one temporary instead of five: these arrays are the largest of all."""
@@ -86,6 +95,9 @@ class Follower(Eager):
         np.exp(e, out=e)
         e += 1
         return np.divide(x, e, out=e)
+
+    def attended(self, window: int, shares: Array) -> None:
+        """Called with the attention of a few queries of a window, (heads, queries, tokens up to the last of them)."""
 
     def weighted_values(self, q: Array, keys: Array, values: Array, mask: Array, name: str) -> Array:
         """As `Ops.weighted_values` for windows without a past, a few queries at a time and without their future:
@@ -101,8 +113,41 @@ class Follower(Eager):
                 scores += mask[0, 0, start:stop, :stop]
                 scores -= scores.max(-1, keepdims=True)
                 np.exp(scores, out=scores)
-                total = scores.sum(-1)  # (heads, s)
-                mixed = scores.reshape(kv_heads, -1, stop) @ values[window, :, :stop]
-                mixed = mixed.reshape(heads, stop - start, width) / total[:, :, None]
+                scores /= scores.sum(-1, keepdims=True)
+                self.attended(window, scores)
+                mixed = (scores.reshape(kv_heads, -1, stop) @ values[window, :, :stop]).reshape(
+                    heads, stop - start, width
+                )
                 out[window, start:stop] = mixed.transpose(1, 0, 2)
         return out.reshape(batch, length, heads * width)
+
+
+def attention_energy(
+    config: ModelConfig, weights: Mapping[str, Array], layer: int, stream: Residual[Array], at: Positions[Array]
+) -> Array:
+    """How much each token is looked at in a layer: the sum of squared attention shares over all queries and heads.
+
+    An error in a token's value reaches every query in proportion to its share. The first token, where many heads
+    rest when they have nothing to look for, has hundreds of times the energy of the others.
+
+    Returns:
+        (windows, length) float32.
+    """
+    energy = np.zeros(stream.x.shape[:2], np.float32)
+
+    class Watch(Follower):
+        def attended(self, window: int, shares: Array) -> None:
+            energy[window, : shares.shape[2]] += np.einsum("hqt,hqt->t", shares, shares)
+
+        def add_norm(self, x: Array, update: Array, weight: str, name: str) -> tuple[Array, Array]:
+            if weight.endswith("post_attention_layernorm.weight"):
+                raise _Seen
+            return super().add_norm(x, update, weight, name)
+
+    with contextlib.suppress(_Seen):
+        block(Watch(config, weights), layer, stream, at, None)
+    return energy
+
+
+class _Seen(Exception):
+    """The part of a block that was wanted has been computed."""

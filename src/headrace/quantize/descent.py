@@ -71,6 +71,7 @@ def _move_scales(at: slice, codes: Array, step: Array, slope: Array, moment: Arr
 def _move_codes(begin: int, end: int, codes: Array, steps: Array, slope: Array, moment: Array, grid: Grid) -> None:
     """Columns begin … end−1, one after the other, to the best codes for the others fixed; in place."""
     block = codes.shape[0] // steps.shape[0]
+    bottom, top = np.float32(grid.bottom), np.float32(grid.top)
     near = moment[begin:end, begin:end]
     here = slope[begin:end]
     changes = np.empty_like(here)
@@ -81,7 +82,8 @@ def _move_codes(begin: int, end: int, codes: Array, steps: Array, slope: Array, 
         new /= step
         new += codes[j]
         np.rint(new, out=new)
-        np.clip(new, grid.bottom, grid.top, out=new)
+        np.minimum(new, top, out=new)
+        np.maximum(new, bottom, out=new)  # np.clip takes twice as long on so few values
         np.subtract(new, codes[j], out=change)
         change *= step
         codes[j] = new

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from headrace.quantize.grid import Grid, QuantizedTensor, dequantize, fit_scales
 from headrace.quantize.statistics import InputStatistics
 
-__all__ = ["damped", "inverse_factor", "quantize", "rounding_loss", "solve", "solve_codes"]
+__all__ = ["damped", "factorize", "inverse_factor", "quantize", "rounding_loss", "solve", "solve_codes"]
 
 Array = NDArray[np.float32]
 
 DAMPING = 0.1  # of the typical energy of a channel
 _POWERS = (0.5, 1.0)
+_TRIED = 48  # rows
 _LAZY = 96  # columns whose error reaches the later ones in one product
 _TRIANGLE = 64  # below this a triangle is inverted directly
 
@@ -29,23 +30,25 @@ def quantize(weight: Array, statistics: InputStatistics, grid: Grid) -> Quantize
 
 
 def solve(weight: Array, moment: Array, grid: Grid) -> QuantizedTensor:
-    """Scales by the clip search, the codes for them, and of several searches the best one, row by row.
+    """Scales by the clip search, then the codes for them.
 
     The search counts a column's error by a power of its energy. By the energy itself a few strong channels decide
     the clip of all the others, whose error GPTQ could have made up for: the root is better for most weights, the
-    energy for those whose input has huge channels.
+    energy for those whose input has huge channels. A few rows are tried with each.
     """
     energy = np.diagonal(moment)
-    powers = _POWERS[: 2 if grid.bits == 4 else 1]  # int8 clips nothing: one search is enough
-    scales = np.concatenate([fit_scales(weight, grid, energy**power) for power in powers])
-    tall = np.concatenate([weight] * len(powers))
-    codes = solve_codes(tall, moment, scales, grid)
-    if len(powers) == 1:
-        return QuantizedTensor(codes, scales, grid)
-    error = tall - dequantize(QuantizedTensor(codes, scales, grid))
-    loss = np.einsum("nk,nk->n", error @ moment, error).reshape(len(powers), -1)
-    best = loss.argmin(0) * weight.shape[0] + np.arange(weight.shape[0])
-    return QuantizedTensor(codes[best], scales[best], grid)
+    powers = _POWERS if grid.bits == 4 else _POWERS[:1]  # int8 clips nothing
+    factor = factorize(moment)
+    few = weight[np.linspace(0, len(weight) - 1, min(_TRIED, len(weight))).round().astype(np.intp)]
+
+    def loss(power: float) -> float:
+        scales = fit_scales(few, grid, energy**power)
+        tried = QuantizedTensor(solve_codes(few, factor, scales, grid), scales, grid)
+        return rounding_loss(few, dequantize(tried), moment)
+
+    best = min(powers, key=loss) if len(powers) > 1 else powers[0]
+    scales = fit_scales(weight, grid, energy**best)
+    return QuantizedTensor(solve_codes(weight, factor, scales, grid), scales, grid)
 
 
 def damped(moment: Array, damping: float = DAMPING) -> Array:
@@ -70,34 +73,49 @@ def inverse_factor(moment: Array) -> Array:
     return np.ascontiguousarray(lower[::-1, ::-1].astype(np.float32))
 
 
+def factorize(moment: Array) -> tuple[NDArray[np.intp], Array]:
+    """The order of falling energy, and the factor U of the moment in that order (see `inverse_factor`)."""
+    order = np.argsort(-np.diagonal(moment), kind="stable")
+    return order, inverse_factor(moment[np.ix_(order, order)])
+
+
 def solve_codes(
-    weight: Array, moment: Array, scales: NDArray[np.float16], grid: Grid, lazy: int = _LAZY
+    weight: Array,
+    factors: tuple[NDArray[np.intp], Array],
+    scales: NDArray[np.float16],
+    grid: Grid,
+    lazy: int = _LAZY,
 ) -> NDArray[np.int8]:
     """The codes (N, K) that GPTQ finds for given scales.
 
     Args:
         weight: (N, K).
-        moment: (K, K), positive definite.
+        factors: of the second moment, from `factorize`.
         scales: (N, blocks), as stored.
         grid: bits and block.
         lazy: columns handled before later ones are told; changes the speed, not the result.
     """
     rows, columns = weight.shape
-    order = np.argsort(-np.diagonal(moment), kind="stable")
-    factor = inverse_factor(moment[np.ix_(order, order)])
+    order, factor = factors
     block = columns // scales.shape[1]
     steps = np.ascontiguousarray(scales.astype(np.float32).T)  # (blocks, N)
     rest = np.ascontiguousarray(weight.T[order])  # (K, N): a column of the weight is contiguous
     codes = np.empty((columns, rows), np.int8)
+    bottom, top = np.float32(grid.bottom), np.float32(grid.top)
     for start in range(0, columns, lazy):
         stop = min(start + lazy, columns)
         errors = np.empty((stop - start, rows), np.float32)
         for i in range(start, stop):
             step = steps[order[i] // block]
-            code = np.clip(np.rint(rest[i] / step), grid.bottom, grid.top)
+            code = rest[i] / step
+            np.rint(code, out=code)
+            np.minimum(code, top, out=code)
+            np.maximum(code, bottom, out=code)
             codes[order[i]] = code
-            error = (rest[i] - code * step) / factor[i, i]
-            errors[i - start] = error
+            code *= step
+            error = errors[i - start]
+            np.subtract(rest[i], code, out=error)
+            error /= factor[i, i]
             rest[i + 1 : stop] -= factor[i, i + 1 : stop, None] * error
         rest[stop:] -= factor[start:stop, stop:].T @ errors
     return np.ascontiguousarray(codes.T)

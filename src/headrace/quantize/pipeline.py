@@ -11,6 +11,7 @@ This file does not know where layers go, nor how a method works.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
@@ -22,7 +23,7 @@ from headrace.config import ModelConfig
 from headrace.model.decoder import EMBEDDING, Residual, block, embed, layer_linears, layer_weights
 from headrace.model.ops import Array, Positions
 from headrace.quantize.awq import find_scale
-from headrace.quantize.calibrate import Follower, causal_positions
+from headrace.quantize.calibrate import Follower, attention_energy, causal_positions
 from headrace.quantize.grid import QuantizedTensor, dequantize, storable
 from headrace.quantize.methods import find_method
 from headrace.quantize.recipe import Rule
@@ -82,21 +83,49 @@ class _Pass:
     done: dict[str, QuantizedTensor] = field(default_factory=dict)
     gains: dict[str, Array] = field(default_factory=dict)
     value_scale: Array | None = None  # of v_proj's rows, (kv_heads·D,)
+    looked_at: Array | None = None  # attention energy of each token, (tokens,), mean 1
+    ops: Follower | None = None
+    jobs: int = 2
 
     def arrive(self, names: tuple[str, ...], x: Array) -> None:
-        methods = [find_method(self.rules[name].method) for name in names]
-        statistics = None
-        if any(method.calibrated for method in methods):
-            statistics = InputStatistics.of(x.reshape(-1, x.shape[-1]))
-        scale = None
-        if statistics is not None and all(method.scaled for method in methods):
-            scale = self._scale(names, statistics)
-            statistics = statistics.scaled(scale)
-        for name, method in zip(names, methods, strict=True):
+        methods = {name: find_method(self.rules[name].method) for name in names}
+        inputs = x.reshape(-1, x.shape[-1])
+        scale: Array | None = None
+        if all(method.scaled for method in methods.values()):
+            scale = self._scale(names, InputStatistics.of(inputs))
+        seen: dict[str, InputStatistics | None] = dict.fromkeys(names)
+        latest: tuple[Array | None, InputStatistics] | None = None
+        for name in names:
+            if methods[name].calibrated:
+                counts = self._token_weights(name, inputs)
+                if latest is None or latest[0] is not counts:
+                    latest = counts, InputStatistics.of(inputs, weights=counts)
+                seen[name] = latest[1] if scale is None else latest[1].scaled(scale)
+
+        def bring(name: str) -> QuantizedTensor:
             weight = self.weights[name] if scale is None else self.weights[name] * scale
-            quantized = method.quantize(weight, statistics, self.rules[name].grid)  # type: ignore[arg-type]
-            self.done[name] = quantized
-            self.weights[name] = dequantize(quantized) if scale is None else dequantize(quantized) / scale
+            return methods[name].quantize(weight, seen[name], self.rules[name].grid)  # type: ignore[arg-type]
+
+        # Column loops leave the other core idle; linears of one input do not depend on each other.
+        with ThreadPoolExecutor(self.jobs) as pool:
+            for name, quantized in zip(names, pool.map(bring, names), strict=True):
+                self.done[name] = quantized
+                self.weights[name] = dequantize(quantized) if scale is None else dequantize(quantized) / scale
+
+    def _token_weights(self, name: str, inputs: Array) -> Array | None:
+        """How much each token's error in this linear's output counts, (tokens,), mean 1; None: all the same.
+
+        An error in a key or value counts as often as the token is looked at. An error in what is added to the
+        residual stream counts in proportion to the stream, since a norm follows.
+        """
+        kind = name.rsplit(".", 2)[1]
+        if kind in ("k_proj", "v_proj"):
+            return self.looked_at
+        if kind in ("o_proj", "down_proj") and self.ops is not None and self.ops.residual is not None:
+            after = self.ops.residual.reshape(len(inputs), -1) + inputs @ self.weights[name].T
+            share = 1 / np.einsum("tk,tk->t", after, after)
+            return np.asarray(share / share.mean(), np.float32)
+        return None
 
     def _scale(self, names: tuple[str, ...], statistics: InputStatistics) -> Array:
         """The scale of a group's input channels, folded into the operation before."""
@@ -180,7 +209,13 @@ def _quantize_layer(
     source: Source, rules: Mapping[str, Rule], number: int, stream: Residual[Array], at: Positions[Array]
 ) -> tuple[QuantizedLayer, Residual[Array]]:
     work = _Pass(source.config, rules, {name: source.tensor(name).load() for name in layer_weights(number)})
-    stream, (keys, values) = block(Follower(source.config, work.weights, work.arrive), number, stream, at, None)
+    looking = (rules[name] for name in layer_linears(number)[0] if not name.endswith("q_proj.weight"))
+    if any(rule.bits == 4 and find_method(rule.method).calibrated for rule in looking):
+        energy = attention_energy(source.config, work.weights, number, stream, at).reshape(-1)
+        work.looked_at = (energy / energy.mean() + 1) / 2
+    work.ops = Follower(source.config, work.weights, work.arrive)
+    work.ops.residual = stream.x
+    stream, (keys, values) = block(work.ops, number, stream, at, None)
     norms = {name: work.gains.get(name, value) for name, value in work.weights.items() if name not in work.done}
     if work.value_scale is not None:
         values = values / work.value_scale.reshape(1, values.shape[1], 1, -1)  # (B, kvH, S, D)
