@@ -441,12 +441,12 @@ def scripts(text: str) -> tuple[int, int]:
 
 
 @pytest.mark.shared
-@pytest.mark.parametrize("prompt", ["在 Debian 系统中，", "您可以使用以下命令来"])
+@pytest.mark.parametrize("prompt", ["这个软件包提供了", "您可以使用以下命令来"])
 def test_chinese_goes_on_in_chinese(run: Run, baichuan2: Path, prompt: str) -> None:
     result = run("chat", baichuan2, "--raw", "--greedy", "-n", "32", "-p", prompt)
     assert result.status == 0
     chinese, latin = scripts(result.out)
-    assert chinese >= 10, result.out
+    assert chinese >= 8, result.out
     assert chinese > latin / 2, "names of programs are Latin"
     assert "�" not in result.out
 

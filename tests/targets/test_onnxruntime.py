@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 
 from headrace.bundle import open_bundle
-from headrace.errors import TargetError
 from headrace.targets import onnxruntime as target
-from headrace.targets import open_runner
 from headrace.targets.onnxruntime import HostRunner, default_threads
 from tests.exports import CONTEXT, LAYERS, PROMPT_LENGTH, VOCAB, Exports, re_emitted
 
@@ -143,14 +141,6 @@ def test_default_threads_are_the_cores_one_may_use(monkeypatch: pytest.MonkeyPat
     assert default_threads() == 8
     monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: None)
     assert default_threads() == 1
-
-
-def test_runners_by_name(exports: Exports) -> None:
-    bundle = open_bundle(exports.bundle("gqa"))
-    runner = open_runner(bundle, "host", threads=1)
-    assert isinstance(runner, HostRunner)
-    with pytest.raises(TargetError, match="runner 'hots' is unknown; did you mean 'host'"):
-        open_runner(bundle, "hots")
 
 
 def test_bundles_anywhere(exports: Exports, tmp_path: Path) -> None:
