@@ -5,6 +5,7 @@ Exit status: 0 done, 1 a check that was asked for failed, 2 an error told in one
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -169,6 +170,11 @@ def export(
         str | None, typer.Option("--block", help="channel, 16, 32, 64, 128 or 256 for 4-bit weights.")
     ] = None,
     method: Annotated[str | None, typer.Option("--method", help="How 4-bit weights are found.")] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option("--bits", help="Budget: code bits averaged over the linears; 8 for the most sensitive."),
+    ] = None,
+    size: Annotated[str | None, typer.Option("--size", help="Budget: bytes of all weights, such as 105MB.")] = None,
     kv: Annotated[str | None, typer.Option("--kv", help="int8 or float32 cache.")] = None,
     parts: Annotated[int, typer.Option("--parts", help="Graphs the model is split into.")] = 5,
     prompt_length: Annotated[int, typer.Option("--prompt-length", help="Tokens a prompt step takes.")] = 128,
@@ -207,6 +213,8 @@ def export(
             recipe=recipe,
             block="keep" if block is None else parse_block(block),
             method=method,
+            bits=bits,
+            size=_size(size),
             kv=kv,
             parts=parts,
             prompt_length=prompt_length,
@@ -220,11 +228,11 @@ def export(
             progress=progress,
         )
     seconds = time.monotonic() - started
-    size = open_bundle(out).weight_bytes
+    made = open_bundle(out).weight_bytes
     if json:
-        print_json({"bundle": str(out), "weight_bytes": size, "seconds": round(seconds, 1)})
+        print_json({"bundle": str(out), "weight_bytes": made, "seconds": round(seconds, 1)})
     else:
-        typer.echo(f"{out}: {human_bytes(size)} of weights in {parts} parts, {seconds:.0f} s")
+        typer.echo(f"{out}: {human_bytes(made)} of weights in {parts} parts, {seconds:.0f} s")
 
 
 @app.command()
@@ -422,6 +430,15 @@ def _open_model(bundle: Path, runner: str, threads: int | None) -> LanguageModel
     from headrace.language_model import load
 
     return load(bundle, runner=runner, threads=threads)
+
+
+def _size(text: str | None) -> int | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|B|kB|MB|GB)", text.strip())
+    if match is None:
+        raise UserError(f"--size {text!r} is not possible; expected a number of bytes, such as 105MB or 5.06GB")
+    return int(float(match[1]) * {"": 1, "B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}[match[2]])
 
 
 def _lengths(option: str, text: str | None) -> tuple[int, ...] | None:

@@ -13,8 +13,9 @@ import hashlib
 import json
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from headrace.graph.emit_host import HostWeights, emit_host
 from headrace.model.decoder import EMBEDDING, FINAL_NORM, HEAD, layer_weights
 from headrace.plan import Part, plan_parts
 from headrace.progress import Progress, silent
+from headrace.quantize.budget import spend
 from headrace.quantize.calibrate import cut_windows
 from headrace.quantize.encodings import device_encodings, write_encodings
 from headrace.quantize.grid import Grid
@@ -37,6 +39,7 @@ from headrace.quantize.methods import find_method
 from headrace.quantize.pipeline import QuantizedLayer, quantize_layers, quantize_table
 from headrace.quantize.ranges import collect_ranges
 from headrace.quantize.recipe import Recipe, Rule, load_recipe
+from headrace.quantize.sensitivity import measure_sensitivity
 from headrace.quantize.storage import WeightStore, layouts, quantized_names
 from headrace.runtime.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from headrace.snapdragon import compile_target, device_graphs, refuse_blocks
@@ -44,6 +47,8 @@ from headrace.targets.soc import find_soc
 
 __all__ = ["export"]
 
+_NO_COSTS: Mapping[str, float] = defaultdict(float)
+SENSITIVITY_WINDOWS = 8  # 4,096 tokens: the ranking of linears is settled by then
 RANGE_WINDOWS = 8  # minimum and maximum settle after a few thousand tokens
 KV_LEVELS = 127  # int8, symmetric
 EMPTY_SCALE = 1 / KV_LEVELS  # a cache that calibration saw only zeros in
@@ -62,13 +67,15 @@ class _Settings:
     calibration: tuple[str, ...]
     windows: int
     window_length: int
+    bits: float | None = None
+    size: int | None = None
 
     def fingerprint(self) -> str:
         source = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self.checkpoint.files]
         texts = [hashlib.sha256(text.encode()).hexdigest() for text in self.calibration]
         body = [
             __version__, source, self.recipe.to_dict(), len(self.parts), self.prompt_length, self.contexts,
-            texts, self.windows, self.window_length,
+            texts, self.windows, self.window_length, self.bits, self.size,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(body).encode()).hexdigest()
 
@@ -80,6 +87,8 @@ def export(
     recipe: str | Recipe = "w4a16",
     block: int | str | None = "keep",
     method: str | None = None,
+    bits: float | None = None,
+    size: int | None = None,
     kv: str | None = None,
     parts: int = 5,
     prompt_length: int = 128,
@@ -100,6 +109,8 @@ def export(
         recipe: a shipped recipe's name, a recipe file, or a Recipe.
         block: columns that share a scale in 4-bit weights, None for a channel, "keep" for the recipe's.
         method: how 4-bit weights are found, the recipe's when None.
+        bits: budget of code bits averaged over the linears: the most sensitive ones get 8 (by measurement).
+        size: budget of bytes of all weights files; either this or `bits`.
         kv: "int8" or "float32" cache, the recipe's when None.
         parts: how many graphs the model is split into.
         prompt_length: tokens a prompt step takes.
@@ -135,6 +146,8 @@ def export(
         calibration=_texts(calibration),
         windows=windows,
         window_length=min(window_length, config.max_context),
+        bits=bits,
+        size=size,
     )
     if settings.rules[EMBEDDING].bits != 8 or settings.rules.get(HEAD, settings.rules[EMBEDDING]).bits != 8:
         raise RecipeError(
@@ -143,6 +156,8 @@ def export(
     for rule in settings.rules.values():
         find_method(rule.method)
     layouts(config, settings.parts, _grids(settings))  # refuses blocks that do not divide, before anything is written
+    if bits is not None or size is not None:
+        spend(chosen, config, _NO_COSTS, bits=bits, size=size, parts=settings.parts)  # refuses what cannot be met
     for target in targets:
         find_soc(target)
     if targets or keep_onnx:
@@ -153,6 +168,7 @@ def export(
     folder = work / "bundle"
     tokenizer = _save_tokenizer(source, folder)
     windows_of_text = _windows(settings, tokenizer)
+    settings = _within_budget(settings, work, windows_of_text[:SENSITIVITY_WINDOWS], progress)
     kv_scales = _quantize(settings, folder, work, state, windows_of_text, progress)
     _emit_graphs(settings, folder, kv_scales, progress)
     manifest = _manifest(settings, kv_scales)
@@ -232,6 +248,25 @@ def _save_tokenizer(source: Checkpoint, folder: Path) -> Tokenizer:
         text = json.dumps(dict(source.generation_config), ensure_ascii=False, indent=1)
         write_file(folder / "generation_config.json", text.encode())
     return load_tokenizer(folder)
+
+
+def _within_budget(settings: _Settings, work: Path, windows: NDArray[np.int64], progress: Progress) -> _Settings:
+    """The settings with a recipe that spends the budget where it gains most; measured once an export."""
+    if settings.bits is None and settings.size is None:
+        return settings
+    config, saved = settings.checkpoint.config, work / "sensitivity.json"
+    if saved.exists():
+        costs = read_json(saved)
+    else:
+        costs = measure_sensitivity(
+            settings.checkpoint,
+            settings.rules,
+            windows,
+            progress=lambda done, total: progress("measuring sensitivity", done, total),
+        )
+        write_file(saved, json.dumps(costs, indent=1).encode())
+    bought = spend(settings.recipe, config, costs, bits=settings.bits, size=settings.size, parts=settings.parts)
+    return replace(settings, recipe=bought.recipe, rules=bought.recipe.resolve(quantized_names(config)))
 
 
 def _quantize(
