@@ -9,7 +9,7 @@ from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.errors import CalibrationError, RecipeError
 from headrace.model.decoder import EMBEDDING, Residual, block, embed, layer_weights
 from headrace.model.ops import Eager
-from headrace.quantize.calibrate import Follower, causal_positions, cut_windows
+from headrace.quantize.calibrate import Follower, attention_energy, causal_positions, cut_windows
 from headrace.quantize.grid import dequantize
 from headrace.quantize.pipeline import QuantizedLayer, linear_names, quantize_layers, quantize_table
 from headrace.quantize.recipe import Rule
@@ -126,3 +126,23 @@ def test_windows_are_spread_and_short_text_is_refused() -> None:
     assert cut_windows(ids, 100, 50).shape == (10, 100)
     with pytest.raises(CalibrationError, match="1000 tokens, which is less than one window of 1001"):
         cut_windows(ids, 1001, 1)
+
+
+def test_attention_energy_is_the_squared_shares_in_proportion_to_the_stream(source: Checkpoint) -> None:
+    ids = windows(source, length=150)  # more than one run of queries
+    weights = {name: source.tensor(name).load() for name in [EMBEDDING, *layer_weights(0)]}
+    at = causal_positions(source.config, ids.shape[1])
+    shares = []
+
+    class Watch(Eager):
+        def tap(self, name: str, value: np.ndarray) -> np.ndarray:
+            if name.endswith("self_attn.weights"):
+                shares.append(value)
+            return value
+
+    ops = Watch(source.config, weights.__getitem__)
+    stream = embed(ops, ids)
+    block(ops, 0, stream, at, None)
+    exact = np.einsum("bhqt,bhqt,bq->bt", shares[0], shares[0], 1 / np.square(stream.x).sum(2))
+    energy = attention_energy(source.config, weights, 0, stream, at)
+    assert np.allclose(energy, exact, rtol=1e-3)

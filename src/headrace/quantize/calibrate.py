@@ -125,7 +125,8 @@ class Follower(Eager):
 def attention_energy(
     config: ModelConfig, weights: Mapping[str, Array], layer: int, stream: Residual[Array], at: Positions[Array]
 ) -> Array:
-    """How much each token is looked at in a layer: the sum of squared attention shares over all queries and heads.
+    """How much each token is looked at in a layer: the sum of squared attention shares over all queries and heads,
+    each query's in proportion to its residual stream.
 
     An error in a token's value reaches every query in proportion to its share. The first token, where many heads
     rest when they have nothing to look for, has hundreds of times the energy of the others.
@@ -134,10 +135,13 @@ def attention_energy(
         (windows, length) float32.
     """
     energy = np.zeros(stream.x.shape[:2], np.float32)
+    weak = 1 / np.maximum(np.einsum("bsk,bsk->bs", stream.x, stream.x), np.finfo(np.float32).tiny)
 
     class Watch(Follower):
         def attended(self, window: int, shares: Array) -> None:
-            energy[window, : shares.shape[2]] += np.einsum("hqt,hqt->t", shares, shares)
+            queries, tokens = shares.shape[1:]
+            counts = weak[window, tokens - queries : tokens]
+            energy[window, :tokens] += np.einsum("q,hqt,hqt->t", counts, shares, shares)
 
         def add_norm(self, x: Array, update: Array, weight: str, name: str) -> tuple[Array, Array]:
             if weight.endswith("post_attention_layernorm.weight"):

@@ -29,7 +29,7 @@ from headrace.quantize.methods import find_method
 from headrace.quantize.recipe import Rule
 from headrace.quantize.statistics import InputStatistics
 
-__all__ = ["QuantizedLayer", "Source", "linear_names", "quantize_layers", "quantize_table"]
+__all__ = ["QuantizedLayer", "Source", "linear_names", "quantize_layer", "quantize_layers", "quantize_table"]
 
 
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -84,7 +84,7 @@ class _Pass:
     gains: dict[str, Array] = field(default_factory=dict)
     value_scale: Array | None = None  # of v_proj's rows, (kv_heads·D,)
     looked_at: Array | None = None  # attention energy of each token, (tokens,), mean 1
-    ops: Follower | None = None
+    ops: Follower = field(init=False)  # that computes the layer
     jobs: int = 2
 
     def arrive(self, names: tuple[str, ...], x: Array) -> None:
@@ -94,10 +94,13 @@ class _Pass:
         if all(method.scaled for method in methods.values()):
             scale = self._scale(names, InputStatistics.of(inputs))
         seen: dict[str, InputStatistics | None] = dict.fromkeys(names)
-        latest: tuple[Array | None, InputStatistics] | None = None
+        latest: tuple[Array, InputStatistics] | None = None
+        token_weights: Mapping[str, Array] = {}
+        if any(method.calibrated for method in methods.values()):
+            token_weights = self._token_weights(names, inputs)
         for name in names:
             if methods[name].calibrated:
-                counts = self._token_weights(name, inputs)
+                counts = token_weights[name]
                 if latest is None or latest[0] is not counts:
                     latest = counts, InputStatistics.of(inputs, weights=counts)
                 seen[name] = latest[1] if scale is None else latest[1].scaled(scale)
@@ -112,20 +115,21 @@ class _Pass:
                 self.done[name] = quantized
                 self.weights[name] = dequantize(quantized) if scale is None else dequantize(quantized) / scale
 
-    def _token_weights(self, name: str, inputs: Array) -> Array | None:
-        """How much each token's error in this linear's output counts, (tokens,), mean 1; None: all the same.
+    def _token_weights(self, names: tuple[str, ...], inputs: Array) -> dict[str, Array]:
+        """How much each token's error in a linear's output counts, (tokens,), mean 1.
 
-        An error in a key or value counts as often as the token is looked at. An error in what is added to the
-        residual stream counts in proportion to the stream, since a norm follows.
+        What reaches the residual stream counts in proportion to the stream there, since a norm follows: SmolLM2's
+        first token is a thousand times larger than the others. Keys and values count as often as they are looked at.
         """
-        kind = name.rsplit(".", 2)[1]
-        if kind in ("k_proj", "v_proj"):
-            return self.looked_at
-        if kind in ("o_proj", "down_proj") and self.ops is not None and self.ops.residual is not None:
-            after = self.ops.residual.reshape(len(inputs), -1) + inputs @ self.weights[name].T
-            share = 1 / np.einsum("tk,tk->t", after, after)
-            return np.asarray(share / share.mean(), np.float32)
-        return None
+        stream = cast(Array, self.ops.residual).reshape(len(inputs), -1)
+        if names[0].endswith(("o_proj.weight", "down_proj.weight")):
+            stream = stream + inputs @ self.weights[names[0]].T
+        share = 1 / np.maximum(np.einsum("tk,tk->t", stream, stream), np.finfo(np.float32).tiny)
+        share /= share.mean()
+        found = dict.fromkeys(names, share)
+        if self.looked_at is not None:
+            found.update({name: self.looked_at for name in names if name.endswith(("k_proj.weight", "v_proj.weight"))})
+        return found
 
     def _scale(self, names: tuple[str, ...], statistics: InputStatistics) -> Array:
         """The scale of a group's input channels, folded into the operation before."""
@@ -198,16 +202,17 @@ def quantize_layers(
         if known is not None:
             stream, _ = block(Follower(config, known.weights()), number, stream, at, None)
         else:
-            layer, stream = _quantize_layer(source, rules, number, stream, at)
+            layer, stream = quantize_layer(source, rules, number, stream, at)
             emit(layer)
         stream = Residual(stream.settle(Follower(config, {})))
     if progress is not None:
         progress(config.num_layers, config.num_layers)
 
 
-def _quantize_layer(
+def quantize_layer(
     source: Source, rules: Mapping[str, Rule], number: int, stream: Residual[Array], at: Positions[Array]
 ) -> tuple[QuantizedLayer, Residual[Array]]:
+    """One layer, for its input `stream`: what it became, and the stream after it."""
     work = _Pass(source.config, rules, {name: source.tensor(name).load() for name in layer_weights(number)})
     looking = (rules[name] for name in layer_linears(number)[0] if not name.endswith("q_proj.weight"))
     if any(rule.bits == 4 and find_method(rule.method).calibrated for rule in looking):

@@ -35,16 +35,14 @@ from headrace.model.decoder import (
 from headrace.model.ops import Array, Positions
 from headrace.quantize.calibrate import Follower, causal_positions
 from headrace.quantize.grid import dequantize
-from headrace.quantize.methods import find_method
-from headrace.quantize.pipeline import Source
+from headrace.quantize.pipeline import Source, quantize_layer
 from headrace.quantize.recipe import Rule
-from headrace.quantize.statistics import InputStatistics
 from headrace.quantize.tape import Node, Tape
 
 __all__ = ["fisher_gradient", "measure_sensitivity"]
 
 _WINDOWS = 4  # 2,048 tokens rank linears
-_RANKING = {"descent": "gptq", "best": "gptq"}  # a longer search ranks no better
+_RANKING = {"descent": "gptq", "best": "gptq", "awq": "gptq"}  # a longer search ranks no better
 
 
 def measure_sensitivity(
@@ -76,7 +74,8 @@ def measure_sensitivity(
             progress(2 * config.num_layers - 1 - number, 2 * config.num_layers)
         weights = {name: source.tensor(name).load() for name in layer_weights(number)}
         x = inputs.pop()
-        errors = _errors(config, rules, number, weights, x, at)
+        layer, _ = quantize_layer(source, rules, number, Residual(x), at)
+        errors = {name: weights[name] - dequantize(linear) for name, linear in layer.linears.items()}
         found = _walk_back(config, number, weights, errors, x, grads, at)
         costs.update({name: found[name] for name in errors})
     if progress is not None:
@@ -125,28 +124,6 @@ def _forward(
         ops = Follower(config, {name: source.tensor(name).load() for name in layer_weights(number)})
         inputs.append(block(ops, number, Residual(inputs[-1]), at, None)[0].settle(ops))
     return inputs
-
-
-def _errors(
-    config: ModelConfig,
-    rules: Mapping[str, Rule],
-    number: int,
-    weights: Mapping[str, Array],
-    x: Array,
-    at: Positions[Array],
-) -> dict[str, Array]:
-    """What each linear of a layer loses on its rule's grid, calibrated on the float model's own inputs."""
-    errors: dict[str, Array] = {}
-
-    def arrive(names: tuple[str, ...], inputs: Array) -> None:
-        statistics = InputStatistics.of(inputs.reshape(-1, inputs.shape[-1]))
-        for name in names:
-            method = find_method(rules[name].method)
-            quantized = method.quantize(weights[name], statistics, rules[name].grid)
-            errors[name] = weights[name] - dequantize(quantized)
-
-    block(Follower(config, weights, arrive), number, Residual(x), at, None)
-    return errors
 
 
 def _walk_back(
