@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tokenizers
 
+from headrace.config import RopeScaling
 from headrace.errors import ContextFull, TargetError
 from headrace.targets.genie import (
     BACKEND_FILE,
@@ -330,6 +331,21 @@ def test_text_in_and_out_stops_and_aborts(target: TinyTarget) -> None:
         assert genie.end is End.ABORTED
         genie.reset()
         assert [token.id for token in genie.query_tokens(ids, 2)] == tokens[:2]
+
+
+@pytest.mark.qnn
+@pytest.mark.parametrize("scaling", [RopeScaling("linear", 4.0), RopeScaling("llama3", 8.0, 1.0, 4.0, 64)])
+def test_stretched_positions(target: TinyTarget, emulator: Emulator, scaling: RopeScaling) -> None:
+    """Angles are inputs of the graphs: Genie must stretch them as the loop does."""
+    config = replace(target.plan.config, rope_scaling=scaling)
+    plan = replace(target.plan, config=config)
+    written = genie_config(plan, [graph.binary.name for graph in target.apart])
+    check_genie_config(Path(CONFIG_FILE), written, plan)
+    loop = DeviceLoop(config, plan.parts, LENGTHS, CONTEXTS, plan.encodings, emulator.run)
+    ids = _prompt(70, 4)
+    with GenieRunner(written, target.emulation, lengths=LENGTHS, contexts=CONTEXTS, own_sampler=True) as genie:
+        (then,) = genie.query_tokens(ids, 1, logits=True)
+    assert then.logits is not None and _kl(loop.feed(ids)[-1], then.logits) <= SAME_KL
 
 
 @pytest.mark.qnn
