@@ -21,11 +21,13 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # A package or module, and what it may import of headrace beside itself and what stands below it here. Downwards only.
 LAYERS = [
     {"cli", "server", "__main__"},
+    {"verbs"},
     {"repl"},
     {"exporter", "genie_model"},
     {"language_model"},
-    {"snapdragon", "inspection", "pull"},
+    {"inspection", "pull"},
     {"measure"},
+    {"snapdragon"},
     {"targets"},
     {"runtime"},
     {"bundle"},

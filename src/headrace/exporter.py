@@ -67,15 +67,21 @@ class _Settings:
     calibration: tuple[str, ...]
     windows: int
     window_length: int
-    bits: float | None = None
-    size: int | None = None
+    bits: float | None
+    size: int | None
+    targets: tuple[str, ...]
+    keep_onnx: bool
 
     def fingerprint(self) -> str:
-        source = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self.checkpoint.files]
+        # Everything beside the weights too: tokenizer and generation settings become part of the bundle.
+        root = self.checkpoint.path
+        beside = [file for file in root.iterdir() if file.is_file()] if root.is_dir() else []
+        files = sorted({*self.checkpoint.files, *beside})
+        source = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         texts = [hashlib.sha256(text.encode()).hexdigest() for text in self.calibration]
         body = [
             __version__, source, self.recipe.to_dict(), len(self.parts), self.prompt_length, self.contexts,
-            texts, self.windows, self.window_length, self.bits, self.size,
+            texts, self.windows, self.window_length, self.bits, self.size, self.targets, self.keep_onnx,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(body).encode()).hexdigest()
 
@@ -148,6 +154,8 @@ def export(
         window_length=min(window_length, config.max_context),
         bits=bits,
         size=size,
+        targets=tuple(targets),
+        keep_onnx=keep_onnx,
     )
     if settings.rules[EMBEDDING].bits != 8 or settings.rules.get(HEAD, settings.rules[EMBEDDING]).bits != 8:
         raise RecipeError(
