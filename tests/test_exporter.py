@@ -148,13 +148,13 @@ def test_finished_layers_are_not_quantized_again(run: Any, monkeypatch: pytest.M
     from headrace.quantize import pipeline
 
     numbers: list[int] = []
-    real = pipeline._quantize_layer
+    real = pipeline.quantize_layer
 
     def counted(*arguments: Any, **options: Any) -> Any:
         numbers.append(next(a for a in arguments if type(a) is int))
         return real(*arguments, **options)
 
-    monkeypatch.setattr(pipeline, "_quantize_layer", counted)
+    monkeypatch.setattr(pipeline, "quantize_layer", counted)
 
     def stop(stage: str, done: int, total: int) -> None:
         if (stage, done) == ("quantizing layers", 2):
