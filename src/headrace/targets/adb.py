@@ -20,7 +20,7 @@ def push_commands(folder: Path, name: str) -> list[list[str]]:
     place = f"{DEVICE_ROOT}/{name}"
     files = sorted(path for path in folder.iterdir() if path.is_file())
     return [
-        ["adb", "shell", "mkdir", "-p", place],
+        ["adb", "shell", "mkdir", "-p", shlex.quote(place)],  # the phone's shell reads it once more
         *(["adb", "push", str(path), f"{place}/{path.name}"] for path in files),
     ]
 
@@ -29,7 +29,7 @@ def run_command(name: str) -> list[str]:
     """The command that answers the sample prompt on the phone; QAIRT's tool and libraries are expected beside the
     binaries, as the folder's README.md says."""
     inside = (
-        f"cd {DEVICE_ROOT}/{name} && export LD_LIBRARY_PATH=$PWD ADSP_LIBRARY_PATH=$PWD && "
+        f"cd {shlex.quote(f'{DEVICE_ROOT}/{name}')} && export LD_LIBRARY_PATH=$PWD ADSP_LIBRARY_PATH=$PWD && "
         "./genie-t2t-run -c genie_config.json --prompt_file sample_prompt.txt"
     )
     return ["adb", "shell", inside]
