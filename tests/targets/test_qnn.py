@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from headrace.plan import GraphStyle, graph_name, ports
 from headrace.targets.onnxruntime import make_session
 from headrace.targets.qnn import Emulator, GraphFile, compile_apart, compile_shared
 from headrace.targets.qnn_check import check_binary, check_sharing
-from headrace.targets.qnn_child import Child
+from headrace.targets.qnn_child import GOODBYE_SECONDS, Child
 from headrace.targets.qnn_loop import DeviceLoop, choose_context, longest_prompt, prompt_steps
 from headrace.targets.soc import SOCS, find_soc
 from tests.targets import tiny_qdq
@@ -175,6 +176,22 @@ def test_a_dead_compiler_is_a_message() -> None:
         child._process.kill()
         with pytest.raises(TargetError, match=r"the HTP compiler was ended by SIGKILL \(often: out of memory\)"):
             child.call({"action": "run", "name": "x"}, seconds=10)
+
+
+@pytest.mark.qnn
+def test_an_interrupt_does_not_wait_for_the_compiler() -> None:
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), Child("headrace.targets.qnn_worker", "the HTP compiler") as child:
+        raise KeyboardInterrupt
+    assert not child.alive and time.monotonic() - started < GOODBYE_SECONDS / 2
+
+
+@pytest.mark.qnn
+def test_silence_ends_the_child() -> None:
+    with Child("headrace.targets.qnn_worker", "the HTP compiler") as child:
+        with pytest.raises(TargetError, match="gave no answer within 0 s and was ended"):
+            child.receive(seconds=0.01)
+        assert not child.alive
 
 
 @pytest.mark.qnn

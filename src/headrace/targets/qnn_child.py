@@ -119,6 +119,8 @@ class Child:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None and not issubclass(kind, Exception):
+            self._process.kill()  # Ctrl-C does not wait for a compiler to finish
         self.close()
 
     @property
