@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("shared") and not SHARED.is_dir() and not REQUIRED:
             item.add_marker(pytest.mark.skip(reason="not run: needs ../shared/data"))
+        if item.get_closest_marker("qnn") and find_spec("onnxruntime_qnn") is None and not os.environ.get("CI"):
+            item.add_marker(pytest.mark.skip(reason="not run: needs pip install 'headrace[qnn]'"))
         if item.get_closest_marker("slow") and "slow" not in (item.config.option.markexpr or ""):
             item.add_marker(pytest.mark.skip(reason="not run: slow, ask for it with -m slow"))
 

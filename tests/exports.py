@@ -33,6 +33,8 @@ CONTEXT = 200
 PROMPT_LENGTH = 32
 FLOAT_ARITHMETIC = 1  # MatMulNBits accuracy_level: float32 inside
 SMALL = {"prompt_length": PROMPT_LENGTH, "context": CONTEXT, "windows": 2, "window_length": 48}
+# A context of twice a step would be refused; S 32 over 96 and 256.
+PHONE = {"parts": 3, "context": (96, 256), "targets": ("snapdragon-8-elite",), "keep_onnx": True}
 
 
 class Exports:
@@ -42,6 +44,7 @@ class Exports:
     tied    llama whose head is the embedding, byte-level vocabulary with a ChatML template
     mha     Baichuan2: W_pack, NormHead, SentencePiece, turn ids
     wide    llama with rows that 256 divides
+    phone   mha with two layers and calm's weights: small enough for Qualcomm's compiler and emulator
     calm    gqa with smaller weights: attention and logits are not sharper than a trained model's
     """
 
@@ -75,13 +78,14 @@ class Exports:
 
 def write_checkpoint(folder: Path, kind: str = "gqa", **shape: Any) -> Path:
     """A checkpoint of a kind of `Exports` (and a tiny one of any other shape)."""
-    if kind == "mha":
-        write_baichuan(folder, 2, **{"layers": LAYERS, "vocab": VOCAB, **shape})
+    if kind in ("mha", "phone"):
+        layers = 2 if kind == "phone" else LAYERS
+        write_baichuan(folder, 2, **{"layers": layers, "vocab": VOCAB, **shape})
     elif kind == "wide":
         write_llama(folder, **{"layers": 2, "vocab": VOCAB, "hidden": 256, "head_dim": 64, "ffn": 512, **shape})
     else:
         write_llama(folder, **{"layers": LAYERS, "vocab": VOCAB, "tied": kind == "tied", **shape})
-    if kind == "calm":
+    if kind in ("calm", "phone"):
         tensors = load_file(folder / "model.safetensors")
         calmer = {name: t * np.float32(0.4) if t.ndim == 2 else t for name, t in tensors.items()}
         save_file(calmer, folder / "model.safetensors")
@@ -90,7 +94,7 @@ def write_checkpoint(folder: Path, kind: str = "gqa", **shape: Any) -> Path:
     else:
         (folder / "tokenizer.model").write_bytes(sentencepiece_model())
         (folder / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False}), encoding="utf-8")
-    if kind == "mha":
+    if kind in ("mha", "phone"):
         turns = {
             "bos_token_id": 1,
             "eos_token_id": 2,
@@ -135,6 +139,7 @@ __all__ = [
     "CONTEXT",
     "INT8_ACTIVATIONS",
     "LAYERS",
+    "PHONE",
     "PROMPT_LENGTH",
     "SMALL",
     "VOCAB",

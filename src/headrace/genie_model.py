@@ -20,9 +20,9 @@ from headrace.runtime.generate import Token
 from headrace.runtime.sampling import SamplingOptions
 from headrace.runtime.streaming import TextStream
 from headrace.runtime.tokenizer import load_tokenizer
-from headrace.snapdragon import Emulated, beside, emulate
-from headrace.targets.genie import Sampling, genie_config
-from headrace.targets.genie_runner import GenieRunner
+from headrace.snapdragon import Emulated, beside, emulate, genie_sampling
+from headrace.targets.genie import genie_config
+from headrace.targets.genie_runner import End, GenieRunner
 
 __all__ = ["GenieModel", "load_genie"]
 
@@ -75,6 +75,7 @@ class GenieModel:
             ids = ids[1:]  # Genie puts it there itself
         stream = TextStream(self.tokenizer, stops, continues=continues)
         last: Token | None = None
+        said = 0
         for made in runner.query_tokens(ids, max_tokens, rewind=True):
             if last is not None:
                 yield last
@@ -82,13 +83,18 @@ class GenieModel:
             if made.id in stop_ids:
                 yield Token(made.id, stream.finish(), "stop")
                 return
+            said += 1
             text = stream.push(made.id)
             if stream.stopped:
                 yield Token(made.id, text, "stop")
                 return
             last = Token(made.id, text)
-        if last is not None:  # Genie ended: an end token, which it keeps to itself, or the limit
-            yield Token(last.id, last.text + stream.finish(), "length")
+        if runner.end is End.DONE and said < max_tokens:  # at an end token, which Genie keeps to itself
+            if last is not None:
+                yield last
+            yield Token(plan.eos[0], stream.finish(), "stop")
+        elif last is not None:
+            yield Token(last.id, last.text + stream.finish(), "length" if runner.end is End.DONE else "context")
 
     def close(self) -> None:
         """End Genie's process."""
@@ -106,15 +112,8 @@ class GenieModel:
         """A dialog that samples as asked; Genie takes sampling when a dialog is made."""
         if self._runner is None or self._options != options:
             self.close()
-            sampling = Sampling(
-                temperature=options.temperature,
-                top_k=options.top_k,
-                top_p=options.top_p,
-                repetition_penalty=options.repetition_penalty,
-                **({} if options.seed is None else {"seed": options.seed}),
-            )
             binaries = self._emulated.config["dialog"]["engine"]["model"]["binary"]["ctx-bins"]
-            plan = replace(self._emulated.plan, sampling=sampling)
+            plan = replace(self._emulated.plan, sampling=genie_sampling(options))
             self._runner = GenieRunner(
                 genie_config(plan, binaries), self._emulated.folder, lengths=plan.lengths, contexts=plan.contexts
             )

@@ -12,7 +12,7 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,10 @@ __all__ = [
     "device_graphs",
     "emulate",
     "genie_plan",
+    "genie_sampling",
     "kept_device_graphs",
     "refuse_blocks",
+    "refuse_contexts",
     "sample_prompt",
     "tokenizer_json",
 ]
@@ -81,13 +83,25 @@ def refuse_blocks(rules: Mapping[str, Rule]) -> None:
             )
 
 
+def refuse_contexts(lengths: Sequence[int], contexts: Sequence[int]) -> None:
+    """Raise TargetError for a context of twice a step: there a layer's past and its new keys have the same shape, and
+    Genie takes one for the other without a word: every token after the first step is wrong (measured, Genie 1.21)."""
+    for length in lengths:
+        if 2 * length in contexts:
+            raise TargetError(
+                f"context {2 * length} is twice a step of {length} tokens, where Genie mixes up past and new keys; "
+                f"expected another: --context {2 * length + 8}, or another --prompt-length"
+            )
+
+
 def genie_plan(bundle: Bundle, soc: Soc) -> GeniePlan:
     """What a bundle's Genie folder is derived from: geometry, steps, ids, sampling, encodings.
 
     Raises:
-        TargetError: the model names no end token.
+        TargetError: the model names no end token, or a context is twice a step.
         BundleError: there are no encodings.
     """
+    refuse_contexts((bundle.prompt_length, 1), bundle.contexts)
     tokenizer = load_tokenizer(bundle.root)
     settings = bundle.read_json("generation_config.json")
     turns = turn_format(tokenizer, settings, tokenizer.chat_template)
@@ -106,7 +120,7 @@ def genie_plan(bundle: Bundle, soc: Soc) -> GeniePlan:
         eos=eos,
         pad=pad if isinstance(pad, int) else eos[0],
         bos=tokenizer.bos_id if tokenizer.add_bos else None,
-        sampling=_sampling(settings),
+        sampling=genie_sampling(SamplingOptions.from_generation_config(settings)),
         encodings=port_encodings(bundle.parts, read_encodings(bundle.root / "encodings.json")),
     )
 
@@ -272,13 +286,18 @@ def sample_prompt(bundle: Bundle) -> str:
     return text + tokenizer.decode(run, continues=True)
 
 
-def _sampling(settings: Mapping[str, Any]) -> Sampling:
-    options = SamplingOptions.from_generation_config(settings)
+def genie_sampling(options: SamplingOptions) -> Sampling:
+    """Sampling as Genie takes it. Greedy is its likeliest token of one: it reads over the key `greedy` and would sample
+    over the whole vocabulary (measured, Genie 1.21). Without a seed every dialog samples alike."""
+    seed = {} if options.seed is None else {"seed": options.seed}
+    if options.greedy:
+        return Sampling(temperature=1.0, top_k=1, repetition_penalty=options.repetition_penalty, **seed)
     return Sampling(
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
         repetition_penalty=options.repetition_penalty,
+        **seed,
     )
 
 
