@@ -89,12 +89,20 @@ class Follower(Eager):
         return total
 
     def silu(self, x: Array, name: str) -> Array:
-        """As `Ops.silu`, with one temporary instead of five: these arrays are the largest of all."""
+        """As `Ops.silu`, in x's own memory: these arrays are the largest of all, and nobody reads x again."""
         e = np.negative(x)
         np.minimum(e, _STEEP, out=e)  # exp must not overflow
         np.exp(e, out=e)
         e += 1
-        return np.divide(x, e, out=e)
+        x /= e
+        return x
+
+    def multiply(self, a: Array, b: Array, name: str) -> Array:
+        """As `Ops.multiply`; the gated product takes the place of the gate, which `silu` gave."""
+        if name.endswith(".gated"):
+            a *= b
+            return a
+        return super().multiply(a, b, name)
 
     def attended(self, window: int, shares: Array) -> None:
         """Called with the attention of a few queries of a window, (heads, queries, tokens up to the last of them)."""

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 __all__ = ["InputStatistics"]
 
+_TOKENS = 4096  # counted at once: a weighted copy of all inputs would not fit in memory
+
 
 @dataclass(frozen=True)
 class InputStatistics:
@@ -32,8 +34,12 @@ class InputStatistics:
             x: (tokens, K).
             weights: (tokens,) how much each token's error counts, mean 1; equal when None.
         """
-        counted = x if weights is None else x * np.sqrt(weights)[:, None]
-        moment = counted.T @ counted
+        moment = np.zeros((x.shape[1], x.shape[1]), np.float32)
+        for start in range(0, len(x), _TOKENS):
+            some = x[start : start + _TOKENS]
+            if weights is not None:
+                some = some * np.sqrt(weights[start : start + _TOKENS])[:, None]
+            moment += some.T @ some
         moment /= len(x)
         return cls(moment, np.maximum(x.max(0), -x.min(0)), len(x))
 
