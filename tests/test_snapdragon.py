@@ -130,8 +130,10 @@ def test_a_compile_goes_on_where_it_stopped(
         ({"targets": ["snapdragon-8-elit"]}, TargetError, "'snapdragon-8-elit'; did you mean 'snapdragon-8-elite'"),
         ({"targets": [TARGET], "block": 32}, RecipeError, "blocks of 32, .*--block channel"),
         ({"keep_onnx": True, "block": 32}, RecipeError, "blocks of 32"),
+        ({"targets": [TARGET], "kv": "float32"}, RecipeError, "an 8-bit cache .* has float32: --kv int8"),
+        ({"targets": [TARGET], "context": (64, 200)}, TargetError, "context 64 is twice a step of 32"),
     ],
-    ids=["unknown chip", "blocks", "blocks in kept graphs"],
+    ids=["unknown chip", "blocks", "blocks in kept graphs", "float cache", "contexts"],
 )
 def test_refused_before_any_work(
     exports: Exports, tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str

@@ -42,7 +42,8 @@ from headrace.quantize.recipe import Recipe, Rule, load_recipe
 from headrace.quantize.sensitivity import measure_sensitivity
 from headrace.quantize.storage import WeightStore, layouts, quantized_names
 from headrace.runtime.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
-from headrace.snapdragon import compile_target, device_graphs, refuse_blocks
+from headrace.snapdragon import compile_target, device_graphs, refuse_blocks, refuse_contexts
+from headrace.targets.qnn_toolchain import find_toolchain
 from headrace.targets.soc import find_soc
 
 __all__ = ["export"]
@@ -170,6 +171,13 @@ def export(
         find_soc(target)
     if targets or keep_onnx:
         refuse_blocks(settings.rules)
+        if chosen.kv != "int8":
+            raise RecipeError(
+                f"device graphs need an 8-bit cache and recipe {chosen.name!r} has {chosen.kv}: --kv int8"
+            )
+    if targets:
+        refuse_contexts((prompt_length, 1), settings.contexts)
+        find_toolchain()
     refuse_foreign(out)
     work = out.with_name(f"{out.name}.partial")
     state = _open_work(work, settings, resume)
