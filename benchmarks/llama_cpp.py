@@ -2,8 +2,8 @@
 
 usage: llama_cpp.py BUNDLE MODEL_Q4_0.gguf [ROUNDS] [THREADS]
 
-Needs llama-cpp-python built for this machine (CMAKE_ARGS=-DGGML_NATIVE=ON) in LLAMA_PYTHON, by
-default this Python. Each round runs one process of each; medians and the ratio are printed. To make the Q4_0 file from the
+Needs llama-cpp-python built for this machine (CMAKE_ARGS=-DGGML_NATIVE=ON) LLAMA_PYTHON, by default
+this Python. Each round runs one process of each; medians and the ratio are printed. To make the Q4_0 file from the
 embedded model, dequantize it to F16 and quantize that with llama.cpp's own quantizer.
 """
 
