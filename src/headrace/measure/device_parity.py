@@ -43,6 +43,7 @@ GRAPH_KL = 1e-3
 GRAPH_TOP1 = 0.95
 # The emulator computes as the chip does: other rounding again, some steps of the logits' grid.
 EMULATION_KL = 1e-3
+EMULATION_TOP1 = 0.9  # near ties fall either way: 0.944 was seen on a sound model of random weights
 LAYER_SQNR = 20.0  # decibel of a layer's output over its error; a wrong scale or nibble order gives 0 and less
 TOKENS = 8
 
@@ -101,7 +102,7 @@ def device_links(bundle: Bundle, ids: Sequence[int], depth: Depth, *, layers: bo
     with Emulator(_graphs(emulated)) as emulator:
         loop = _loop(emulated, emulator)
         in_emulation = np.concatenate([loop.feed(prompt), *(loop.feed([token]) for token in ids[-TOKENS:])])
-        yield _link("device graphs → HTP emulation", on_cpu, in_emulation, step, EMULATION_KL, GRAPH_TOP1)
+        yield _link("device graphs → HTP emulation", on_cpu, in_emulation, step, EMULATION_KL, EMULATION_TOP1)
         if depth is Depth.GENIE:
             loop.rewind(0)
             yield _genie(emulated, loop, prompt)
