@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from headrace.errors import RecipeError
-from headrace.quantize import descent, gptq, nearest
+from headrace.quantize import corrected, descent, gptq, nearest
 from headrace.quantize.grid import Grid, dequantize
 from headrace.quantize.methods import METHODS, find_method
 from headrace.quantize.statistics import InputStatistics
@@ -24,6 +24,8 @@ EDGE_SHARE = 0.002
 FACTOR_NOISE = 1e-3
 # Sums of a few hundred float32 products, relative to the largest.
 SUM_NOISE = 1e-5
+# Half of a loss that is linear in the inputs is taken away: a quarter of its square is left, and damping leaves more.
+HALF_WAY = 0.6
 
 
 def problem(
@@ -139,3 +141,22 @@ def test_statistics_are_moments() -> None:
     scaled, again = statistics.scaled(scale), InputStatistics.of(inputs / scale, weights)
     assert np.abs(scaled.moment - again.moment).max() < SUM_NOISE * np.abs(again.moment).max()
     assert np.allclose(scaled.peak, again.peak, rtol=SUM_NOISE)
+
+
+def test_correction_brings_the_output_nearer_to_the_float_models() -> None:
+    weight, inputs = problem(6, tokens=2000)
+    rng = np.random.default_rng(1)
+    lost = inputs @ rng.normal(0, 0.02, (64, 64)).astype(np.float32)  # what layers before have changed
+    statistics = InputStatistics.of(inputs + lost, None, inputs)
+    assert statistics.shift is not None
+    wanted = inputs @ weight.T
+    better = corrected.corrected(weight, statistics)
+    before = np.square((inputs + lost) @ weight.T - wanted).sum()
+    after = np.square((inputs + lost) @ better.T - wanted).sum()
+    assert after < before * HALF_WAY
+    assert corrected.corrected(weight, InputStatistics.of(inputs)) is weight
+    scale = np.linspace(0.5, 3, 64, dtype=np.float32)
+    again = InputStatistics.of((inputs + lost) / scale, None, inputs / scale).shift
+    scaled = statistics.scaled(scale).shift
+    assert again is not None and scaled is not None
+    assert np.abs(scaled - again).max() < SUM_NOISE * 10 * np.abs(again).max()

@@ -43,7 +43,7 @@ def same(a: QuantizedLayer, b: QuantizedLayer) -> bool:
     ) and (a.key_peak, a.value_peak) == (b.key_peak, b.value_peak)
 
 
-@pytest.mark.parametrize("method", ["nearest", "gptq", "descent"])
+@pytest.mark.parametrize("method", ["nearest", "awq", "gptq", "descent", "best"])
 def test_every_layer_is_handed_over_in_order(source: Checkpoint, method: str) -> None:
     seen: list[tuple[int, int]] = []
     layers = run(source, method, progress=lambda done, total: seen.append((done, total)))
@@ -58,10 +58,11 @@ def test_two_runs_are_equal(source: Checkpoint) -> None:
     assert all(same(a, b) for a, b in zip(run(source), run(source), strict=True))
 
 
+@pytest.mark.parametrize("method", ["gptq", "best"])
 @pytest.mark.parametrize("known", [1, 2])
-def test_resumed_is_uninterrupted(source: Checkpoint, known: int) -> None:
-    whole = run(source)
-    rest = run(source, finished=lambda number: whole[number] if number < known else None)
+def test_resumed_is_uninterrupted(source: Checkpoint, known: int, method: str) -> None:
+    whole = run(source, method)
+    rest = run(source, method, finished=lambda number: whole[number] if number < known else None)
     assert [layer.number for layer in rest] == list(range(known, 3))
     assert all(same(a, b) for a, b in zip(rest, whole[known:], strict=True))
 

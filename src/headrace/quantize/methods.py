@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.errors import RecipeError, did_you_mean
-from headrace.quantize import descent, gptq, nearest
+from headrace.quantize import corrected, descent, gptq, nearest
 from headrace.quantize.grid import Grid, QuantizedTensor
 from headrace.quantize.statistics import InputStatistics
 
@@ -24,11 +24,13 @@ class Method:
         quantize: (weight (N, K) float32, statistics of its input, grid) → codes and scales.
         calibrated: it looks at the statistics.
         scaled: before, channels are scaled as AWQ finds best; needs all linears of one input to use the method.
+        follows: the statistics hold the shift from the float model's inputs, which is followed beside.
     """
 
     quantize: Callable[[NDArray[np.float32], InputStatistics, Grid], QuantizedTensor]
     calibrated: bool
     scaled: bool = False
+    follows: bool = False
 
 
 METHODS: Mapping[str, Method] = {
@@ -36,7 +38,7 @@ METHODS: Mapping[str, Method] = {
     "awq": Method(nearest.quantize, calibrated=True, scaled=True),
     "gptq": Method(gptq.quantize, calibrated=True),
     "descent": Method(descent.quantize, calibrated=True),
-    "best": Method(descent.quantize, calibrated=True),  # the strongest there is
+    "best": Method(corrected.quantize, calibrated=True, follows=True),
 }
 
 

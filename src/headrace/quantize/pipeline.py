@@ -84,6 +84,7 @@ class _Pass:
     gains: dict[str, Array] = field(default_factory=dict)
     value_scale: Array | None = None  # of v_proj's rows, (kv_heads·D,)
     looked_at: Array | None = None  # attention energy of each token, (tokens,), mean 1
+    reference: Mapping[str, Array] = field(default_factory=dict)  # first name of a group → the float model's input
     ops: Follower = field(init=False)  # that computes the layer
     jobs: int = 2
 
@@ -95,6 +96,9 @@ class _Pass:
             scale = self._scale(names, InputStatistics.of(inputs))
         seen: dict[str, InputStatistics | None] = dict.fromkeys(names)
         latest: tuple[Array, InputStatistics] | None = None
+        reference = self.reference.get(names[0]) if any(method.follows for method in methods.values()) else None
+        if reference is not None:
+            reference = reference.reshape(inputs.shape)
         token_weights: Mapping[str, Array] = {}
         if any(method.calibrated for method in methods.values()):
             token_weights = self._token_weights(names, inputs)
@@ -102,7 +106,7 @@ class _Pass:
             if methods[name].calibrated:
                 counts = token_weights[name]
                 if latest is None or latest[0] is not counts:
-                    latest = counts, InputStatistics.of(inputs, weights=counts)
+                    latest = counts, InputStatistics.of(inputs, counts, reference)
                 seen[name] = latest[1] if scale is None else latest[1].scaled(scale)
 
         def bring(name: str) -> QuantizedTensor:
@@ -194,15 +198,22 @@ def quantize_layers(
     at = causal_positions(config, windows.shape[1])
     table = source.tensor(EMBEDDING).load() if embedding is None else dequantize(embedding)
     stream: Residual[Array] = embed(Follower(config, {EMBEDDING: table}), cast(Array, windows))
+    reference: Residual[Array] | None = None
+    if any(find_method(rules[name].method).follows for name in linear_names(config)):
+        table = source.tensor(EMBEDDING).load()
+        reference = embed(Follower(config, {EMBEDDING: table}), cast(Array, windows))
     del table
     for number in range(config.num_layers):
         if progress is not None:
             progress(number, config.num_layers)
+        inputs: dict[str, Array] = {}
+        if reference is not None:
+            inputs, reference = _follow(source, number, reference, at)
         known = finished(number) if finished is not None else None
         if known is not None:
             stream, _ = block(Follower(config, known.weights()), number, stream, at, None)
         else:
-            layer, stream = quantize_layer(source, rules, number, stream, at)
+            layer, stream = quantize_layer(source, rules, number, stream, at, inputs)
             emit(layer)
         stream = Residual(stream.settle(Follower(config, {})))
     if progress is not None:
@@ -210,10 +221,19 @@ def quantize_layers(
 
 
 def quantize_layer(
-    source: Source, rules: Mapping[str, Rule], number: int, stream: Residual[Array], at: Positions[Array]
+    source: Source,
+    rules: Mapping[str, Rule],
+    number: int,
+    stream: Residual[Array],
+    at: Positions[Array],
+    reference: Mapping[str, Array] | None = None,
 ) -> tuple[QuantizedLayer, Residual[Array]]:
-    """One layer, for its input `stream`: what it became, and the stream after it."""
+    """One layer, for its input `stream`: what it became, and the stream after it.
+
+    `reference` has the float model's input of each group of linears, by the group's first name.
+    """
     work = _Pass(source.config, rules, {name: source.tensor(name).load() for name in layer_weights(number)})
+    work.reference = reference or {}
     looking = (rules[name] for name in layer_linears(number)[0] if not name.endswith("q_proj.weight"))
     if any(rule.bits == 4 and find_method(rule.method).calibrated for rule in looking):
         energy = attention_energy(source.config, work.weights, number, stream, at).reshape(-1)
@@ -226,3 +246,14 @@ def quantize_layer(
         values = values / work.value_scale.reshape(1, values.shape[1], 1, -1)  # (B, kvH, S, D)
     layer = QuantizedLayer(number, work.done, norms, float(np.abs(keys).max()), float(np.abs(values).max()))
     return layer, stream
+
+
+def _follow(
+    source: Source, number: int, stream: Residual[Array], at: Positions[Array]
+) -> tuple[dict[str, Array], Residual[Array]]:
+    """The float layer: the input of each group of linears by the group's first name, and the stream after it."""
+    inputs: dict[str, Array] = {}
+    weights = {name: source.tensor(name).load() for name in layer_weights(number)}
+    ops = Follower(source.config, weights, lambda names, x: inputs.update({names[0]: x}))
+    stream, _ = block(ops, number, stream, at, None)
+    return inputs, Residual(stream.settle(ops))
