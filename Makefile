@@ -26,7 +26,7 @@ $(MODEL): | setup
 	@$(BIN)/headrace pull smollm2-135m -o $(CACHE)/smollm2-135m
 
 $(BUNDLE)/headrace.json: $(MODEL) $(RECIPE) | setup
-	@$(BIN)/headrace export $(MODEL) -o $(BUNDLE) --recipe smollm2-135m --resume
+	@$(BIN)/headrace export $(MODEL) -o $(BUNDLE) --recipe smollm2-135m --windows 16 --resume
 
 chat: setup $(BUNDLE)/headrace.json
 	@$(BIN)/headrace chat $(BUNDLE) $(if $(PROMPT),-p "$(PROMPT)")
