@@ -21,7 +21,6 @@ from headrace.quantize.storage import layouts, linear_shape, quantized_names
 __all__ = ["Spending", "average_bits", "spend", "weight_bytes"]
 
 _EIGHT = Grid(8)
-_EIGHT_METHOD = "gptq"  # what is left at 8 bits is not worth a longer search
 _ROUNDING = 1e-3  # bytes: a budget that fits exactly must not fail by float arithmetic
 
 
@@ -136,8 +135,11 @@ def _with_eight(recipe: Recipe, rules: Mapping[str, Rule], chosen: Sequence[str]
     for name in chosen:
         _, layer, kind = name.removesuffix(".weight").split(".", 2)
         kinds[kind].append(int(layer))
+    # What is left to round at 8 bits is not worth a longer search, but it can take a whole correction.
+    methods = {rules[name].method for name in chosen}
+    method = "best" if methods == {"best"} else "gptq"
     front = [
-        Rule(rf"layers\.({'|'.join(map(str, sorted(layers)))})\.{re.escape(kind)}", 8, None, _EIGHT_METHOD)
+        Rule(rf"layers\.({'|'.join(map(str, sorted(layers)))})\.{re.escape(kind)}", 8, None, method)
         for kind, layers in kinds.items()
     ]
     left = {rule for name, rule in rules.items() if name not in set(chosen)}
