@@ -188,7 +188,8 @@ def export(
     kv_scales = _quantize(settings, folder, work, state, windows_of_text, progress)
     _emit_graphs(settings, folder, kv_scales, progress)
     manifest = _manifest(settings, kv_scales)
-    if kv_scales:
+    # Linears in blocks never reach a device, and a float cache neither: static ranges would be of no use.
+    if kv_scales and not any(rule.block for rule in settings.rules.values()):
         _calibrate_device(settings, folder, kv_scales, windows_of_text[:RANGE_WINDOWS], progress)
     for target in targets:
         compile_target(_unpublished(settings, folder, manifest), target, work / "device", progress)

@@ -158,9 +158,7 @@ def parse_block(value: object) -> int | None:
     try:
         return int(str(value))
     except ValueError:
-        raise RecipeError(
-            f"block {value!r} is not possible; expected channel, 16, 32, 64, 128 or 256"
-        ) from None
+        raise RecipeError(f"block {value!r} is not possible; expected channel, 16, 32, 64, 128 or 256") from None
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -194,6 +192,4 @@ def load_recipe(name_or_file: str) -> Recipe:
 def _only(raw: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
     for key in raw:
         if key not in known:
-            raise RecipeError(
-                f"{where}: unknown key {key!r}{did_you_mean(str(key), known)}; known: {', '.join(known)}"
-            )
+            raise RecipeError(f"{where}: unknown key {key!r}{did_you_mean(str(key), known)}; known: {', '.join(known)}")
