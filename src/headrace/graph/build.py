@@ -101,12 +101,18 @@ class GraphBuilder:
         return self._constants[name]
 
     def model(self) -> ir.Model:
-        """The finished graph."""
+        """The finished graph: only what its outputs need."""
+        needed = {id(value) for value in self.outputs}
+        nodes = []
+        for node in reversed(self.nodes):
+            if any(id(value) in needed for value in node.outputs):
+                nodes.append(node)
+                needed.update(id(value) for value in node.inputs if value is not None)
         graph = ir.Graph(
             self.inputs,
             self.outputs,
-            nodes=self.nodes,
-            initializers=list(self._constants.values()),
+            nodes=reversed(nodes),
+            initializers=[value for value in self._constants.values() if id(value) in needed],
             opset_imports=self.opsets,
             name=self.name,
         )

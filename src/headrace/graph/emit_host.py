@@ -13,7 +13,8 @@ Knows nothing about sessions or threads.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
 
 import numpy as np
 import onnx_ir as ir
@@ -68,6 +69,7 @@ class _HostOps(Recorder):
         super().__init__(config, graph)
         self.weights = weights
         self.accuracy_level = accuracy_level
+        self._joined: dict[int, ir.Value] = {}  # a split q → the product that holds q, k and v
         self.last_position: ir.Value | None = None
         self.total_length: ir.Value | None = None
 
@@ -93,19 +95,44 @@ class _HostOps(Recorder):
         return g.one("Mul", [values, step], name="embed_tokens")
 
     def linear(self, x: ir.Value, weight: str) -> ir.Value:
+        return self._matmul(x, (weight,), weight.removesuffix(".weight"))
+
+    def linears(self, x: ir.Value, weights: Sequence[str]) -> tuple[ir.Value, ...]:
+        """One MatMulNBits for neighbours of one input and one grid: their rows stand behind each other in the file, and a
+        token's time is mostly the threads' coming together after each product."""
+        made: list[ir.Value] = []
+        for _, run in groupby(weights, lambda weight: self.weights.grids[weight]):
+            made += self._joined_linears(x, list(run))
+        return tuple(made)
+
+    def _joined_linears(self, x: ir.Value, weights: Sequence[str]) -> list[ir.Value]:
+        if len(weights) == 1:
+            return [self.linear(x, weights[0])]
+        joined = self._matmul(x, weights, "+".join(weight.removesuffix(".weight") for weight in weights))
+        rows = np.array([linear_shape(self.config, weight)[0] for weight in weights], np.int64)
+        sizes = self.graph.constant("sizes_" + "_".join(map(str, rows)), rows)
+        parts = self.graph.node("Split", [joined, sizes], {"axis": -1}, name=f"{joined.name}.split", outputs=len(rows))
+        if len(weights) == 3:
+            self._joined[id(parts[0])] = joined
+        return parts
+
+    def _matmul(self, x: ir.Value, weights: Sequence[str], name: str) -> ir.Value:
         """MatMulNBits. Stored scales are float16, a channel's or a block's; the kernel wants float32 for each of its
         blocks: Cast and Expand are folded when the session is made, so neither disk nor steps pay for it."""
-        source = EMBEDDING if weight == HEAD and self.config.tied_head else weight
-        grid, (rows, columns) = self.weights.grids[source], linear_shape(self.config, source)
+        tied = weights[0] == HEAD and self.config.tied_head
+        source = EMBEDDING if tied else weights[0]
+        grid, columns = self.weights.grids[source], linear_shape(self.config, source)[1]
+        rows = sum(linear_shape(self.config, weight)[0] for weight in weights)
         block = kernel_block(columns, grid.block)
         blocks = -(-columns // block)
-        stored = self._stored(f"{source}_scale")
-        packed = self.weights.tensors[f"{source}_packed"]
-        data = self.graph.stored(f"{source}_packed.blocks", packed, (rows, blocks, block * grid.bits // 8))
-        scales = self.graph.one("Cast", [stored], to=ir.DataType.FLOAT.value, name=f"{source}_scale.float")
         stored_blocks = grid.blocks(columns, source)
+        packed = _behind(self.weights.tensors, [f"{EMBEDDING if tied else w}_packed" for w in weights])
+        data = self.graph.stored(f"{name}_packed.blocks", packed, (rows, blocks, block * grid.bits // 8))
+        stored = _behind(self.weights.tensors, [f"{EMBEDDING if tied else w}_scale" for w in weights])
+        scales = self.graph.stored(f"{name}_scale", stored)
+        scales = self.graph.one("Cast", [scales], to=ir.DataType.FLOAT.value, name=f"{name}_scale.float")
         if stored_blocks != blocks:
-            scales = self._expand(scales, rows, stored_blocks, blocks // stored_blocks, source)
+            scales = self._expand(scales, rows, stored_blocks, blocks // stored_blocks, name)
         attributes = {
             "K": columns,
             "N": rows,
@@ -113,7 +140,6 @@ class _HostOps(Recorder):
             "block_size": block,
             "accuracy_level": self.accuracy_level,
         }
-        name = weight.removesuffix(".weight")
         return self.graph.node("MatMulNBits", [x, data, scales], attributes, domain=MICROSOFT, name=name)[0]
 
     def rms_norm(self, x: ir.Value, weight: str) -> ir.Value:
@@ -149,7 +175,10 @@ class _HostOps(Recorder):
             "do_rotary": 1,
             "rotary_interleaved": 0,
         }
-        inputs = [q, k, v, *past, self.last_position, self.total_length, at.cos, at.sin]
+        # The operator splits a joined product itself.
+        joined = self._joined.get(id(q))
+        heads = [q, k, v] if joined is None else [joined, None, None]
+        inputs = [*heads, *past, self.last_position, self.total_length, at.cos, at.sin]
         if self.weights.kv_scales:
             layer = int(name.split(".")[1])
             key_scale, value_scale = self.weights.kv_scales[layer]
@@ -171,6 +200,15 @@ class _HostOps(Recorder):
         target = self.graph.constant(f"shape_{rows}_{blocks}_{times}", np.array((rows, blocks, times), np.int64))
         scales = self.graph.one("Expand", [scales, target], name=f"{source}_scale.repeated")
         return self.reshape(scales, (rows, blocks * times))
+
+
+def _behind(tensors: Mapping[str, StoredTensor], names: Sequence[str]) -> StoredTensor:
+    """Tensors that stand behind each other in one file, as one with all their rows."""
+    parts = [tensors[name] for name in names]
+    for before, after in pairwise(parts):
+        if (before.file, before.offset + before.nbytes) != (after.file, after.offset):
+            raise ValueError(f"{names} are not behind each other in one file")
+    return replace(parts[0], shape=(sum(part.shape[0] for part in parts), *parts[0].shape[1:]))
 
 
 def emit_host(

@@ -66,16 +66,14 @@ def block(
     """One layer: the stream after it, and its new keys and values (see `Ops.attention`)."""
     p = f"layers.{layer}"
     normed, x = stream.norm(ops, f"{p}.input_layernorm.weight")
-    q = ops.linear(normed, f"{p}.self_attn.q_proj.weight")
-    k = ops.linear(normed, f"{p}.self_attn.k_proj.weight")
-    v = ops.linear(normed, f"{p}.self_attn.v_proj.weight")
+    projections, (output,), gate_up, (down,) = layer_linears(layer)
+    q, k, v = ops.linears(normed, projections)
     mixed, new = ops.attention(q, k, v, at, past, f"{p}.self_attn")
-    update = ops.linear(mixed, f"{p}.self_attn.o_proj.weight")
+    update = ops.linear(mixed, output)
     normed, x = ops.add_norm(x, update, f"{p}.post_attention_layernorm.weight", f"{p}.attn_residual")
-    gate = ops.linear(normed, f"{p}.mlp.gate_proj.weight")
-    up = ops.linear(normed, f"{p}.mlp.up_proj.weight")
+    gate, up = ops.linears(normed, gate_up)
     gated = ops.multiply(ops.silu(gate, f"{p}.mlp.silu"), up, f"{p}.mlp.gated")
-    return Residual(x, ops.linear(gated, f"{p}.mlp.down_proj.weight"), f"{p}.residual"), new
+    return Residual(x, ops.linear(gated, down), f"{p}.residual"), new
 
 
 def head(ops: Ops[T], stream: Residual[T], wanted: T | None = None) -> T:

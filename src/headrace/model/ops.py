@@ -117,6 +117,10 @@ class Ops(ABC, Generic[T]):
 
     # Composites.
 
+    def linears(self, x: T, weights: Sequence[str]) -> tuple[T, ...]:
+        """Several linears of one input."""
+        return tuple(self.linear(x, weight) for weight in weights)
+
     def silu(self, x: T, name: str) -> T:
         """x · sigmoid(x)."""
         return self.multiply(x, self.sigmoid(x, f"{name}.sigmoid"), name)
