@@ -98,8 +98,8 @@ class _HostOps(Recorder):
         return self._matmul(x, (weight,), weight.removesuffix(".weight"))
 
     def linears(self, x: ir.Value, weights: Sequence[str]) -> tuple[ir.Value, ...]:
-        """One MatMulNBits for neighbours of one input and one grid: their rows stand behind each other in the file, and a
-        token's time is mostly the threads' coming together after each product."""
+        """One MatMulNBits for neighbours of one input and one grid: their rows stand behind each other in the file, and
+        a small model's token is mostly threads coming together after each product."""
         made: list[ir.Value] = []
         for _, run in groupby(weights, lambda weight: self.weights.grids[weight]):
             made += self._joined_linears(x, list(run))
