@@ -72,6 +72,7 @@ class _Settings:
     size: int | None
     targets: tuple[str, ...]
     keep_onnx: bool
+    keep_grid: bool
 
     def fingerprint(self) -> str:
         # Everything beside the weights too: tokenizer and generation settings become part of the bundle.
@@ -83,6 +84,7 @@ class _Settings:
         body = [
             __version__, source, self.recipe.to_dict(), len(self.parts), self.prompt_length, self.contexts,
             texts, self.windows, self.window_length, self.bits, self.size, self.targets, self.keep_onnx,
+            self.keep_grid,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(body).encode()).hexdigest()
 
@@ -105,6 +107,8 @@ def export(
     window_length: int = 512,
     targets: Sequence[str] = (),
     keep_onnx: bool = False,
+    keep_grid: bool = False,
+    jobs: int = 2,
     resume: bool = False,
     progress: Progress = silent,
 ) -> Path:
@@ -127,6 +131,8 @@ def export(
         window_length: tokens of a window.
         targets: chips to compile for, such as "snapdragon-8-elite" (needs headrace[qnn]).
         keep_onnx: keep the device graphs in the bundle, for other tools.
+        keep_grid: weights that already lie on their rule's grid (a GGUF's Q4_0 under `block=32`) are kept as they are.
+        jobs: linears quantized at the same time; the result does not depend on it.
         resume: go on where an interrupted export of the same settings stopped.
         progress: told how far it is.
 
@@ -157,6 +163,7 @@ def export(
         size=size,
         targets=tuple(targets),
         keep_onnx=keep_onnx,
+        keep_grid=keep_grid,
     )
     if settings.rules[EMBEDDING].bits != 8 or settings.rules.get(HEAD, settings.rules[EMBEDDING]).bits != 8:
         raise RecipeError(
@@ -185,7 +192,7 @@ def export(
     tokenizer = _save_tokenizer(source, folder)
     windows_of_text = _windows(settings, tokenizer)
     settings = _within_budget(settings, work, windows_of_text[:SENSITIVITY_WINDOWS], progress)
-    kv_scales = _quantize(settings, folder, work, state, windows_of_text, progress)
+    kv_scales = _quantize(settings, folder, work, state, windows_of_text, jobs, progress)
     _emit_graphs(settings, folder, kv_scales, progress)
     manifest = _manifest(settings, kv_scales)
     # Linears in blocks never reach a device, and a float cache neither: static ranges would be of no use.
@@ -287,17 +294,23 @@ def _within_budget(settings: _Settings, work: Path, windows: NDArray[np.int64], 
 
 
 def _quantize(
-    settings: _Settings, folder: Path, work: Path, state: dict[str, Any], windows: NDArray[np.int64], progress: Progress
+    settings: _Settings,
+    folder: Path,
+    work: Path,
+    state: dict[str, Any],
+    windows: NDArray[np.int64],
+    jobs: int,
+    progress: Progress,
 ) -> list[tuple[float, float]]:
     """Fill the weights files; scales (key, value) of each layer's cache, or none for a float32 one."""
     source, config = settings.checkpoint, settings.checkpoint.config
     store = WeightStore(folder, config, settings.parts, _grids(settings), create=not state["layers"])
     progress("embedding and head", 0, 1)
-    embedding = quantize_table(source, EMBEDDING, settings.rules[EMBEDDING])
+    embedding = quantize_table(source, EMBEDDING, settings.rules[EMBEDDING], keep=settings.keep_grid)
     store.write(EMBEDDING, embedding)
     store.write(FINAL_NORM, source.tensor(FINAL_NORM).load())
     if not config.tied_head:
-        store.write(HEAD, quantize_table(source, HEAD, settings.rules[HEAD]))
+        store.write(HEAD, quantize_table(source, HEAD, settings.rules[HEAD], keep=settings.keep_grid))
     progress("embedding and head", 1, 1)
 
     def emit(layer: QuantizedLayer) -> None:
@@ -325,6 +338,8 @@ def _quantize(
         emit,
         embedding=embedding,
         finished=finished,
+        jobs=jobs,
+        keep=settings.keep_grid,
         progress=lambda done, total: progress("quantizing layers", done, total),
     )
     if settings.recipe.kv == "float32":

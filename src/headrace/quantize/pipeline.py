@@ -24,6 +24,7 @@ from headrace.model.decoder import EMBEDDING, Residual, block, embed, layer_line
 from headrace.model.ops import Array, Positions
 from headrace.quantize.awq import find_scale
 from headrace.quantize.calibrate import Follower, attention_energy, causal_positions
+from headrace.quantize.exact import keep_grid
 from headrace.quantize.grid import QuantizedTensor, dequantize, storable
 from headrace.quantize.methods import find_method
 from headrace.quantize.recipe import Rule
@@ -87,12 +88,13 @@ class _Pass:
     reference: Mapping[str, Array] = field(default_factory=dict)  # first name of a group → the float model's input
     ops: Follower = field(init=False)  # that computes the layer
     jobs: int = 2
+    keeps: bool = False
 
     def arrive(self, names: tuple[str, ...], x: Array) -> None:
         methods = {name: find_method(self.rules[name].method) for name in names}
         inputs = x.reshape(-1, x.shape[-1])
         scale: Array | None = None
-        if all(method.scaled for method in methods.values()):
+        if all(method.scaled for method in methods.values()) and not self.keeps:
             scale = self._scale(names, InputStatistics.of(inputs))
         seen: dict[str, InputStatistics | None] = dict.fromkeys(names)
         latest: tuple[Array, InputStatistics] | None = None
@@ -110,6 +112,8 @@ class _Pass:
                 seen[name] = latest[1] if scale is None else latest[1].scaled(scale)
 
         def bring(name: str) -> QuantizedTensor:
+            if self.keeps and (kept := keep_grid(self.weights[name], self.rules[name].grid, name)) is not None:
+                return kept
             weight = self.weights[name] if scale is None else self.weights[name] * scale
             return methods[name].quantize(weight, seen[name], self.rules[name].grid)  # type: ignore[arg-type]
 
@@ -165,9 +169,11 @@ def linear_names(config: ModelConfig) -> list[str]:
     return [name for layer in range(config.num_layers) for group in layer_linears(layer) for name in group]
 
 
-def quantize_table(source: Source, name: str, rule: Rule) -> QuantizedTensor:
-    """The embedding's or the head's table, rounded to nearest."""
-    return find_method("nearest").quantize(source.tensor(name).load(), None, rule.grid)  # type: ignore[arg-type]
+def quantize_table(source: Source, name: str, rule: Rule, *, keep: bool = False) -> QuantizedTensor:
+    """The embedding's or the head's table, rounded to nearest; `keep`: as it is, if it lies on the rule's grid."""
+    table = source.tensor(name).load()
+    kept = keep_grid(table, rule.grid, name) if keep else None
+    return kept or find_method("nearest").quantize(table, None, rule.grid)  # type: ignore[arg-type]
 
 
 def quantize_layers(
@@ -178,6 +184,8 @@ def quantize_layers(
     *,
     embedding: QuantizedTensor | None = None,
     finished: Callable[[int], QuantizedLayer | None] | None = None,
+    jobs: int = 2,
+    keep: bool = False,
     progress: Callable[[int, int], Any] | None = None,
 ) -> None:
     """Quantize every layer's linears.
@@ -189,6 +197,8 @@ def quantize_layers(
         emit: called with each layer that this call quantized, in order.
         embedding: the embedding's table as it will be used; the float one when None.
         finished: gives a layer that an interrupted run already emitted, or None.
+        jobs: linears of one input that are quantized at the same time; the result does not depend on it.
+        keep: a linear that already lies on its rule's grid is kept as it is.
         progress: called with (layers done, layers) before each layer and at the end.
 
     Raises:
@@ -213,7 +223,7 @@ def quantize_layers(
         if known is not None:
             stream, _ = block(Follower(config, known.weights()), number, stream, at, None)
         else:
-            layer, stream = quantize_layer(source, rules, number, stream, at, inputs)
+            layer, stream = quantize_layer(source, rules, number, stream, at, inputs, jobs=jobs, keep=keep)
             emit(layer)
         stream = Residual(stream.settle(Follower(config, {})))
     if progress is not None:
@@ -227,13 +237,16 @@ def quantize_layer(
     stream: Residual[Array],
     at: Positions[Array],
     reference: Mapping[str, Array] | None = None,
+    *,
+    jobs: int = 2,
+    keep: bool = False,
 ) -> tuple[QuantizedLayer, Residual[Array]]:
     """One layer, for its input `stream`: what it became, and the stream after it.
 
     `reference` has the float model's input of each group of linears, by the group's first name.
     """
     work = _Pass(source.config, rules, {name: source.tensor(name).load() for name in layer_weights(number)})
-    work.reference = reference or {}
+    work.reference, work.jobs, work.keeps = reference or {}, jobs, keep
     looking = (rules[name] for name in layer_linears(number)[0] if not name.endswith("q_proj.weight"))
     if any(rule.bits == 4 and find_method(rule.method).calibrated for rule in looking):
         energy = attention_energy(source.config, work.weights, number, stream, at).reshape(-1)

@@ -111,6 +111,10 @@ def export(
     window_length: Annotated[int, typer.Option("--window-length", min=2, help="Tokens of a window.")] = 512,
     target: Annotated[str | None, typer.Option("--target", help="Chips to compile for: snapdragon-8-elite,…")] = None,
     keep_onnx: Annotated[bool, typer.Option("--keep-onnx", help="Keep the device graphs in the bundle.")] = False,
+    keep_grid: Annotated[
+        bool, typer.Option("--keep-grid", help="Keep weights that already lie on their rule's grid.")
+    ] = False,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Linears quantized at the same time.")] = 2,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted export stopped.")] = False,
     json: Json = False,
 ) -> None:
@@ -149,6 +153,8 @@ def export(
             window_length=window_length,
             targets=target.split(",") if target else (),
             keep_onnx=keep_onnx,
+            keep_grid=keep_grid,
+            jobs=jobs,
             resume=resume,
             progress=progress,
         )

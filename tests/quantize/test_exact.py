@@ -1,0 +1,64 @@
+"""Weights that already lie on the grid are found again, bit for bit; others are not pretended to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from headrace.checkpoint import open_checkpoint
+from headrace.quantize.exact import keep_grid
+from headrace.quantize.grid import Grid, dequantize
+from headrace.quantize.pipeline import QuantizedLayer, quantize_layers
+from headrace.quantize.recipe import load_recipe
+from headrace.quantize.storage import quantized_names
+from tests.tiny import write_gguf
+
+Kind = gguf.GGMLQuantizationType
+
+
+def stored_as(kind: Kind, shape: tuple[int, int] = (6, 96), seed: int = 0) -> NDArray[np.float32]:
+    """A random weight after a round through a GGUF block format, by gguf's own code."""
+    weight = np.random.default_rng(seed).standard_normal(shape).astype(np.float32) * np.float32(0.05)
+    return np.asarray(gguf.quants.dequantize(gguf.quants.quantize(weight, kind), kind), np.float32)
+
+
+@pytest.mark.parametrize(("kind", "bits"), [(Kind.Q4_0, 4), (Kind.Q8_0, 8)])
+def test_a_grid_is_found_again(kind: Kind, bits: int) -> None:
+    weight = stored_as(kind)
+    kept = keep_grid(weight, Grid(bits, 32))
+    assert kept is not None
+    np.testing.assert_array_equal(dequantize(kept), weight)
+
+
+def test_zeros_are_kept() -> None:
+    kept = keep_grid(np.zeros((2, 32), np.float32), Grid(4, 32))
+    assert kept is not None and not kept.codes.any()
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_1, Kind.Q5_0])
+def test_another_grid_is_refused(kind: Kind) -> None:
+    assert keep_grid(stored_as(kind), Grid(4, 32)) is None
+
+
+def test_a_larger_block_is_refused() -> None:
+    assert keep_grid(stored_as(Kind.Q8_0), Grid(8, None)) is None
+
+
+def test_export_keeps_what_it_can(tmp_path: Path) -> None:
+    checkpoint = write_gguf(tmp_path / "model.gguf", type="Q4_0")
+    source = open_checkpoint(checkpoint)
+    rules = load_recipe("w4b32").resolve(quantized_names(source.config))
+    windows = np.random.default_rng(0).integers(0, source.config.vocab_size, (1, 8))
+    for keep in (True, False):
+        layers: list[QuantizedLayer] = []
+        quantize_layers(source, rules, windows, layers.append, keep=keep, jobs=1)
+        exact = all(
+            np.array_equal(dequantize(linear), source.tensor(name).load())
+            for layer in layers
+            for name, linear in layer.linears.items()
+        )
+        assert exact is keep
