@@ -32,7 +32,9 @@ VOCAB = 420
 CONTEXT = 200
 PROMPT_LENGTH = 32
 FLOAT_ARITHMETIC = 1  # MatMulNBits accuracy_level: float32 inside
-SMALL = {"prompt_length": PROMPT_LENGTH, "context": CONTEXT, "windows": 2, "window_length": 48}
+SMALL = {
+    "prompt_length": PROMPT_LENGTH, "context": CONTEXT, "windows": 2, "window_length": 48, "method": "nearest",
+}  # fmt: skip
 # A context of twice a step would be refused; S 32 over 96 and 256.
 PHONE = {"parts": 3, "context": (96, 256), "targets": ("snapdragon-8-elite",), "keep_onnx": True}
 

@@ -120,7 +120,7 @@ def reports(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> list[
     """Every report of an undisturbed export."""
     progress = StopAt()
     out = tmp_path_factory.mktemp("reports") / "out"
-    export(exports.checkpoint(), out, **SMALL, calibration=[exports.text], method="gptq", progress=progress)
+    export(exports.checkpoint(), out, **{**SMALL, "method": "gptq"}, calibration=[exports.text], progress=progress)
     return progress.seen
 
 

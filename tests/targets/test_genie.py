@@ -59,11 +59,11 @@ def test_configuration_follows_the_plan() -> None:
     }  # fmt: skip
     htp = config["engine"]["backend"]["QnnHtp"]
     assert (htp["kv-dim"], htp["pos-id-dim"], htp["rope-theta"]) == (64, 32, 10000.0)
-    assert config["sampler"]["greedy"] is True
+    assert config["sampler"]["top-k"] == 1
     sampling = Sampling(0.3, 5, 0.85, repetition_penalty=1.05)
     sampled = genie_config(_plan(bos=1, sampling=sampling), [])["dialog"]
     assert sampled["context"]["bos-token"] == 1
-    assert sampled["sampler"]["top-p"] == 0.85 and "greedy" not in sampled["sampler"]
+    assert sampled["sampler"]["top-p"] == 0.85
     assert sampled["sampler"]["token-penalty"]["repetition-penalty"] == 1.05
     assert _plan(lengths=(128, 1), contexts=(4096,)).longest_prompt == 3969
 

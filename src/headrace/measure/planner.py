@@ -32,7 +32,6 @@ BANDWIDTHS: Mapping[str, float] = {
 _PROBE = 1024  # rows of the matrices that are multiplied to learn this computer's speed
 # Share of the plain matrix product's speed that a whole layer reaches; benchmarks/layer_7b.py measures it.
 _EFFICIENCY = 0.5
-_COMPILE_SECONDS_PER_GB = {1: 30.0, 128: 60.0}  # measured on one core, see docs/snapdragon.md
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def genie_config(plan: GeniePlan, binaries: Sequence[str], *, callback: str | No
         s = plan.sampling
         sampler |= {"seed": s.seed, "temp": s.temperature, "top-k": s.top_k, "top-p": s.top_p}
         if s.temperature == 0:
-            sampler |= {"temp": 1.0, "greedy": True}
+            sampler |= {"temp": 1.0, "top-k": 1}  # Genie reads over its key "greedy" (measured)
         if s.repetition_penalty != 1:
             sampler["token-penalty"] = {
                 "version": 1,

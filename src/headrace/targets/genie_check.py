@@ -26,7 +26,7 @@ __all__ = ["check_genie_config", "check_genie_folder"]
 _OPTIONAL = {
     "dialog": ("stop-sequence", "max-num-tokens"),
     "dialog.context": ("eot-token",),
-    "dialog.sampler": ("type", "seed", "temp", "top-k", "top-p", "greedy", "callback-name", "token-penalty"),
+    "dialog.sampler": ("type", "seed", "temp", "top-k", "top-p", "callback-name", "token-penalty"),
     "dialog.sampler.token-penalty": (
         "version", "penalize-last-n", "repetition-penalty", "presence-penalty", "frequency-penalty",
     ),
