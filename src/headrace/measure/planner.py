@@ -31,7 +31,7 @@ BANDWIDTHS: Mapping[str, float] = {
 
 _PROBE = 1024  # rows of the matrices that are multiplied to learn this computer's speed
 # Share of the plain matrix product's speed that a whole layer reaches; benchmarks/layer_7b.py measures it.
-_EFFICIENCY = 0.5
+_EFFICIENCY = 0.35
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,9 @@ def estimate_export(config: ModelConfig, tokens: int) -> ExportEstimate:
     seconds = config.num_layers * operations / (_matmul_speed() * _EFFICIENCY)
     weights = sum(n * k for group in layer_linears(0) for n, k in (linear_shape(config, name) for name in group))
     widest = max(config.intermediate_size, config.query_size, config.hidden_size)
-    # One layer in float32, the hidden states of all windows, the widest activation twice, second moments thrice.
-    elements = weights + 3 * tokens * config.hidden_size + 2 * tokens * widest + 3 * widest**2
+    # float32 values: a layer before and after, the stream and its norms, gate with up and their product, second
+    # moments (two of them in float64). benchmarks/layer_7b.py measured 13.2 GB where this says 12.1.
+    elements = 2 * weights + 6 * tokens * config.hidden_size + 3 * tokens * widest + 6 * widest**2
     return ExportEstimate(seconds, 4 * elements)
 
 
