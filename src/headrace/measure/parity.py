@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 
 from headrace.bundle import Bundle, check_files, open_bundle
 from headrace.errors import BundleError, UserError, did_you_mean
-from headrace.graph.emit_host import INT8_ACTIVATIONS, HostWeights, emit_host
+from headrace.graph.emit_host import HostWeights, emit_host
 from headrace.measure.fidelity import FidelityMeter, no_target
 from headrace.measure.link import Link
 from headrace.model.reference import eager_logits
 from headrace.plan import plan_parts
 from headrace.progress import Progress, silent
+from headrace.quantize.grid import Grid
 from headrace.quantize.recipe import Recipe
 from headrace.quantize.storage import WeightStore, quantized_names
 from headrace.runtime.engine import Engine
@@ -137,10 +138,10 @@ def _numbers(bundle: Bundle, checkpoint: Path | None) -> Iterator[Link]:
         reference = eager_logits(config, lambda name: source.tensor(name).load(), np.array([ids]))[0]
         yield _divergence("checkpoint → quantized weights", reference, eager, CHECKPOINT_KL)
 
-    with _variant(bundle, 1, store, ()) as whole:
+    with _variant(bundle, 1, store, grids) as whole:
         one = _score(whole, ids)
     yield _difference("quantized weights → one float graph", eager, one, FLOAT_LIMIT)
-    with _variant(bundle, len(bundle.parts), store, ()) as split:
+    with _variant(bundle, len(bundle.parts), store, grids) as split:
         parts = _score(split, ids)
         yield _difference(f"one graph → {len(bundle.parts)} parts", one, parts, PARTS_LIMIT)
         yield _difference("prompt steps → token by token, float cache", parts, _score(split, ids, 1), FLOAT_LIMIT)
@@ -166,9 +167,7 @@ def _score(bundle: Bundle, ids: list[int], chunk: int | None = None) -> Logits:
 
 
 @contextmanager
-def _variant(
-    bundle: Bundle, parts: int, store: WeightStore, kv_scales: tuple[tuple[float, float], ...]
-) -> Iterator[Bundle]:
+def _variant(bundle: Bundle, parts: int, store: WeightStore, grids: Mapping[str, Grid]) -> Iterator[Bundle]:
     """The same weights under other graphs, float arithmetic, in a temporary folder beside the bundle: graphs may
     only point to files below their own folder, so the weights are linked there (copied where links are impossible)."""
     parent = bundle.root.resolve().parent
@@ -181,12 +180,10 @@ def _variant(
         for file in sorted((bundle.root / "weights").iterdir()):
             place(file, folder / "weights" / file.name)
         plan = plan_parts(bundle.config, parts)
-        grids = {n: r.grid for n, r in Recipe.from_dict(bundle.recipe).resolve(quantized_names(bundle.config)).items()}
-        level = INT8_ACTIVATIONS if kv_scales else FLOAT_ARITHMETIC
+        weights = HostWeights(store.tensors, grids)
         for part in plan:
-            weights = HostWeights(store.tensors, grids, kv_scales)
-            emit_host(bundle.config, part, weights, accuracy_level=level).save(folder / f"{part.name}.onnx")
-        yield replace(bundle, root=folder, parts=plan, kv_scales=kv_scales)
+            emit_host(bundle.config, part, weights, accuracy_level=FLOAT_ARITHMETIC).save(folder / f"{part.name}.onnx")
+        yield replace(bundle, root=folder, parts=plan, kv_scales=())
 
 
 def _difference(name: str, expected: Logits, found: Logits, limit: float) -> Link:

@@ -17,12 +17,10 @@ from headrace.config import ModelConfig
 from headrace.errors import CalibrationError
 from headrace.model.decoder import Residual, block, layer_linears
 from headrace.model.ops import Array, Eager, Positions
+from headrace.model.reference import causal_mask
 from headrace.rope import rope_tables
 
-__all__ = ["BLOCKED", "Follower", "attention_energy", "causal_positions", "cut_windows"]
-
-# Added to the score of a token in the future: far below any score, far above float32's smallest.
-BLOCKED = np.float32(-1e9)
+__all__ = ["Follower", "attention_energy", "causal_positions", "cut_windows"]
 
 _QUERIES = 128  # of a window, whose scores are held at once
 _STEEP = np.float32(80)  # silu(−80) is −1e-33: zero beside anything
@@ -52,8 +50,7 @@ def cut_windows(ids: NDArray[np.integer[Any]], length: int, count: int) -> NDArr
 def causal_positions(config: ModelConfig, length: int) -> Positions[Array]:
     """Positions of a window that starts at 0 and has no past."""
     cos, sin = rope_tables(config, length)
-    mask = np.triu(np.full((length, length), BLOCKED, np.float32), 1)
-    return Positions(cos[None, None], sin[None, None], mask[None, None])
+    return Positions(cos[None, None], sin[None, None], causal_mask(0, length))
 
 
 class Follower(Eager):
