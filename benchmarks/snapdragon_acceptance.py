@@ -25,15 +25,15 @@ from numpy.typing import NDArray
 
 import headrace
 from headrace.bundle import Bundle, open_bundle
+from headrace.measure.device_parity import emulated_loop
 from headrace.runtime.engine import Runner
 from headrace.runtime.tokenizer import Tokenizer, load_tokenizer
 from headrace.snapdragon import Emulated, emulate, kept_device_graphs
 from headrace.targets.context_binary import read_context_binaries
 from headrace.targets.device import DeviceRunner
+from headrace.targets.device_loop import DeviceLoop
 from headrace.targets.genie_runner import GenieRunner
 from headrace.targets.onnxruntime import HostRunner
-from headrace.targets.qnn import EmulationGraph, Emulator
-from headrace.targets.qnn_loop import DeviceLoop
 
 LOOP_KL = 1e-6  # the same binaries on the same codes
 CPU_KL = 1e-3  # the same graphs, other rounding
@@ -124,22 +124,15 @@ def compare(
 ) -> list[dict[str, Any]]:
     """All cases."""
     plan, tokenizer = emulated.plan, load_tokenizer(bundle.root)
-    graphs = [
-        EmulationGraph(path.stem, path, path.with_name(f"{path.stem}_qnn.bin"))
-        for path in sorted(emulated.folder.glob("ar*.onnx"))
-    ]
     cpu = DeviceRunner.open(bundle, kept_device_graphs(bundle))
     host = HostRunner(bundle)
     results = []
     with (
-        Emulator(graphs) as emulator,
+        emulated_loop(emulated) as loop,
         GenieRunner(
             emulated.config, emulated.folder, lengths=plan.lengths, contexts=plan.contexts, own_sampler=True
         ) as genie,
     ):
-        loop = DeviceLoop(
-            plan.config, plan.parts, plan.lengths, plan.contexts, plan.encodings, emulator.run, pad=plan.pad
-        )
         for case in cases(tokenizer, bundle.prompt_length):
             result = run_case(case, tokens, genie, loop, cpu, host)
             result["text"] = tokenizer.decode(result["text"])

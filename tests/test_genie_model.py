@@ -13,13 +13,13 @@ from headrace.bundle import open_bundle
 from headrace.cli import _run
 from headrace.genie_model import GenieModel, load_genie
 from headrace.language_model import LanguageModel
+from headrace.measure.device_parity import emulated_loop
 from headrace.runtime.chat import Message
 from headrace.runtime.generate import Token
 from headrace.runtime.sampling import SamplingOptions
 from headrace.snapdragon import beside, emulate
 from headrace.targets.device import DeviceRunner
-from headrace.targets.qnn import EmulationGraph, Emulator
-from headrace.targets.qnn_loop import DeviceLoop
+from headrace.targets.device_loop import DeviceLoop
 from tests.exports import PHONE, Exports
 
 GREEDY = SamplingOptions(temperature=0.0)
@@ -71,13 +71,8 @@ def genie(phone: Path) -> Iterator[GenieModel]:
 def loop(genie: GenieModel, phone: Path) -> Iterator[DeviceLoop]:
     """headrace's own loop over the very binaries that Genie runs."""
     bundle = open_bundle(phone)
-    made = emulate(bundle, beside(bundle, "emulation"))
-    plan = made.plan
-    graphs = [EmulationGraph(p.stem, p, p.with_name(f"{p.stem}_qnn.bin")) for p in made.folder.glob("ar*.onnx")]
-    with Emulator(graphs) as emulator:
-        yield DeviceLoop(
-            plan.config, plan.parts, plan.lengths, plan.contexts, plan.encodings, emulator.run, pad=plan.pad
-        )
+    with emulated_loop(emulate(bundle, beside(bundle, "emulation"))) as opened:
+        yield opened
 
 
 def looped(loop: DeviceLoop, ids: list[int], count: int, stop_ids: frozenset[int]) -> list[int]:

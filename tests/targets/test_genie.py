@@ -14,6 +14,7 @@ import tokenizers
 
 from headrace.config import RopeScaling
 from headrace.errors import ContextFull, TargetError
+from headrace.targets.device_loop import DeviceLoop
 from headrace.targets.genie import (
     BACKEND_FILE,
     CONFIG_FILE,
@@ -26,7 +27,6 @@ from headrace.targets.genie import (
 from headrace.targets.genie_check import _check_graphs, check_genie_config, check_genie_folder
 from headrace.targets.genie_runner import End, GenieRunner
 from headrace.targets.qnn import Emulator
-from headrace.targets.qnn_loop import DeviceLoop
 from headrace.targets.soc import find_soc
 from tests.targets import tiny_qdq
 from tests.targets.conftest import CONTEXTS, EOS, LENGTHS, PARTS, TinyTarget, write_tokenizer

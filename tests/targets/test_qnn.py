@@ -13,11 +13,11 @@ import pytest
 
 from headrace.errors import ContextFull, TargetError
 from headrace.plan import GraphStyle, graph_name, ports
+from headrace.targets.device_loop import DeviceLoop, choose_graph, longest_prompt, prompt_steps
 from headrace.targets.onnxruntime import make_session
 from headrace.targets.qnn import Emulator, GraphFile, compile_apart, compile_shared
 from headrace.targets.qnn_check import check_binary, check_sharing
 from headrace.targets.qnn_child import GOODBYE_SECONDS, Child
-from headrace.targets.qnn_loop import DeviceLoop, choose_context, longest_prompt, prompt_steps
 from headrace.targets.soc import SOCS, find_soc
 from tests.targets import tiny_qdq
 from tests.targets.conftest import CONTEXTS, LENGTHS, TinyTarget
@@ -41,7 +41,7 @@ def test_steps_are_cut_as_genie_cuts_them() -> None:
     assert prompt_steps(40, 0, (128, 8, 32, 1), (512,)) == [(40, 128, 512)]
     assert prompt_steps(100, 0, (32, 1), (128, 512))[-1] == (4, 32, 512)  # 96 + 32 is not below 128
     assert longest_prompt(0, (128, 1), (4096,)) == 3969 and longest_prompt(40, (128,), (128,)) == 0
-    assert choose_context(127, 1, (128, 512)) == 512 and choose_context(126, 1, (128, 512)) == 128
+    assert choose_graph(1, 127, (1,), (128, 512)) == (1, 512) and choose_graph(1, 126, (1,), (128, 512)) == (1, 128)
     with pytest.raises(ContextFull, match="shorten it to 97 tokens"):
         prompt_steps(98, 0, (32, 1), (128,))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,13 @@ from headrace.quantize.recipe import Recipe
 from headrace.quantize.simulate import Simulated, simulated_logits
 from headrace.quantize.storage import WeightStore, quantized_names
 from headrace.snapdragon import Emulated, beside, emulate, kept_device_graphs
-from headrace.targets.device import DeviceRunner, exact_session
+from headrace.targets.device import DeviceRunner, exact_session, run_session
+from headrace.targets.device_loop import DeviceLoop
 from headrace.targets.genie_runner import GenieRunner
 from headrace.targets.onnxruntime import default_threads
 from headrace.targets.qnn import EmulationGraph, Emulator
-from headrace.targets.qnn_loop import DeviceLoop
 
-__all__ = ["Depth", "device_links"]
+__all__ = ["Depth", "device_links", "emulated_loop"]
 
 # What rounding every result to 16 bits may cost; the residual of some models spans four orders of magnitude.
 GRID_KL = 0.1
@@ -91,7 +92,7 @@ def device_links(bundle: Bundle, ids: Sequence[int], depth: Depth, *, layers: bo
         yield from _layers(bundle, store, encodings, ids, seen)
     runner = DeviceRunner.open(bundle, folder)
     try:
-        on_cpu = _score(runner, ids)
+        on_cpu = runner.step(np.asarray(ids), 0, np.arange(len(ids)))
     finally:
         runner.close()
     yield _link("the device's grids → device graphs on this CPU", simulated, on_cpu, step, GRAPH_KL, GRAPH_TOP1)
@@ -99,8 +100,7 @@ def device_links(bundle: Bundle, ids: Sequence[int], depth: Depth, *, layers: bo
         return
     emulated = emulate(bundle, beside(bundle, "emulation"))
     prompt = list(ids[:-TOKENS])
-    with Emulator(_graphs(emulated)) as emulator:
-        loop = _loop(emulated, emulator)
+    with emulated_loop(emulated) as loop:
         in_emulation = np.concatenate([loop.feed(prompt), *(loop.feed([token]) for token in ids[-TOKENS:])])
         yield _link("device graphs → HTP emulation", on_cpu, in_emulation, step, EMULATION_KL, EMULATION_TOP1)
         if depth is Depth.GENIE:
@@ -141,9 +141,7 @@ def _layers(
         found: dict[str, NDArray[Any]] = {}
 
         def run(graph: str, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-            session = exact_session(paths[graph], default_threads(), fold=False)
-            names = [output.name for output in session.get_outputs()]
-            made = dict(zip(names, session.run(names, dict(feeds))))
+            made = run_session(exact_session(paths[graph], default_threads(), fold=False), feeds)
             found.update({n: v for n, v in made.items() if n.startswith("hidden_")})
             return made
 
@@ -162,24 +160,22 @@ def _layers(
             yield Link(f"  layer {layer}", told, f"SQNR ≥ {LAYER_SQNR:g} dB", sqnr >= LAYER_SQNR)
 
 
-def _score(runner: DeviceRunner, ids: Sequence[int]) -> Array:
-    rows, size = [], runner.prompt_length
-    for at in range(0, len(ids), size):
-        chunk = np.asarray(ids[at : at + size], np.int64)
-        rows.append(runner.step(chunk, at, np.arange(len(chunk))))
-    return np.concatenate(rows)
+@contextmanager
+def emulated_loop(emulated: Emulated) -> Iterator[DeviceLoop]:
+    """headrace's own loop over the binaries that Genie runs on this computer.
 
-
-def _graphs(emulated: Emulated) -> list[EmulationGraph]:
-    return [
+    Raises:
+        TargetError: a binary cannot be loaded.
+    """
+    plan = emulated.plan
+    graphs = [
         EmulationGraph(path.stem, path, path.with_name(f"{path.stem}_qnn.bin"))
         for path in sorted(emulated.folder.glob("ar*.onnx"))
     ]
-
-
-def _loop(emulated: Emulated, emulator: Emulator) -> DeviceLoop:
-    plan = emulated.plan
-    return DeviceLoop(plan.config, plan.parts, plan.lengths, plan.contexts, plan.encodings, emulator.run, pad=plan.pad)
+    with Emulator(graphs) as emulator:
+        yield DeviceLoop(
+            plan.config, plan.parts, plan.lengths, plan.contexts, plan.encodings, emulator.run, pad=plan.pad
+        )
 
 
 def _genie(emulated: Emulated, loop: DeviceLoop, prompt: Sequence[int]) -> Link:

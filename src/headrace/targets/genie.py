@@ -21,8 +21,8 @@ from typing import Any
 from headrace.config import ModelConfig
 from headrace.errors import TargetError
 from headrace.plan import Part
+from headrace.targets.device_loop import longest_prompt
 from headrace.targets.qnn_check import PortEncoding
-from headrace.targets.qnn_loop import longest_prompt
 from headrace.targets.soc import Soc
 
 __all__ = [

@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.errors import TargetError
+from headrace.targets.device_loop import prompt_steps
 from headrace.targets.genie_worker import CALLBACK
 from headrace.targets.qnn_child import Child
-from headrace.targets.qnn_loop import prompt_steps
 from headrace.targets.qnn_toolchain import find_toolchain
 
 __all__ = ["End", "GenieRunner", "GenieToken"]
