@@ -15,7 +15,7 @@ from headrace.genie_model import GenieModel, load_genie
 from headrace.language_model import LanguageModel
 from headrace.measure.device_parity import emulated_loop
 from headrace.runtime.chat import Message
-from headrace.runtime.generate import Token
+from headrace.runtime.generate import Limits, Token
 from headrace.runtime.sampling import SamplingOptions
 from headrace.snapdragon import beside, emulate
 from headrace.targets.device import DeviceRunner
@@ -99,7 +99,7 @@ def test_greedy_is_the_likeliest_token_every_time(genie: GenieModel, loop: Devic
     stop_ids = genie.turns.stop_ids
     expected = looped(loop, ids, COUNT, stop_ids)
     for _ in range(2):
-        assert ids_of(list(genie.answer(ids, GREEDY, max_tokens=COUNT, stop_ids=stop_ids))) == expected
+        assert ids_of(list(genie.answer(ids, GREEDY, Limits(COUNT, stop_ids)))) == expected
 
 
 @pytest.mark.qnn
@@ -117,9 +117,9 @@ def test_a_second_turn_rewinds_and_no_end_token_comes_between(genie: GenieModel,
 @pytest.mark.qnn
 def test_an_end_token_ends_the_answer(genie: GenieModel, loop: DeviceLoop) -> None:
     ids = genie.turns.render([Message("user", ASK)], genie.context)
-    tokens = list(genie.answer(ids, GREEDY, max_tokens=COUNT))
+    tokens = list(genie.answer(ids, GREEDY, Limits(COUNT)))
     stop = tokens[2].id
-    cut = list(genie.answer(ids, GREEDY, max_tokens=COUNT, stop_ids={stop}))
+    cut = list(genie.answer(ids, GREEDY, Limits(COUNT, {stop})))
     at = ids_of(tokens).index(stop)
     assert ids_of(cut) == ids_of(tokens)[: at + 1]
     assert cut[-1].finish == "stop" and {token.finish for token in cut[:-1]} <= {None}

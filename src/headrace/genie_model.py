@@ -6,20 +6,16 @@ nothing about how binaries are made.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 from headrace.bundle import Bundle, open_bundle
-from headrace.language_model import Chat
+from headrace.language_model import Speaker
 from headrace.progress import Progress, silent
-from headrace.runtime.chat import RawTurns, turn_format
-from headrace.runtime.generate import Token
+from headrace.runtime.generate import Limits, Token
 from headrace.runtime.sampling import SamplingOptions
 from headrace.runtime.streaming import TextStream
-from headrace.runtime.tokenizer import load_tokenizer
 from headrace.snapdragon import Emulated, beside, emulate, genie_sampling
 from headrace.targets.genie import genie_config
 from headrace.targets.genie_runner import End, GenieRunner
@@ -27,8 +23,8 @@ from headrace.targets.genie_runner import End, GenieRunner
 __all__ = ["GenieModel", "load_genie"]
 
 
-class GenieModel:
-    """A bundle in Genie. A `Speaker`.
+class GenieModel(Speaker):
+    """A bundle in Genie.
 
     Args:
         bundle: an opened bundle.
@@ -36,11 +32,7 @@ class GenieModel:
     """
 
     def __init__(self, bundle: Bundle, emulated: Emulated) -> None:
-        self.bundle = bundle
-        self.tokenizer = load_tokenizer(bundle.root)
-        self._settings = bundle.read_json("generation_config.json")
-        self.turns = turn_format(self.tokenizer, self._settings, self.tokenizer.chat_template)
-        self.sampling = SamplingOptions.from_generation_config(self._settings)
+        super().__init__(bundle)
         self._emulated = emulated
         self._runner: GenieRunner | None = None
         self._options: SamplingOptions | None = None
@@ -50,37 +42,22 @@ class GenieModel:
         """Tokens of a prompt and its answer that Genie's context rule lets through."""
         return self._emulated.plan.longest_prompt
 
-    def sampling_options(self, **overrides: Any) -> SamplingOptions:
-        """The model's own sampling, changed where a value is given."""
-        return SamplingOptions.from_generation_config(self._settings, overrides)
-
-    def chat(self, system: str | None = None, *, raw: bool = False) -> Chat:
-        """A new conversation."""
-        return Chat(self, system, RawTurns(self.tokenizer) if raw else self.turns)
-
     def answer(
-        self,
-        ids: Sequence[int],
-        options: SamplingOptions,
-        *,
-        max_tokens: int,
-        stop_ids: Collection[int] = (),
-        stops: Sequence[str] = (),
-        continues: bool = False,
+        self, ids: Sequence[int], options: SamplingOptions, limits: Limits, *, continues: bool = False
     ) -> Iterator[Token]:
         """Continue token ids. The whole conversation is sent each time and what Genie holds of it is kept (rewind),
         so that no end token comes between turns."""
         plan, runner = self._emulated.plan, self._open(options)
         if plan.bos is not None and ids and ids[0] == plan.bos:
             ids = ids[1:]  # Genie puts it there itself
-        stream = TextStream(self.tokenizer, stops, continues=continues)
+        stream = TextStream(self.tokenizer, limits.stops, continues=continues)
         last: Token | None = None
         said = 0
-        for made in runner.query_tokens(ids, max_tokens, rewind=True):
+        for made in runner.query_tokens(ids, limits.max_tokens, rewind=True):
             if last is not None:
                 yield last
                 last = None
-            if made.id in stop_ids:
+            if made.id in limits.stop_ids:
                 yield Token(made.id, stream.finish(), "stop")
                 return
             said += 1
@@ -89,7 +66,7 @@ class GenieModel:
                 yield Token(made.id, text, "stop")
                 return
             last = Token(made.id, text)
-        if runner.end is End.DONE and said < max_tokens:  # at an end token, which Genie keeps to itself
+        if runner.end is End.DONE and said < limits.max_tokens:  # at an end token, which Genie keeps to itself
             if last is not None:
                 yield last
             yield Token(plan.eos[0], stream.finish(), "stop")
@@ -101,12 +78,6 @@ class GenieModel:
         if self._runner is not None:
             self._runner.close()
             self._runner = None
-
-    def __enter__(self) -> GenieModel:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
 
     def _open(self, options: SamplingOptions) -> GenieRunner:
         """A dialog that samples as asked; Genie takes sampling when a dialog is made."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from headrace.bundle import Bundle, open_bundle
 from headrace.errors import ContextFull, TargetError, did_you_mean
 from headrace.runtime.chat import Message, RawTurns, TurnFormat, turn_format
 from headrace.runtime.engine import Engine, Runner
-from headrace.runtime.generate import Token, generate
+from headrace.runtime.generate import Limits, Token, generate
 from headrace.runtime.sampling import SamplingOptions
 from headrace.runtime.tokenizer import Tokenizer, load_tokenizer
 
@@ -24,51 +25,64 @@ __all__ = ["Chat", "LanguageModel", "Speaker", "load"]
 RUNNERS = ("host", "device", "genie")
 
 
-class Speaker(Protocol):
-    """What a conversation needs of a model: LanguageModel, or Qualcomm's Genie (genie_model.py)."""
-
-    tokenizer: Tokenizer
-    turns: TurnFormat
-    sampling: SamplingOptions
-
-    @property
-    def context(self) -> int:
-        """Positions in all."""
-        ...
-
-    def answer(
-        self,
-        ids: Sequence[int],
-        options: SamplingOptions,
-        *,
-        max_tokens: int,
-        stop_ids: Collection[int],
-        stops: Sequence[str],
-        continues: bool,
-    ) -> Iterator[Token]:
-        """Continue token ids; see `generate`."""
-        ...
-
-
-class LanguageModel:
-    """A model ready to run.
+class Speaker(ABC):
+    """A bundle that talks. Who computes, and chooses tokens, is a subclass's matter: LanguageModel's runners, or
+    Qualcomm's Genie (genie_model.py).
 
     Attributes:
         bundle: what it was made from.
         tokenizer: text ↔ ids.
-        engine: the sequence in the cache.
         turns: how a conversation becomes ids.
         sampling: the model's own sampling defaults.
     """
 
-    def __init__(self, bundle: Bundle, runner: Runner) -> None:
+    def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
         self.tokenizer: Tokenizer = load_tokenizer(bundle.root)
+        self._settings: Mapping[str, Any] = bundle.read_json("generation_config.json")
+        self.turns: TurnFormat = turn_format(self.tokenizer, self._settings, self.tokenizer.chat_template)
+        self.sampling = SamplingOptions.from_generation_config(self._settings)
+
+    @property
+    @abstractmethod
+    def context(self) -> int:
+        """Tokens of a prompt and its answer that there is room for."""
+
+    @abstractmethod
+    def answer(
+        self, ids: Sequence[int], options: SamplingOptions, limits: Limits, *, continues: bool = False
+    ) -> Iterator[Token]:
+        """Continue token ids; see `headrace.runtime.generate.generate`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back memory and processes."""
+
+    def sampling_options(self, **overrides: Any) -> SamplingOptions:
+        """The model's own sampling, changed where a value is given."""
+        return SamplingOptions.from_generation_config(self._settings, overrides)
+
+    def chat(self, system: str | None = None, *, raw: bool = False) -> Chat:
+        """A new conversation; `raw` continues the text without a turn format, as for a model that has none."""
+        return Chat(self, system, RawTurns(self.tokenizer) if raw else self.turns)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+class LanguageModel(Speaker):
+    """A model ready to run.
+
+    Attributes:
+        engine: the sequence in the cache.
+    """
+
+    def __init__(self, bundle: Bundle, runner: Runner) -> None:
+        super().__init__(bundle)
         self.engine = Engine(runner)
-        settings = bundle.read_json("generation_config.json")
-        self.turns: TurnFormat = turn_format(self.tokenizer, settings, self.tokenizer.chat_template)
-        self.sampling = SamplingOptions.from_generation_config(settings)
-        self._settings: Mapping[str, Any] = settings
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits of a whole sequence, float32 (len(ids), vocab): row i predicts the token after ids[i].
@@ -110,36 +124,16 @@ class LanguageModel:
         options = self.sampling_options(
             temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed
         )
-        return self.answer(
-            ids, options, max_tokens=max_tokens, stop_ids=self.tokenizer.eos_ids, stops=stop, continues=True
-        )
+        return self.answer(ids, options, Limits(max_tokens, self.tokenizer.eos_ids, stop), continues=True)
 
     @property
     def context(self) -> int:
-        """Positions in all."""
         return self.engine.context
 
     def answer(
-        self,
-        ids: Sequence[int],
-        options: SamplingOptions,
-        *,
-        max_tokens: int,
-        stop_ids: Collection[int] = (),
-        stops: Sequence[str] = (),
-        continues: bool = False,
+        self, ids: Sequence[int], options: SamplingOptions, limits: Limits, *, continues: bool = False
     ) -> Iterator[Token]:
-        """Continue token ids; see `headrace.runtime.generate.generate`."""
-        return generate(
-            self.engine,
-            self.tokenizer,
-            ids,
-            options,
-            max_tokens=max_tokens,
-            stop_ids=stop_ids,
-            stops=stops,
-            continues=continues,
-        )
+        return generate(self.engine, self.tokenizer, ids, options, limits, continues=continues)
 
     def encode_raw(self, text: str) -> list[int]:
         """Ids of a text to be continued: with the begin token where the model wants one, or when there is no text."""
@@ -149,23 +143,8 @@ class LanguageModel:
             ids = [bos, *ids]
         return ids
 
-    def sampling_options(self, **overrides: Any) -> SamplingOptions:
-        """The model's own sampling, changed where a value is given."""
-        return SamplingOptions.from_generation_config(self._settings, overrides)
-
-    def chat(self, system: str | None = None, *, raw: bool = False) -> Chat:
-        """A new conversation; `raw` continues the text without a turn format, as for a model that has none."""
-        return Chat(self, system, RawTurns(self.tokenizer) if raw else self.turns)
-
     def close(self) -> None:
-        """Give back memory and processes."""
         self.engine.close()
-
-    def __enter__(self) -> LanguageModel:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
 
 
 class Chat:
@@ -205,16 +184,10 @@ class Chat:
             ids = self.turns.render(messages, model.context - reserve)
         except ContextFull:  # then a shorter answer is better than none
             ids = self.turns.render(messages, model.context - 1)
+        limits = Limits(max_tokens, self.turns.stop_ids, stop)
         answer: list[Token] = []
         try:
-            for token in model.answer(
-                ids,
-                options or model.sampling,
-                max_tokens=max_tokens,
-                stop_ids=self.turns.stop_ids,
-                stops=stop,
-                continues=self.turns.continues,
-            ):
+            for token in model.answer(ids, options or model.sampling, limits, continues=self.turns.continues):
                 answer.append(token)
                 yield token
         finally:

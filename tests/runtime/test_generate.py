@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from headrace.errors import ContextFull
 from headrace.runtime.engine import Engine
-from headrace.runtime.generate import Token, generate
+from headrace.runtime.generate import Limits, Token, generate
 from headrace.runtime.sampling import SamplingOptions
 from headrace.runtime.tokenizer import Tokenizer
 from tests.runtime.vocabularies import sentencepiece_tokenizer
@@ -50,8 +50,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 def answer(tokenizer: Tokenizer, tokens: Sequence[int], **options: object) -> list[Token]:
     engine = Engine(Script(tokens, tokenizer.vocab_size, int(options.pop("context", 64))))  # type: ignore[call-overload]
-    settings = {"max_tokens": 20, "stop_ids": (2,), **options}
-    return list(generate(engine, tokenizer, PROMPT, GREEDY, **settings))  # type: ignore[arg-type]
+    limits = Limits(**{"max_tokens": 20, "stop_ids": (2,), **options})  # type: ignore[arg-type]
+    return list(generate(engine, tokenizer, PROMPT, GREEDY, limits))
 
 
 def text(tokens: Sequence[Token]) -> str:
@@ -106,7 +106,7 @@ def test_stop_strings(tokenizer: Tokenizer, stop: str) -> None:
 
 def test_the_prompt_is_computed_when_the_first_token_is_asked_for(tokenizer: Tokenizer) -> None:
     runner = Script([9, 2], tokenizer.vocab_size)
-    stream = generate(Engine(runner), tokenizer, PROMPT, GREEDY, max_tokens=5, stop_ids=(2,))
+    stream = generate(Engine(runner), tokenizer, PROMPT, GREEDY, Limits(5, (2,)))
     assert runner.steps == 0
     next(stream)
     assert runner.steps == 1, "one token, one step: the answer's next token is not computed ahead"
@@ -127,13 +127,13 @@ def test_the_repetition_penalty_sees_prompt_and_answer(tokenizer: Tokenizer) -> 
 
     options = SamplingOptions.from_generation_config({}, {"temperature": 0.0, "repetition_penalty": 2.0})
     engine = Engine(Flat([], tokenizer.vocab_size))
-    tokens = list(generate(engine, tokenizer, PROMPT, options, max_tokens=3))
+    tokens = list(generate(engine, tokenizer, PROMPT, options, Limits(3)))
     assert tokens[0].id == 100
     assert tokens[1].id not in (*PROMPT, 100)
 
 
 def test_nothing_is_left_in_memory_of_the_last_answer(tokenizer: Tokenizer, tmp_path: Path) -> None:
     engine = Engine(Script([9, 10, 2], tokenizer.vocab_size))
-    first = list(generate(engine, tokenizer, PROMPT, GREEDY, max_tokens=5, stop_ids=(2,)))
+    first = list(generate(engine, tokenizer, PROMPT, GREEDY, Limits(5, (2,))))
     assert engine.tokens == [*PROMPT, 9, 10], "the end token is not part of the sequence"
-    assert list(generate(engine, tokenizer, PROMPT, GREEDY, max_tokens=5, stop_ids=(2,))) == first
+    assert list(generate(engine, tokenizer, PROMPT, GREEDY, Limits(5, (2,)))) == first

@@ -10,7 +10,7 @@ from headrace.runtime.sampling import Sampler, SamplingOptions
 from headrace.runtime.streaming import TextStream
 from headrace.runtime.tokenizer import Tokenizer
 
-__all__ = ["Token", "generate"]
+__all__ = ["Limits", "Token", "generate"]
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,28 @@ class Token:
     finish: str | None = None
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Where an answer ends.
+
+    Attributes:
+        max_tokens: after so many tokens.
+        stop_ids: at any of these tokens.
+        stops: at any of these strings, which are not part of it.
+    """
+
+    max_tokens: int
+    stop_ids: Collection[int] = ()
+    stops: Sequence[str] = ()
+
+
 def generate(
     engine: Engine,
     tokenizer: Tokenizer,
     ids: Sequence[int],
     options: SamplingOptions,
+    limits: Limits,
     *,
-    max_tokens: int,
-    stop_ids: Collection[int] = (),
-    stops: Sequence[str] = (),
     continues: bool = False,
 ) -> Iterator[Token]:
     """Answer a prompt of token ids.
@@ -49,29 +62,33 @@ def generate(
         tokenizer: turns tokens to text.
         ids: the prompt.
         options: how tokens are chosen; the repetition penalty sees prompt and answer.
-        max_tokens: most tokens of the answer.
-        stop_ids: tokens that end the answer.
-        stops: strings that end the answer and are not part of it.
+        limits: where the answer ends.
         continues: the answer goes on from the prompt's text (see `Tokenizer.decode`).
 
     Raises:
         ContextFull: the prompt leaves no room for an answer.
     """
-    if max_tokens < 1:
+    if limits.max_tokens < 1:
         return
     sampler = Sampler(options)
-    stream = TextStream(tokenizer, stops, continues=continues)
+    stream = TextStream(tokenizer, limits.stops, continues=continues)
     logits = engine.prefill(ids)
     seen = list(ids)
-    for count in range(1, max_tokens + 1):
+    for count in range(1, limits.max_tokens + 1):
         token = sampler.sample(logits, seen)
         seen.append(token)
-        if token in stop_ids:
+        if token in limits.stop_ids:
             yield Token(token, stream.finish(), "stop")
             return
         text = stream.push(token)
         finish = (
-            "stop" if stream.stopped else "length" if count == max_tokens else "context" if not engine.room else None
+            "stop"
+            if stream.stopped
+            else "length"
+            if count == limits.max_tokens
+            else "context"
+            if not engine.room
+            else None
         )
         if finish is not None:
             yield Token(token, text + stream.finish(), finish)

@@ -12,8 +12,7 @@ from headrace.console import note, progress_bars
 from headrace.verbs.options import BundlePath, Threads
 
 if TYPE_CHECKING:
-    from headrace.genie_model import GenieModel
-    from headrace.language_model import LanguageModel
+    from headrace.language_model import Speaker
 
 __all__ = ["chat", "push"]
 
@@ -90,7 +89,7 @@ def push(
         typer.echo(shlex.join(command))
 
 
-def _open_model(bundle: Path, runner: str, threads: int | None) -> LanguageModel | GenieModel:
+def _open_model(bundle: Path, runner: str, threads: int | None) -> Speaker:
     if runner == "genie":
         from headrace.genie_model import load_genie
 
