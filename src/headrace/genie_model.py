@@ -7,6 +7,7 @@ nothing about how binaries are made.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,19 +54,20 @@ class GenieModel(Speaker):
         stream = TextStream(self.tokenizer, limits.stops, continues=continues)
         last: Token | None = None
         said = 0
-        for made in runner.query_tokens(ids, limits.max_tokens, rewind=True):
-            if last is not None:
-                yield last
-                last = None
-            if made.id in limits.stop_ids:
-                yield Token(made.id, stream.finish(), "stop")
-                return
-            said += 1
-            text = stream.push(made.id)
-            if stream.stopped:
-                yield Token(made.id, text, "stop")
-                return
-            last = Token(made.id, text)
+        with closing(runner.query_tokens(ids, limits.max_tokens, rewind=True)) as tokens:
+            for made in tokens:
+                if last is not None:
+                    yield last
+                    last = None
+                if made.id in limits.stop_ids:
+                    yield Token(made.id, stream.finish(), "stop")
+                    return
+                said += 1
+                text = stream.push(made.id)
+                if stream.stopped:
+                    yield Token(made.id, text, "stop")
+                    return
+                last = Token(made.id, text)
         if runner.end is End.DONE and said < limits.max_tokens:  # at an end token, which Genie keeps to itself
             if last is not None:
                 yield last

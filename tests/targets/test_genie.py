@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from headrace.targets.genie import (
 from headrace.targets.genie_check import _check_graphs, check_genie_config, check_genie_folder
 from headrace.targets.genie_runner import End, GenieRunner
 from headrace.targets.qnn import Emulator
+from headrace.targets.qnn_child import Child
 from headrace.targets.soc import find_soc
 from tests.targets import tiny_qdq
 from tests.targets.conftest import CONTEXTS, EOS, LENGTHS, PARTS, TinyTarget, write_tokenizer
@@ -331,6 +333,113 @@ def test_text_in_and_out_stops_and_aborts(target: TinyTarget) -> None:
         assert genie.end is End.ABORTED
         genie.reset()
         assert [token.id for token in genie.query_tokens(ids, 2)] == tokens[:2]
+
+
+class Interrupted:
+    """A reader that Ctrl-C meets in the middle of a read: bytes were taken from the pipe and are lost."""
+
+    def __init__(self, reader: FileIO, reads: int) -> None:
+        self.reader, self.reads = reader, reads
+
+    def read(self, count: int) -> bytes:
+        data = self.reader.read(max(1, count // 2) if self.reads == 0 else count)
+        if self.reads == 0:
+            raise KeyboardInterrupt
+        self.reads -= 1
+        return data or b""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.reader, name)
+
+
+FRAME_READS = 3  # the length, the JSON, the logits
+
+
+@pytest.mark.qnn
+@pytest.mark.parametrize("reads", range(2 * FRAME_READS))
+def test_an_interrupt_within_a_frame_does_not_reach_the_next_answer(
+    target: TinyTarget, loop: DeviceLoop, reads: int
+) -> None:
+    config = check_genie_folder(target.emulation, target.plan, emulation=True)
+    ids = _prompt(20, 7)
+    with GenieRunner(config, target.emulation, lengths=LENGTHS, contexts=CONTEXTS, own_sampler=True) as genie:
+        genie.stop_at(["never said"])
+        pid = genie._child.pid
+        genie._child._pipe.reader = Interrupted(genie._child._pipe.reader, reads)  # type: ignore[assignment]
+        with pytest.raises(KeyboardInterrupt):
+            list(genie.query_tokens(ids, logits=True))
+        assert not genie._child.alive, "what it would say next cannot be known"
+        (then,) = genie.query_tokens(ids, 1, logits=True, rewind=True)
+        assert genie._child.pid != pid
+    assert then.logits is not None and _kl(loop.feed(ids)[-1], then.logits) <= SAME_KL
+
+
+@pytest.mark.qnn
+def test_an_interrupt_between_frames_keeps_the_dialog(
+    genie: GenieRunner, loop: DeviceLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nearly every Ctrl-C: Genie is computing, and is not loaded anew."""
+    genie.reset()
+    ids, child, wait = _prompt(20, 7), genie._child, Child.wait
+    waits = iter(range(100))
+
+    def interrupted(child: Child, seconds: float) -> None:
+        wait(child, seconds)
+        if next(waits) == 4:  # a frame is there and none of it was read
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Child, "wait", interrupted)
+    answer = genie.query_tokens(ids)
+    with pytest.raises(KeyboardInterrupt):
+        list(answer)
+    assert genie._child is child and genie.end is End.ABORTED
+    (then,) = genie.query_tokens(ids, 1, logits=True, rewind=True)
+    assert then.logits is not None and _kl(loop.feed(ids)[-1], then.logits) <= SAME_KL
+
+
+@pytest.mark.qnn
+def test_a_second_interrupt_does_not_wait(genie: GenieRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    genie.reset()
+    expected = [token.id for token in genie.query_tokens(_prompt(20, 7), 3)]
+    genie.reset()
+    answer = genie.query_tokens(_prompt(20, 7))
+    next(answer)
+    with monkeypatch.context() as patch:
+        patch.setattr(Child, "wait", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            answer.close()
+    assert not genie._child.alive
+    assert [token.id for token in genie.query_tokens(_prompt(20, 7), 3, rewind=True)] == expected
+
+
+@pytest.mark.qnn
+def test_while_an_answer_runs_nothing_else_is_asked(genie: GenieRunner) -> None:
+    genie.reset()
+    answer = genie.query_tokens(_prompt(20, 7))
+    next(answer)
+    for ask in (genie.reset, lambda: genie.encode("a"), lambda: next(genie.query_tokens([3]))):
+        with pytest.raises(TargetError, match="is still answering"):
+            ask()
+    answer.close()
+    genie.reset()
+
+
+@pytest.mark.qnn
+def test_a_refused_query_is_an_error_and_no_silence(genie: GenieRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    genie.reset()
+    receive = Child.receive
+
+    def refused(child: Child, *, seconds: float) -> Any:
+        while "status" not in receive(child, seconds=seconds)[0]:
+            pass
+        raise TargetError("GenieDialog_tokenQuery gave status -1")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Child, "receive", refused)
+        with pytest.raises(TargetError, match="gave status -1"):
+            list(genie.query_tokens(_prompt(20, 7), 2))
+    genie.reset()
+    assert len(list(genie.query_tokens(_prompt(5, 5), 2))) == 2
 
 
 @pytest.mark.qnn

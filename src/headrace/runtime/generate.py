@@ -81,15 +81,8 @@ def generate(
             yield Token(token, stream.finish(), "stop")
             return
         text = stream.push(token)
-        finish = (
-            "stop"
-            if stream.stopped
-            else "length"
-            if count == limits.max_tokens
-            else "context"
-            if not engine.room
-            else None
-        )
+        cut = "length" if count == limits.max_tokens else "context" if not engine.room else None
+        finish = "stop" if stream.stopped else cut
         if finish is not None:
             yield Token(token, text + stream.finish(), finish)
             return

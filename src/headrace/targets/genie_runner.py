@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import codecs
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,8 @@ OPEN_SECONDS = 600.0
 STEP_SECONDS = 3600.0  # one token, or a whole prompt before the first: 32 steps of a 7B model are long in emulation
 ACTION_SECONDS = 600.0
 EVERY_TOKEN = (1 << 31) - 1
+
+Frame: TypeAlias = tuple[dict[str, Any], dict[str, NDArray[Any]]]
 
 
 class End(Enum):
@@ -49,7 +52,8 @@ class GenieToken:
 
 
 class GenieRunner:
-    """One Genie dialog.
+    """One Genie dialog. When its process is gone (it died, or an interrupt cut its talk in two), the next use starts
+    another, with an empty dialog.
 
     Args:
         config: content of genie_config.json.
@@ -92,6 +96,7 @@ class GenieRunner:
         self._past = 0  # an upper bound of the tokens in the cache, so that no query runs into the context
         self._kept: list[int] | None = []  # the tokens in the cache; None when they are not known
         self._unfed: list[int] = []  # what the last token may be that Genie chose, but did not take in
+        self._stops: list[str] = []
         self._running = False
         self._child = self._open()
 
@@ -99,10 +104,24 @@ class GenieRunner:
         child = Child("headrace.targets.genie_worker", "Genie")
         try:
             child.call(self._request, seconds=OPEN_SECONDS)
+            if self._stops:
+                child.call({"action": "stop_sequences", "stop": self._stops}, seconds=ACTION_SECONDS)
         except TargetError:
             child.close()
             raise
         return child
+
+    def _revive(self) -> None:
+        if not self._child.alive:
+            self._child.close()
+            self._child = self._open()
+            self._past, self._kept, self._running = 0, [], False
+        if self._running:
+            raise TargetError("this Genie dialog is still answering; let the answer end, or abort it")
+
+    def _call(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        self._revive()
+        return self._child.call(request, seconds=ACTION_SECONDS)[0]
 
     def __enter__(self) -> GenieRunner:
         return self
@@ -120,7 +139,7 @@ class GenieRunner:
         logits: bool = False,
         forced: Sequence[int] = (),
         rewind: bool = False,
-    ) -> Iterator[GenieToken]:
+    ) -> Generator[GenieToken]:
         """Continue the dialog with these ids; `end` says afterwards why it ended. An eos is not given out.
 
         Args:
@@ -137,6 +156,7 @@ class GenieRunner:
         """
         if (logits or forced) and not self.own_sampler:
             raise TargetError("Genie gives logits only to headrace's sampler; expected GenieRunner(own_sampler=True)")
+        self._revive()
         if rewind and not (rewind := self._can_rewind([*self._bos, *ids])):
             self.reset()
         known = not self._past or rewind
@@ -145,13 +165,13 @@ class GenieRunner:
         kept, said = [*self._bos, *ids], 0
         self._kept = None  # until the answer has ended
         arrays = {"ids": np.asarray(given, np.uint32)}
-        for message, received in self._query(arrays, max_tokens, logits=logits, forced=forced, rewind=rewind):
-            rows = received.get("logits")
-            for i, token in enumerate(message["tokens"]):
-                self._past += 1
-                said += 1
-                kept.append(token)
-                yield GenieToken(token, None if rows is None else rows[i])
+        with closing(self._query(arrays, max_tokens, logits=logits, forced=forced, rewind=rewind)) as frames:
+            for message, received in frames:
+                rows = received.get("logits")
+                for i, token in enumerate(message["tokens"]):
+                    said += 1
+                    kept.append(token)
+                    yield GenieToken(token, None if rows is None else rows[i])
         if known and self.end is End.DONE:
             cut = said == max_tokens
             self._kept, self._unfed = (kept[:-1], kept[-1:]) if cut else (kept, self._eos)
@@ -167,7 +187,7 @@ class GenieRunner:
             return False
         return common < len(self._kept) or ids[common] not in self._unfed
 
-    def query(self, text: str, max_tokens: int | None = None) -> Iterator[str]:
+    def query(self, text: str, max_tokens: int | None = None) -> Generator[str]:
         """Continue the dialog with a text; gives pieces of the answer, whole characters only.
 
         Raises:
@@ -178,10 +198,10 @@ class GenieRunner:
         self._kept = None
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         arrays = {"text": np.frombuffer(text.encode(), np.uint8)}
-        for _, received in self._query(arrays, max_tokens, logits=False, forced=(), rewind=False):
-            self._past += 1
-            if piece := decoder.decode(received["text"].tobytes()):
-                yield piece
+        with closing(self._query(arrays, max_tokens, logits=False, forced=(), rewind=False)) as frames:
+            for _, received in frames:
+                if piece := decoder.decode(received["text"].tobytes()):
+                    yield piece
         if piece := decoder.decode(b"", final=True):
             yield piece
 
@@ -203,9 +223,7 @@ class GenieRunner:
         logits: bool,
         forced: Sequence[int],
         rewind: bool,
-    ) -> Iterator[tuple[dict[str, Any], dict[str, NDArray[Any]]]]:
-        if self._running:
-            raise TargetError("this Genie dialog is still answering; let the answer end, or abort it")
+    ) -> Generator[Frame]:
         request = {
             "action": "query",
             "max_tokens": EVERY_TOKEN if max_tokens is None else max_tokens,
@@ -213,24 +231,38 @@ class GenieRunner:
             "forced": list(forced),
             "rewind": rewind,
         }
-        self._child.send(request, arrays)
-        self._running = True
+        child = self._child
         try:
-            while True:
-                message, received = self._child.receive(seconds=STEP_SECONDS)
-                if message["event"] == "end":
-                    self._running = False
-                    self._ended(message["status"])
-                    return
-                yield message, received
+            with child.exchange():
+                child.send(request, arrays)
+                self._running = True
+            while self._running:
+                child.wait(STEP_SECONDS)  # an interrupt here loses nothing: the answer is aborted below
+                with child.exchange():
+                    frame = self._frame()
+                if self._running:
+                    yield frame
         finally:
-            if self._running and self._child.alive:  # the caller stopped listening
-                self.abort()
-                while self._running:
-                    message, _ = self._child.receive(seconds=STEP_SECONDS)
-                    if message["event"] == "end":
-                        self._running = False
-                        self._ended(message["status"])
+            if self._running and child.alive:  # the caller stopped listening
+                with child.exchange():
+                    self.abort()
+                    while self._running:
+                        self._frame()
+            self._running = False
+
+    def _frame(self) -> Frame:
+        """The next frame of the running answer, counted."""
+        try:
+            message, received = self._child.receive(seconds=STEP_SECONDS)
+        except TargetError:
+            self._running = False  # Genie refused, or died: nothing more comes
+            raise
+        if message["event"] == "end":
+            self._running = False
+            self._ended(message["status"])
+        else:
+            self._past += len(message.get("tokens", ["a piece of text"]))
+        return message, received
 
     def _ended(self, status: int) -> None:
         try:
@@ -238,29 +270,26 @@ class GenieRunner:
         except ValueError:
             raise TargetError(f"Genie ended with status {status}; expected 0 (done)") from None
         if self.end is End.CONTEXT_FULL:
-            # Genie does not recover when it has several contexts: its next query would crash.
-            self._child.close()
-            self._child = self._open()
-            self._past, self._kept = 0, []
+            self._child.close()  # Genie does not recover when it has several contexts: its next query would crash
 
     def encode(self, text: str) -> list[int]:
         """Ids as Genie's own tokenizer gives them."""
-        answer, _ = self._child.call({"action": "encode", "text": text}, seconds=ACTION_SECONDS)
-        return [int(token) for token in answer["ids"]]
+        return [int(token) for token in self._call({"action": "encode", "text": text})["ids"]]
 
     def reset(self) -> None:
         """Forget the conversation."""
-        self._child.call({"action": "reset"}, seconds=ACTION_SECONDS)
+        self._call({"action": "reset"})
         self._past, self._kept = 0, []
 
     def stop_at(self, sequences: Sequence[str]) -> None:
         """End text answers at any of these; token answers do not look at them."""
-        self._child.call({"action": "stop_sequences", "stop": list(sequences)}, seconds=ACTION_SECONDS)
+        self._call({"action": "stop_sequences", "stop": list(sequences)})
+        self._stops = list(sequences)
 
     def save(self, folder: Path) -> None:
         """Write the conversation to a folder (Genie makes several files)."""
         folder.mkdir(parents=True, exist_ok=True)
-        self._child.call({"action": "save", "path": str(folder.resolve())}, seconds=ACTION_SECONDS)
+        self._call({"action": "save", "path": str(folder.resolve())})
         (folder / "past").write_text(str(self._past), encoding="ascii")
 
     def restore(self, folder: Path) -> None:
@@ -273,15 +302,16 @@ class GenieRunner:
             past = int((folder / "past").read_text(encoding="ascii"))
         except (OSError, ValueError):
             raise TargetError(f"{folder} holds no saved Genie dialog; expected a folder that `save` wrote") from None
-        self._child.call({"action": "restore", "path": str(folder.resolve())}, seconds=ACTION_SECONDS)
+        self._call({"action": "restore", "path": str(folder.resolve())})
         self._past, self._kept = past, None
 
     def abort(self) -> None:
         """End the running answer soon; callable from another thread."""
-        self._child.send({"action": "abort"})
+        if self._running:
+            self._child.send({"action": "abort"})
 
     def close(self) -> None:
         """Free the dialog and end its process."""
-        if self._running and self._child.alive:
+        if self._child.alive:
             self.abort()
         self._child.close()

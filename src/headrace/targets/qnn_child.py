@@ -18,7 +18,8 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -110,6 +111,7 @@ class Child:
             start_new_session=True,  # Ctrl-C is headrace's to handle: it asks the child to stop
         )
         self._pipe = Pipe(cast(FileIO, self._process.stdout), cast(FileIO, self._process.stdin))
+        self._how: str | None = None  # it was ended from here
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._pipe.reader, selectors.EVENT_READ)
 
@@ -120,7 +122,7 @@ class Child:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None and not issubclass(kind, Exception):
-            self._process.kill()  # Ctrl-C does not wait for a compiler to finish
+            self._end("was interrupted")  # Ctrl-C does not wait for a compiler to finish
         self.close()
 
     @property
@@ -141,8 +143,22 @@ class Child:
         Raises:
             TargetError: the child refused, died, or did not answer in time (it is ended then).
         """
-        self.send(message, arrays)
-        return self.receive(seconds=seconds)
+        with self.exchange():
+            self.send(message, arrays)
+            return self.receive(seconds=seconds)
+
+    @contextmanager
+    def exchange(self) -> Iterator[None]:
+        """Talk that must not be cut in two: an interrupt (Ctrl-C, a closed generator) would leave in the pipes what the
+        next reader takes for its own, so the child is ended then. What is done with a frame belongs into the same block
+        when a lost frame would matter."""
+        try:
+            yield
+        except TargetError:  # said in a whole frame, or the child is gone
+            raise
+        except BaseException:
+            self._end("was interrupted")
+            raise
 
     def send(self, message: Mapping[str, Any], arrays: Arrays | None = None) -> None:
         """Send a frame.
@@ -150,27 +166,37 @@ class Child:
         Raises:
             TargetError: the child is gone.
         """
-        try:
-            self._pipe.send(message, arrays)
-        except (BrokenPipeError, ValueError):
-            raise self._died() from None
+        with self.exchange():
+            try:
+                self._pipe.send(message, arrays)
+            except (BrokenPipeError, ValueError):
+                raise self._died() from None
 
     def receive(self, *, seconds: float) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-        """Wait for a frame.
+        """A frame, waited for.
 
         Raises:
             TargetError: as for `call`.
         """
-        if not self._selector.select(seconds):
-            self._end()
-            raise TargetError(f"{self.task} gave no answer within {seconds:.0f} s and was ended; try a smaller model")
-        try:
-            message, arrays = self._pipe.receive()
-        except EOFError:
-            raise self._died() from None
+        self.wait(seconds)
+        with self.exchange():
+            try:
+                message, arrays = self._pipe.receive()
+            except EOFError:
+                raise self._died() from None
         if "error" in message:
             raise TargetError(message["error"] + self._tail())
         return message, arrays
+
+    def wait(self, seconds: float) -> None:
+        """Until there is a frame; may be interrupted.
+
+        Raises:
+            TargetError: there was none in time; the child is ended.
+        """
+        if not self._selector.select(seconds):
+            self._end("was ended")
+            raise TargetError(f"{self.task} gave no answer within {seconds:.0f} s and was ended; try a smaller model")
 
     def close(self) -> None:
         """Let it free what it holds and leave; end it when it does not."""
@@ -180,12 +206,13 @@ class Child:
         try:
             self._process.wait(GOODBYE_SECONDS)
         except subprocess.TimeoutExpired:
-            self._end()
+            self._end("was ended")
         self._selector.close()
         self._pipe.reader.close()
         self._log.close()
 
-    def _end(self) -> None:
+    def _end(self, how: str) -> None:
+        self._how = how
         self._process.kill()
         self._process.wait()
 
@@ -193,9 +220,11 @@ class Child:
         try:
             status = self._process.wait(GOODBYE_SECONDS)
         except subprocess.TimeoutExpired:
-            self._end()
+            self._end("did not leave")
             status = self._process.wait()
-        if status < 0:
+        if self._how is not None:
+            how = f"{self._how}; open it again"
+        elif status < 0:
             how = f"was ended by {signal.Signals(-status).name}"
             if -status == signal.SIGKILL:
                 how += " (often: out of memory)"
