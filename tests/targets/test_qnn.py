@@ -187,6 +187,22 @@ def test_an_interrupt_does_not_wait_for_the_compiler() -> None:
 
 
 @pytest.mark.qnn
+def test_a_child_whose_talk_was_cut_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answer would be taken for the next one's."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with Child("headrace.targets.qnn_worker", "the HTP compiler") as child:
+        with monkeypatch.context() as patch:
+            patch.setattr(Child, "wait", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                child.call({"action": "run", "name": "x"}, seconds=10)
+        with pytest.raises(TargetError, match="the HTP compiler was interrupted; open it again"):
+            child.call({"action": "run", "name": "x"}, seconds=10)
+
+
+@pytest.mark.qnn
 def test_silence_ends_the_child() -> None:
     with Child("headrace.targets.qnn_worker", "the HTP compiler") as child:
         with pytest.raises(TargetError, match="gave no answer within 0 s and was ended"):

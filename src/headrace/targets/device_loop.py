@@ -24,6 +24,7 @@ from headrace.errors import ContextFull, TargetError
 from headrace.plan import GraphStyle, Part, graph_name, ports
 from headrace.quantize.encodings import Encoding
 from headrace.rope import rope_angles
+from headrace.runtime.engine import Logits
 from headrace.targets.qnn_check import PortEncoding
 
 __all__ = ["DeviceLoop", "Run", "choose_graph", "longest_prompt", "prompt_steps"]
@@ -147,7 +148,7 @@ class DeviceLoop:
         self._cache = self._open(min(lengths), max(contexts)).slots
         self._room = max(contexts) - min(lengths)
 
-    def feed(self, ids: Sequence[int] | NDArray[np.int64], wanted: NDArray[np.int64] | None = None) -> Codes:
+    def feed(self, ids: Sequence[int] | NDArray[np.int64], wanted: NDArray[np.int64] | None = None) -> Logits:
         """Take in tokens → the logits after the wanted ones among them, or after each: float32 (len(wanted), V).
 
         Raises:
