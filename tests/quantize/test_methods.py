@@ -20,8 +20,10 @@ GRIDS = (Grid(4, 16), Grid(4, 32), Grid(4, None), Grid(8, None))
 FLOAT_NOISE = 1e-4
 # Two orders of the same float32 sums may round a code differently when it lies on the edge of two.
 EDGE_SHARE = 0.002
-# U from float64 Cholesky, rounded to float32: relative to the identity it should give.
-FACTOR_NOISE = 1e-3
+# A float32 factor multiplied out again, relative to the largest moment.
+FACTOR_NOISE = 1e-5
+# The same noise, times a condition of about a hundred.
+DIVIDED_NOISE = 1e-3
 # Sums of a few hundred float32 products, relative to the largest.
 SUM_NOISE = 1e-5
 # Half of a loss that is linear in the inputs is taken away: a quarter of its square is left, and damping leaves more.
@@ -89,13 +91,35 @@ def test_gptq_without_correlation_is_rounding() -> None:
     assert np.array_equal(codes, exact)
 
 
-@pytest.mark.parametrize("size", [1, 5, 64, 200])
-def test_inverse_factor_is_one(size: int) -> None:
+@pytest.mark.parametrize("size", [1, 5, 64, 600])
+def test_upper_factor_is_one(size: int) -> None:
     x = np.random.default_rng(size).normal(size=(size * 2, size)).astype(np.float32)
     moment = gptq.damped(x.T @ x)
-    factor = gptq.inverse_factor(moment)
-    assert np.array_equal(factor, np.triu(factor))
-    assert np.abs(factor.T @ factor @ moment - np.eye(size)).max() < FACTOR_NOISE
+    factor = gptq.upper_factor(moment)
+    assert factor.dtype == np.float32 and np.array_equal(factor, np.triu(factor)) and (np.diagonal(factor) > 0).all()
+    assert np.abs(factor @ factor.T - moment).max() < FACTOR_NOISE * np.abs(moment).max()
+    order, unit = gptq.factorize(moment)
+    diagonal = np.diagonal(gptq.upper_factor(moment[np.ix_(order, order)])) ** 2
+    assert np.array_equal(np.diagonal(unit), np.ones(size))
+    assert np.abs(unit * diagonal @ unit.T - moment[np.ix_(order, order)]).max() < FACTOR_NOISE * np.abs(moment).max()
+
+
+@pytest.mark.parametrize("size", [1, 64, 600])
+def test_division_undoes_the_product(size: int) -> None:
+    rng = np.random.default_rng(size)
+    x, wanted = rng.normal(size=(size * 2, size)).astype(np.float32), rng.normal(size=(5, size)).astype(np.float32)
+    moment = gptq.damped(x.T @ x)
+    found = gptq.divide(wanted @ moment, gptq.upper_factor(moment))
+    assert np.abs(found - wanted).max() < DIVIDED_NOISE * np.abs(wanted).max()
+
+
+def test_a_factor_beyond_float32_is_found_in_float64() -> None:
+    # Exact in float32, and what is left of the last of these when the first is known is lost there.
+    moment = np.full((600, 600), 2.0**24, np.float32) + 2 * np.eye(600, dtype=np.float32)
+    with pytest.raises(np.linalg.LinAlgError):
+        gptq._factor_in_place(moment.copy())
+    factor = gptq.upper_factor(moment)
+    assert np.abs(factor @ factor.T - moment).max() < FACTOR_NOISE * np.abs(moment).max()
 
 
 @pytest.mark.parametrize("name", list(METHODS))

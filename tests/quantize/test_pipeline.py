@@ -7,9 +7,17 @@ import pytest
 
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.errors import CalibrationError, RecipeError
-from headrace.model.decoder import EMBEDDING, Residual, block, embed, layer_weights
+from headrace.model.decoder import EMBEDDING, Residual, block, embed, layer_linears, layer_weights
 from headrace.model.ops import Eager
-from headrace.quantize.calibrate import Follower, attention_energy, causal_positions, cut_windows
+from headrace.quantize import calibrate
+from headrace.quantize.calibrate import (
+    Follower,
+    Walk,
+    attention_energy,
+    causal_positions,
+    cut_windows,
+    embed_windows,
+)
 from headrace.quantize.grid import dequantize
 from headrace.quantize.pipeline import QuantizedLayer, linear_names, quantize_layers, quantize_table
 from headrace.quantize.recipe import Rule
@@ -85,14 +93,47 @@ def test_a_linear_is_calibrated_on_the_quantized_ones_before_it(source: Checkpoi
     stream = embed(ops, ids)
     for number in range(2):
         stream, _ = block(ops, number, stream, at, None)
-    seen = []
-    follower = Follower(source.config, weights, lambda names, x: seen.append((names, x)))
-    stream = embed(follower, ids)
-    for number in range(2):
-        stream, _ = block(follower, number, stream, at, None)
-    assert [names[0] for names, _ in seen][-1] == "layers.1.mlp.down_proj.weight"
-    assert len(seen) == 8
-    assert np.allclose(seen[-1][1], inputs[0], atol=ORDER_NOISE * np.abs(inputs[0]).max())
+    states = embed_windows(source.config, weights[EMBEDDING], ids)
+    Walk(source.config, weights, 0, states, at).finish()
+    steps, groups = Walk(source.config, weights, 1, states, at), []
+    while names := steps.advance():
+        groups.append(names)
+        last = np.concatenate(steps.inputs)
+    assert groups == list(layer_linears(1))
+    assert np.allclose(last, inputs[0], atol=ORDER_NOISE * np.abs(inputs[0]).max())
+
+
+@pytest.mark.parametrize("tokens", [1, 80, 10_000])
+def test_windows_that_walk_together_do_not_matter(
+    source: Checkpoint, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = windows(source, count=5)
+    weights = {name: source.tensor(name).load() for name in layer_weights(0)}
+    at = causal_positions(source.config, ids.shape[1])
+    whole = embed_windows(source.config, source.tensor(EMBEDDING).load(), ids)
+    stream, (keys, values) = block(Eager(source.config, weights.__getitem__), 0, Residual(whole), at, None)
+    expected = stream.settle(Eager(source.config, {}.__getitem__))
+    monkeypatch.setattr(calibrate, "_TOKENS", tokens)
+    states = embed_windows(source.config, source.tensor(EMBEDDING).load(), ids)
+    steps = Walk(source.config, weights, 0, states, at)
+    while steps.advance():
+        assert sum(map(len, steps.inputs)) == len(ids) and len(steps.inputs) == -(-5 // max(1, tokens // 40))
+    assert np.abs(states - expected).max() < ORDER_NOISE * np.abs(expected).max()
+    assert steps.key_peak == pytest.approx(np.abs(keys).max(), rel=ORDER_NOISE)
+    assert steps.value_peaks == pytest.approx(np.abs(values).max((0, 2)), rel=ORDER_NOISE)
+
+
+def test_large_hidden_states_are_in_a_file(source: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, ids = source.tensor(EMBEDDING).load(), windows(source)
+    monkeypatch.setattr(calibrate, "_MAPPED", 0)
+    states = embed_windows(source.config, table, ids)
+    assert isinstance(states, np.memmap)
+    assert np.array_equal(states, table[ids])
+
+
+@pytest.mark.parametrize("method", ["gptq", "best"])
+def test_jobs_do_not_matter(source: Checkpoint, method: str) -> None:
+    assert all(same(a, b) for a, b in zip(run(source, method, jobs=1), run(source, method, jobs=3), strict=True))
 
 
 def test_follower_computes_what_the_decoder_says(source: Checkpoint) -> None:
@@ -145,5 +186,5 @@ def test_attention_energy_is_the_squared_shares_in_proportion_to_the_stream(sour
     stream = embed(ops, ids)
     block(ops, 0, stream, at, None)
     exact = np.einsum("bhqt,bhqt,bq->bt", shares[0], shares[0], 1 / np.square(stream.x).sum(2))
-    energy = attention_energy(source.config, weights, 0, stream, at)
+    energy = attention_energy(source.config, weights, 0, stream.x, at)
     assert np.allclose(energy, exact, rtol=1e-3)

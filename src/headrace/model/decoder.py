@@ -6,13 +6,16 @@ interpretation runs it, how layers are split into parts, nor where the cache liv
     ids ─ embed ─► block 0 ─► … ─► block L−1 ─► head ─► logits
                      │ ▲
                new k,v past k,v
+
+A block can also be walked, pausing before each group of linears: whoever calibrates looks at their input there, and
+may change their weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from headrace.model.ops import Ops, Positions
 
@@ -26,6 +29,7 @@ __all__ = [
     "head",
     "layer_linears",
     "layer_weights",
+    "walk",
 ]
 
 T = TypeVar("T")
@@ -64,16 +68,38 @@ def block(
     ops: Ops[T], layer: int, stream: Residual[T], at: Positions[T], past: tuple[T, T] | None
 ) -> tuple[Residual[T], tuple[T, T]]:
     """One layer: the stream after it, and its new keys and values (see `Ops.attention`)."""
+    steps = walk(ops, layer, stream, at, past)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return cast(tuple[Residual[T], tuple[T, T]], end.value)
+
+
+def walk(
+    ops: Ops[T], layer: int, stream: Residual[T], at: Positions[T], past: tuple[T, T] | None
+) -> Generator[tuple[tuple[str, ...], T], None, tuple[Residual[T], tuple[T, T]]]:
+    """`block`, a step at a time: yields each group of linears and their input, before they are computed.
+
+    What is not needed after a pause is let go before it: many may wait there at once.
+    """
     p = f"layers.{layer}"
+    projections, output, gate_up, down = layer_linears(layer)
     normed, x = stream.norm(ops, f"{p}.input_layernorm.weight")
-    projections, (output,), gate_up, (down,) = layer_linears(layer)
+    yield projections, normed
     q, k, v = ops.linears(normed, projections)
     mixed, new = ops.attention(q, k, v, at, past, f"{p}.self_attn")
-    update = ops.linear(mixed, output)
+    del stream, normed, q, k, v
+    yield output, mixed
+    update = ops.linear(mixed, output[0])
     normed, x = ops.add_norm(x, update, f"{p}.post_attention_layernorm.weight", f"{p}.attn_residual")
+    del mixed, update
+    yield gate_up, normed
     gate, up = ops.linears(normed, gate_up)
     gated = ops.multiply(ops.silu(gate, f"{p}.mlp.silu"), up, f"{p}.mlp.gated")
-    return Residual(x, ops.linear(gated, down), f"{p}.residual"), new
+    del normed, gate, up
+    yield down, gated
+    return Residual(x, ops.linear(gated, down[0]), f"{p}.residual"), new
 
 
 def head(ops: Ops[T], stream: Residual[T], wanted: T | None = None) -> T:

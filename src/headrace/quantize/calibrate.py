@@ -1,13 +1,14 @@
-"""Calibration windows, and the Eager that shows a group of linears their input before it computes them.
+"""Calibration windows, their hidden states, and the Eager that walks them through a layer in little memory.
 
-The text is cut into windows; all windows walk through the decoder together, a layer at a time, so that one layer's
-weights are in memory and every window's hidden states are. Knows no method, no file and no text: only token ids.
+The text is cut into windows; all windows walk through the decoder a layer at a time, so that one layer's weights are
+in memory and every window's hidden states are. Within a layer a few windows at a time go from one group of linears to
+the next, where they wait for the others. Knows no method, no file and no text: only token ids.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,16 @@ from numpy.typing import NDArray
 
 from headrace.config import ModelConfig
 from headrace.errors import CalibrationError
-from headrace.model.decoder import Residual, block, layer_linears
+from headrace.model.decoder import EMBEDDING, Residual, walk
 from headrace.model.ops import Array, Eager, Positions
 from headrace.model.reference import causal_mask
+from headrace.quantize.parallel import spread
 from headrace.rope import rope_tables
 
-__all__ = ["Follower", "attention_energy", "causal_positions", "cut_windows"]
+__all__ = ["Follower", "Walk", "attention_energy", "causal_positions", "cut_windows", "embed_windows", "pieces"]
 
+_TOKENS = 2048  # that walk together from one group of linears to the next
+_MAPPED = 1 << 30  # bytes of hidden states above which they are in a file, which the system may write out
 _QUERIES = 128  # of a window, whose scores are held at once
 _STEEP = np.float32(80)  # silu(−80) is −1e-33: zero beside anything
 
@@ -53,37 +57,62 @@ def causal_positions(config: ModelConfig, length: int) -> Positions[Array]:
     return Positions(cos[None, None], sin[None, None], causal_mask(0, length))
 
 
+def embed_windows(config: ModelConfig, table: Array, windows: NDArray[np.int64]) -> Array:
+    """Hidden states of windows (W, S) before the first layer, (W, S, H) float32; in an unnamed file when large."""
+    shape = (*windows.shape, config.hidden_size)
+    if 4 * np.prod(shape, dtype=np.int64) > _MAPPED:
+        with tempfile.TemporaryFile() as file:
+            states: Array = np.memmap(file, np.float32, "w+", shape=shape)
+    else:
+        states = np.empty(shape, np.float32)
+    ops = Follower(config, {EMBEDDING: table})
+    for some, ids in zip(pieces(states), pieces(windows), strict=True):
+        some[:] = ops.embed(ids, EMBEDDING)
+    return states
+
+
+def pieces(of_windows: NDArray[Any]) -> list[NDArray[Any]]:
+    """Views of a few windows each, of an array (W, S, …)."""
+    count = max(1, _TOKENS // of_windows.shape[1])
+    return [of_windows[start : start + count] for start in range(0, len(of_windows), count)]
+
+
 class Follower(Eager):
-    """Eager with one layer's weights, which calls `arrive` when all windows' input of a group of linears is known.
+    """Eager with one layer's weights, in little memory: what is not read again is written over.
+
+    The sums of the residual stream take the place of the stream that a block was given. Keys and values are not kept,
+    only how large they were.
 
     Args:
         config: the geometry.
-        weights: canonical name → float32 array; may be changed by `arrive`, and is read after it.
-        arrive: called with a group's weight names and their input (…, K), before the first of them is computed.
+        weights: canonical name → float32 array; may change while a block waits.
+
+    Attributes:
+        key_peak: the largest |key|, after rope, that was seen.
+        value_peaks: the same of each value channel, (kv_heads, D).
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        weights: Mapping[str, Array],
-        arrive: Callable[[tuple[str, ...], Array], None] | None = None,
-    ) -> None:
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Array]) -> None:
         super().__init__(config, weights.__getitem__)
-        self._arrive = arrive
-        self.residual: Array | None = None
-        groups = (group for layer in range(config.num_layers) for group in layer_linears(layer))
-        self._groups = {group[0]: group for group in groups}
-
-    def tap_linear(self, weight: str, x: Array) -> None:
-        if self._arrive is not None and weight in self._groups:
-            self._arrive(self._groups[weight], x)
+        self.key_peak = 0.0
+        self.value_peaks = np.zeros((config.num_kv_heads, config.head_dim), np.float32)
 
     def add(self, a: Array, b: Array, name: str) -> Array:
-        """As `Ops.add`; the last sum of the residual stream, as its name says, is kept in `residual`."""
-        total = super().add(a, b, name)
+        """As `Ops.add`; the residual stream, as its name says, in a's own memory."""
         if name.endswith("residual"):
-            self.residual = total
-        return total
+            a += b
+            return a
+        return super().add(a, b, name)
+
+    def attention(
+        self, q: Array, k: Array, v: Array, at: Positions[Array], past: tuple[Array, Array] | None, name: str
+    ) -> tuple[Array, tuple[Array, Array]]:
+        """As `Ops.attention`, but empty keys and values are returned."""
+        mixed, (keys, values) = super().attention(q, k, v, at, past, name)
+        if keys.size:
+            self.key_peak = max(self.key_peak, float(keys.max()), -float(keys.min()))
+            np.maximum(self.value_peaks, np.abs(values).max((0, 2)), out=self.value_peaks)
+        return mixed, (keys[..., :0].copy(), values[:, :, :0].copy())
 
     def silu(self, x: Array, name: str) -> Array:
         """As `Ops.silu`, in x's own memory: these arrays are the largest of all, and nobody reads x again."""
@@ -101,37 +130,92 @@ class Follower(Eager):
             return a
         return super().multiply(a, b, name)
 
-    def attended(self, window: int, shares: Array) -> None:
-        """Called with the attention of a few queries of a window, (heads, queries, tokens up to the last of them)."""
-
     def weighted_values(self, q: Array, keys: Array, values: Array, mask: Array, name: str) -> Array:
-        """As `Ops.weighted_values` for windows without a past, a few queries at a time and without their future:
-        the scores of all windows would not fit in memory, and half of them would be blocked."""
+        """As `Ops.weighted_values` for windows without a past."""
         batch, heads, length, width = q.shape
         kv_heads = keys.shape[1]
         out = np.empty((batch, length, heads, width), np.float32)
+        for window, at, shares in self.shares(q, keys, mask):
+            mixed = shares.reshape(kv_heads, -1, at.stop) @ values[window, :, : at.stop]
+            out[window, at] = mixed.reshape(heads, -1, width).transpose(1, 0, 2)
+        return out.reshape(batch, length, heads * width)
+
+    def shares(self, q: Array, keys: Array, mask: Array) -> Iterator[tuple[int, slice, Array]]:
+        """The attention of a few queries of a window at a time and without their future: (window, queries, shares
+        (heads, queries, tokens up to the last of them)). The scores of all windows would not fit in memory, and half
+        of them would be blocked."""
+        batch, heads, length, width = q.shape
         for window in range(batch):
             for start in range(0, length, _QUERIES):
-                stop = min(start + _QUERIES, length)
-                few = q[window, :, start:stop].reshape(kv_heads, -1, width)  # (kvH, G·s, D)
-                scores = (few @ keys[window, :, :, :stop]).reshape(heads, stop - start, stop)
-                scores += mask[0, 0, start:stop, :stop]
+                at = slice(start, min(start + _QUERIES, length))
+                few = q[window, :, at].reshape(keys.shape[1], -1, width)  # (kvH, G·s, D)
+                scores = (few @ keys[window, :, :, : at.stop]).reshape(heads, -1, at.stop)
+                scores += mask[0, 0, at, : at.stop]
                 scores -= scores.max(-1, keepdims=True)
                 np.exp(scores, out=scores)
                 scores /= scores.sum(-1, keepdims=True)
-                self.attended(window, scores)
-                mixed = (scores.reshape(kv_heads, -1, stop) @ values[window, :, :stop]).reshape(
-                    heads, stop - start, width
-                )
-                out[window, start:stop] = mixed.transpose(1, 0, 2)
-        return out.reshape(batch, length, heads * width)
+                yield window, at, scores
+
+
+class Walk:
+    """All windows on their way through a layer: a few at a time from one group of linears to the next.
+
+    Args:
+        config: the geometry.
+        weights: of the layer; a group's may change while it waits.
+        layer: its number.
+        states: hidden states (W, S, H); after the last group they are those after the layer.
+        at: positions of a window.
+
+    Attributes:
+        inputs: of the group that waits, (W', S, K) for the windows that walk together, or none at the end.
+    """
+
+    def __init__(
+        self, config: ModelConfig, weights: Mapping[str, Array], layer: int, states: Array, at: Positions[Array]
+    ) -> None:
+        self.states = pieces(states)
+        self._ops = [Follower(config, weights) for _ in self.states]
+        self._steps = [
+            walk(ops, layer, Residual(some), at, None) for ops, some in zip(self._ops, self.states, strict=True)
+        ]
+        self.inputs: list[Array] = []
+
+    def advance(self) -> tuple[str, ...]:
+        """Go on to the next group of linears: its weights' names, or none at the end."""
+        self.inputs.clear()
+        arrived = spread(self._step, range(len(self._steps)))
+        self.inputs = [group[1] for group in arrived if group is not None]
+        return next((group[0] for group in arrived if group is not None), ())
+
+    def finish(self) -> None:
+        """Go on to the end, stopping nowhere."""
+        while self.advance():
+            pass
+
+    def _step(self, number: int) -> tuple[tuple[str, ...], Array] | None:
+        try:
+            return next(self._steps[number])
+        except StopIteration as end:
+            end.value[0].settle(self._ops[number])
+            return None
+
+    @property
+    def key_peak(self) -> float:
+        """The largest |key|, after rope."""
+        return max(ops.key_peak for ops in self._ops)
+
+    @property
+    def value_peaks(self) -> Array:
+        """The largest |value| of each channel, (kv_heads, D)."""
+        return np.asarray(np.max([ops.value_peaks for ops in self._ops], 0), np.float32)
 
 
 def attention_energy(
-    config: ModelConfig, weights: Mapping[str, Array], layer: int, stream: Residual[Array], at: Positions[Array]
+    config: ModelConfig, weights: Mapping[str, Array], layer: int, states: Array, at: Positions[Array]
 ) -> Array:
     """How much each token is looked at in a layer: the sum of squared attention shares over all queries and heads,
-    each query's in proportion to its residual stream.
+    each query's in proportion to its residual stream `states` (W, S, H).
 
     An error in a token's value reaches every query in proportion to its share. The first token, where many heads
     rest when they have nothing to look for, has hundreds of times the energy of the others.
@@ -139,24 +223,30 @@ def attention_energy(
     Returns:
         (windows, length) float32.
     """
-    energy = np.zeros(stream.x.shape[:2], np.float32)
-    weak = 1 / np.maximum(np.einsum("bsk,bsk->bs", stream.x, stream.x), np.finfo(np.float32).tiny)
+    energy = np.zeros(states.shape[:2], np.float32)
 
     class Watch(Follower):
-        def attended(self, window: int, shares: Array) -> None:
-            queries, tokens = shares.shape[1:]
-            counts = weak[window, tokens - queries : tokens]
-            energy[window, :tokens] += np.einsum("q,hqt,hqt->t", counts, shares, shares)
+        """Computes queries and keys, and how they meet."""
 
-        def add_norm(self, x: Array, update: Array, weight: str, name: str) -> tuple[Array, Array]:
-            if weight.endswith("post_attention_layernorm.weight"):
-                raise _Seen
-            return super().add_norm(x, update, weight, name)
+        def __init__(self, stream: Array, energy: Array) -> None:
+            super().__init__(config, weights)
+            self.weak = 1 / np.maximum(np.einsum("bsk,bsk->bs", stream, stream), np.finfo(np.float32).tiny)
+            self.energy = energy
 
-    with contextlib.suppress(_Seen):
-        block(Watch(config, weights), layer, stream, at, None)
+        def linears(self, x: Array, weights: Sequence[str]) -> tuple[Array, ...]:
+            q, k = (self.linear(x, weight) for weight in weights[:2])
+            return q, k, k  # values play no part
+
+        def weighted_values(self, q: Array, keys: Array, values: Array, mask: Array, name: str) -> Array:
+            for window, queries, shares in self.shares(q, keys, mask):
+                np.square(shares, out=shares)
+                self.energy[window, : queries.stop] += (self.weak[window, queries] @ shares).sum(0)
+            return q
+
+    def count(some: tuple[Array, Array]) -> None:
+        steps = walk(Watch(*some), layer, Residual(some[0]), at, None)
+        next(steps), next(steps)  # attention lies between the first two groups of linears
+        steps.close()
+
+    spread(count, zip(pieces(states), pieces(energy), strict=True))
     return energy
-
-
-class _Seen(Exception):
-    """The part of a block that was wanted has been computed."""

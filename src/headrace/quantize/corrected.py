@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from headrace.quantize import descent, gptq
 from headrace.quantize.grid import Grid, QuantizedTensor
+from headrace.quantize.parallel import spread
 from headrace.quantize.statistics import InputStatistics
 
 __all__ = ["corrected", "quantize"]
@@ -34,6 +35,12 @@ def corrected(weight: Array, statistics: InputStatistics) -> Array:
     """The float weight (N, K) whose output on x is nearer to the float model's; the weight when x* is not known."""
     if statistics.shift is None:
         return weight
-    moment = gptq.damped(statistics.moment, DAMPING).astype(np.float64)
-    change = np.linalg.solve(moment, (weight @ statistics.shift).T.astype(np.float64)).T
-    return np.asarray(weight + SHARE * change, np.float32)
+    factor, shift = gptq.upper_factor(gptq.damped(statistics.moment, DAMPING)), statistics.shift
+
+    def strip(rows: slice) -> Array:
+        change = gptq.divide(weight[rows] @ shift, factor)
+        change *= np.float32(SHARE)
+        change += weight[rows]
+        return change
+
+    return np.concatenate(spread(strip, gptq.strips(len(weight))))

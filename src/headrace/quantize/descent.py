@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from headrace.quantize import gptq
 from headrace.quantize.grid import Grid, QuantizedTensor, storable
+from headrace.quantize.parallel import spread
 from headrace.quantize.statistics import InputStatistics
 
 __all__ = ["improve", "quantize"]
@@ -20,7 +21,8 @@ __all__ = ["improve", "quantize"]
 Array = NDArray[np.float32]
 
 SWEEPS = 2  # a third gains a tenth of what the first did
-_LAZY = 32  # columns whose changes reach the others in one product
+_LAZY = 128  # columns whose slopes come from one product
+_NEAR = 16  # of these, columns that hear of changes one after the other
 _LEAST = np.float32(0.3)  # a scale shrinks to no less than this share in a sweep
 
 
@@ -39,56 +41,117 @@ def improve(weight: Array, moment: Array, start: QuantizedTensor, sweeps: int = 
         start: where to begin; its grid is kept.
         sweeps: times that every scale and code is visited.
     """
-    rows, columns = weight.shape
-    grid, blocks = start.grid, start.scales.shape[1]
+
+    def strip(rows: slice) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+        return _improve(weight[rows], start.codes[rows], start.scales[rows], moment, start.grid, sweeps)
+
+    codes, scales = zip(*spread(strip, gptq.strips(len(weight))), strict=True)
+    return QuantizedTensor(np.concatenate(codes), np.concatenate(scales), start.grid)
+
+
+def _improve(
+    weight: Array, start: NDArray[np.int8], scales: NDArray[np.float16], moment: Array, grid: Grid, sweeps: int
+) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+    columns, blocks = weight.shape[1], scales.shape[1]
     block = columns // blocks
-    steps = np.ascontiguousarray(start.scales.astype(np.float32).T)  # (blocks, N)
-    codes = np.ascontiguousarray(start.codes.T.astype(np.float32))  # (K, N)
+    steps = np.ascontiguousarray(scales.astype(np.float32).T)  # (blocks, N)
+    codes = np.ascontiguousarray(start.T).astype(np.float32)  # (K, N)
     error = np.ascontiguousarray(weight.T)
-    error -= (codes.reshape(blocks, block, rows) * steps[:, None]).reshape(columns, rows)
-    slope = moment @ error  # (K, N): minus half the loss's gradient
-    for _ in range(sweeps):
-        for b in range(blocks):
-            _move_scales(slice(b * block, (b + 1) * block), codes, steps[b], slope, moment)
-        for begin in range(0, columns, _LAZY):
-            _move_codes(begin, min(begin + _LAZY, columns), codes, steps, slope, moment, grid)
-    return QuantizedTensor(
-        np.ascontiguousarray(codes.T).astype(np.int8), np.ascontiguousarray(steps.T).astype(np.float16), grid
-    )
+    for b in range(blocks):
+        error[b * block : (b + 1) * block] -= codes[b * block : (b + 1) * block] * steps[b]
+    width = _LAZY if blocks == 1 else max(_LAZY, block)
+    panels = [slice(begin, min(begin + width, columns)) for begin in range(0, columns, width)]
+    # Of each column's slope, (moment @ error) (K, N), the share of the columns that the sweep to come visits later.
+    # They have not changed since the sweep before went the other way, and computed it as that of those visited.
+    later = np.empty_like(error)
+    for at in panels:
+        np.matmul(moment[at, : at.start], error[: at.start], out=later[at])
+    for sweep in range(sweeps):
+        backward = sweep % 2 == 0
+        if blocks == 1:
+            _move_row_scale(codes, steps[0], error, later, moment, panels, backward)
+        for at in panels[::-1] if backward else panels:
+            visited = slice(at.stop, None) if backward else slice(at.start)
+            earlier = moment[at, visited] @ error[visited]
+            slope = later[at] + earlier
+            slope += moment[at, at] @ error[at]
+            later[at] = earlier
+            near = moment[at, at]
+            if blocks > 1:
+                _move_block_scales(codes[at], steps[at.start // block : at.stop // block], error[at], slope, near)
+            _move_codes(codes[at], steps[at.start // block : -(-at.stop // block)], error[at], slope, near, grid)
+    return np.ascontiguousarray(codes.T.astype(np.int8)), np.ascontiguousarray(steps.T).astype(np.float16)
 
 
-def _move_scales(at: slice, codes: Array, step: Array, slope: Array, moment: Array) -> None:
-    """One block's scales, `step` (N,), to codesᵀ·H·w / codesᵀ·H·codes, the other blocks fixed; in place."""
-    mine = codes[at]
-    gain = np.einsum("kn,kn->n", mine, slope[at])
-    curvature = np.einsum("kn,kn->n", mine, moment[at, at] @ mine)
+def _moved(step: Array, gain: Array, curvature: Array) -> Array:
+    """Scales (N,) at the least loss, as they are stored."""
     wanted = step + np.divide(gain, curvature, out=np.zeros_like(gain), where=curvature > 0)
-    new = storable(np.where(wanted > _LEAST * step, wanted, step)).astype(np.float32)
-    slope -= moment[:, at] @ (mine * (new - step))
+    return storable(np.where(wanted > _LEAST * step, wanted, step)).astype(np.float32)
+
+
+def _move_row_scale(
+    codes: Array, step: Array, error: Array, later: Array, moment: Array, panels: list[slice], backward: bool
+) -> None:
+    """One scale a row, `step` (N,), to its optimum codesᵀ·H·w / codesᵀ·H·codes; in place, and so `error`, `later`.
+
+    The products of codes with all of H are twice those with one side of its diagonal.
+    """
+    gain, curvature = np.zeros_like(step), np.zeros_like(step)
+    reach = np.empty_like(codes)
+    for at in panels:
+        side = slice(at.start) if backward else slice(at.stop, None)
+        np.matmul(moment[at, side], codes[side], out=reach[at])
+        own = moment[at, at] @ codes[at]
+        gain += np.einsum("kn,kn->n", codes[at], later[at])
+        own += reach[at]
+        gain += np.einsum("kn,kn->n", error[at], own)
+        own += reach[at]
+        curvature += np.einsum("kn,kn->n", codes[at], own)
+    new = _moved(step, gain, curvature)
+    change = new - step
+    for at in panels:
+        error[at] -= codes[at] * change
+        later[at] -= reach[at] * change
     step[:] = new
 
 
-def _move_codes(begin: int, end: int, codes: Array, steps: Array, slope: Array, moment: Array, grid: Grid) -> None:
-    """Columns begin … end−1, one after the other, to the best codes for the others fixed; in place."""
-    block = codes.shape[0] // steps.shape[0]
+def _move_block_scales(codes: Array, steps: Array, error: Array, slope: Array, near: Array) -> None:
+    """Scales (blocks, N) of a few columns' blocks, one after the other, to their optima for the others; in place.
+
+    All arrays are those columns' part, `near` their part of H.
+    """
+    block = len(codes) // len(steps)
+    for b, step in enumerate(steps):
+        at = slice(b * block, (b + 1) * block)
+        gain = np.einsum("kn,kn->n", codes[at], slope[at])
+        curvature = np.einsum("kn,kn->n", codes[at], near[at, at] @ codes[at])
+        new = _moved(step, gain, curvature)
+        change = codes[at] * (new - step)
+        error[at] -= change
+        slope -= near[:, at] @ change
+        step[:] = new
+
+
+def _move_codes(codes: Array, steps: Array, error: Array, slope: Array, near: Array, grid: Grid) -> None:
+    """A few columns, one after the other, to the best codes for the others fixed; in place, as above."""
+    columns = len(codes)
+    block = -(-columns // len(steps))
     bottom, top = np.float32(grid.bottom), np.float32(grid.top)
-    near = moment[begin:end, begin:end]
-    here = slope[begin:end]
-    changes = np.empty_like(here)
+    changes = np.empty_like(slope)
     new = np.empty(codes.shape[1], np.float32)
-    for j in range(begin, end):
-        step, change = steps[j // block], changes[j - begin]
-        np.divide(here[j - begin], moment[j, j], out=new)
-        new /= step
-        new += codes[j]
-        np.rint(new, out=new)
-        np.minimum(new, top, out=new)
-        np.maximum(new, bottom, out=new)  # np.clip takes twice as long on so few values
-        np.subtract(new, codes[j], out=change)
-        change *= step
-        codes[j] = new
-        later = slice(j - begin + 1, None)
-        here[later] -= near[later, j - begin, None] * change
-    here -= np.triu(near) @ changes  # what the loop did not tell the columns before
-    slope[:begin] -= moment[:begin, begin:end] @ changes
-    slope[end:] -= moment[end:, begin:end] @ changes
+    for first in range(0, columns, _NEAR):
+        last = min(first + _NEAR, columns)
+        slope[first:last] -= near[first:last, :first] @ changes[:first]
+        for j in range(first, last):
+            here, change, step = slope[j], changes[j], steps[j // block]
+            here -= near[j, first:j] @ changes[first:j]
+            np.divide(here, near[j, j], out=new)
+            new /= step
+            new += codes[j]
+            np.rint(new, out=new)
+            np.minimum(new, top, out=new)
+            np.maximum(new, bottom, out=new)  # np.clip takes twice as long on so few values
+            np.subtract(new, codes[j], out=change)
+            change *= step
+            codes[j] = new
+    error -= changes

@@ -1,27 +1,45 @@
 """GPTQ: columns are rounded one after the other, and each column's error is made up for by those still to come.
 
 Source: Frantar et al. 2022 (GPTQ), with columns in the order of falling activation energy ("act-order") and the
-scales of all blocks fixed beforehand ("static groups"), so that a block stays contiguous on disk.
+scales of all blocks fixed beforehand ("static groups"), so that a block stays contiguous on disk. The error of a column
+is not pushed into the later ones: these gather it when their turn comes. With moment = U·D·Uᵀ, U upper with ones on its
+diagonal, the loss of errors e (one row of them) is Σ d_k (e_k + Σ_{j<k} e_j U_jk)², so column k is rounded from
+w_k + Σ_{j<k} e_j U_jk, which is what GPTQ does (Chee et al. 2023, QuIP, theorem 6) without inverting anything.
 This file does not know where the second moments come from.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from headrace.quantize.grid import Grid, QuantizedTensor, dequantize, fit_scales
+from headrace.quantize.parallel import spread
 from headrace.quantize.statistics import InputStatistics
 
-__all__ = ["damped", "factorize", "inverse_factor", "quantize", "rounding_loss", "solve", "solve_codes"]
+__all__ = [
+    "damped",
+    "divide",
+    "factorize",
+    "quantize",
+    "rounding_loss",
+    "solve",
+    "solve_codes",
+    "strips",
+    "upper_factor",
+]
 
 Array = NDArray[np.float32]
 
 DAMPING = 0.1  # of the typical energy of a channel
 _POWERS = (0.5, 1.0)
 _TRIED = 48  # rows
-_LAZY = 96  # columns whose error reaches the later ones in one product
-_TRIANGLE = 64  # below this a triangle is inverted directly
+_LAZY = 128  # columns that hear of the error of all earlier ones in one product
+_NEAR = 16  # of these, columns that hear of it one after the other
+_PANEL = 256  # columns of a factor that are computed at once
+_STRIP = 2048  # rows solved at once: bounds the temporary memory, and cores share strips
 
 
 def quantize(weight: Array, statistics: InputStatistics, grid: Grid) -> QuantizedTensor:
@@ -47,8 +65,13 @@ def solve(weight: Array, moment: Array, grid: Grid) -> QuantizedTensor:
         return rounding_loss(few, dequantize(tried), moment)
 
     best = min(powers, key=loss) if len(powers) > 1 else powers[0]
-    scales = fit_scales(weight, grid, energy**best)
-    return QuantizedTensor(solve_codes(weight, factor, scales, grid), scales, grid)
+
+    def strip(rows: slice) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+        scales = fit_scales(weight[rows], grid, energy**best)
+        return solve_codes(weight[rows], factor, scales, grid), scales
+
+    codes, scales = zip(*spread(strip, strips(len(weight))), strict=True)
+    return QuantizedTensor(np.concatenate(codes), np.concatenate(scales), grid)
 
 
 def damped(moment: Array, damping: float = DAMPING) -> Array:
@@ -63,20 +86,41 @@ def damped(moment: Array, damping: float = DAMPING) -> Array:
     return out
 
 
-def inverse_factor(moment: Array) -> Array:
-    """The upper U with moment⁻¹ = Uᵀ U, float32 (K, K), from one Cholesky factor and one triangular inverse.
+def upper_factor(moment: Array) -> Array:
+    """The upper R, its diagonal positive, with moment = R Rᵀ, float32 (K, K).
 
-    With J the reversal of order and J·moment·J = L Lᵀ, U = J L⁻¹ J.
+    From the last panel of columns to the first, each from those right of it. Only where float32 fails is it float64.
     """
-    lower = np.linalg.cholesky(moment[::-1, ::-1].astype(np.float64))
-    _invert_lower(lower)
-    return np.ascontiguousarray(lower[::-1, ::-1].astype(np.float32))
+    try:
+        return _factor_in_place(moment.copy())
+    except np.linalg.LinAlgError:
+        return _factor_in_place(moment.astype(np.float64)).astype(np.float32)
 
 
 def factorize(moment: Array) -> tuple[NDArray[np.intp], Array]:
-    """The order of falling energy, and the factor U of the moment in that order (see `inverse_factor`)."""
+    """The order of falling energy, and the factor U of the moment in that order, with ones on its diagonal."""
     order = np.argsort(-np.diagonal(moment), kind="stable")
-    return order, inverse_factor(moment[np.ix_(order, order)])
+    factor = upper_factor(moment[np.ix_(order, order)])
+    factor /= np.diagonal(factor).copy()
+    return order, factor
+
+
+def divide(values: Array, factor: Array) -> Array:
+    """values · (R Rᵀ)⁻¹ for a factor R (K, K) of `upper_factor`, (N, K), a panel of columns at a time."""
+    out = values.copy()
+    columns = len(factor)
+    panels = [slice(start, min(start + _PANEL, columns)) for start in range(0, columns, _PANEL)]
+    inverses = [np.linalg.inv(factor[at, at].astype(np.float64)).astype(np.float32) for at in panels]
+    for at, inverse in zip(panels[::-1], inverses[::-1], strict=True):  # by Rᵀ: the last column first
+        out[:, at] = (out[:, at] - out[:, at.stop :] @ factor[at, at.stop :].T) @ inverse.T
+    for at, inverse in zip(panels, inverses, strict=True):  # by R
+        out[:, at] = (out[:, at] - out[:, : at.start] @ factor[: at.start, at]) @ inverse
+    return out
+
+
+def strips(rows: int) -> list[slice]:
+    """Rows that are solved together."""
+    return [slice(start, min(start + _STRIP, rows)) for start in range(0, rows, _STRIP)]
 
 
 def solve_codes(
@@ -93,31 +137,33 @@ def solve_codes(
         factors: of the second moment, from `factorize`.
         scales: (N, blocks), as stored.
         grid: bits and block.
-        lazy: columns handled before later ones are told; changes the speed, not the result.
+        lazy: columns that hear of all earlier errors in one product; changes the speed, not the result.
     """
     rows, columns = weight.shape
     order, factor = factors
     block = columns // scales.shape[1]
     steps = np.ascontiguousarray(scales.astype(np.float32).T)  # (blocks, N)
-    rest = np.ascontiguousarray(weight.T[order])  # (K, N): a column of the weight is contiguous
     codes = np.empty((columns, rows), np.int8)
+    errors = np.empty((columns, rows), np.float32)  # weight − rounded, in order
+    code = np.empty(rows, np.float32)
     bottom, top = np.float32(grid.bottom), np.float32(grid.top)
     for start in range(0, columns, lazy):
         stop = min(start + lazy, columns)
-        errors = np.empty((stop - start, rows), np.float32)
-        for i in range(start, stop):
-            step = steps[order[i] // block]
-            code = rest[i] / step
-            np.rint(code, out=code)
-            np.minimum(code, top, out=code)
-            np.maximum(code, bottom, out=code)
-            codes[order[i]] = code
-            code *= step
-            error = errors[i - start]
-            np.subtract(rest[i], code, out=error)
-            error /= factor[i, i]
-            rest[i + 1 : stop] -= factor[i, i + 1 : stop, None] * error
-        rest[stop:] -= factor[start:stop, stop:].T @ errors
+        exact = np.ascontiguousarray(weight[:, order[start:stop]].T)  # a column of the weight is contiguous
+        wanted = exact + factor[:start, start:stop].T @ errors[:start]
+        for first in range(start, stop, _NEAR):
+            last = min(first + _NEAR, stop)
+            wanted[first - start : last - start] += factor[start:first, first:last].T @ errors[start:first]
+            for i in range(first, last):
+                goal, step = wanted[i - start], steps[order[i] // block]
+                goal += factor[first:i, i] @ errors[first:i]
+                np.divide(goal, step, out=code)
+                np.rint(code, out=code)
+                np.minimum(code, top, out=code)
+                np.maximum(code, bottom, out=code)  # np.clip takes twice as long on so few values
+                codes[order[i]] = code
+                code *= step
+                np.subtract(exact[i - start], code, out=errors[i])
     return np.ascontiguousarray(codes.T)
 
 
@@ -127,13 +173,25 @@ def rounding_loss(weight: Array, rounded: Array, moment: Array) -> float:
     return float(np.einsum("nk,nk->", error @ moment, error, dtype=np.float64))
 
 
-def _invert_lower(lower: NDArray[np.float64]) -> None:
-    """Invert a lower triangle in place: [A 0; B C]⁻¹ = [A⁻¹ 0; −C⁻¹ B A⁻¹, C⁻¹]."""
-    size = lower.shape[0]
-    if size <= _TRIANGLE:
-        lower[:] = np.tril(np.linalg.inv(lower))
-        return
-    half = size // 2
-    _invert_lower(lower[:half, :half])
-    _invert_lower(lower[half:, half:])
-    lower[half:, :half] = -(lower[half:, half:] @ lower[half:, :half] @ lower[:half, :half])
+def _factor_in_place(moment: NDArray[Any]) -> NDArray[Any]:
+    """The moment becomes R (see `upper_factor`), in its own precision; panels' squares are factored in float64."""
+    size = len(moment)
+    for stop in range(size, 0, -_PANEL):
+        start = max(0, stop - _PANEL)
+        panel, near = moment[:stop, start:stop], moment[start:stop, stop:].copy()
+
+        def gather(rows: slice, panel: NDArray[Any] = panel, near: NDArray[Any] = near, stop: int = stop) -> None:
+            panel[rows] -= moment[rows, stop:] @ near.T
+
+        spread(gather, strips(stop))
+        square = panel[start:].astype(np.float64)
+        upper = np.linalg.cholesky(square[::-1, ::-1])[::-1, ::-1]
+        inverse = np.linalg.inv(upper).astype(moment.dtype)
+
+        def settle(rows: slice, panel: NDArray[Any] = panel, inverse: NDArray[Any] = inverse) -> None:
+            panel[rows] = panel[rows] @ inverse.T
+
+        spread(settle, strips(start))
+        panel[start:] = upper
+        moment[stop:, start:stop] = 0
+    return moment

@@ -29,7 +29,7 @@ __all__ = [
 
 # Candidates for the clip of the MSE search, as shares of the largest magnitude.
 _CLIPS = np.linspace(1.0, 0.55, 19, dtype=np.float32)
-_ROWS_AT_ONCE = 1 << 22  # elements: bounds the temporary memory of the search
+_ROWS_AT_ONCE = 1 << 18  # elements: the temporary arrays of the search stay in the cache
 
 
 @dataclass(frozen=True)

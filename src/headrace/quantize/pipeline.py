@@ -10,29 +10,31 @@ This file does not know where layers go, nor how a method works.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from headrace.checkpoint.tensor import LazyTensor
 from headrace.config import ModelConfig
-from headrace.model.decoder import EMBEDDING, Residual, block, embed, layer_linears, layer_weights
+from headrace.model.decoder import EMBEDDING, layer_linears, layer_weights
 from headrace.model.ops import Array, Positions
 from headrace.quantize.awq import find_scale
-from headrace.quantize.calibrate import Follower, attention_energy, causal_positions
+from headrace.quantize.calibrate import Walk, attention_energy, causal_positions, embed_windows
 from headrace.quantize.exact import keep_grid
 from headrace.quantize.grid import QuantizedTensor, dequantize, storable
 from headrace.quantize.methods import find_method
+from headrace.quantize.parallel import cores, spread
 from headrace.quantize.recipe import Rule
 from headrace.quantize.statistics import InputStatistics
 
 __all__ = ["QuantizedLayer", "Source", "linear_names", "quantize_layer", "quantize_layers", "quantize_table"]
 
 
+_SMALL = 1 << 22  # elements of a linear that does not keep several cores busy
+_SKETCH = 512  # sums that tell a token's length to 6 %
 NORMS = ("input_layernorm", "post_attention_layernorm")
 PRODUCERS = {"q_proj": NORMS[0], "o_proj": "self_attn.v_proj", "gate_proj": NORMS[1], "down_proj": "mlp.up_proj"}
 """First linear of a group → the operation whose result, channel by channel, is proportional to the group's input."""
@@ -85,30 +87,37 @@ class _Pass:
     gains: dict[str, Array] = field(default_factory=dict)
     value_scale: Array | None = None  # of v_proj's rows, (kv_heads·D,)
     looked_at: Array | None = None  # attention energy of each token, (tokens,), mean 1
-    reference: Mapping[str, Array] = field(default_factory=dict)  # first name of a group → the float model's input
-    ops: Follower = field(init=False)  # that computes the layer
-    jobs: int = 2
     keeps: bool = False
 
-    def arrive(self, names: tuple[str, ...], x: Array) -> None:
+    def arrive(
+        self, names: tuple[str, ...], x: Sequence[Array], states: Sequence[Array], reference: Sequence[Array] | None
+    ) -> None:
+        """Quantize a group of linears.
+
+        Args:
+            names: of the weights.
+            x: their input, in pieces (W, S, K).
+            states: the residual stream beside it, in the same pieces, (W, S, H).
+            reference: the input that the float model has, or None.
+        """
         methods = {name: find_method(self.rules[name].method) for name in names}
-        inputs = x.reshape(-1, x.shape[-1])
+        inputs = [_flat(some) for some in x]
+        exact = None
+        if reference is not None and any(method.follows for method in methods.values()):
+            exact = [_flat(some) for some in reference]
         scale: Array | None = None
         if all(method.scaled for method in methods.values()) and not self.keeps:
             scale = self._scale(names, InputStatistics.of(inputs))
         seen: dict[str, InputStatistics | None] = dict.fromkeys(names)
         latest: tuple[Array, InputStatistics] | None = None
-        reference = self.reference.get(names[0]) if any(method.follows for method in methods.values()) else None
-        if reference is not None:
-            reference = reference.reshape(inputs.shape)
         token_weights: Mapping[str, Array] = {}
         if any(method.calibrated for method in methods.values()):
-            token_weights = self._token_weights(names, inputs)
+            token_weights = self._token_weights(names, inputs, [_flat(some) for some in states])
         for name in names:
             if methods[name].calibrated:
                 counts = token_weights[name]
                 if latest is None or latest[0] is not counts:
-                    latest = counts, InputStatistics.of(inputs, counts, reference)
+                    latest = counts, InputStatistics.of(inputs, counts, exact)
                 seen[name] = latest[1] if scale is None else latest[1].scaled(scale)
 
         def bring(name: str) -> QuantizedTensor:
@@ -117,22 +126,36 @@ class _Pass:
             weight = self.weights[name] if scale is None else self.weights[name] * scale
             return methods[name].quantize(weight, seen[name], self.rules[name].grid)  # type: ignore[arg-type]
 
-        # Column loops leave the other core idle; linears of one input do not depend on each other.
-        with ThreadPoolExecutor(self.jobs) as pool:
-            for name, quantized in zip(names, pool.map(bring, names), strict=True):
-                self.done[name] = quantized
-                self.weights[name] = dequantize(quantized) if scale is None else dequantize(quantized) / scale
+        # Column loops of small linears leave the other cores idle, and do not depend on each other. A large one keeps
+        # all busy by itself, and takes memory.
+        small = max(self.weights[name].size for name in names) <= _SMALL
+        for name, quantized in zip(names, spread(bring, names) if small else map(bring, names), strict=True):
+            self.done[name] = quantized
+            self.weights[name] = dequantize(quantized) if scale is None else dequantize(quantized) / scale
 
-    def _token_weights(self, names: tuple[str, ...], inputs: Array) -> dict[str, Array]:
+    def _token_weights(
+        self, names: tuple[str, ...], inputs: Sequence[Array], stream: Sequence[Array]
+    ) -> dict[str, Array]:
         """How much each token's error in a linear's output counts, (tokens,), mean 1.
 
         What reaches the residual stream counts in proportion to the stream there, since a norm follows: SmolLM2's
         first token is a thousand times larger than the others. Keys and values count as often as they are looked at.
         """
-        stream = cast(Array, self.ops.residual).reshape(len(inputs), -1)
-        if names[0].endswith(("o_proj.weight", "down_proj.weight")):
-            stream = stream + inputs @ self.weights[names[0]].T
-        share = 1 / np.maximum(np.einsum("tk,tk->t", stream, stream), np.finfo(np.float32).tiny)
+        weight = self.weights[names[0]] if names[0].endswith(("o_proj.weight", "down_proj.weight")) else None
+        signs: Array | None = None
+        if weight is not None and len(weight) > 2 * _SKETCH:
+            # The length of the sum of stream and output, from a few sums of its channels with random signs.
+            signs = np.random.default_rng(0).choice(np.array([-1, 1], np.float32), (_SKETCH, len(weight)))
+            weight = signs @ weight
+
+        def energy(piece: tuple[Array, Array]) -> Array:
+            x, residual = piece
+            if weight is not None:
+                residual = (residual if signs is None else residual @ signs.T) + x @ weight.T
+            return np.asarray(np.einsum("tk,tk->t", residual, residual), np.float32)
+
+        energies = np.concatenate(spread(energy, zip(inputs, stream, strict=True)))
+        share = 1 / np.maximum(energies, np.finfo(np.float32).tiny)
         share /= share.mean()
         found = dict.fromkeys(names, share)
         if self.looked_at is not None:
@@ -197,76 +220,87 @@ def quantize_layers(
         emit: called with each layer that this call quantized, in order.
         embedding: the embedding's table as it will be used; the float one when None.
         finished: gives a layer that an interrupted run already emitted, or None.
-        jobs: linears of one input that are quantized at the same time; the result does not depend on it.
+        jobs: cores to use; the result does not depend on it.
         keep: a linear that already lies on its rule's grid is kept as it is.
         progress: called with (layers done, layers) before each layer and at the end.
 
     Raises:
         RecipeError: a rule names an unknown method or a block that does not divide a row.
     """
-    config = source.config
-    at = causal_positions(config, windows.shape[1])
-    table = source.tensor(EMBEDDING).load() if embedding is None else dequantize(embedding)
-    stream: Residual[Array] = embed(Follower(config, {EMBEDDING: table}), cast(Array, windows))
-    reference: Residual[Array] | None = None
-    if any(find_method(rules[name].method).follows for name in linear_names(config)):
-        table = source.tensor(EMBEDDING).load()
-        reference = embed(Follower(config, {EMBEDDING: table}), cast(Array, windows))
-    del table
-    for number in range(config.num_layers):
-        if progress is not None:
-            progress(number, config.num_layers)
-        inputs: dict[str, Array] = {}
-        if reference is not None:
-            inputs, reference = _follow(source, number, reference, at)
-        known = finished(number) if finished is not None else None
-        if known is not None:
-            stream, _ = block(Follower(config, known.weights()), number, stream, at, None)
-        else:
-            layer, stream = quantize_layer(source, rules, number, stream, at, inputs, jobs=jobs, keep=keep)
-            emit(layer)
-        stream = Residual(stream.settle(Follower(config, {})))
-    if progress is not None:
-        progress(config.num_layers, config.num_layers)
+    with cores(jobs):
+        _quantize_layers(source, rules, windows, emit, embedding, finished or (lambda number: None), keep, progress)
 
 
 def quantize_layer(
     source: Source,
     rules: Mapping[str, Rule],
     number: int,
-    stream: Residual[Array],
+    states: Array,
     at: Positions[Array],
-    reference: Mapping[str, Array] | None = None,
+    reference: Walk | None = None,
     *,
-    jobs: int = 2,
     keep: bool = False,
-) -> tuple[QuantizedLayer, Residual[Array]]:
-    """One layer, for its input `stream`: what it became, and the stream after it.
+) -> QuantizedLayer:
+    """What one layer became, for its input `states` (W, S, H), which becomes that of the layer after it.
 
-    `reference` has the float model's input of each group of linears, by the group's first name.
+    `reference` is the float model on its way through the same layer; it is led through.
     """
-    work = _Pass(source.config, rules, {name: source.tensor(name).load() for name in layer_weights(number)})
-    work.reference, work.jobs, work.keeps = reference or {}, jobs, keep
+    work = _Pass(source.config, rules, {name: source.tensor(name).load() for name in layer_weights(number)}, keeps=keep)
     looking = (rules[name] for name in layer_linears(number)[0] if not name.endswith("q_proj.weight"))
     if any(rule.bits == 4 and find_method(rule.method).calibrated for rule in looking):
-        energy = attention_energy(source.config, work.weights, number, stream, at).reshape(-1)
+        energy = attention_energy(source.config, work.weights, number, states, at).reshape(-1)
         work.looked_at = (energy / energy.mean() + 1) / 2
-    work.ops = Follower(source.config, work.weights, work.arrive)
-    work.ops.residual = stream.x
-    stream, (keys, values) = block(work.ops, number, stream, at, None)
+    steps = Walk(source.config, work.weights, number, states, at)
+    while names := steps.advance():
+        if reference is not None:
+            reference.advance()
+        work.arrive(names, steps.inputs, steps.states, None if reference is None else reference.inputs)
+    if reference is not None:
+        reference.advance()
     norms = {name: work.gains.get(name, value) for name, value in work.weights.items() if name not in work.done}
+    values = steps.value_peaks
     if work.value_scale is not None:
-        values = values / work.value_scale.reshape(1, values.shape[1], 1, -1)  # (B, kvH, S, D)
-    layer = QuantizedLayer(number, work.done, norms, float(np.abs(keys).max()), float(np.abs(values).max()))
-    return layer, stream
+        values = values / work.value_scale.reshape(values.shape)
+    return QuantizedLayer(number, work.done, norms, steps.key_peak, float(values.max()))
 
 
-def _follow(
-    source: Source, number: int, stream: Residual[Array], at: Positions[Array]
-) -> tuple[dict[str, Array], Residual[Array]]:
-    """The float layer: the input of each group of linears by the group's first name, and the stream after it."""
-    inputs: dict[str, Array] = {}
-    weights = {name: source.tensor(name).load() for name in layer_weights(number)}
-    ops = Follower(source.config, weights, lambda names, x: inputs.update({names[0]: x}))
-    stream, _ = block(ops, number, stream, at, None)
-    return inputs, Residual(stream.settle(ops))
+def _quantize_layers(
+    source: Source,
+    rules: Mapping[str, Rule],
+    windows: NDArray[np.int64],
+    emit: Callable[[QuantizedLayer], None],
+    embedding: QuantizedTensor | None,
+    finished: Callable[[int], QuantizedLayer | None],
+    keep: bool,
+    progress: Callable[[int, int], Any] | None,
+) -> None:
+    config = source.config
+    at = causal_positions(config, windows.shape[1])
+    table = source.tensor(EMBEDDING).load() if embedding is None else dequantize(embedding)
+    states = embed_windows(config, table, windows)
+    exact: Array | None = None
+    if any(find_method(rules[name].method).follows for name in linear_names(config)):
+        exact = embed_windows(config, source.tensor(EMBEDDING).load(), windows)
+    del table
+    for number in range(config.num_layers):
+        if progress is not None:
+            progress(number, config.num_layers)
+        reference: Walk | None = None
+        if exact is not None:
+            weights = {name: source.tensor(name).load() for name in layer_weights(number)}
+            reference = Walk(config, weights, number, exact, at)
+            del weights
+        known = finished(number)
+        if known is None:
+            emit(quantize_layer(source, rules, number, states, at, reference, keep=keep))
+            continue
+        Walk(config, known.weights(), number, states, at).finish()
+        if reference is not None:
+            reference.finish()
+    if progress is not None:
+        progress(config.num_layers, config.num_layers)
+
+
+def _flat(some: Array) -> Array:
+    """(W, S, K) → (tokens, K)."""
+    return some.reshape(-1, some.shape[-1])

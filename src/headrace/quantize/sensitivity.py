@@ -28,12 +28,11 @@ from headrace.model.decoder import (
     HEAD,
     Residual,
     block,
-    embed,
     head,
     layer_weights,
 )
 from headrace.model.ops import Array, Positions
-from headrace.quantize.calibrate import Follower, causal_positions
+from headrace.quantize.calibrate import Walk, causal_positions, embed_windows
 from headrace.quantize.grid import dequantize
 from headrace.quantize.pipeline import Source, quantize_layer
 from headrace.quantize.recipe import Rule
@@ -74,7 +73,7 @@ def measure_sensitivity(
             progress(2 * config.num_layers - 1 - number, 2 * config.num_layers)
         weights = {name: source.tensor(name).load() for name in layer_weights(number)}
         x = inputs.pop()
-        layer, _ = quantize_layer(source, rules, number, Residual(x), at)
+        layer = quantize_layer(source, rules, number, x.copy(), at)
         errors = {name: weights[name] - dequantize(linear) for name, linear in layer.linears.items()}
         found = _walk_back(config, number, weights, errors, x, grads, at)
         costs.update({name: found[name] for name in errors})
@@ -115,14 +114,13 @@ def _forward(
 ) -> list[Array]:
     """Every layer's input, and the last one's output, each (W, S, H)."""
     config = source.config
-    table = {EMBEDDING: source.tensor(EMBEDDING).load()}
-    inputs = [embed(Follower(config, table), cast(Array, windows)).x]
-    del table
+    inputs = [embed_windows(config, source.tensor(EMBEDDING).load(), windows)]
     for number in range(config.num_layers):
         if progress is not None:
             progress(number, 2 * config.num_layers)
-        ops = Follower(config, {name: source.tensor(name).load() for name in layer_weights(number)})
-        inputs.append(block(ops, number, Residual(inputs[-1]), at, None)[0].settle(ops))
+        inputs.append(inputs[-1].copy())
+        weights = {name: source.tensor(name).load() for name in layer_weights(number)}
+        Walk(config, weights, number, inputs[-1], at).finish()
     return inputs
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.quantize.parallel import spread
+
 __all__ = ["InputStatistics"]
 
-_TOKENS = 4096  # counted at once: a weighted copy of all inputs would not fit in memory
+Array = NDArray[np.float32]
+
+_STRIP = 1024  # rows of a moment that are computed at once, up to their diagonal
 
 
 @dataclass(frozen=True)
@@ -24,40 +29,62 @@ class InputStatistics:
             same token; None when only x was followed.
     """
 
-    moment: NDArray[np.float32]
-    peak: NDArray[np.float32]
+    moment: Array
+    peak: Array
     tokens: int
-    shift: NDArray[np.float32] | None = None
+    shift: Array | None = None
 
     @classmethod
     def of(
         cls,
-        x: NDArray[np.float32],
-        weights: NDArray[np.float32] | None = None,
-        reference: NDArray[np.float32] | None = None,
+        x: Array | Sequence[Array],
+        weights: Array | None = None,
+        reference: Array | Sequence[Array] | None = None,
     ) -> InputStatistics:
-        """From all inputs at once.
+        """From all inputs, in one piece or several.
 
         Args:
-            x: (tokens, K).
+            x: (tokens, K), or pieces of it.
             weights: (tokens,) how much each token's error counts, mean 1; equal when None.
-            reference: the float model's inputs at the same tokens, (tokens, K).
+            reference: the float model's inputs at the same tokens, in the same pieces.
         """
-        moment = np.zeros((x.shape[1], x.shape[1]), np.float32)
-        shift = None if reference is None else np.zeros_like(moment)
-        for start in range(0, len(x), _TOKENS):
-            at = slice(start, start + _TOKENS)
-            root = np.float32(1) if weights is None else np.sqrt(weights[at])[:, None]
-            some = x[at] * root
-            moment += some.T @ some
-            if shift is not None and reference is not None:
-                shift += ((reference[at] - x[at]) * root).T @ some
-        moment /= len(x)
-        if shift is not None:
-            shift /= len(x)
-        return cls(moment, np.maximum(x.max(0), -x.min(0)), len(x), shift)
+        pieces = [x] if isinstance(x, np.ndarray) else x
+        exact = [reference] if isinstance(reference, np.ndarray) else reference
+        columns, tokens = pieces[0].shape[1], sum(map(len, pieces))
+        moment = np.zeros((columns, columns), np.float32)
+        shift = None if exact is None else np.zeros_like(moment)
+        peak = np.zeros(columns, np.float32)
+        # The longest first: a core that is done takes the next.
+        strips = [slice(start, min(start + _STRIP, columns)) for start in range(0, columns, _STRIP)][::-1]
+        begin = 0
+        for number, piece in enumerate(pieces):
+            end = begin + len(piece)
+            root = np.float32(1) if weights is None else np.sqrt(weights[begin:end])[:, None]
+            some = piece * root
 
-    def scaled(self, scale: NDArray[np.float32]) -> InputStatistics:
+            def count(at: slice, some: Array = some) -> None:
+                moment[at, : at.stop] += some[:, at].T @ some[:, : at.stop]
+
+            spread(count, strips)
+            if shift is not None and exact is not None:
+                away = (exact[number] - piece) * root
+
+                def follow(at: slice, some: Array = some, away: Array = away) -> None:
+                    shift[at] += away[:, at].T @ some
+
+                spread(follow, strips)
+            np.maximum(peak, np.maximum(piece.max(0), -piece.min(0)), out=peak)
+            begin = end
+        moment /= tokens
+        for at in strips:
+            square = moment[at, at]
+            square[:] = np.tril(square) + np.tril(square, -1).T
+            moment[: at.start, at] = moment[at, : at.start].T
+        if shift is not None:
+            shift /= tokens
+        return cls(moment, peak, tokens, shift)
+
+    def scaled(self, scale: Array) -> InputStatistics:
         """Of x / scale, for a scale (K,)."""
         both = np.outer(scale, scale)
         shift = None if self.shift is None else self.shift / both
