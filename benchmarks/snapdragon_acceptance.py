@@ -150,6 +150,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="keep bundle and binaries here; what is there already is used")
     parser.add_argument("--target", default="snapdragon-8-elite")
     parser.add_argument("--recipe", default="w4a16")
+    parser.add_argument("--bits", type=float, help="code bits averaged over the linears")
     parser.add_argument("--prompt-length", type=int, default=128)
     parser.add_argument("--context", default="144,512", help="two: the crossing prompt starts in the first")
     parser.add_argument("--tokens", type=int, default=32)
@@ -167,6 +168,7 @@ def main() -> int:
             work / "bundle",
             recipe=options.recipe,
             block=None,
+            bits=options.bits,
             prompt_length=options.prompt_length,
             context=[int(c) for c in options.context.split(",")],
             calibration=options.calibration,

@@ -24,7 +24,7 @@ LAYERS = [
     {"verbs"},
     {"repl"},
     {"exporter", "genie_model"},
-    {"language_model"},
+    {"export_settings", "language_model"},
     {"inspection", "pull"},
     {"measure"},
     {"snapdragon"},

@@ -15,7 +15,7 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +24,20 @@ from numpy.typing import NDArray
 
 from headrace import __version__
 from headrace.bundle import Bundle, publish, read_json, refuse_foreign, write_file
-from headrace.checkpoint import Checkpoint, open_checkpoint
-from headrace.config import ModelConfig
-from headrace.errors import CalibrationError, ConfigError, RecipeError
+from headrace.checkpoint import Checkpoint
+from headrace.export_settings import ExportSettings, settle
 from headrace.graph.emit_host import HostWeights, emit_host
 from headrace.model.decoder import EMBEDDING, FINAL_NORM, HEAD, layer_weights
-from headrace.plan import Part, plan_parts
 from headrace.progress import Progress, silent
 from headrace.quantize.budget import spend
-from headrace.quantize.calibrate import cut_windows
 from headrace.quantize.encodings import device_encodings, write_encodings
-from headrace.quantize.grid import Grid
-from headrace.quantize.methods import find_method
 from headrace.quantize.pipeline import QuantizedLayer, quantize_layers, quantize_table
 from headrace.quantize.ranges import collect_ranges
-from headrace.quantize.recipe import Recipe, Rule, load_recipe
+from headrace.quantize.recipe import Recipe
 from headrace.quantize.sensitivity import measure_sensitivity
-from headrace.quantize.storage import WeightStore, layouts, quantized_names
+from headrace.quantize.storage import WeightStore
 from headrace.runtime.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
-from headrace.snapdragon import compile_target, device_graphs, refuse_blocks, refuse_contexts
-from headrace.targets.qnn_toolchain import find_toolchain
-from headrace.targets.soc import find_soc
+from headrace.snapdragon import compile_target, device_graphs
 
 __all__ = ["export"]
 
@@ -55,40 +48,6 @@ KV_LEVELS = 127  # int8, symmetric
 EMPTY_SCALE = 1 / KV_LEVELS  # a cache that calibration saw only zeros in
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """Everything that decides the bytes of a bundle; an interrupted export goes on only under the same ones."""
-
-    checkpoint: Checkpoint
-    recipe: Recipe
-    rules: Mapping[str, Rule]
-    parts: tuple[Part, ...]
-    prompt_length: int
-    contexts: tuple[int, ...]
-    calibration: tuple[str, ...]
-    windows: int
-    window_length: int
-    bits: float | None
-    size: int | None
-    targets: tuple[str, ...]
-    keep_onnx: bool
-    keep_grid: bool
-
-    def fingerprint(self) -> str:
-        # Everything beside the weights too: tokenizer and generation settings become part of the bundle.
-        root = self.checkpoint.path
-        beside = [file for file in root.iterdir() if file.is_file()] if root.is_dir() else []
-        files = sorted({*self.checkpoint.files, *beside})
-        source = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        texts = [hashlib.sha256(text.encode()).hexdigest() for text in self.calibration]
-        body = [
-            __version__, source, self.recipe.to_dict(), len(self.parts), self.prompt_length, self.contexts,
-            texts, self.windows, self.window_length, self.bits, self.size, self.targets, self.keep_onnx,
-            self.keep_grid,
-        ]  # fmt: skip
-        return hashlib.sha256(json.dumps(body).encode()).hexdigest()
-
-
 def export(
     checkpoint: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -96,6 +55,7 @@ def export(
     recipe: str | Recipe = "w4a16",
     block: int | str | None = "keep",
     method: str | None = None,
+    rotate: bool | None = None,
     bits: float | None = None,
     size: int | None = None,
     kv: str | None = None,
@@ -120,6 +80,8 @@ def export(
         recipe: a shipped recipe's name, a recipe file, or a Recipe.
         block: columns that share a scale in 4-bit weights, None for a channel, "keep" for the recipe's.
         method: how 4-bit weights are found, the recipe's when None.
+        rotate: quantize the model in another basis, without huge channels (exact in float, but a tied head becomes one
+            of its own); when None, as the recipe says, and always for a device.
         bits: budget of code bits averaged over the linears: the most sensitive ones get 8 (by measurement).
         size: budget of bytes of all weights files; either this or `bits`.
         kv: "int8" or "float32" cache, the recipe's when None.
@@ -143,60 +105,37 @@ def export(
         UserError: anything in the above is not possible; the message says what and what to do.
     """
     out = Path(out)
-    source = open_checkpoint(Path(checkpoint))
-    config = source.config
-    chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    if kv is not None:
-        chosen = Recipe(chosen.name, chosen.rules, kv)
-    chosen = chosen.with_linears(block=block, method=method)
-    settings = _Settings(
-        checkpoint=source,
-        recipe=chosen,
-        rules=chosen.resolve(quantized_names(config)),
-        parts=plan_parts(config, parts),
-        prompt_length=_length("--prompt-length", prompt_length, config.max_context),
-        contexts=_contexts(config, context, prompt_length),
-        calibration=_texts(calibration),
-        windows=windows,
-        window_length=min(window_length, config.max_context),
+    settings = settle(
+        Path(checkpoint),
+        recipe=recipe,
+        block=block,
+        method=method,
+        rotate=rotate,
         bits=bits,
         size=size,
-        targets=tuple(targets),
+        kv=kv,
+        parts=parts,
+        prompt_length=prompt_length,
+        context=context,
+        calibration=calibration,
+        windows=windows,
+        window_length=window_length,
+        targets=targets,
         keep_onnx=keep_onnx,
         keep_grid=keep_grid,
     )
-    if settings.rules[EMBEDDING].bits != 8 or settings.rules.get(HEAD, settings.rules[EMBEDDING]).bits != 8:
-        raise RecipeError(
-            f"recipe {chosen.name!r} gives embedding or head less than 8 bits; expected 8, change its rule"
-        )
-    for rule in settings.rules.values():
-        find_method(rule.method)
-    layouts(config, settings.parts, _grids(settings))  # refuses blocks that do not divide, before anything is written
-    if bits is not None or size is not None:
-        spend(chosen, config, _NO_COSTS, bits=bits, size=size, parts=settings.parts)  # refuses what cannot be met
-    for target in targets:
-        find_soc(target)
-    if targets or keep_onnx:
-        refuse_blocks(settings.rules)
-        if chosen.kv != "int8":
-            raise RecipeError(
-                f"device graphs need an 8-bit cache and recipe {chosen.name!r} has {chosen.kv}: --kv int8"
-            )
-    if targets:
-        refuse_contexts((prompt_length, 1), settings.contexts)
-        find_toolchain()
     refuse_foreign(out)
     work = out.with_name(f"{out.name}.partial")
     state = _open_work(work, settings, resume)
     folder = work / "bundle"
-    tokenizer = _save_tokenizer(source, folder)
-    windows_of_text = _windows(settings, tokenizer)
+    tokenizer = _save_tokenizer(settings.checkpoint, folder)
+    windows_of_text = settings.cut(tokenizer)
     settings = _within_budget(settings, work, windows_of_text[:SENSITIVITY_WINDOWS], progress)
     kv_scales = _quantize(settings, folder, work, state, windows_of_text, jobs, progress)
     _emit_graphs(settings, folder, kv_scales, progress)
     manifest = _manifest(settings, kv_scales)
     # Linears in blocks never reach a device, and a float cache neither: static ranges would be of no use.
-    if kv_scales and not any(rule.block for rule in settings.rules.values()):
+    if kv_scales and not any(grid.block for grid in settings.grids.values()):
         _calibrate_device(settings, folder, kv_scales, windows_of_text[:RANGE_WINDOWS], progress)
     for target in targets:
         compile_target(_unpublished(settings, folder, manifest), target, work / "device", progress)
@@ -209,52 +148,7 @@ def export(
     return out
 
 
-def _contexts(config: ModelConfig, context: int | Sequence[int] | None, prompt_length: int) -> tuple[int, ...]:
-    if context is None:
-        return (min(4096, config.max_context),)
-    wanted = sorted({context} if isinstance(context, int) else set(context))
-    if not wanted:
-        raise ConfigError("--context is empty; expected a length, or several separated by commas")
-    for length in wanted:
-        _length("--context", length, config.max_context)
-        if length <= prompt_length:
-            raise ConfigError(
-                f"--context {length} does not exceed --prompt-length {prompt_length}; make one of them fit"
-            )
-    return tuple(wanted)
-
-
-def _length(option: str, value: int, most: int) -> int:
-    if not 1 <= value <= most:
-        raise ConfigError(f"{option} {value} is not possible; this model was made for 1 to {most} tokens")
-    return value
-
-
-def _texts(files: Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
-    if not files:
-        from pydoc_data import topics  # English, a few hundred kilobytes, in every Python
-
-        return ("\n\n".join(topics.topics.values()),)
-    texts = []
-    for file in files:
-        try:
-            texts.append(Path(file).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise CalibrationError(f"calibration text {file} cannot be read: {error}; expected a UTF-8 file") from None
-    return tuple(texts)
-
-
-def _windows(settings: _Settings, tokenizer: Tokenizer) -> NDArray[np.int64]:
-    """Windows of all texts, an equal share of each."""
-    share = -(-settings.windows // len(settings.calibration))
-    cut = [
-        cut_windows(np.array(tokenizer.encode(text), np.int64), settings.window_length, share)
-        for text in settings.calibration
-    ]
-    return np.concatenate(cut)[: max(settings.windows, len(cut))]
-
-
-def _open_work(work: Path, settings: _Settings, resume: bool) -> dict[str, Any]:
+def _open_work(work: Path, settings: ExportSettings, resume: bool) -> dict[str, Any]:
     fingerprint = settings.fingerprint()
     state_file = work / "state.json"
     if resume and state_file.exists():
@@ -274,27 +168,29 @@ def _save_tokenizer(source: Checkpoint, folder: Path) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-def _within_budget(settings: _Settings, work: Path, windows: NDArray[np.int64], progress: Progress) -> _Settings:
+def _within_budget(
+    settings: ExportSettings, work: Path, windows: NDArray[np.int64], progress: Progress
+) -> ExportSettings:
     """The settings with a recipe that spends the budget where it gains most; measured once an export."""
     if settings.bits is None and settings.size is None:
         return settings
-    config, saved = settings.checkpoint.config, work / "sensitivity.json"
+    config, saved = settings.config, work / "sensitivity.json"
     if saved.exists():
         costs = read_json(saved)
     else:
         costs = measure_sensitivity(
-            settings.checkpoint,
+            settings.model,
             settings.rules,
             windows,
             progress=lambda done, total: progress("measuring sensitivity", done, total),
         )
         write_file(saved, json.dumps(costs, indent=1).encode())
     bought = spend(settings.recipe, config, costs, bits=settings.bits, size=settings.size, parts=settings.parts)
-    return replace(settings, recipe=bought.recipe, rules=bought.recipe.resolve(quantized_names(config)))
+    return replace(settings, recipe=bought.recipe)
 
 
 def _quantize(
-    settings: _Settings,
+    settings: ExportSettings,
     folder: Path,
     work: Path,
     state: dict[str, Any],
@@ -303,14 +199,14 @@ def _quantize(
     progress: Progress,
 ) -> list[tuple[float, float]]:
     """Fill the weights files; scales (key, value) of each layer's cache, or none for a float32 one."""
-    source, config = settings.checkpoint, settings.checkpoint.config
-    store = WeightStore(folder, config, settings.parts, _grids(settings), create=not state["layers"])
+    source, config, rules = settings.model, settings.config, settings.rules
+    store = WeightStore(folder, config, settings.parts, settings.grids, create=not state["layers"])
     progress("embedding and head", 0, 1)
-    embedding = quantize_table(source, EMBEDDING, settings.rules[EMBEDDING], keep=settings.keep_grid)
+    embedding = quantize_table(source, EMBEDDING, rules[EMBEDDING], keep=settings.keep_grid)
     store.write(EMBEDDING, embedding)
     store.write(FINAL_NORM, source.tensor(FINAL_NORM).load())
     if not config.tied_head:
-        store.write(HEAD, quantize_table(source, HEAD, settings.rules[HEAD], keep=settings.keep_grid))
+        store.write(HEAD, quantize_table(source, HEAD, rules[HEAD], keep=settings.keep_grid))
     progress("embedding and head", 1, 1)
 
     def emit(layer: QuantizedLayer) -> None:
@@ -327,13 +223,13 @@ def _quantize(
         if peaks is None:
             return None
         names = layer_weights(number)
-        linears = {name: store.read_codes(name) for name in names if name in settings.rules}
-        norms = {name: store.read(name) for name in names if name not in settings.rules}
+        linears = {name: store.read_codes(name) for name in names if name in rules}
+        norms = {name: store.read(name) for name in names if name not in rules}
         return QuantizedLayer(number, linears, norms, *peaks)
 
     quantize_layers(
         source,
-        settings.rules,
+        rules,
         windows,
         emit,
         embedding=embedding,
@@ -349,9 +245,9 @@ def _quantize(
 
 
 def _emit_graphs(
-    settings: _Settings, folder: Path, kv_scales: Sequence[tuple[float, float]], progress: Progress
+    settings: ExportSettings, folder: Path, kv_scales: Sequence[tuple[float, float]], progress: Progress
 ) -> None:
-    config, grids = settings.checkpoint.config, _grids(settings)
+    config, grids = settings.config, settings.grids
     weights = HostWeights(WeightStore(folder, config, settings.parts, grids).tensors, grids, kv_scales)
     for number, part in enumerate(settings.parts):
         progress("host graphs", number, len(settings.parts))
@@ -360,14 +256,14 @@ def _emit_graphs(
 
 
 def _calibrate_device(
-    settings: _Settings,
+    settings: ExportSettings,
     folder: Path,
     kv_scales: Sequence[tuple[float, float]],
     windows: NDArray[np.int64],
     progress: Progress,
 ) -> None:
     """encodings.json: static ranges of every result of the quantized decoder, and the scales of its weights."""
-    config, grids = settings.checkpoint.config, _grids(settings)
+    config, grids = settings.config, settings.grids
     store = WeightStore(folder, config, settings.parts, grids)
     ranges = collect_ranges(
         config, store.read, windows, progress=lambda done, total: progress("static ranges", done, total)
@@ -380,11 +276,11 @@ def _calibrate_device(
     write_encodings(folder / "encodings.json", device_encodings(config, ranges, kv_scales), parameters)
 
 
-def _unpublished(settings: _Settings, folder: Path, manifest: Mapping[str, Any]) -> Bundle:
+def _unpublished(settings: ExportSettings, folder: Path, manifest: Mapping[str, Any]) -> Bundle:
     """The bundle in the making, for what is derived from it."""
     return Bundle(
         root=folder,
-        config=settings.checkpoint.config,
+        config=settings.config,
         parts=settings.parts,
         prompt_length=settings.prompt_length,
         contexts=settings.contexts,
@@ -394,15 +290,11 @@ def _unpublished(settings: _Settings, folder: Path, manifest: Mapping[str, Any])
     )
 
 
-def _grids(settings: _Settings) -> dict[str, Grid]:
-    return {name: rule.grid for name, rule in settings.rules.items()}
-
-
-def _manifest(settings: _Settings, kv_scales: Sequence[tuple[float, float]]) -> dict[str, Any]:
+def _manifest(settings: ExportSettings, kv_scales: Sequence[tuple[float, float]]) -> dict[str, Any]:
     source = settings.checkpoint
     return {
         "headrace": __version__,
-        "geometry": source.config.to_dict(),
+        "geometry": settings.config.to_dict(),
         "plan": {
             "parts": len(settings.parts),
             "prompt_length": settings.prompt_length,

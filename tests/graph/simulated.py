@@ -65,7 +65,7 @@ def quantized_model(
     scales = []
     for layer in range(config.num_layers):
         p = f"layers.{layer}.self_attn"
-        scales.append(tuple(max(map(abs, ranges[f"{p}.{cache}"])) / 127 for cache in ("k_cache", "v_cache")))
+        scales.append(tuple(max(map(abs, ranges.seen[f"{p}.{cache}"])) / 127 for cache in ("k_cache", "v_cache")))
     kv_scales = tuple((float(k), float(v)) for k, v in scales)
     return QuantizedModel(config, weights, device_encodings(config, ranges, kv_scales), kv_scales)
 

@@ -23,7 +23,7 @@ from headrace.quantize.encodings import (
     read_encodings,
     write_encodings,
 )
-from headrace.quantize.ranges import collect_ranges
+from headrace.quantize.ranges import Ranges, collect_ranges
 
 CONFIG = ModelConfig(
     architecture="llama",
@@ -54,7 +54,7 @@ def weights(name: str) -> Array:
 
 
 @pytest.fixture(scope="module")
-def ranges() -> dict[str, tuple[float, float]]:
+def ranges() -> Ranges:
     return collect_ranges(CONFIG, weights, np.random.default_rng(0).integers(0, 40, (5, 32)))
 
 
@@ -94,7 +94,7 @@ def test_a_range_that_is_not_finite_is_refused(bad: float) -> None:
         Encoding.of_range(0, bad)
 
 
-def test_keys_and_values_are_the_host_s_integers_plus_128(ranges: dict[str, tuple[float, float]]) -> None:
+def test_keys_and_values_are_the_host_s_integers_plus_128(ranges: Ranges) -> None:
     scales = [(0.01 * (i + 1), 0.02) for i in range(3)]
     found = device_encodings(CONFIG, ranges, scales)
     x = np.random.default_rng(0).normal(0, 1, 1000).astype(np.float32)
@@ -104,49 +104,49 @@ def test_keys_and_values_are_the_host_s_integers_plus_128(ranges: dict[str, tupl
         np.testing.assert_array_equal(device, host + 128)
 
 
-def test_structure_decides_some_grids(ranges: dict[str, tuple[float, float]]) -> None:
+def test_structure_decides_some_grids(ranges: Ranges) -> None:
     found = device_encodings(CONFIG, ranges, [(0.01, 0.01)] * 3)
-    assert set(ranges) < set(found)
+    assert set(ranges.seen) < set(found)
     for name in ("layers.0.self_attn.q_rope", "layers.2.self_attn.k_rope"):
         assert found[name] == found[f"{name}.low"] == found[f"{name}.high"]
-        assert found[name].low <= min(ranges[f"{name}.low"][0], ranges[f"{name}.high"][0]) / FLOAT32_SLACK
+        assert found[name].low <= min(ranges.seen[f"{name}.low"][0], ranges.seen[f"{name}.high"][0]) / FLOAT32_SLACK
     masked, scores = (found[f"layers.1.self_attn.{n}scores"] for n in ("masked_", ""))
     assert masked.low == pytest.approx(scores.low - 50, abs=2 * masked.scale)
     assert masked.high == pytest.approx(scores.high, abs=2 * masked.scale)
     assert found["layers.0.self_attn.weights"] == found["layers.0.mlp.silu.sigmoid"] == Encoding.of_range(0, 1)
 
 
-def test_only_the_residual_stream_has_no_headroom(ranges: dict[str, tuple[float, float]]) -> None:
+def test_only_the_residual_stream_has_no_headroom(ranges: Ranges) -> None:
     found = device_encodings(CONFIG, ranges, [(0.01, 0.01)] * 3)
     for name in ("embed_tokens", "layers.0.attn_residual", "layers.2.residual", "layers.1.mlp.down_proj"):
-        assert found[name] == Encoding.of_range(*ranges[name])
+        assert found[name] == Encoding.of_range(*ranges.seen[name])
     for name in ("lm_head", "norm", "layers.0.mlp.gated", "layers.2.self_attn.v_proj"):
-        low, high = ranges[name]
+        low, high = ranges.seen[name]
         assert found[name] == Encoding.of_range(1.25 * low, 1.25 * high)
 
 
-def test_ranges_see_the_whole_table_and_every_layer(ranges: dict[str, tuple[float, float]]) -> None:
+def test_ranges_see_the_whole_table_and_every_layer(ranges: Ranges) -> None:
     table = weights("embed_tokens.weight")
-    assert ranges["embed_tokens"] == (table.min(), table.max())
-    assert {"layers.0.residual", "layers.2.mlp.gated", "norm", "lm_head"} <= set(ranges)
-    assert len([name for name in ranges if name.startswith("layers.0.")]) * 3 + 3 == len(ranges)
-    assert all(low <= high for low, high in ranges.values())
+    assert ranges.seen["embed_tokens"] == (table.min(), table.max())
+    assert {"layers.0.residual", "layers.2.mlp.gated", "norm", "lm_head"} <= set(ranges.seen)
+    assert len([name for name in ranges.seen if name.startswith("layers.0.")]) * 3 + 3 == len(ranges.seen)
+    assert all(low <= high for low, high in ranges.seen.values())
 
 
-def test_ranges_do_not_depend_on_how_windows_are_split(ranges: dict[str, tuple[float, float]]) -> None:
+def test_ranges_do_not_depend_on_how_windows_are_split(ranges: Ranges) -> None:
     windows = np.random.default_rng(0).integers(0, 40, (5, 32))
     done: list[tuple[int, int]] = []
     halves = [
         collect_ranges(CONFIG, weights, w, progress=lambda a, b: done.append((a, b)))
         for w in (windows[:2], windows[2:])
     ]
-    for name, (low, high) in ranges.items():
-        assert min(h[name][0] for h in halves) == pytest.approx(low, rel=1e-5)
-        assert max(h[name][1] for h in halves) == pytest.approx(high, rel=1e-5)
+    for name, (low, high) in ranges.seen.items():
+        assert min(h.seen[name][0] for h in halves) == pytest.approx(low, rel=1e-5)
+        assert max(h.seen[name][1] for h in halves) == pytest.approx(high, rel=1e-5)
     assert done[-1] == (3, 3)
 
 
-def test_ports_take_the_grid_of_what_they_carry(ranges: dict[str, tuple[float, float]]) -> None:
+def test_ports_take_the_grid_of_what_they_carry(ranges: Ranges) -> None:
     found = device_encodings(CONFIG, ranges, [(0.01, 0.03)] * 3)
     ports = port_encodings(plan_parts(CONFIG, 3), found)
     assert ports["hidden_1"] == found["embed_tokens"]
@@ -159,15 +159,15 @@ def test_ports_take_the_grid_of_what_they_carry(ranges: dict[str, tuple[float, f
         port_encodings(plan_parts(CONFIG, 3), {n: e for n, e in found.items() if n != "embed_tokens"})
 
 
-def test_missing_scales_and_ranges_are_named(ranges: dict[str, tuple[float, float]]) -> None:
+def test_missing_scales_and_ranges_are_named(ranges: Ranges) -> None:
     with pytest.raises(CalibrationError, match=r"0 layers; expected 3.*int8 KV"):
         device_encodings(CONFIG, ranges, [])
-    short = {name: r for name, r in ranges.items() if name != "layers.1.self_attn.q_rope.low"}
+    short = Ranges({name: r for name, r in ranges.seen.items() if name != "layers.1.self_attn.q_rope.low"})
     with pytest.raises(CalibrationError, match=r"layers\.1\.self_attn\.q_rope\.low"):
         device_encodings(CONFIG, short, [(0.01, 0.01)] * 3)
 
 
-def test_a_file_comes_back(ranges: dict[str, tuple[float, float]], tmp_path: Path) -> None:
+def test_a_file_comes_back(ranges: Ranges, tmp_path: Path) -> None:
     found = device_encodings(CONFIG, ranges, [(0.01, 0.02)] * 3)
     path = tmp_path / "encodings.json"
     write_encodings(path, found, {"lm_head.weight": (8, [0.5, 0.25])})

@@ -4,13 +4,14 @@ Derived from the bundle's weights, a tensor at a time; both roles and all contex
 the HTP compiler takes, not what graphs look like.
 
     <weight>.codes   int4 or int8 (K, N), transposed for MatMul      <weight>.scale   float32 (N,)
+    <down_proj>.outliers.codes, .scale   the columns of outlier channels, zero in the linear itself (see outliers.py)
     <norm>.codes     uint16 (H,), one scale                          embed_tokens     see EmbeddingForm
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import IO, Any
@@ -23,7 +24,8 @@ from headrace.errors import RecipeError
 from headrace.model.decoder import EMBEDDING, HEAD
 from headrace.plan import Part
 from headrace.quantize.encodings import Encoding
-from headrace.quantize.grid import QuantizedTensor
+from headrace.quantize.grid import Grid, QuantizedTensor
+from headrace.quantize.outliers import APART
 from headrace.quantize.storage import part_weights
 
 __all__ = ["DeviceTensor", "DeviceWeights", "EmbeddingForm", "ReadWeight", "derive_weights"]
@@ -114,8 +116,12 @@ def derive_weights(
             elif name == EMBEDDING:
                 _write_table(writer, value, encodings["embed_tokens"], embedding)
             else:
-                _write_linear(writer, name, value)
                 bits[name] = value.grid.bits
+                apart = encodings.get(name.replace("down_proj.weight", APART))
+                if apart is not None and apart.channels:
+                    value = _write_apart(writer, name, value, list(apart.channels))
+                    bits[f"{name}.outliers"] = 8
+                _write_linear(writer, name, value)
     temporary.replace(path)
     return DeviceWeights(path, writer.tensors, bits, embedding)
 
@@ -154,14 +160,28 @@ class _Writer:
         self.file.write(b"\0" * (-self.file.tell() % _ALIGNMENT))
 
 
-def _write_linear(writer: _Writer, name: str, value: QuantizedTensor) -> None:
+def _write_linear(writer: _Writer, name: str, value: QuantizedTensor, finer: int = 1) -> None:
+    """Codes and scales; `finer`: how many of the codes' steps a scale stands for."""
     if value.scales.shape[1] != 1:
         raise RecipeError(
             f"{name} is quantized in blocks of {value.grid.block}; device graphs take one scale a channel (compilers "
             "run blocks in float16 or round their scales again): export with --block channel"
         )
     writer.add_transposed(f"{name}.codes", value.codes, value.grid.bits)
-    writer.add(f"{name}.scale", value.scales[:, 0].astype(np.float32))
+    writer.add(f"{name}.scale", value.scales[:, 0].astype(np.float32) / np.float32(finer))
+
+
+def _write_apart(writer: _Writer, name: str, value: QuantizedTensor, channels: list[int]) -> QuantizedTensor:
+    """Write the columns of outlier channels as a linear of their own; the linear without them.
+
+    Always int8, the same values: HTP drops the last 8 bits of an accumulator, which are 16 times less of an int8 step.
+    """
+    finer = 16 if value.grid.bits == 4 else 1
+    columns = QuantizedTensor(value.codes[:, channels] * np.int8(finer), value.scales, Grid(8))
+    _write_linear(writer, f"{name}.outliers", columns, finer)
+    codes = value.codes.copy()
+    codes[:, channels] = 0
+    return replace(value, codes=codes)
 
 
 def _write_table(writer: _Writer, table: QuantizedTensor, grid: Encoding, form: EmbeddingForm) -> None:

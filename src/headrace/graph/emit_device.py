@@ -32,6 +32,7 @@ from headrace.model.decoder import EMBEDDING, Residual
 from headrace.model.ops import Positions
 from headrace.plan import GraphStyle, Part, graph_name, ports
 from headrace.quantize.encodings import Encoding, port_encodings
+from headrace.quantize.outliers import APART
 
 __all__ = ["FUSED_KV_LIMIT", "DeviceGraph", "emit_device", "write_device_graphs"]
 
@@ -132,7 +133,9 @@ class _DeviceOps(Recorder):
         return self.reshape(self._on_grid(raw, name), (0, 0, columns))
 
     def linear(self, x: ir.Value, weight: str) -> ir.Value:
-        name = weight.removesuffix(".weight")
+        return self._product(x, weight, weight.removesuffix(".weight"))
+
+    def _product(self, x: ir.Value, weight: str, name: str) -> ir.Value:
         codes, scale = self._external(f"{weight}.codes"), self._external(f"{weight}.scale")
         bits, outputs = self.weights.bits[weight], self.weights.tensors[f"{weight}.scale"].shape[0]
         # Without a zero point of its own the compiler reads int4 codes as 0 … 15, silently.
@@ -140,6 +143,26 @@ class _DeviceOps(Recorder):
         zero = self.graph.constant(f"zero_int{bits}_{outputs}", np.zeros(outputs, dtype))
         real = self.graph.one("DequantizeLinear", [codes, scale, zero], axis=1, name=f"{weight}.real")
         return self._on_grid(self.graph.one("MatMul", [x, real], name=f"{name}.raw"), name)
+
+    def feed_forward(self, gate: ir.Value, up: ir.Value, weight: str, name: str) -> ir.Value:
+        """As `Ops.feed_forward`, outlier channels apart; their columns of `weight` are zero, so what the fine grid
+        makes of them does not count."""
+        apart = self.encodings.get(f"{name}.{APART}")
+        if apart is None or not apart.channels:
+            return super().feed_forward(gate, up, weight, name)
+        module = weight.removesuffix(".weight")
+        silu = self.silu(gate, f"{name}.silu")
+        inliers = self._product(self.multiply(silu, up, f"{name}.gated"), weight, f"{module}.inliers")
+        few = self._channels(silu, apart.channels), self._channels(up, apart.channels)
+        outliers = self._product(
+            self.multiply(*few, name=f"{name}.{APART}"), f"{weight}.outliers", f"{module}.outliers"
+        )
+        return self.add(inliers, outliers, module)
+
+    def _channels(self, x: ir.Value, channels: Sequence[int]) -> ir.Value:
+        """Some of the last axis."""
+        wanted = self.graph.constant(f"channels_{'_'.join(map(str, channels))}", np.array(channels, np.int32))
+        return self._moved("Gather", x, [wanted], "outliers", axis=2)
 
     def rms_norm(self, x: ir.Value, weight: str) -> ir.Value:
         name = weight.removesuffix(".weight")

@@ -14,6 +14,8 @@ from headrace.errors import UserError
 from headrace.measure.evaluate import TextScore, evaluate_text, first_windows, follow, parse_tasks, read_text
 from headrace.progress import Progress, silent
 from headrace.quantize.encodings import read_encodings
+from headrace.quantize.recipe import Recipe
+from headrace.quantize.rotation import Rotated
 from headrace.quantize.simulate import Simulated, simulated_logits
 from headrace.runtime.engine import Engine
 from headrace.runtime.tokenizer import load_tokenizer
@@ -78,9 +80,10 @@ def _simulated(bundle: Bundle, source: Checkpoint, kinds: str) -> Score:
     chosen = {kind.strip() for kind in kinds.split(",")}
     if not chosen <= set(SIMULATIONS):
         raise UserError(f"--simulate {kinds!r} is unknown; expected a16, kv8 or a16,kv8")
+    model = Rotated(source) if Recipe.from_dict(bundle.recipe).rotate else source
     run = Simulated(
         bundle.config,
-        lambda name: source.tensor(name).load(),
+        lambda name: model.tensor(name).load(),
         read_encodings(bundle.root / "encodings.json"),
         activations="a16" in chosen,
         cache="kv8" in chosen,

@@ -1,9 +1,9 @@
 """Static encodings of activations: the integer grid of every tensor of the device graphs, and their file.
 
 A tensor's encoding maps a real number to an unsigned code: real = (code − zero_point) · scale. Results of the decoder
-are uint16 over the range calibration saw; keys and values are uint8 with zero point 128, so that their codes are the
-host cache's int8 plus 128. The file is AIMET's encodings 1.0.0, which Qualcomm's converter reads; there an `offset` is
-the negated zero point. Knows no graph and no calibration text.
+are uint16 over the range calibration saw, outlier channels on a grid of their own (see outliers.py); keys and values
+are uint8 with zero point 128, so that their codes are the host cache's int8 plus 128. The file is AIMET's encodings
+1.0.0, which Qualcomm's converter reads; there an `offset` is the negated zero point. Knows no graph and no text.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from headrace.config import ModelConfig
 from headrace.errors import BundleError, CalibrationError
 from headrace.plan import MASK_DEPTH, Part
+from headrace.quantize.outliers import APART
+from headrace.quantize.ranges import Ranges
 
 __all__ = [
     "ANGLE",
@@ -52,11 +54,13 @@ class Encoding:
         scale: a float32 value.
         zero_point: the code of 0.
         bits: 8 or 16.
+        channels: of a tensor that is some channels of another, which ones.
     """
 
     scale: float
     zero_point: int
     bits: int = 16
+    channels: tuple[int, ...] = ()
 
     @classmethod
     def of_range(cls, low: float, high: float, bits: int = 16) -> Encoding:
@@ -126,7 +130,7 @@ _UNIT = Encoding.of_range(0, 1)
 
 def device_encodings(
     config: ModelConfig,
-    ranges: Mapping[str, tuple[float, float]],
+    calibrated: Ranges,
     kv_scales: Sequence[tuple[float, float]],
 ) -> dict[str, Encoding]:
     """The encoding of every named result of the decoder, by the name the `Ops` seam gives it.
@@ -137,7 +141,7 @@ def device_encodings(
 
     Args:
         config: the geometry.
-        ranges: (low, high) of each named result.
+        calibrated: what calibration saw.
         kv_scales: (key, value) scale of each layer's int8 cache.
 
     Raises:
@@ -150,9 +154,12 @@ def device_encodings(
         )
     ranges = {
         name: (low, high) if name.endswith(_TIGHT) else (HEADROOM * low, HEADROOM * high)
-        for name, (low, high) in ranges.items()
+        for name, (low, high) in calibrated.seen.items()
     }
     found = {name: Encoding.of_range(low, high) for name, (low, high) in ranges.items()}
+    for gated, channels in calibrated.outliers.items():
+        apart = f"{gated.removesuffix('gated')}{APART}"
+        found[apart] = replace(found[apart], channels=channels)
     for layer, (key_scale, value_scale) in enumerate(kv_scales):
         attention, mlp = f"layers.{layer}.self_attn", f"layers.{layer}.mlp"
         for rope in (f"{attention}.q_rope", f"{attention}.k_rope"):
@@ -199,7 +206,9 @@ def write_encodings(
         parameters: of weights, by name: bits and the symmetric scale of each channel.
     """
     activations = [
-        _entry(name, e.bits, [e.scale], [-e.zero_point], symmetric=e.bits == 8) for name, e in encodings.items()
+        _entry(name, e.bits, [e.scale], [-e.zero_point], symmetric=e.bits == 8)
+        | ({"channels": list(e.channels)} if e.channels else {})
+        for name, e in encodings.items()
     ]
     weights = [
         _entry(name, bits, list(scales), [-(1 << (bits - 1))] * len(scales), symmetric=True)
@@ -235,7 +244,9 @@ def read_encodings(path: Path) -> dict[str, Encoding]:
         if raw["version"] != AIMET_VERSION:
             raise BundleError(f"{path} has version {raw['version']!r}; expected {AIMET_VERSION}: export again")
         return {
-            e["name"]: Encoding(float(e["scale"][0]), -int(e["offset"][0]), int(e["bw"]))
+            e["name"]: Encoding(
+                float(e["scale"][0]), -int(e["offset"][0]), int(e["bw"]), tuple(int(c) for c in e.get("channels", ()))
+            )
             for e in raw["activation_encodings"]
         }
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:

@@ -7,7 +7,8 @@ no encoding and no text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -15,20 +16,40 @@ from numpy.typing import NDArray
 
 from headrace.config import ModelConfig
 from headrace.model.decoder import EMBEDDING, FINAL_NORM, HEAD, Residual, block, embed, head, layer_weights
-from headrace.model.ops import Array, Eager
+from headrace.model.ops import Array
 from headrace.quantize.calibrate import causal_positions
+from headrace.quantize.outliers import SplitEager, find_outliers
 
-__all__ = ["collect_ranges"]
+__all__ = ["Ranges", "collect_ranges"]
 
 _ELEMENTS = 1 << 24  # of scores or logits held at once
 
 
-class _Observer(Eager):
-    """Eager that notes each named result's range."""
+@dataclass(frozen=True)
+class Ranges:
+    """What calibration saw.
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Array], seen: dict[str, tuple[float, float]]) -> None:
+    Attributes:
+        seen: (low, high) of each named result.
+        outliers: the outlier channels of each gated product that has some.
+    """
+
+    seen: dict[str, tuple[float, float]] = field(default_factory=dict)
+    outliers: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+class _Observer(SplitEager):
+    """Eager that notes each named result's range, and finds outlier channels."""
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Array], found: Ranges) -> None:
         super().__init__(config, weights.__getitem__)
-        self.seen = seen
+        self.seen, self.apart = found.seen, found.outliers
+
+    def outliers(self, name: str, gated: Array) -> Sequence[int]:
+        channels = find_outliers(np.abs(gated).reshape(-1, gated.shape[-1]).max(0))
+        if channels:
+            self.apart[name] = channels
+        return channels
 
     def tap(self, name: str, value: Array) -> Array:
         low, high = self.seen.get(name, (np.inf, -np.inf))
@@ -52,8 +73,8 @@ def collect_ranges(
     windows: NDArray[np.integer[Any]],
     *,
     progress: Callable[[int, int], Any] | None = None,
-) -> dict[str, tuple[float, float]]:
-    """(low, high) of every named result of the decoder.
+) -> Ranges:
+    """(low, high) of every named result of the decoder, with outlier channels apart.
 
     The embedding's range is its whole table's, so that no token is ever clipped there. Scores that the mask blocks
     count as scores, but `masked_scores` says what the device's own mask makes of them elsewhere: its range here holds
@@ -65,22 +86,22 @@ def collect_ranges(
         windows: token ids (windows, length), each from position 0.
         progress: called with (layers done, layers).
     """
-    seen: dict[str, tuple[float, float]] = {}
+    found = Ranges()
     at = causal_positions(config, windows.shape[1])
     table = weights(EMBEDDING)
-    stream: Residual[Array] = embed(_Observer(config, {EMBEDDING: table}, seen), cast(Array, windows))
-    seen["embed_tokens"] = (float(table.min()), float(table.max()))
+    stream: Residual[Array] = embed(_Observer(config, {EMBEDDING: table}, found), cast(Array, windows))
+    found.seen["embed_tokens"] = (float(table.min()), float(table.max()))
     for layer in range(config.num_layers):
         if progress is not None:
             progress(layer, config.num_layers)
-        ops = _Observer(config, {name: weights(name) for name in layer_weights(layer)}, seen)
+        ops = _Observer(config, {name: weights(name) for name in layer_weights(layer)}, found)
         stream, _ = block(ops, layer, stream, at, None)
         stream = Residual(stream.settle(ops))
     last = {FINAL_NORM: weights(FINAL_NORM), HEAD: table if config.tied_head else weights(HEAD)}
-    ops = _Observer(config, last, seen)
+    ops = _Observer(config, last, found)
     step = max(1, _ELEMENTS // (windows.shape[1] * config.vocab_size))
     for start in range(0, windows.shape[0], step):
         head(ops, Residual(stream.x[start : start + step]))
     if progress is not None:
         progress(config.num_layers, config.num_layers)
-    return seen
+    return found

@@ -60,7 +60,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Ordered rules, and the KV cache's element type ("int8" or "float32").
+    """Ordered rules, the KV cache's element type ("int8" or "float32"), and whether the model is rotated before.
 
     Raises:
         RecipeError: there is no rule, or the cache's type is unknown.
@@ -69,6 +69,7 @@ class Recipe:
     name: str
     rules: tuple[Rule, ...]
     kv: str = "int8"
+    rotate: bool = False
 
     def __post_init__(self) -> None:
         if not self.rules:
@@ -115,7 +116,12 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
-        return {"name": self.name, "kv": self.kv, "rules": [rule.to_dict() for rule in self.rules]}
+        return {
+            "name": self.name,
+            "kv": self.kv,
+            "rotate": self.rotate,
+            "rules": [rule.to_dict() for rule in self.rules],
+        }
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], origin: str = "a recipe") -> Recipe:
@@ -124,7 +130,7 @@ class Recipe:
         Raises:
             RecipeError: a key or value is not what the module docstring describes.
         """
-        _only(raw, ("name", "kv", "rules", "about"), origin)
+        _only(raw, ("name", "kv", "rotate", "rules", "about"), origin)
         rules = raw.get("rules")
         if not isinstance(rules, list):
             raise RecipeError(f"{origin}: 'rules' is {type(rules).__name__}; expected a list of rules")
@@ -144,7 +150,10 @@ class Recipe:
                     item.get("method", "nearest"),
                 )
             )
-        return cls(str(raw.get("name", "unnamed")), tuple(parsed), str(raw.get("kv", "int8")))
+        rotate = raw.get("rotate", False)
+        if not isinstance(rotate, bool):
+            raise RecipeError(f"{origin}: rotate is {rotate!r}; expected true or false")
+        return cls(str(raw.get("name", "unnamed")), tuple(parsed), str(raw.get("kv", "int8")), rotate)
 
 
 def parse_block(value: object) -> int | None:

@@ -4,12 +4,15 @@
                writes the stream; RMSNorm does not see a rotation. The head is no longer the embedding's table.
     values     v → v·Hᵀ per head, o_proj reads it back through H
 
-R is a Hadamard matrix with random signs, times a small random rotation where the width is not a power of two.
+R is a Hadamard matrix with random signs, so that the residual stream's few huge channels, which would decide the step
+of a fixed 16-bit grid, are shared by all.
 Source: Ashkboos et al. 2024 (QuaRot), the parts that are folded offline. This file does not know what gains by it.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,17 +28,45 @@ __all__ = ["Rotated", "orthogonal"]
 Array = NDArray[np.float32]
 
 
+@functools.cache
 def orthogonal(size: int, seed: int = 0) -> Array:
-    """An orthogonal matrix (size, size) that spreads every channel over all: Hadamard ⊗ random, random signs."""
+    """An orthogonal matrix (size, size), float32, that spreads every channel evenly over all: Hadamard, random signs.
+
+    Where no Hadamard matrix of the size is at hand, one of a power of two times a small random rotation. Read-only.
+    """
     generator = np.random.default_rng(seed)
-    small = size
-    spread = np.ones((1, 1))
-    while small % 2 == 0:
-        spread = np.block([[spread, spread], [spread, -spread]]) / np.sqrt(2)
-        small //= 2
-    if small > 1:
-        spread = np.kron(spread, np.linalg.qr(generator.normal(size=(small, small)))[0])
-    return np.asarray(spread * generator.choice([-1.0, 1.0], size), np.float32)
+    odd = size // (size & -size)
+    base = _paley(4 * odd) if odd > 1 and size % 4 == 0 else None
+    if base is None:
+        base = np.linalg.qr(generator.normal(size=(odd, odd)))[0] if odd > 1 else np.ones((1, 1))
+    spread = np.asarray(base / np.sqrt((base * base).sum(0)[0]), np.float32)
+    while len(spread) < size:
+        spread = np.block([[spread, spread], [spread, -spread]]) / np.sqrt(np.float32(2))
+    spread *= generator.choice(np.array([-1, 1], np.float32), size)
+    spread.flags.writeable = False
+    return spread
+
+
+def _paley(order: int) -> NDArray[np.float64] | None:
+    """The Hadamard matrix (order, order) that quadratic residues modulo a prime give, if they do.
+
+    Source: Paley 1933, constructions I (order − 1 prime, 3 mod 4) and II (order/2 − 1 prime, 1 mod 4).
+    """
+    for prime, residue in ((order - 1, 3), (order // 2 - 1, 1)):
+        if prime % 4 != residue or prime < 3 or any(prime % d == 0 for d in range(2, math.isqrt(prime) + 1)):
+            continue
+        character = np.full(prime, -1.0)
+        character[np.square(np.arange(1, prime)) % prime] = 1
+        character[0] = 0
+        at = np.arange(prime)
+        core = np.zeros((prime + 1, prime + 1))
+        core[1:, 1:] = character[(at[:, None] - at) % prime]
+        core[0, 1:] = 1
+        core[1:, 0] = -1 if residue == 3 else 1
+        if residue == 3:
+            return core + np.eye(prime + 1)
+        return np.kron(core, [[1, 1], [1, -1]]) + np.kron(np.eye(prime + 1), [[1, -1], [-1, -1]])
+    return None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ Says what a16 and KV8 cost each on their own, without a graph. Knows no text and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -20,13 +20,14 @@ from headrace.model.decoder import Residual, block, embed, head
 from headrace.model.ops import Array, Eager
 from headrace.quantize.calibrate import causal_positions
 from headrace.quantize.encodings import Encoding
+from headrace.quantize.outliers import APART, SplitEager
 
 __all__ = ["Simulated", "simulated_logits"]
 
 _CACHES = (".k_cache", ".v_cache")
 
 
-class Simulated(Eager):
+class Simulated(SplitEager):
     """Eager whose named results are rounded to their encodings.
 
     Args:
@@ -56,6 +57,10 @@ class Simulated(Eager):
         if not wanted or name.endswith(".masked_scores"):
             return value  # the device's mask is shallower than the eager one, whose sums no grid could hold
         return self.encodings[name].simulate(value)
+
+    def outliers(self, name: str, gated: Array) -> Sequence[int]:
+        apart = self.encodings.get(f"{name.removesuffix('gated')}{APART}")
+        return apart.channels if apart is not None and self.activations else ()
 
 
 def simulated_logits(run: Eager, ids: NDArray[np.integer[Any]], rows: NDArray[np.int64]) -> Array:

@@ -95,6 +95,10 @@ def export(
         str | None, typer.Option("--block", help="channel, 16, 32, 64, 128 or 256 for 4-bit weights.")
     ] = None,
     method: Annotated[str | None, typer.Option("--method", help="How 4-bit weights are found.")] = None,
+    rotate: Annotated[
+        bool | None,
+        typer.Option("--rotate/--no-rotate", help="Quantize in a basis without huge channels; a device's default."),
+    ] = None,
     bits: Annotated[
         float | None,
         typer.Option("--bits", help="Budget: code bits averaged over the linears; 8 for the most sensitive."),
@@ -142,6 +146,7 @@ def export(
             recipe=recipe,
             block="keep" if block is None else parse_block(block),
             method=method,
+            rotate=rotate,
             bits=bits,
             size=read_size(size),
             kv=kv,

@@ -1,0 +1,231 @@
+"""What an export was asked for, settled and checked: everything that decides the bytes of a bundle.
+
+Refuses what cannot work before anything is written. Knows options, geometry and texts; makes no weight and no graph.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace import __version__
+from headrace.checkpoint import Checkpoint, open_checkpoint
+from headrace.config import ModelConfig
+from headrace.errors import CalibrationError, ConfigError, RecipeError
+from headrace.model.decoder import EMBEDDING, HEAD
+from headrace.plan import Part, plan_parts
+from headrace.quantize.budget import spend
+from headrace.quantize.calibrate import cut_windows
+from headrace.quantize.grid import Grid
+from headrace.quantize.methods import find_method
+from headrace.quantize.pipeline import Source
+from headrace.quantize.recipe import Recipe, Rule, load_recipe
+from headrace.quantize.rotation import Rotated
+from headrace.quantize.storage import layouts, quantized_names
+from headrace.runtime.tokenizer import Tokenizer
+from headrace.snapdragon import refuse_blocks, refuse_contexts
+from headrace.targets.qnn_toolchain import find_toolchain
+from headrace.targets.soc import find_soc
+
+__all__ = ["ExportSettings", "settle"]
+
+_NO_COSTS: Mapping[str, float] = defaultdict(float)
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """Everything that decides the bytes of a bundle; an interrupted export goes on only under the same ones.
+
+    Attributes:
+        checkpoint: what was opened.
+        recipe: with every option in it.
+        parts: the plan.
+        prompt_length: tokens of a prompt step.
+        contexts: context lengths, rising.
+        calibration: texts.
+        windows, window_length: how texts are cut, tokens.
+        bits, size: the budget; at most one is given.
+        targets: chips to compile for.
+        keep_onnx: device graphs stay in the bundle.
+        keep_grid: weights that lie on their grid stay as they are.
+    """
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    parts: tuple[Part, ...]
+    prompt_length: int
+    contexts: tuple[int, ...]
+    calibration: tuple[str, ...]
+    windows: int
+    window_length: int
+    bits: float | None
+    size: int | None
+    targets: tuple[str, ...]
+    keep_onnx: bool
+    keep_grid: bool
+
+    @property
+    def model(self) -> Source:
+        """The weights that are quantized: the checkpoint's, in another basis where the recipe says so."""
+        return Rotated(self.checkpoint) if self.recipe.rotate else self.checkpoint
+
+    @property
+    def config(self) -> ModelConfig:
+        """The geometry of what is quantized."""
+        return self.model.config
+
+    @property
+    def rules(self) -> Mapping[str, Rule]:
+        """Each weight's rule, by canonical name."""
+        return self.recipe.resolve(quantized_names(self.config))
+
+    @property
+    def grids(self) -> dict[str, Grid]:
+        """Each weight's grid, by canonical name."""
+        return {name: rule.grid for name, rule in self.rules.items()}
+
+    def fingerprint(self) -> str:
+        """sha256 over everything above, and over the checkpoint's files by name, size and time."""
+        # Everything beside the weights too: tokenizer and generation settings become part of the bundle.
+        root = self.checkpoint.path
+        beside = [file for file in root.iterdir() if file.is_file()] if root.is_dir() else []
+        files = sorted({*self.checkpoint.files, *beside})
+        source = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        texts = [hashlib.sha256(text.encode()).hexdigest() for text in self.calibration]
+        body = [
+            __version__, source, self.recipe.to_dict(), len(self.parts), self.prompt_length, self.contexts,
+            texts, self.windows, self.window_length, self.bits, self.size, self.targets, self.keep_onnx,
+            self.keep_grid,
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(body).encode()).hexdigest()
+
+    def cut(self, tokenizer: Tokenizer) -> NDArray[np.int64]:
+        """Calibration windows of all texts, an equal share of each, int64 (windows, length).
+
+        Raises:
+            CalibrationError: a text is shorter than a window.
+        """
+        share = -(-self.windows // len(self.calibration))
+        cut = [
+            cut_windows(np.array(tokenizer.encode(text), np.int64), self.window_length, share)
+            for text in self.calibration
+        ]
+        return np.concatenate(cut)[: max(self.windows, len(cut))]
+
+
+def settle(
+    checkpoint: Path,
+    *,
+    recipe: str | Recipe,
+    block: int | str | None,
+    method: str | None,
+    rotate: bool | None,
+    bits: float | None,
+    size: int | None,
+    kv: str | None,
+    parts: int,
+    prompt_length: int,
+    context: int | Sequence[int] | None,
+    calibration: Sequence[str | os.PathLike[str]],
+    windows: int,
+    window_length: int,
+    targets: Sequence[str],
+    keep_onnx: bool,
+    keep_grid: bool,
+) -> ExportSettings:
+    """The settings that the options of `export` mean, with the checkpoint opened.
+
+    Raises:
+        UserError: they are not possible; the message says what and what to do.
+    """
+    source = open_checkpoint(checkpoint)
+    chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    chosen = replace(chosen, kv=kv or chosen.kv).with_linears(block=block, method=method)
+    # A device's fixed grids hold one huge channel only at the cost of all others: see quantize/rotation.py.
+    chosen = replace(chosen, rotate=rotate if rotate is not None else chosen.rotate or bool(targets) or keep_onnx)
+    settings = ExportSettings(
+        checkpoint=source,
+        recipe=chosen,
+        parts=plan_parts(source.config, parts),
+        prompt_length=_length("--prompt-length", prompt_length, source.config.max_context),
+        contexts=_contexts(source.config, context, prompt_length),
+        calibration=_texts(calibration),
+        windows=windows,
+        window_length=min(window_length, source.config.max_context),
+        bits=bits,
+        size=size,
+        targets=tuple(targets),
+        keep_onnx=keep_onnx,
+        keep_grid=keep_grid,
+    )
+    _check(settings)
+    return settings
+
+
+def _check(settings: ExportSettings) -> None:
+    recipe, rules = settings.recipe, settings.rules
+    if rules[EMBEDDING].bits != 8 or rules.get(HEAD, rules[EMBEDDING]).bits != 8:
+        raise RecipeError(
+            f"recipe {recipe.name!r} gives embedding or head less than 8 bits; expected 8, change its rule"
+        )
+    for rule in rules.values():
+        find_method(rule.method)
+    layouts(settings.config, settings.parts, settings.grids)  # refuses blocks that do not divide
+    if settings.bits is not None or settings.size is not None:
+        spend(recipe, settings.config, _NO_COSTS, bits=settings.bits, size=settings.size, parts=settings.parts)
+    if settings.keep_grid and recipe.rotate:
+        raise RecipeError("--keep-grid keeps weights as they are and --rotate changes them; expected one of them")
+    for target in settings.targets:
+        find_soc(target)
+    if settings.targets or settings.keep_onnx:
+        refuse_blocks(rules)
+        if recipe.kv != "int8":
+            raise RecipeError(
+                f"device graphs need an 8-bit cache and recipe {recipe.name!r} has {recipe.kv}: --kv int8"
+            )
+    if settings.targets:
+        refuse_contexts((settings.prompt_length, 1), settings.contexts)
+        find_toolchain()
+
+
+def _contexts(config: ModelConfig, context: int | Sequence[int] | None, prompt_length: int) -> tuple[int, ...]:
+    if context is None:
+        return (min(4096, config.max_context),)
+    wanted = sorted({context} if isinstance(context, int) else set(context))
+    if not wanted:
+        raise ConfigError("--context is empty; expected a length, or several separated by commas")
+    for length in wanted:
+        _length("--context", length, config.max_context)
+        if length <= prompt_length:
+            raise ConfigError(
+                f"--context {length} does not exceed --prompt-length {prompt_length}; make one of them fit"
+            )
+    return tuple(wanted)
+
+
+def _length(option: str, value: int, most: int) -> int:
+    if not 1 <= value <= most:
+        raise ConfigError(f"{option} {value} is not possible; this model was made for 1 to {most} tokens")
+    return value
+
+
+def _texts(files: Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
+    if not files:
+        from pydoc_data import topics  # English, a few hundred kilobytes, in every Python
+
+        return ("\n\n".join(topics.topics.values()),)
+    texts = []
+    for file in files:
+        try:
+            texts.append(Path(file).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise CalibrationError(f"calibration text {file} cannot be read: {error}; expected a UTF-8 file") from None
+    return tuple(texts)

@@ -1,0 +1,59 @@
+"""Outlier channels of the gated product: one or two of thousands that are hundreds of times larger than all others.
+
+On a fixed 16-bit grid they alone decide the step, and what is left of the others is nothing (SmolLM2: KL 0.0010 in two
+layers). So a device computes them apart, on a grid of their own, and adds what the linear makes of them:
+
+    gated ─┬─ all channels, fine grid ───► down_proj, outlier columns 0 ─┬─► + ─► update
+           └─ outliers, their own grid ──► down_proj, outlier columns ───┘
+
+Source: Dettmers et al. 2022 (LLM.int8()), for static grids. Knows no encoding and no graph.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.model.ops import Array, Eager
+
+__all__ = ["APART", "SplitEager", "find_outliers"]
+
+APART = "gated_outliers"
+"""Name of the outliers' tensor, beside `gated`."""
+
+MOST = 4  # channels that are computed apart
+RATIO = 4.0  # times the largest peak that stays
+
+
+def find_outliers(peaks: NDArray[np.floating]) -> tuple[int, ...]:
+    """The channels to compute apart, rising: of the strongest `MOST`, those `RATIO` times the next one's peak.
+
+    Args:
+        peaks: the largest magnitude of each channel, (I,).
+    """
+    order = np.argsort(-peaks, kind="stable")
+    if len(order) <= MOST:
+        return ()
+    return tuple(sorted(int(c) for c in order[:MOST] if peaks[c] > RATIO * peaks[order[MOST]]))
+
+
+class SplitEager(Eager):
+    """Eager whose gated product is split as a device splits it."""
+
+    @abstractmethod
+    def outliers(self, name: str, gated: Array) -> Sequence[int]:
+        """The outlier channels of the product `name`, (…, I); none leaves it whole."""
+
+    def feed_forward(self, gate: Array, up: Array, weight: str, name: str) -> Array:
+        gated = self.silu(gate, f"{name}.silu") * up
+        channels = list(self.outliers(f"{name}.gated", gated))
+        if not channels:
+            return self.linear(self.tap(f"{name}.gated", gated), weight)
+        table, module = self.weights(weight), weight.removesuffix(".weight")
+        apart = self.tap(f"{name}.{APART}", gated[..., channels])
+        gated[..., channels] = 0
+        inliers = self.tap(f"{module}.inliers", self.tap(f"{name}.gated", gated) @ table.T)
+        return self.tap(module, inliers + self.tap(f"{module}.outliers", apart @ table[:, channels].T))
