@@ -1,6 +1,6 @@
 """Time and peak memory of quantizing one layer of Baichuan2-7B's shape (random weights and hidden states' source).
 
-usage: layer_7b.py [METHOD] [WINDOWS] [LENGTH]        default: gptq 64 512 (32,768 calibration tokens)
+usage: layer_7b.py [METHOD] [WINDOWS] [LENGTH]        default: descent 64 512 (32,768 calibration tokens)
 
 What `headrace plan` extrapolates to all layers is checked against this.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -40,25 +41,27 @@ class RandomLayer:
         rows, columns = linear_shape(self.config, name)
 
         def read(start: int, stop: int) -> np.ndarray:
-            seed = abs(hash((name, start))) % (1 << 32)
+            seed = zlib.crc32(f"{name} {start}".encode())
             return np.random.default_rng(seed).standard_normal((stop - start, columns), np.float32) * np.float32(0.02)
 
         return LazyTensor((rows, columns), "float32", read)
 
 
 def main() -> None:
-    method = sys.argv[1] if len(sys.argv) > 1 else "gptq"
+    method = sys.argv[1] if len(sys.argv) > 1 else "descent"
     count, length = (int(a) for a in (sys.argv[2:4] if len(sys.argv) > 3 else ("64", "512")))
     source = RandomLayer()
     recipe = load_recipe("w4a16").with_linears(method=method)
     rules = recipe.resolve(quantized_names(source.config))
     windows = np.random.default_rng(0).integers(0, source.config.vocab_size, (count, length))
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     quantize_layers(source, {n: rules[n] for n in linear_names(source.config)}, windows, lambda layer: None)
     seconds = time.perf_counter() - started
+    worked = time.process_time() - worked
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     estimate = estimate_export(SHAPE, tokens=count * length)
     print(f"one layer, {method}, {count * length} tokens: {seconds:.0f} s, peak {peak / 1e9:.2f} GB")
+    print(f"on a busy computer: {worked:.0f} s of work, at best half of it on two cores")
     print(f"{SHAPE.num_layers} layers of that: {seconds * SHAPE.num_layers / 3600:.2f} h")
     print(f"planned: {estimate.seconds / 3600:.2f} h, {estimate.peak_bytes / 1e9:.2f} GB")
 

@@ -174,6 +174,7 @@ def main() -> int:
             calibration=options.calibration,
             windows=16,
             targets=[options.target],
+            resume=True,
         )
     bundle = open_bundle(work / "bundle")
     binaries = sorted((bundle.root / options.target).glob("*.bin"))

@@ -20,7 +20,7 @@ from headrace.checkpoint import open_checkpoint
 from headrace.errors import BundleError, CalibrationError, ConfigError, RecipeError, UserError
 from headrace.exporter import export
 from headrace.quantize.recipe import Recipe, Rule
-from tests.exports import CONTEXT, LAYERS, SMALL, VOCAB, Exports, write_checkpoint
+from tests.exports import CONTEXT, LAYERS, PHONE, SMALL, VOCAB, Exports, write_checkpoint
 from tests.oracle.quantized import stored_weights
 from tests.tiny import MAX_POSITIONS, rewrite_as_baichuan
 
@@ -248,6 +248,11 @@ def test_killed_with_nine_and_resumed(run: Any, exports: Exports, tmp_path: Path
         ({"block": 48}, RecipeError, "block 48 is not possible; expected channel, 16"),
         ({"recipe": "w4a61"}, RecipeError, "recipe 'w4a61' is neither a shipped one"),
         ({"method": "gtpq"}, RecipeError, "method 'gtpq' is unknown; did you mean 'gptq'?"),
+        (
+            {"keep_grid": True, "rotate": True},
+            RecipeError,
+            "--keep-grid keeps weights as they are and --rotate",
+        ),
         ({"kv": "int4"}, RecipeError, "kv 'int4' is unknown; expected int8 or float32"),
         ({"window_length": 500}, CalibrationError, "tokens, which is less than one window of 500"),
         ({"calibration": ["absent.txt"]}, CalibrationError, "calibration text absent.txt cannot be read"),
@@ -331,6 +336,35 @@ def test_a_recipe_file(run: Any, tmp_path: Path) -> None:
     assert shapes["layers.0.mlp.up_proj.weight_packed"] == (96, 64)
     assert shapes["layers.1.mlp.up_proj.weight_packed"] == (96, 32)
     assert shapes["layers.1.mlp.up_proj.weight_scale"] == (96, 4)
+
+
+TWO_BASES = 0.95  # correlation: int8 rounds other weights, and random ones are sharp; an error in a basis gives none
+
+
+@pytest.mark.parametrize("kind", ["gqa", "tied"])
+def test_a_rotated_model_is_the_same_model(run: Any, exports: Exports, tmp_path: Path, kind: str) -> None:
+    recipe = tmp_path / "eight.json"
+    recipe.write_text(json.dumps({"name": "eight", "kv": "float32", "rules": [{"match": ".", "bits": 8}]}))
+    plain, turned = (
+        open_bundle(
+            export(exports.checkpoint(kind), tmp_path / f"{rotate}", **SMALL, calibration=[exports.text],
+                   recipe=str(recipe), rotate=rotate)
+        )
+        for rotate in (False, True)
+    )  # fmt: skip
+    assert not turned.config.tied_head
+    assert (plain.recipe["rotate"], turned.recipe["rotate"]) == (False, True)
+    with headrace.load(plain.root) as one, headrace.load(turned.root) as other:
+        a, b = one.logits(list(range(3, 60))), other.logits(list(range(3, 60)))
+    assert np.corrcoef(a.ravel(), b.ravel())[0, 1] > TWO_BASES
+    stored = [load_file(next((bundle.root / "weights").glob("*2_of*"))) for bundle in (plain, turned)]
+    name = next(name for name in stored[0] if name.endswith("q_proj.weight_packed"))
+    assert (stored[0][name] != stored[1][name]).any()
+
+
+def test_what_a_device_runs_is_rotated(exports: Exports) -> None:
+    assert open_bundle(exports.bundle("phone", **PHONE)).recipe["rotate"]
+    assert not open_bundle(exports.bundle("gqa")).recipe["rotate"]
 
 
 def test_a_cache_that_saw_only_zeros(exports: Exports, tmp_path: Path) -> None:

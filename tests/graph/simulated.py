@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,15 @@ from headrace.model.ops import Array, Eager, Positions
 from headrace.plan import MASK_DEPTH, plan_parts
 from headrace.quantize.encodings import ANGLE, MASK, Encoding, device_encodings
 from headrace.quantize.grid import Grid, QuantizedTensor, dequantize, quantize_nearest, round_codes, storable
+from headrace.quantize.outliers import APART, SplitEager
 from headrace.quantize.ranges import collect_ranges
 from headrace.quantize.storage import part_weights
 from headrace.rope import rope_angles
 from headrace.targets.onnxruntime import default_threads, make_session
 from tests.tiny import write_baichuan, write_llama
+
+OUTLIERS = {1: (5, 60), 2: (33,)}
+HUGE = 200  # times; their columns of down_proj are as much smaller, so that the model is the same
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def eight_bit(weight: Array) -> QuantizedTensor:
     return QuantizedTensor(round_codes(weight, scales, Grid(8)), scales, Grid(8))
 
 
-class SimulatedDevice(Eager):
+class SimulatedDevice(SplitEager):
     """Eager with every named result on its grid, and norm gains on theirs."""
 
     def __init__(self, model: QuantizedModel) -> None:
@@ -90,10 +94,19 @@ class SimulatedDevice(Eager):
             value = Encoding.of_range(float(value.min()), float(value.max())).simulate(value)
         return value
 
+    def outliers(self, name: str, gated: Array) -> Sequence[int]:
+        return apart(self.model, name)
+
     def tap(self, name: str, value: Array) -> Array:
         value = self.model.encodings[name].simulate(value)
         self.seen.setdefault(name, []).append(value)
         return value
+
+
+def apart(model: QuantizedModel, name: str) -> tuple[int, ...]:
+    """Outlier channels of a gated product."""
+    encoding = model.encodings.get(f"{name.removesuffix('gated')}{APART}")
+    return encoding.channels if encoding else ()
 
 
 def simulated_logits(model: QuantizedModel, ids: NDArray[np.int64], ops: Eager | None = None) -> Array:
@@ -114,14 +127,26 @@ def simulated_logits(model: QuantizedModel, ids: NDArray[np.int64], ops: Eager |
 
 
 def tiny_model(folder: Path, kind: str, **shape: int) -> QuantizedModel:
-    """A random decoder: "gqa", "mha" (Baichuan2: W_pack, NormHead) or "tied" (GQA, the head is the embedding)."""
+    """A random decoder: "gqa", "mha" (Baichuan2: W_pack, NormHead), "tied" (GQA, the head is the embedding) or
+    "outliers" (gqa with two huge channels in the gated product of the second layer, one in the third's)."""
     if kind == "mha":
         written = write_baichuan(folder, **shape)
     else:
         written = write_llama(folder, tied=kind == "tied", **shape)
     checkpoint = open_checkpoint(written)
     windows = np.random.default_rng(7).integers(0, checkpoint.config.vocab_size, (6, 96))
-    return quantized_model(checkpoint.config, lambda name: checkpoint.tensor(name).load(), windows)
+
+    def load(name: str) -> Array:
+        value = checkpoint.tensor(name).load()
+        if kind == "outliers":
+            for layer, channels in OUTLIERS.items():
+                if name == f"layers.{layer}.mlp.up_proj.weight":
+                    value[list(channels)] *= HUGE
+                if name == f"layers.{layer}.mlp.down_proj.weight":
+                    value[:, list(channels)] /= HUGE
+        return value
+
+    return quantized_model(checkpoint.config, load, windows)
 
 
 def divergence(reference: Array, logits: Array) -> float:

@@ -24,11 +24,14 @@ from headrace.model.decoder import EMBEDDING
 from headrace.model.ops import Array, Eager, Positions
 from headrace.plan import GraphStyle, plan_parts, ports
 from headrace.quantize.encodings import ANGLE, MASK
-from headrace.quantize.grid import Grid, QuantizedTensor, quantize_nearest
+from headrace.quantize.grid import Grid, QuantizedTensor, dequantize, quantize_nearest
+from headrace.quantize.outliers import SplitEager
 from headrace.rope import rope_angles
 from tests.graph.simulated import (
+    OUTLIERS,
     QuantizedModel,
     SimulatedDevice,
+    apart,
     divergence,
     quantized_model,
     reference_session,
@@ -45,9 +48,9 @@ TIE_LSB = 1
 # The same over three layers, where one key or value that is one of 256 codes off is seen in everything behind it.
 LAYERS_LSB = 200
 KL = 1e-3  # three layers with spread-out random weights; 1e-4 measured
-CORRELATION = 0.9999
+CORRELATION = 0.9998
 
-KINDS = ("gqa", "mha", "tied")
+KINDS = ("gqa", "mha", "tied", "outliers")
 
 
 @pytest.fixture(scope="module")
@@ -95,17 +98,24 @@ def tokens(model: QuantizedModel, seed: int = 3) -> NDArray[np.int64]:
     return np.random.default_rng(seed).integers(0, model.config.vocab_size, S)
 
 
-class Forced(Eager):
+class Forced(SplitEager):
     """Compares every named result with the graph's, and goes on with the graph's: errors do not add up."""
 
     def __init__(self, model: QuantizedModel, codes: Mapping[str, NDArray[Any]]) -> None:
         super().__init__(model.config, SimulatedDevice(model)._weight)
+        self.model = model
         self.encodings = model.encodings
         self.codes = codes
         self.worst: dict[str, int] = {}
 
+    def outliers(self, name: str, gated: Array) -> Sequence[int]:
+        return apart(self.model, name)
+
     def tap(self, name: str, value: Array) -> Array:
         e, have = self.encodings[name], self.codes[name].reshape(value.shape)
+        if name.endswith(".gated") and apart(self.model, name):  # what the fine grid makes of outliers is not used
+            have = have.copy()
+            have[..., apart(self.model, name)] = e.zero_point
         self.worst[name] = int(np.abs(e.quantize(value).astype(int) - have.astype(int)).max())
         return e.dequantize(have)
 
@@ -126,6 +136,36 @@ def test_every_result_follows_from_those_before(models: dict[str, QuantizedModel
     step(eager, model, feeds)
     assert set(eager.worst) | {f"layers.{i}.self_attn.{x}_rope" for i in range(3) for x in "qk"} == names
     assert {name: worst for name, worst in eager.worst.items() if worst > TIE_LSB} == {}
+
+
+def test_outliers_have_a_grid_of_their_own(models: dict[str, QuantizedModel], tmp_path: Path) -> None:
+    model = models["outliers"]
+    for layer in range(3):
+        assert apart(model, f"layers.{layer}.mlp.gated") == OUTLIERS.get(layer, ())
+    few, rest = (model.encodings[f"layers.1.mlp.{name}"] for name in ("gated_outliers", "gated"))
+    assert few.scale > 20 * rest.scale
+    (graph,) = emit(model, tmp_path, parts=1)
+    stored = {t.name: numpy_helper.to_array(t) for t in onnx.load(str(graph.path)).graph.initializer}
+    name = "layers.1.mlp.down_proj.weight"
+    whole = model.read(name)
+    assert isinstance(whole, QuantizedTensor)
+    channels = list(OUTLIERS[1])
+    assert not stored[f"{name}.codes"][channels].any()
+    back = stored[f"{name}.outliers.codes"].astype(np.float32) * stored[f"{name}.outliers.scale"]
+    np.testing.assert_array_equal(back.T, dequantize(whole)[:, channels])
+
+
+def test_a_grid_of_their_own_is_nearer(models: dict[str, QuantizedModel]) -> None:
+    """The same model with and without the split: only the fine grid keeps what all other channels hold."""
+    model = models["outliers"]
+    ids = tokens(model)
+    exact = simulated_logits(model, ids, Eager(model.config, model.real))
+    whole = {name: e for name, e in model.encodings.items() if not name.endswith("gated_outliers")}
+    for layer in OUTLIERS:
+        whole[f"layers.{layer}.mlp.gated"] = model.encodings[f"layers.{layer}.mlp.gated_outliers"]
+    without = replace(model, encodings=whole)
+    split, joined = (divergence(exact, simulated_logits(m, ids)) for m in (model, without))
+    assert split < joined
 
 
 def half_full(model: QuantizedModel) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def derive_weights(
             else:
                 bits[name] = value.grid.bits
                 apart = encodings.get(name.replace("down_proj.weight", APART))
-                if apart is not None and apart.channels:
+                if name.endswith("down_proj.weight") and apart is not None:
                     value = _write_apart(writer, name, value, list(apart.channels))
                     bits[f"{name}.outliers"] = 8
                 _write_linear(writer, name, value)

@@ -52,6 +52,7 @@ class _DeviceOps(Recorder):
         self.encodings = encodings
         self.split_heads = False
         self._grids: dict[str, Encoding] = {}
+        self._apart: dict[str, ir.Value] = {}  # outliers of a gated product, by its name
 
     # Grids.
 
@@ -133,7 +134,13 @@ class _DeviceOps(Recorder):
         return self.reshape(self._on_grid(raw, name), (0, 0, columns))
 
     def linear(self, x: ir.Value, weight: str) -> ir.Value:
-        return self._product(x, weight, weight.removesuffix(".weight"))
+        name = weight.removesuffix(".weight")
+        few = self._apart.get(x.name or "")
+        if few is None:
+            return self._product(x, weight, name)
+        # The outliers' columns of the weight are zero: what the fine grid makes of them does not count.
+        inliers = self._product(x, weight, f"{name}.inliers")
+        return self.add(inliers, self._product(few, f"{weight}.outliers", f"{name}.outliers"), name)
 
     def _product(self, x: ir.Value, weight: str, name: str) -> ir.Value:
         codes, scale = self._external(f"{weight}.codes"), self._external(f"{weight}.scale")
@@ -144,20 +151,17 @@ class _DeviceOps(Recorder):
         real = self.graph.one("DequantizeLinear", [codes, scale, zero], axis=1, name=f"{weight}.real")
         return self._on_grid(self.graph.one("MatMul", [x, real], name=f"{name}.raw"), name)
 
-    def feed_forward(self, gate: ir.Value, up: ir.Value, weight: str, name: str) -> ir.Value:
-        """As `Ops.feed_forward`, outlier channels apart; their columns of `weight` are zero, so what the fine grid
-        makes of them does not count."""
+    def gated(self, gate: ir.Value, up: ir.Value, name: str) -> ir.Value:
+        """As `Ops.gated`; the outlier channels are kept apart for the linear that follows."""
         apart = self.encodings.get(f"{name}.{APART}")
-        if apart is None or not apart.channels:
-            return super().feed_forward(gate, up, weight, name)
-        module = weight.removesuffix(".weight")
+        if apart is None:
+            return super().gated(gate, up, name)
         silu = self.silu(gate, f"{name}.silu")
-        inliers = self._product(self.multiply(silu, up, f"{name}.gated"), weight, f"{module}.inliers")
+        gated = self.multiply(silu, up, f"{name}.gated")
+        assert gated.name is not None
         few = self._channels(silu, apart.channels), self._channels(up, apart.channels)
-        outliers = self._product(
-            self.multiply(*few, name=f"{name}.{APART}"), f"{weight}.outliers", f"{module}.outliers"
-        )
-        return self.add(inliers, outliers, module)
+        self._apart[gated.name] = self.multiply(*few, name=f"{name}.{APART}")
+        return gated
 
     def _channels(self, x: ir.Value, channels: Sequence[int]) -> ir.Value:
         """Some of the last axis."""

@@ -16,6 +16,7 @@ import numpy as np
 from headrace.config import ModelConfig
 from headrace.model.decoder import EMBEDDING, HEAD, layer_linears
 from headrace.plan import plan_parts
+from headrace.quantize.descent import SWEEPS
 from headrace.quantize.recipe import Recipe
 from headrace.quantize.storage import layouts, linear_shape, quantized_names
 
@@ -31,7 +32,8 @@ BANDWIDTHS: Mapping[str, float] = {
 
 _PROBE = 1024  # rows of the matrices that are multiplied to learn this computer's speed
 # Share of the plain matrix product's speed that a whole layer reaches; benchmarks/layer_7b.py measures it.
-_EFFICIENCY = 0.35
+_EFFICIENCY = 0.7
+_WORKING = 1 << 29  # bytes: Python, and the temporary arrays of the windows and rows in work
 
 
 @dataclass(frozen=True)
@@ -96,28 +98,32 @@ def plan_model(
 
 
 def estimate_export(config: ModelConfig, tokens: int) -> ExportEstimate:
-    """Time and memory of calibrated quantization (GPTQ), from its operations and this computer's speed.
+    """Time and memory of calibrated quantization (descent), from its operations and this computer's speed.
 
-    A group of linears with an input of K columns costs 2·T·K² for its second moments; a linear (N, K) 2·T·N·K for the
-    pass that calibrates the next, and about K³ + N·K² to be rounded.
+    For T tokens, a linear (N, K) costs 2·T·N·K to compute what calibrates the next, and queries and keys as much again
+    to see which tokens are looked at. An input of K columns costs T·K² for a second moment, the first group's two of
+    them; a linear K³/3 for its factor, and N·K² each for GPTQ, for descent's start and for its scales and its codes in
+    each sweep.
 
     Args:
         config: the geometry.
         tokens: of calibration, T.
     """
     operations = 0.0
-    for group in layer_linears(0):
+    for number, group in enumerate(layer_linears(0)):
         shapes = [linear_shape(config, name) for name in group]
         columns = shapes[0][1]
-        operations += 2.0 * tokens * columns**2 + columns**3
-        operations += sum(2.0 * tokens * n * k + 2.0 * n * k**2 for n, k in shapes)
+        operations += (2.0 if number == 0 else 1.0) * tokens * columns**2
+        operations += sum(2.0 * tokens * n * k + (2 + 2 * SWEEPS) * n * k**2 + k**3 / 3 for n, k in shapes)
+        if number == 0:
+            operations += sum(2.0 * tokens * n * k for n, k in shapes[:2])
     seconds = config.num_layers * operations / (_matmul_speed() * _EFFICIENCY)
     weights = sum(n * k for group in layer_linears(0) for n, k in (linear_shape(config, name) for name in group))
     widest = max(config.intermediate_size, config.query_size, config.hidden_size)
-    # float32 values: a layer before and after, the stream and its norms, gate with up and their product, second
-    # moments (two of them in float64). benchmarks/layer_7b.py measured 13.2 GB where this says 12.1.
-    elements = 2 * weights + 6 * tokens * config.hidden_size + 3 * tokens * widest + 6 * widest**2
-    return ExportEstimate(seconds, 4 * elements)
+    # float32 values: the layer, and its codes in a byte; hidden states and the widest input; its second moment, that
+    # damped, and the factor. benchmarks/layer_7b.py measures all but the embedding's codes.
+    elements = 5 * weights // 4 + tokens * (config.hidden_size + widest) + 3 * widest**2
+    return ExportEstimate(seconds, 4 * elements + config.vocab_size * config.hidden_size + _WORKING)
 
 
 def _matmul_speed() -> float:

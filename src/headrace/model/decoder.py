@@ -96,7 +96,7 @@ def walk(
     del mixed, update
     yield gate_up, normed
     gate, up = ops.linears(normed, gate_up)
-    gated = ops.multiply(ops.silu(gate, f"{p}.mlp.silu"), up, f"{p}.mlp.gated")
+    gated = ops.gated(gate, up, f"{p}.mlp")
     del normed, gate, up
     yield down, gated
     return Residual(x, ops.linear(gated, down[0]), f"{p}.residual"), new

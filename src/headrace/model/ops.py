@@ -125,10 +125,9 @@ class Ops(ABC, Generic[T]):
         """x · sigmoid(x)."""
         return self.multiply(x, self.sigmoid(x, f"{name}.sigmoid"), name)
 
-    def feed_forward(self, gate: T, up: T, weight: str, name: str) -> T:
-        """silu(gate) · up, (…, I), by a weight (H, I) → (…, H); `name` is the prefix of the results' names."""
-        gated = self.multiply(self.silu(gate, f"{name}.silu"), up, f"{name}.gated")
-        return self.linear(gated, weight)
+    def gated(self, gate: T, up: T, name: str) -> T:
+        """silu(gate) · up; `name` is the prefix of the results' names."""
+        return self.multiply(self.silu(gate, f"{name}.silu"), up, f"{name}.gated")
 
     def rope(self, x: T, at: Positions[T], name: str) -> T:
         """Rotate-half rotary embedding of x (B, heads, S, D)."""

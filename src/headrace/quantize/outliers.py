@@ -12,11 +12,12 @@ Source: Dettmers et al. 2022 (LLM.int8()), for static grids. Knows no encoding a
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.config import ModelConfig
 from headrace.model.ops import Array, Eager
 
 __all__ = ["APART", "SplitEager", "find_outliers"]
@@ -43,17 +44,27 @@ def find_outliers(peaks: NDArray[np.floating]) -> tuple[int, ...]:
 class SplitEager(Eager):
     """Eager whose gated product is split as a device splits it."""
 
+    def __init__(self, config: ModelConfig, weights: Callable[[str], Array]) -> None:
+        super().__init__(config, weights)
+        self._apart: tuple[list[int], Array] | None = None  # until the linear that follows takes them
+
     @abstractmethod
     def outliers(self, name: str, gated: Array) -> Sequence[int]:
         """The outlier channels of the product `name`, (…, I); none leaves it whole."""
 
-    def feed_forward(self, gate: Array, up: Array, weight: str, name: str) -> Array:
+    def gated(self, gate: Array, up: Array, name: str) -> Array:
         gated = self.silu(gate, f"{name}.silu") * up
         channels = list(self.outliers(f"{name}.gated", gated))
-        if not channels:
-            return self.linear(self.tap(f"{name}.gated", gated), weight)
+        if channels:
+            self._apart = channels, self.tap(f"{name}.{APART}", gated[..., channels])
+            gated[..., channels] = 0
+        return self.tap(f"{name}.gated", gated)
+
+    def linear(self, x: Array, weight: str) -> Array:
+        if self._apart is None:
+            return super().linear(x, weight)
+        channels, few = self._apart
+        self._apart = None
         table, module = self.weights(weight), weight.removesuffix(".weight")
-        apart = self.tap(f"{name}.{APART}", gated[..., channels])
-        gated[..., channels] = 0
-        inliers = self.tap(f"{module}.inliers", self.tap(f"{name}.gated", gated) @ table.T)
-        return self.tap(module, inliers + self.tap(f"{module}.outliers", apart @ table[:, channels].T))
+        inliers = self.tap(f"{module}.inliers", x @ table.T)
+        return self.tap(module, inliers + self.tap(f"{module}.outliers", few @ table[:, channels].T))

@@ -63,7 +63,9 @@ class InputStatistics:
             some = piece * root
 
             def count(at: slice, some: Array = some) -> None:
-                moment[at, : at.stop] += some[:, at].T @ some[:, : at.stop]
+                mine = some[:, at]
+                moment[at, at] += mine.T @ mine  # which NumPy knows to be symmetric
+                moment[at, : at.start] += mine.T @ some[:, : at.start]
 
             spread(count, strips)
             if shift is not None and exact is not None:
@@ -77,8 +79,6 @@ class InputStatistics:
             begin = end
         moment /= tokens
         for at in strips:
-            square = moment[at, at]
-            square[:] = np.tril(square) + np.tril(square, -1).T
             moment[: at.start, at] = moment[at, : at.start].T
         if shift is not None:
             shift /= tokens
