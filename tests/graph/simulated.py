@@ -26,7 +26,7 @@ from headrace.rope import rope_angles
 from headrace.targets.onnxruntime import default_threads, make_session
 from tests.tiny import write_baichuan, write_llama
 
-OUTLIERS = {1: (5, 60), 2: (33,)}
+OUTLIERS = {1: (5, 60), 2: (33,)}  # layer → channels
 HUGE = 200  # times; their columns of down_proj are as much smaller, so that the model is the same
 
 

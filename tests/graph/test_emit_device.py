@@ -141,7 +141,9 @@ def test_every_result_follows_from_those_before(models: dict[str, QuantizedModel
 def test_outliers_have_a_grid_of_their_own(models: dict[str, QuantizedModel], tmp_path: Path) -> None:
     model = models["outliers"]
     for layer in range(3):
-        assert apart(model, f"layers.{layer}.mlp.gated") == OUTLIERS.get(layer, ())
+        found = apart(model, f"layers.{layer}.mlp.gated")
+        assert set(OUTLIERS.get(layer, ())) <= set(found)
+        assert len(found) == (2 if layer in OUTLIERS else 0)  # never one alone: the compiler does not come back
     few, rest = (model.encodings[f"layers.1.mlp.{name}"] for name in ("gated_outliers", "gated"))
     assert few.scale > 20 * rest.scale
     (graph,) = emit(model, tmp_path, parts=1)

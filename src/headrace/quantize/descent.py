@@ -24,8 +24,8 @@ SWEEPS, BLOCK_SWEEPS = (
     2,
     3,
 )  # with a scale a row or a block; one more gains less than 1 %, and costs a row's scale twice
-_LAZY = 512  # columns whose slopes come from one product
-_NEAR = 32  # of these, columns that hear of changes one after the other
+_LAZY = 128  # columns whose slopes come from one product
+_NEAR = 16  # of these, columns that hear of changes one after the other
 _LEAST = np.float32(0.3)  # a scale shrinks to no less than this share in a sweep
 
 

@@ -32,13 +32,18 @@ RATIO = 4.0  # times the largest peak that stays
 def find_outliers(peaks: NDArray[np.floating]) -> tuple[int, ...]:
     """The channels to compute apart, rising: of the strongest `MOST`, those `RATIO` times the next one's peak.
 
+    Never one alone: on a product of one column the HTP compiler takes all memory there is and does not come back.
+
     Args:
         peaks: the largest magnitude of each channel, (I,).
     """
     order = np.argsort(-peaks, kind="stable")
     if len(order) <= MOST:
         return ()
-    return tuple(sorted(int(c) for c in order[:MOST] if peaks[c] > RATIO * peaks[order[MOST]]))
+    found = [int(c) for c in order[:MOST] if peaks[c] > RATIO * peaks[order[MOST]]]
+    if len(found) == 1:
+        found.append(int(order[1]))
+    return tuple(sorted(found))
 
 
 class SplitEager(Eager):
