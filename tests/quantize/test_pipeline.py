@@ -119,7 +119,7 @@ def test_windows_that_walk_together_do_not_matter(
     while steps.advance():
         assert sum(map(len, steps.inputs)) == len(ids) and len(steps.inputs) == -(-5 // max(1, tokens // 40))
     assert np.abs(states - expected).max() < ORDER_NOISE * np.abs(expected).max()
-    assert steps.key_peak == pytest.approx(np.abs(keys).max(), rel=ORDER_NOISE)
+    assert steps.key_peaks == pytest.approx(np.abs(keys).max((0, 3)), rel=ORDER_NOISE)
     assert steps.value_peaks == pytest.approx(np.abs(values).max((0, 2)), rel=ORDER_NOISE)
 
 

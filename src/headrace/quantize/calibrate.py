@@ -88,13 +88,13 @@ class Follower(Eager):
         weights: canonical name → float32 array; may change while a block waits.
 
     Attributes:
-        key_peak: the largest |key|, after rope, that was seen.
-        value_peaks: the same of each value channel, (kv_heads, D).
+        key_peaks: the largest |key|, after rope, of each channel, (kv_heads, D).
+        value_peaks: the same of values.
     """
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, Array]) -> None:
         super().__init__(config, weights.__getitem__)
-        self.key_peak = 0.0
+        self.key_peaks = np.zeros((config.num_kv_heads, config.head_dim), np.float32)
         self.value_peaks = np.zeros((config.num_kv_heads, config.head_dim), np.float32)
 
     def add(self, a: Array, b: Array, name: str) -> Array:
@@ -110,7 +110,7 @@ class Follower(Eager):
         """As `Ops.attention`, but empty keys and values are returned."""
         mixed, (keys, values) = super().attention(q, k, v, at, past, name)
         if keys.size:
-            self.key_peak = max(self.key_peak, float(keys.max()), -float(keys.min()))
+            np.maximum(self.key_peaks, np.abs(keys).max((0, 3)), out=self.key_peaks)
             np.maximum(self.value_peaks, np.abs(values).max((0, 2)), out=self.value_peaks)
         return mixed, (keys[..., :0].copy(), values[:, :, :0].copy())
 
@@ -201,9 +201,9 @@ class Walk:
             return None
 
     @property
-    def key_peak(self) -> float:
-        """The largest |key|, after rope."""
-        return max(ops.key_peak for ops in self._ops)
+    def key_peaks(self) -> Array:
+        """The largest |key|, after rope, of each channel, (kv_heads, D)."""
+        return np.asarray(np.max([ops.key_peaks for ops in self._ops], 0), np.float32)
 
     @property
     def value_peaks(self) -> Array:

@@ -23,6 +23,7 @@ from headrace.model.decoder import EMBEDDING, layer_linears, layer_weights
 from headrace.model.ops import Array, Positions
 from headrace.quantize.awq import find_scale
 from headrace.quantize.calibrate import Walk, attention_energy, causal_positions, embed_windows
+from headrace.quantize.equalize import equalize_keys
 from headrace.quantize.exact import keep_grid
 from headrace.quantize.grid import QuantizedTensor, dequantize, storable
 from headrace.quantize.methods import find_method
@@ -261,7 +262,11 @@ def quantize_layer(
     values = steps.value_peaks
     if work.value_scale is not None:
         values = values / work.value_scale.reshape(values.shape)
-    return QuantizedLayer(number, work.done, norms, steps.key_peak, float(values.max()))
+    query, key, _ = layer_linears(number)[0]
+    key_peak = float(steps.key_peaks.max())
+    if not keep:
+        work.done[query], work.done[key], key_peak = equalize_keys(work.done[query], work.done[key], steps.key_peaks)
+    return QuantizedLayer(number, work.done, norms, key_peak, float(values.max()))
 
 
 def _quantize_layers(
