@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from headrace.config import ModelConfig
 from headrace.errors import CalibrationError
-from headrace.model.decoder import EMBEDDING, Residual, walk
+from headrace.model.decoder import EMBEDDING, Residual, layer_linears, walk
 from headrace.model.ops import Array, Eager, Positions
 from headrace.model.reference import causal_mask
 from headrace.quantize.parallel import spread
@@ -26,6 +27,7 @@ __all__ = ["Follower", "Walk", "attention_energy", "causal_positions", "cut_wind
 
 _TOKENS = 2048  # that walk together from one group of linears to the next
 _MAPPED = 1 << 30  # bytes of hidden states above which they are in a file, which the system may write out
+_HEADS = 8  # KV heads whose attention says how much a token is looked at
 _QUERIES = 128  # of a window, whose scores are held at once
 _STEEP = np.float32(80)  # silu(−80) is −1e-33: zero beside anything
 
@@ -224,6 +226,7 @@ def attention_energy(
         (windows, length) float32.
     """
     energy = np.zeros(states.shape[:2], np.float32)
+    config, weights = _some_heads(config, weights, layer)
 
     class Watch(Follower):
         """Computes queries and keys, and how they meet."""
@@ -250,3 +253,17 @@ def attention_energy(
 
     spread(count, zip(pieces(states), pieces(energy), strict=True))
     return energy
+
+
+def _some_heads(
+    config: ModelConfig, weights: Mapping[str, Array], layer: int
+) -> tuple[ModelConfig, Mapping[str, Array]]:
+    """A layer with a few of its KV heads, and the query heads that share them: they speak for all."""
+    every = max(1, config.num_kv_heads // _HEADS)
+    queries, keys = (
+        weights[name].reshape(config.num_kv_heads, -1, config.hidden_size)[::every]
+        for name in layer_linears(layer)[0][:2]
+    )
+    few = replace(config, num_kv_heads=len(keys), num_heads=len(keys) * config.group_size)
+    chosen = (some.reshape(-1, config.hidden_size) for some in (queries, keys))
+    return few, {**weights, **dict(zip(layer_linears(layer)[0], chosen))}
