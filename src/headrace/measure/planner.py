@@ -33,7 +33,7 @@ BANDWIDTHS: Mapping[str, float] = {
 _PROBE = 1024  # rows of the matrices that are multiplied to learn this computer's speed
 # Share of the plain matrix product's speed that a whole layer reaches; benchmarks/layer_7b.py measures it.
 _EFFICIENCY = 0.7
-_WORKING = 1 << 29  # bytes: Python, and the temporary arrays of the windows and rows in work
+_WORKING = 1 << 30  # bytes: Python, and the temporary arrays of the windows and rows in work
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,9 @@ def plan_model(
 def estimate_export(config: ModelConfig, tokens: int) -> ExportEstimate:
     """Time and memory of calibrated quantization (descent), from its operations and this computer's speed.
 
-    For T tokens, a linear (N, K) costs 2·T·N·K to compute what calibrates the next, and queries and keys as much again
-    to see which tokens are looked at. An input of K columns costs T·K² for a second moment, the first group's two of
-    them; a linear K³/3 for its factor, and N·K² each for GPTQ, for descent's start and for its scales and its codes in
-    each sweep.
+    For T tokens, a linear (N, K) costs 2·T·N·K to compute what calibrates the next. An input of K columns costs T·K²
+    for a second moment, the first group's two of them; a linear K³/3 for its factor, and N·K² each for GPTQ, for
+    descent's start and for its scales and its codes in each sweep.
 
     Args:
         config: the geometry.
@@ -115,8 +114,6 @@ def estimate_export(config: ModelConfig, tokens: int) -> ExportEstimate:
         columns = shapes[0][1]
         operations += (2.0 if number == 0 else 1.0) * tokens * columns**2
         operations += sum(2.0 * tokens * n * k + (2 + 2 * SWEEPS) * n * k**2 + k**3 / 3 for n, k in shapes)
-        if number == 0:
-            operations += sum(2.0 * tokens * n * k for n, k in shapes[:2])
     seconds = config.num_layers * operations / (_matmul_speed() * _EFFICIENCY)
     weights = sum(n * k for group in layer_linears(0) for n, k in (linear_shape(config, name) for name in group))
     widest = max(config.intermediate_size, config.query_size, config.hidden_size)
@@ -127,10 +124,10 @@ def estimate_export(config: ModelConfig, tokens: int) -> ExportEstimate:
 
 
 def _matmul_speed() -> float:
-    """float32 operations a second of this computer's matrix product: the best of three short ones."""
+    """float32 operations a second of this computer's matrix product: the best of ten short ones."""
     a = np.random.default_rng(0).standard_normal((_PROBE, _PROBE), np.float32)
     best = np.inf
-    for _ in range(3):
+    for _ in range(10):
         started = time.perf_counter()
         a @ a
         best = min(best, time.perf_counter() - started)
