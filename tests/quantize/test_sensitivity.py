@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from headrace.checkpoint import Checkpoint, open_checkpoint
+from headrace.checkpoint.tensor import LazyTensor
 from headrace.measure.fidelity import FidelityMeter, log_softmax, no_target
 from headrace.model.decoder import EMBEDDING, FINAL_NORM, HEAD, Residual, head, layer_weights
 from headrace.model.ops import Eager
@@ -46,6 +49,31 @@ def test_proxy_predicts_the_divergence_of_one_linear_alone(source: Checkpoint) -
         meter.add(reference.reshape(flat.shape), flat, np.full(len(flat), no_target))
         real = meter.result().kl
         assert real / PROXY_FACTOR < costs[name] < real * PROXY_FACTOR, name
+
+
+class UnlikeKeys:
+    """The same model with one rotary pair of its keys 32 times larger, and the pair of the queries as much smaller."""
+
+    def __init__(self, source: Checkpoint) -> None:
+        self.config, self._source = source.config, source
+
+    def tensor(self, name: str) -> LazyTensor:
+        found = self._source.tensor(name)
+        factor = {"q_proj": 1 / 32, "k_proj": 32}.get(name.split(".")[-2])
+        if factor is None:
+            return found
+        pair = np.arange(found.shape[0]) % (self.config.head_dim // 2) == 0
+        rows = np.where(pair, factor, 1).astype(np.float32)[:, None]
+        return replace(found, read=lambda start, stop: found.read(start, stop) * rows[start:stop])
+
+
+def test_errors_are_held_against_the_checkpoints_own_weights(source: Checkpoint) -> None:
+    """Export scales keys to a like size afterwards; that is not an error of k_proj."""
+    windows = np.random.default_rng(1).integers(0, source.config.vocab_size, (2, 64))
+    rules = {name: Rule("proj", 8, None, "nearest") for name in linear_names(source.config)}
+    costs = measure_sensitivity(source, rules, windows)
+    unlike = measure_sensitivity(UnlikeKeys(source), rules, windows)
+    assert unlike == pytest.approx(costs, rel=1e-3)
 
 
 def test_same_seed_same_costs(source: Checkpoint) -> None:

@@ -241,10 +241,12 @@ def quantize_layer(
     reference: Walk | None = None,
     *,
     keep: bool = False,
+    like_keys: bool = False,
 ) -> QuantizedLayer:
     """What one layer became, for its input `states` (W, S, H), which becomes that of the layer after it.
 
-    `reference` is the float model on its way through the same layer; it is led through.
+    `reference` is the float model on its way through the same layer; it is led through. With `like_keys` q_proj and
+    k_proj are scaled against each other at the end, so they no longer approximate the checkpoint's one by one.
     """
     work = _Pass(source.config, rules, {name: source.tensor(name).load() for name in layer_weights(number)}, keeps=keep)
     looking = (rules[name] for name in layer_linears(number)[0] if not name.endswith("q_proj.weight"))
@@ -264,7 +266,7 @@ def quantize_layer(
         values = values / work.value_scale.reshape(values.shape)
     query, key, _ = layer_linears(number)[0]
     key_peak = float(steps.key_peaks.max())
-    if not keep:
+    if like_keys:
         work.done[query], work.done[key], key_peak = equalize_keys(work.done[query], work.done[key], steps.key_peaks)
     return QuantizedLayer(number, work.done, norms, key_peak, float(values.max()))
 
@@ -297,7 +299,7 @@ def _quantize_layers(
             del weights
         known = finished(number)
         if known is None:
-            emit(quantize_layer(source, rules, number, states, at, reference, keep=keep))
+            emit(quantize_layer(source, rules, number, states, at, reference, keep=keep, like_keys=not keep))
             continue
         Walk(config, known.weights(), number, states, at).finish()
         if reference is not None:
