@@ -73,11 +73,14 @@ def main() -> int:
 def report(point: str, source: Checkpoint, out: Path, text: Path, exported: float) -> None:
     """Score a bundle on a text and print its line."""
     bundle = open_bundle(out)
-    rules = Recipe.from_dict(dict(bundle.recipe)).resolve(quantized_names(source.config))
-    store = WeightStore(out, source.config, bundle.parts, {name: rule.grid for name, rule in rules.items()})
+    recipe = Recipe.from_dict(bundle.recipe)
+    store, rules = (
+        WeightStore.open(out, bundle.config, bundle.parts, recipe),
+        recipe.resolve(quantized_names(source.config)),
+    )
     with headrace.load(out) as model:
         windows = first_windows(model.tokenizer.encode(read_text(text)), text.name, WINDOW)
-        reference = follow(source, windows)
+        reference = follow(source.config, lambda name: source.tensor(name).load(), windows)
         host = evaluate_text(text.name, windows, model.logits, reference).fidelity
     eager = evaluate_text(
         text.name, windows, lambda ids: eager_logits(source.config, store.read, np.array([ids]))[0], reference

@@ -20,9 +20,8 @@ from headrace.bundle import Bundle, open_bundle
 from headrace.exporter import export
 from headrace.graph.emit_host import INT8_ACTIVATIONS, HostWeights, emit_host
 from headrace.plan import plan_parts
-from headrace.quantize.grid import Grid
 from headrace.quantize.recipe import Recipe
-from headrace.quantize.storage import WeightStore, quantized_names
+from headrace.quantize.storage import WeightStore
 from headrace.runtime.tokenizer import save_tokenizer
 from tests.runtime.vocabularies import TEXT, byte_level_metadata, sentencepiece_model
 from tests.tiny import write_baichuan, write_llama
@@ -108,11 +107,9 @@ def write_checkpoint(folder: Path, kind: str = "gqa", **shape: Any) -> Path:
     return folder
 
 
-def opened_store(bundle: Bundle) -> tuple[WeightStore, dict[str, Grid]]:
-    """A bundle's weights and their grids."""
-    rules = Recipe.from_dict(bundle.recipe).resolve(quantized_names(bundle.config))
-    grids = {name: rule.grid for name, rule in rules.items()}
-    return WeightStore(bundle.root, bundle.config, bundle.parts, grids), grids
+def opened_store(bundle: Bundle) -> WeightStore:
+    """A bundle's weights."""
+    return WeightStore.open(bundle.root, bundle.config, bundle.parts, Recipe.from_dict(bundle.recipe))
 
 
 def re_emitted(
@@ -125,14 +122,14 @@ def re_emitted(
 ) -> Bundle:
     """The same weights under graphs written anew into `folder`: another split, cache or arithmetic."""
     bundle = open_bundle(path)
-    store, grids = opened_store(bundle)
+    store = opened_store(bundle)
     (folder / "weights").mkdir(parents=True)
     for file in (path / "weights").iterdir():
         os.link(file, folder / "weights" / file.name)
     plan = plan_parts(bundle.config, parts or len(bundle.parts))
     scales = tuple(bundle.kv_scales if kv_scales is None else kv_scales)
     for part in plan:
-        weights = HostWeights(store.tensors, grids, scales)
+        weights = HostWeights(store.tensors, store.grids, scales)
         emit_host(bundle.config, part, weights, accuracy_level=accuracy_level).save(folder / f"{part.name}.onnx")
     return replace(bundle, root=folder, parts=plan, kv_scales=scales)
 

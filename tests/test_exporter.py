@@ -12,15 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import headrace
 from headrace.bundle import MANIFEST, check_files, open_bundle
 from headrace.checkpoint import open_checkpoint
 from headrace.errors import BundleError, CalibrationError, ConfigError, RecipeError, UserError
 from headrace.exporter import export
+from headrace.quantize.grid import Grid, dequantize, quantize_nearest
+from headrace.quantize.pipeline import linear_names
 from headrace.quantize.recipe import Recipe, Rule
-from tests.exports import CONTEXT, LAYERS, PHONE, SMALL, VOCAB, Exports, write_checkpoint
+from tests.exports import CONTEXT, LAYERS, PHONE, SMALL, VOCAB, Exports, opened_store, write_checkpoint
 from tests.oracle.quantized import stored_weights
 from tests.tiny import MAX_POSITIONS, rewrite_as_baichuan
 
@@ -365,16 +367,31 @@ def test_a_rotated_model_is_the_same_model(run: Any, exports: Exports, tmp_path:
     assert (stored[0][name] != stored[1][name]).any()
 
 
+@pytest.mark.qnn
 def test_what_a_device_runs_is_rotated(exports: Exports) -> None:
     assert open_bundle(exports.bundle("phone", **PHONE)).recipe["rotate"]
     assert not open_bundle(exports.bundle("gqa")).recipe["rotate"]
 
 
+def test_weights_on_their_grid_are_kept_under_a_budget_and_for_other_tools(exports: Exports, tmp_path: Path) -> None:
+    """They cost nothing at 4 bits, so nothing is bought for them; and no rotation takes them off their grid."""
+    folder = write_checkpoint(tmp_path / "c")
+    tensors = load_file(folder / "model.safetensors")
+    for name in tensors:
+        if "_proj" in name:
+            tensors[name] = dequantize(quantize_nearest(tensors[name], Grid(4)))
+    save_file(tensors, folder / "model.safetensors")
+    options = {**SMALL, "calibration": [exports.text], "method": "gptq"}
+    bundle = open_bundle(export(folder, tmp_path / "out", **options, keep_grid=True, bits=5, keep_onnx=True))
+    store = opened_store(bundle)
+    assert not bundle.recipe["rotate"] and (bundle.root / "device").exists()
+    for name in linear_names(bundle.config):
+        np.testing.assert_array_equal(store.read(name), tensors[f"model.{name}"])
+
+
 def test_a_cache_that_saw_only_zeros(exports: Exports, tmp_path: Path) -> None:
     """A model whose values are all zero still gets a scale above zero."""
     folder = write_checkpoint(tmp_path / "c")
-    from safetensors.numpy import save_file
-
     tensors = load_file(folder / "model.safetensors")
     for name in tensors:
         if "v_proj" in name:

@@ -150,7 +150,9 @@ def settle(
     chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
     chosen = replace(chosen, kv=kv or chosen.kv).with_linears(block=block, method=method)
     # A device's fixed grids hold one huge channel only at the cost of all others: see quantize/rotation.py.
-    chosen = replace(chosen, rotate=rotate if rotate is not None else chosen.rotate or bool(targets) or keep_onnx)
+    if rotate is None:
+        rotate = chosen.rotate or ((bool(targets) or keep_onnx) and not keep_grid)
+    chosen = replace(chosen, rotate=rotate)
     settings = ExportSettings(
         checkpoint=source,
         recipe=chosen,

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,8 +29,10 @@ from headrace.graph.emit_host import HostWeights, emit_host
 from headrace.model.decoder import EMBEDDING, FINAL_NORM, HEAD, layer_weights
 from headrace.progress import Progress, silent
 from headrace.quantize.budget import spend
+from headrace.quantize.calibrate import evenly
 from headrace.quantize.encodings import device_encodings, write_encodings
-from headrace.quantize.pipeline import QuantizedLayer, quantize_layers, quantize_table
+from headrace.quantize.parallel import cores
+from headrace.quantize.pipeline import QuantizedLayer, load_weight, quantize_layers, quantize_table
 from headrace.quantize.ranges import collect_ranges
 from headrace.quantize.recipe import Recipe
 from headrace.quantize.sensitivity import measure_sensitivity
@@ -41,8 +42,6 @@ from headrace.snapdragon import compile_target, device_graphs
 
 __all__ = ["export"]
 
-_NO_COSTS: Mapping[str, float] = defaultdict(float)
-SENSITIVITY_WINDOWS = 8  # 4,096 tokens: the ranking of linears is settled by then
 RANGE_WINDOWS = 8  # minimum and maximum settle after a few thousand tokens
 KV_LEVELS = 127  # int8, symmetric
 EMPTY_SCALE = 1 / KV_LEVELS  # a cache that calibration saw only zeros in
@@ -94,7 +93,7 @@ def export(
         targets: chips to compile for, such as "snapdragon-8-elite" (needs headrace[qnn]).
         keep_onnx: keep the device graphs in the bundle, for other tools.
         keep_grid: weights that already lie on their rule's grid (a GGUF's Q4_0 under `block=32`) are kept as they are.
-        jobs: linears quantized at the same time; the result does not depend on it.
+        jobs: cores to use; the result does not depend on it.
         resume: go on where an interrupted export of the same settings stopped.
         progress: told how far it is.
 
@@ -130,13 +129,13 @@ def export(
     folder = work / "bundle"
     tokenizer = _save_tokenizer(settings.checkpoint, folder)
     windows_of_text = settings.cut(tokenizer)
-    settings = _within_budget(settings, work, windows_of_text[:SENSITIVITY_WINDOWS], progress)
+    settings = _within_budget(settings, work, windows_of_text, jobs, progress)
     kv_scales = _quantize(settings, folder, work, state, windows_of_text, jobs, progress)
     _emit_graphs(settings, folder, kv_scales, progress)
     manifest = _manifest(settings, kv_scales)
     # Linears in blocks never reach a device, and a float cache neither: static ranges would be of no use.
     if kv_scales and not any(grid.block for grid in settings.grids.values()):
-        _calibrate_device(settings, folder, kv_scales, windows_of_text[:RANGE_WINDOWS], progress)
+        _calibrate_device(settings, folder, kv_scales, evenly(windows_of_text, RANGE_WINDOWS), progress)
     for target in targets:
         compile_target(_unpublished(settings, folder, manifest), target, work / "device", progress)
     if keep_onnx:
@@ -169,7 +168,7 @@ def _save_tokenizer(source: Checkpoint, folder: Path) -> Tokenizer:
 
 
 def _within_budget(
-    settings: ExportSettings, work: Path, windows: NDArray[np.int64], progress: Progress
+    settings: ExportSettings, work: Path, windows: NDArray[np.int64], jobs: int, progress: Progress
 ) -> ExportSettings:
     """The settings with a recipe that spends the budget where it gains most; measured once an export."""
     if settings.bits is None and settings.size is None:
@@ -178,12 +177,14 @@ def _within_budget(
     if saved.exists():
         costs = read_json(saved)
     else:
-        costs = measure_sensitivity(
-            settings.model,
-            settings.rules,
-            windows,
-            progress=lambda done, total: progress("measuring sensitivity", done, total),
-        )
+        with cores(jobs):
+            costs = measure_sensitivity(
+                settings.model,
+                settings.rules,
+                windows,
+                keep=settings.keep_grid,
+                progress=lambda done, total: progress("measuring sensitivity", done, total),
+            )
         write_file(saved, json.dumps(costs, indent=1).encode())
     bought = spend(settings.recipe, config, costs, bits=settings.bits, size=settings.size, parts=settings.parts)
     return replace(settings, recipe=bought.recipe)
@@ -204,7 +205,7 @@ def _quantize(
     progress("embedding and head", 0, 1)
     embedding = quantize_table(source, EMBEDDING, rules[EMBEDDING], keep=settings.keep_grid)
     store.write(EMBEDDING, embedding)
-    store.write(FINAL_NORM, source.tensor(FINAL_NORM).load())
+    store.write(FINAL_NORM, load_weight(source, FINAL_NORM))
     if not config.tied_head:
         store.write(HEAD, quantize_table(source, HEAD, rules[HEAD], keep=settings.keep_grid))
     progress("embedding and head", 1, 1)

@@ -235,9 +235,9 @@ def device_graphs(bundle: Bundle, folder: Path) -> list[DeviceGraph]:
     Raises:
         RecipeError: linears are quantized in blocks.
     """
-    rules = Recipe.from_dict(bundle.recipe).resolve(quantized_names(bundle.config))
-    refuse_blocks(rules)
-    store = WeightStore(bundle.root, bundle.config, bundle.parts, {name: rule.grid for name, rule in rules.items()})
+    recipe = Recipe.from_dict(bundle.recipe)
+    refuse_blocks(recipe.resolve(quantized_names(bundle.config)))
+    store = WeightStore.open(bundle.root, bundle.config, bundle.parts, recipe)
     return write_device_graphs(
         bundle.config,
         bundle.parts,

@@ -62,7 +62,7 @@ def share(expected: NDArray[np.floating], found: NDArray[np.floating]) -> float:
 def test_graphs_equal_the_eager_decoder(exports: Exports, tmp_path: Path, kind: str) -> None:
     path = exports.bundle(kind, kv="float32", parts=3)
     bundle = re_emitted(path, tmp_path / "float")
-    store, _ = opened_store(bundle)
+    store = opened_store(bundle)
     eager = eager_logits(bundle.config, store.read, np.array([IDS]))[0]
     found = run(bundle)
     assert eager.std() > 0.5
@@ -140,9 +140,9 @@ def test_blocks(exports: Exports, tmp_path: Path, block: int | None) -> None:
     """The stored block is the recipe's; the kernel's is a power of two that divides it and the row."""
     path = exports.bundle("wide", kv="float32", parts=2, block=block)
     bundle = open_bundle(path)
-    store, grids = opened_store(bundle)
+    store = opened_store(bundle)
     name = "layers.0.mlp.down_proj.weight"
-    assert grids[name].block == block
+    assert store.grids[name].block == block
     assert store.tensors[f"{name}_scale"].shape == (256, 512 // (block or 512))
     node = next(
         node for node in onnx.load(path / "part_2_of_2.onnx", load_external_data=False).graph.node
@@ -186,7 +186,7 @@ def test_design_examples_of_kernel_blocks() -> None:
 @pytest.mark.parametrize("kind", ["gqa", "tied"])
 def test_graphs_have_the_planned_ports_and_no_weights(exports: Exports, kind: str) -> None:
     bundle = open_bundle(exports.bundle(kind))
-    store, _ = opened_store(bundle)
+    store = opened_store(bundle)
     for part in bundle.parts:
         path = bundle.graph(part)
         check_graph(path, *ports(bundle.config, part, GraphStyle.HOST, kv_dtype=bundle.kv_dtype))
@@ -219,7 +219,7 @@ def test_graphs_are_written_the_same_each_time(exports: Exports, tmp_path: Path)
 
 def test_a_four_bit_embedding_is_refused(exports: Exports) -> None:
     bundle = open_bundle(exports.bundle("gqa"))
-    store, grids = opened_store(bundle)
-    weights = HostWeights(store.tensors, grids | {EMBEDDING: Grid(4)}, bundle.kv_scales)
+    store = opened_store(bundle)
+    weights = HostWeights(store.tensors, {**store.grids} | {EMBEDDING: Grid(4)}, bundle.kv_scales)
     with pytest.raises(RecipeError, match=r"embed_tokens.weight has 4 bits; the embedding takes 8"):
         emit_host(bundle.config, plan_parts(bundle.config)[0], weights)

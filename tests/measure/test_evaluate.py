@@ -28,7 +28,9 @@ def test_a_model_is_its_own_reference(source: Checkpoint) -> None:
     def logits(ids: object) -> np.ndarray:
         return eager_logits(source.config, lambda name: source.tensor(name).load(), np.array([ids]))[0]
 
-    scored = evaluate_text("text", windows, logits, follow(source, windows))
+    scored = evaluate_text(
+        "text", windows, logits, follow(source.config, lambda name: source.tensor(name).load(), windows)
+    )
     assert scored.fidelity is not None
     assert scored.fidelity.tokens == 3 * 12
     assert scored.fidelity.kl < ORDER_NOISE and scored.fidelity.top1 == 1

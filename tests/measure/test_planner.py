@@ -34,6 +34,14 @@ def test_bytes_of_every_part() -> None:
     assert 4.0e9 < plan["weight_bytes"] < 5.06e9  # the card's 5.06 GB holds more 8-bit layers
 
 
+def test_a_rotated_model_has_a_head_of_its_own() -> None:
+    recipe, tied = load_recipe("w4a16"), replace(BAICHUAN2, tied_head=True)
+    plain = plan_model(tied, recipe)["weight_bytes"]
+    assert plan_model(tied, replace(recipe, rotate=True))["weight_bytes"] - plain == pytest.approx(
+        V * H + 2 * V, rel=HEADER
+    )
+
+
 def test_the_cache_grows_with_the_context() -> None:
     plan = plan_model(BAICHUAN2, load_recipe("w4a16"), contexts=(512, 4096))
     short, long = plan["contexts"]

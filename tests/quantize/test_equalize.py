@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -64,6 +66,15 @@ def test_one_scale_holds_all_keys_better() -> None:
         queries = turned(heads(x, one))
         errors.append(np.square(scores(queries, rounded) - scores(queries, keys)).mean())
     assert errors[1] < errors[0] / 2
+
+
+def test_a_dead_pair_under_large_queries_stays_finite() -> None:
+    q, k, _ = projections(3, 8, 0.0)
+    q, k = replace(q, scales=q.scales * np.float16(1000)), replace(k, scales=k.scales * np.float16(0.01))
+    peaks = np.full((KV_HEADS, WIDTH), 1e-9, np.float32)
+    peaks[0] = 1
+    new_q, new_k, peak = equalize_keys(q, k, peaks)
+    assert (new_q.scales > 0).all() and np.isfinite(new_k.scales).all() and peak == 1
 
 
 def test_nothing_seen_changes_nothing() -> None:

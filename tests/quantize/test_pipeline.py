@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from headrace.checkpoint import Checkpoint, open_checkpoint
-from headrace.errors import CalibrationError, RecipeError
+from headrace.checkpoint.tensor import LazyTensor
+from headrace.errors import CalibrationError, CheckpointError, RecipeError
 from headrace.model.decoder import EMBEDDING, Residual, block, embed, layer_linears, layer_weights
 from headrace.model.ops import Eager
 from headrace.quantize import calibrate
@@ -17,6 +21,7 @@ from headrace.quantize.calibrate import (
     causal_positions,
     cut_windows,
     embed_windows,
+    evenly,
 )
 from headrace.quantize.grid import dequantize
 from headrace.quantize.pipeline import QuantizedLayer, linear_names, quantize_layers, quantize_table
@@ -44,11 +49,15 @@ def run(source: Checkpoint, method: str = "gptq", **options: object) -> list[Qua
 
 
 def same(a: QuantizedLayer, b: QuantizedLayer) -> bool:
-    return all(
-        np.array_equal(a.linears[n].codes, b.linears[n].codes)
-        and np.array_equal(a.linears[n].scales, b.linears[n].scales)
-        for n in a.linears
-    ) and (a.key_peak, a.value_peak) == (b.key_peak, b.value_peak)
+    return (
+        all(
+            np.array_equal(a.linears[n].codes, b.linears[n].codes)
+            and np.array_equal(a.linears[n].scales, b.linears[n].scales)
+            for n in a.linears
+        )
+        and all(np.array_equal(a.norms[n], b.norms[n]) for n in a.norms)
+        and (a.key_peak, a.value_peak) == (b.key_peak, b.value_peak)
+    )
 
 
 @pytest.mark.parametrize("method", ["nearest", "awq", "gptq", "descent", "best"])
@@ -66,7 +75,7 @@ def test_two_runs_are_equal(source: Checkpoint) -> None:
     assert all(same(a, b) for a, b in zip(run(source), run(source), strict=True))
 
 
-@pytest.mark.parametrize("method", ["gptq", "best"])
+@pytest.mark.parametrize("method", ["awq", "gptq", "best"])
 @pytest.mark.parametrize("known", [1, 2])
 def test_resumed_is_uninterrupted(source: Checkpoint, known: int, method: str) -> None:
     whole = run(source, method)
@@ -131,6 +140,34 @@ def test_large_hidden_states_are_in_a_file(source: Checkpoint, monkeypatch: pyte
     assert np.array_equal(states, table[ids])
 
 
+def test_hidden_states_without_room_are_one_line(source: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "_MAPPED", 0)
+    full = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
+    with pytest.raises(CalibrationError, match=r"has 0\.0 GB free and hidden states take .* set TMPDIR to a folder"):
+        embed_windows(source.config, source.tensor(EMBEDDING).load(), windows(source))
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf, 1e30])
+def test_weights_that_no_scale_can_hold_are_one_line(source: Checkpoint, value: float) -> None:
+    name = "layers.1.mlp.up_proj.weight"
+    broken = source.tensor(name).load()
+    broken[3, 5] = value
+
+    class Broken:
+        config = source.config
+
+        def tensor(self, wanted: str) -> LazyTensor:
+            found = source.tensor(wanted)
+            return replace(found, read=lambda start, stop: broken[start:stop]) if wanted == name else found
+
+    rules = {name: Rule("proj", 4, None, "nearest") for name in linear_names(source.config)}
+    with pytest.raises(
+        CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight has a value that is no number or beyond"
+    ):
+        quantize_layers(Broken(), rules, windows(source), lambda layer: None)
+
+
 @pytest.mark.parametrize("method", ["gptq", "best"])
 def test_jobs_do_not_matter(source: Checkpoint, method: str) -> None:
     assert all(same(a, b) for a, b in zip(run(source, method, jobs=1), run(source, method, jobs=3), strict=True))
@@ -166,6 +203,7 @@ def test_windows_are_spread_and_short_text_is_refused() -> None:
     ids = np.arange(1000)
     assert cut_windows(ids, 100, 3)[:, 0].tolist() == [0, 400, 900]
     assert cut_windows(ids, 100, 50).shape == (10, 100)
+    assert evenly(ids[:, None], 4)[:, 0].tolist() == [0, 333, 666, 999]
     with pytest.raises(CalibrationError, match="1000 tokens, which is less than one window of 1001"):
         cut_windows(ids, 1001, 1)
 

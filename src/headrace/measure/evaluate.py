@@ -1,7 +1,7 @@
-"""evaluate: perplexity of a bundle on text, and how near its predictions stay to the checkpoint's.
+"""evaluate: perplexity of a model on text, and how near its predictions stay to those of a float reference.
 
 Text is cut into windows from its beginning; each window is scored over its second half, where every token has at
-least half a window of past. The checkpoint is followed by the eager decoder, a layer at a time for all windows; of it
+least half a window of past. The reference is followed by the eager decoder, a layer at a time for all windows; of it
 only the last hidden states are kept, from which the logits of a window are made when they are needed, so that the
 divergence is over the whole vocabulary without a whole text's logits anywhere. Knows no quantization.
 """
@@ -16,7 +16,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.checkpoint import Checkpoint
+from headrace.config import ModelConfig
 from headrace.errors import CalibrationError, UserError, did_you_mean
 from headrace.measure.fidelity import Fidelity, FidelityMeter, log_softmax, no_target
 from headrace.model.decoder import EMBEDDING, FINAL_NORM, HEAD, Residual, block, embed, head, layer_weights
@@ -65,7 +65,7 @@ class TextScore:
 
 @dataclass(frozen=True)
 class Reference:
-    """The checkpoint's last hidden states over the scored tokens, and what makes logits of them.
+    """The float model's last hidden states over the scored tokens, and what makes logits of them.
 
     Attributes:
         hidden: float32 (W, length/2, H), before the final norm.
@@ -94,21 +94,29 @@ def first_windows(ids: Sequence[int], name: str, length: int = LENGTH, count: in
     return np.asarray(ids[: have * length], np.int64).reshape(have, length)
 
 
-def follow(source: Checkpoint, windows: NDArray[np.int64], progress: Progress = silent) -> Reference:
-    """Walk the float model over all windows (W, S), one layer of weights in memory."""
-    config = source.config
+def follow(
+    config: ModelConfig, weights: Callable[[str], Array], windows: NDArray[np.int64], progress: Progress = silent
+) -> Reference:
+    """Walk a float model over all windows (W, S), one layer of weights in memory.
+
+    Args:
+        config: the geometry.
+        weights: gives a weight by canonical name, float32.
+        windows: token ids, int64.
+        progress: told how many layers are done.
+    """
     at = causal_positions(config, windows.shape[1])
-    table = {EMBEDDING: source.tensor(EMBEDDING).load()}
+    table = {EMBEDDING: weights(EMBEDDING)}
     stream: Residual[Array] = embed(Follower(config, table), cast(Array, windows))
     del table
     for layer in range(config.num_layers):
         progress("reference", layer, config.num_layers)
-        ops = Follower(config, {name: source.tensor(name).load() for name in layer_weights(layer)})
+        ops = Follower(config, {name: weights(name) for name in layer_weights(layer)})
         stream, _ = block(ops, layer, stream, at, None)
         stream = Residual(stream.settle(ops))
     progress("reference", config.num_layers, config.num_layers)
     hidden = stream.x[:, windows.shape[1] // 2 :].copy()
-    last = Follower(config, {FINAL_NORM: source.tensor(FINAL_NORM).load(), HEAD: source.tensor(HEAD).load()})
+    last = Follower(config, {FINAL_NORM: weights(FINAL_NORM), HEAD: weights(HEAD)})
     return Reference(hidden, lambda window: cast(Array, head(last, Residual(hidden[window : window + 1]))[0]))
 
 
@@ -125,7 +133,7 @@ def evaluate_text(
         name: of the text, for the result.
         windows: token ids (W, S).
         logits: a window's ids → its logits (S, V), such as `LanguageModel.logits`.
-        reference: the checkpoint on the same windows, as `follow` gives it.
+        reference: a float model on the same windows, as `follow` gives it.
         progress: told how many windows are done.
     """
     meter = FidelityMeter()

@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.bundle import Bundle, open_bundle
-from headrace.checkpoint import Checkpoint, open_checkpoint
+from headrace.checkpoint import open_checkpoint
 from headrace.errors import UserError
 from headrace.measure.evaluate import TextScore, evaluate_text, first_windows, follow, parse_tasks, read_text
 from headrace.progress import Progress, silent
 from headrace.quantize.encodings import read_encodings
 from headrace.quantize.recipe import Recipe
-from headrace.quantize.rotation import Rotated
 from headrace.quantize.simulate import Simulated, simulated_logits
+from headrace.quantize.storage import WeightStore
 from headrace.runtime.engine import Engine
 from headrace.runtime.tokenizer import load_tokenizer
 
@@ -44,28 +44,35 @@ def evaluate_bundle(
         path: the bundle.
         texts: UTF-8 files.
         tasks: "ppl", "kl" or both.
-        checkpoint: what it was made of; needed for "kl".
+        checkpoint: what it was made of; needed for "kl", unless there is something to simulate.
         windows: most windows of a text, from its beginning.
         length: tokens of a window; its second half is scored.
-        simulate: "a16", "kv8" or "a16,kv8": the float checkpoint on the device's static grids instead of the bundle.
+        simulate: "a16", "kv8" or "a16,kv8": instead of the host runtime, the bundle's weights in float arithmetic with
+            results, or keys and values, on the device's static grids. Without a checkpoint they are compared with the
+            same weights on no grid: what a16 and KV8 cost each on their own.
         threads: of the host runtime.
         progress: told how far it is.
 
     Raises:
-        UserError: a task or simulation is unknown, or has no checkpoint; a text is missing or too short.
+        UserError: a task or simulation is unknown, or has no reference; a text is missing or too short.
+        BundleError: a simulation needs encodings and the bundle has none.
     """
     wanted = parse_tasks(tasks)
-    if ("kl" in wanted or simulate) and checkpoint is None:
-        raise UserError("kl and --simulate compare with the checkpoint; expected --checkpoint PATH")
+    if "kl" in wanted and checkpoint is None and not simulate:
+        raise UserError("kl compares with the checkpoint; expected --checkpoint PATH")
     bundle = open_bundle(path)
     tokenizer = load_tokenizer(bundle.root)
     # All texts are read and cut before the first is scored.
     cut = [(file.name, first_windows(tokenizer.encode(read_text(file)), str(file), length, windows)) for file in texts]
-    source = None if checkpoint is None else open_checkpoint(checkpoint)
-    score = _simulated(bundle, source, simulate) if simulate and source else _host(bundle, threads)
+    store = WeightStore.open(bundle.root, bundle.config, bundle.parts, Recipe.from_dict(bundle.recipe))
+    score = _simulated(bundle, store, simulate) if simulate else _host(bundle, threads)
+    config, weights = bundle.config, store.read
+    if checkpoint is not None:
+        source = open_checkpoint(checkpoint)
+        config, weights = source.config, lambda name: source.tensor(name).load()
     scores = []
     for name, ids in cut:
-        reference = follow(source, ids, progress) if source is not None and "kl" in wanted else None
+        reference = follow(config, weights, ids, progress) if "kl" in wanted else None
         scores.append(evaluate_text(name, ids, score, reference, progress))
     return scores
 
@@ -76,14 +83,13 @@ def _host(bundle: Bundle, threads: int | None) -> Score:
     return Engine(HostRunner(bundle, threads=threads)).score
 
 
-def _simulated(bundle: Bundle, source: Checkpoint, kinds: str) -> Score:
+def _simulated(bundle: Bundle, store: WeightStore, kinds: str) -> Score:
     chosen = {kind.strip() for kind in kinds.split(",")}
     if not chosen <= set(SIMULATIONS):
         raise UserError(f"--simulate {kinds!r} is unknown; expected a16, kv8 or a16,kv8")
-    model = Rotated(source) if Recipe.from_dict(bundle.recipe).rotate else source
     run = Simulated(
         bundle.config,
-        lambda name: model.tensor(name).load(),
+        store.read,
         read_encodings(bundle.root / "encodings.json"),
         activations="a16" in chosen,
         cache="kv8" in chosen,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,9 +27,8 @@ from headrace.measure.link import Link
 from headrace.model.reference import eager_logits
 from headrace.plan import plan_parts
 from headrace.progress import Progress, silent
-from headrace.quantize.grid import Grid
 from headrace.quantize.recipe import Recipe
-from headrace.quantize.storage import WeightStore, quantized_names
+from headrace.quantize.storage import WeightStore
 from headrace.runtime.engine import Engine
 from headrace.runtime.tokenizer import load_tokenizer
 
@@ -123,8 +122,7 @@ def _files(path: Path, progress: Progress) -> Link:
 
 def _numbers(bundle: Bundle, checkpoint: Path | None) -> Iterator[Link]:
     config = bundle.config
-    grids = {n: r.grid for n, r in Recipe.from_dict(bundle.recipe).resolve(quantized_names(config)).items()}
-    store = WeightStore(bundle.root, config, bundle.parts, grids)
+    store = WeightStore.open(bundle.root, config, bundle.parts, Recipe.from_dict(bundle.recipe))
     ids = _sample(bundle)
     eager = eager_logits(config, store.read, np.array([ids]))[0]
     if checkpoint is not None:
@@ -138,10 +136,10 @@ def _numbers(bundle: Bundle, checkpoint: Path | None) -> Iterator[Link]:
         reference = eager_logits(config, lambda name: source.tensor(name).load(), np.array([ids]))[0]
         yield _divergence("checkpoint → quantized weights", reference, eager, CHECKPOINT_KL)
 
-    with _variant(bundle, 1, store, grids) as whole:
+    with _variant(bundle, 1, store) as whole:
         one = _score(whole, ids)
     yield _difference("quantized weights → one float graph", eager, one, FLOAT_LIMIT)
-    with _variant(bundle, len(bundle.parts), store, grids) as split:
+    with _variant(bundle, len(bundle.parts), store) as split:
         parts = _score(split, ids)
         yield _difference(f"one graph → {len(bundle.parts)} parts", one, parts, PARTS_LIMIT)
         yield _difference("prompt steps → token by token, float cache", parts, _score(split, ids, 1), FLOAT_LIMIT)
@@ -167,7 +165,7 @@ def _score(bundle: Bundle, ids: list[int], chunk: int | None = None) -> Logits:
 
 
 @contextmanager
-def _variant(bundle: Bundle, parts: int, store: WeightStore, grids: Mapping[str, Grid]) -> Iterator[Bundle]:
+def _variant(bundle: Bundle, parts: int, store: WeightStore) -> Iterator[Bundle]:
     """The same weights under other graphs, float arithmetic, in a temporary folder beside the bundle: graphs may
     only point to files below their own folder, so the weights are linked there (copied where links are impossible)."""
     parent = bundle.root.resolve().parent
@@ -180,7 +178,7 @@ def _variant(bundle: Bundle, parts: int, store: WeightStore, grids: Mapping[str,
         for file in sorted((bundle.root / "weights").iterdir()):
             place(file, folder / "weights" / file.name)
         plan = plan_parts(bundle.config, parts)
-        weights = HostWeights(store.tensors, grids)
+        weights = HostWeights(store.tensors, store.grids)
         for part in plan:
             emit_host(bundle.config, part, weights, accuracy_level=FLOAT_ARITHMETIC).save(folder / f"{part.name}.onnx")
         yield replace(bundle, root=folder, parts=plan, kv_scales=())

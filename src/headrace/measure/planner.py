@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,7 @@ def plan_model(
 
     Args:
         config: the geometry.
-        recipe: grids and cache.
+        recipe: grids, cache and basis.
         parts: how many.
         prompt_length: tokens of a prompt step.
         contexts: context lengths.
@@ -70,6 +70,7 @@ def plan_model(
     Raises:
         RecipeError: a rule does not fit.
     """
+    config = replace(config, tied_head=config.tied_head and not recipe.rotate)  # see quantize/rotation.py
     grids = {name: rule.grid for name, rule in recipe.resolve(quantized_names(config)).items()}
     plan = plan_parts(config, parts)
     sizes = [layout.nbytes for layout in layouts(config, plan, grids)]

@@ -35,8 +35,10 @@ def find_scale(
         grids: the grid of each.
         statistics: of the input.
         heads: (query heads that share a KV head, D) when the operation before gives values per KV head: their
-            channels share s, and s is a power of two, as it is when the operation before is a linear, so that it
-            moves through float16 scales unrounded. (1, K) for a linear without heads.
+            channels share s. (1, K) for a linear without heads.
+
+    Scales are powers of two: they move through float16 scales unrounded, and an export that is resumed computes what
+    the interrupted one did, to the last bit.
     """
     size = np.sqrt(np.diagonal(statistics.moment)).astype(np.float64)
     size = np.maximum(size, max(float(size.mean()), 1e-12) / _SPREAD)
@@ -48,9 +50,7 @@ def find_scale(
     for power in _POWERS:
         scale = size**power
         scale /= np.sqrt(scale.max() * scale.min())
-        if heads is not None:
-            scale = np.exp2(np.rint(np.log2(scale)))
-        scale = scale.astype(np.float32)
+        scale = np.exp2(np.rint(np.log2(scale))).astype(np.float32)
         loss = 0.0
         for weight, grid in zip(weights, grids, strict=True):
             rounded = dequantize(quantize_nearest(weight * scale, grid)) / scale

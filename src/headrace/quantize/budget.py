@@ -84,7 +84,7 @@ def spend(
     if (bits is None) == (size is None):
         raise RecipeError("give either --bits or --size, not both and not neither")
     rules = recipe.resolve(quantized_names(config))
-    candidates = [name for name in _linears(config) if rules[name].bits == 4]
+    candidates = [name for name in _linears(config) if rules[name].bits == 4 and costs[name] > 0]
     least_bits, least_bytes = average_bits(config, rules), weight_bytes(config, rules, parts)
     if bits is not None and bits < least_bits:
         raise RecipeError(

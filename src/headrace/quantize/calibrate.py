@@ -7,6 +7,8 @@ the next, where they wait for the others. Knows no method, no file and no text: 
 
 from __future__ import annotations
 
+import math
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -49,8 +51,12 @@ def cut_windows(ids: NDArray[np.integer[Any]], length: int, count: int) -> NDArr
             f"the text has {len(ids)} tokens, which is less than one window of {length}; "
             "give more text or a shorter window"
         )
-    chosen = np.linspace(0, have - 1, min(count, have)).round().astype(np.int64)
-    return np.asarray(ids[: have * length], np.int64).reshape(have, length)[chosen]
+    return evenly(np.asarray(ids[: have * length], np.int64).reshape(have, length), count)
+
+
+def evenly(windows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """At most `count` windows, from the first to the last: of several texts, some of each."""
+    return windows[np.linspace(0, len(windows) - 1, min(count, len(windows))).round().astype(np.intp)]
 
 
 def causal_positions(config: ModelConfig, length: int) -> Positions[Array]:
@@ -60,9 +66,19 @@ def causal_positions(config: ModelConfig, length: int) -> Positions[Array]:
 
 
 def embed_windows(config: ModelConfig, table: Array, windows: NDArray[np.int64]) -> Array:
-    """Hidden states of windows (W, S) before the first layer, (W, S, H) float32; in an unnamed file when large."""
+    """Hidden states of windows (W, S) before the first layer, (W, S, H) float32; in an unnamed file when large.
+
+    Raises:
+        CalibrationError: the folder of temporary files has no room for them.
+    """
     shape = (*windows.shape, config.hidden_size)
-    if 4 * np.prod(shape, dtype=np.int64) > _MAPPED:
+    if (need := 4 * math.prod(shape)) > _MAPPED:
+        folder = tempfile.gettempdir()
+        if (free := shutil.disk_usage(folder).free) < need:
+            raise CalibrationError(
+                f"{folder} has {free / 1e9:.1f} GB free and hidden states take {need / 1e9:.1f} GB; "
+                "set TMPDIR to a folder with more, or use fewer windows"
+            )
         with tempfile.TemporaryFile() as file:
             states: Array = np.memmap(file, np.float32, "w+", shape=shape)
     else:

@@ -20,6 +20,7 @@ __all__ = ["equalize_keys"]
 
 _SMALLEST = float(np.finfo(np.float16).smallest_normal)  # below it a power of two would round a scale
 _LARGEST = float(np.finfo(np.float16).max)
+_STEEPEST = 15  # a power of two beyond it is no float16
 
 
 def equalize_keys(
@@ -41,7 +42,7 @@ def equalize_keys(
     room = np.minimum(
         _rows(q.scales, kv_heads, width).min(1) / _SMALLEST, _LARGEST / _rows(k.scales, kv_heads, width).max(1)
     )
-    exponent = np.maximum(np.floor(np.log2(np.minimum(ratio, room))), 0)
+    exponent = np.clip(np.floor(np.log2(np.minimum(ratio, room))), 0, _STEEPEST)
     grow = np.exp2(np.concatenate([exponent, exponent], 1)).astype(np.float16)  # (kv_heads, D)
     shrink = np.repeat(1 / grow, len(q.scales) // len(k.scales), axis=0)
     return (

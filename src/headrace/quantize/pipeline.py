@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from headrace.checkpoint.tensor import LazyTensor
 from headrace.config import ModelConfig
+from headrace.errors import CheckpointError
 from headrace.model.decoder import EMBEDDING, layer_linears, layer_weights
 from headrace.model.ops import Array, Positions
 from headrace.quantize.awq import find_scale
@@ -31,10 +32,19 @@ from headrace.quantize.parallel import cores, spread
 from headrace.quantize.recipe import Rule
 from headrace.quantize.statistics import InputStatistics
 
-__all__ = ["QuantizedLayer", "Source", "linear_names", "quantize_layer", "quantize_layers", "quantize_table"]
+__all__ = [
+    "QuantizedLayer",
+    "Source",
+    "linear_names",
+    "load_weight",
+    "quantize_layer",
+    "quantize_layers",
+    "quantize_table",
+]
 
 
 _SMALL = 1 << 22  # elements of a linear that does not keep several cores busy
+_LARGEST = float(np.finfo(np.float16).max)  # of a weight: scales are float16
 _SKETCH = 512  # sums that tell a token's length to 6 %
 NORMS = ("input_layernorm", "post_attention_layernorm")
 PRODUCERS = {"q_proj": NORMS[0], "o_proj": "self_attn.v_proj", "gate_proj": NORMS[1], "down_proj": "mlp.up_proj"}
@@ -193,9 +203,23 @@ def linear_names(config: ModelConfig) -> list[str]:
     return [name for layer in range(config.num_layers) for group in layer_linears(layer) for name in group]
 
 
+def load_weight(source: Source, name: str) -> Array:
+    """A weight of the checkpoint, float32.
+
+    Raises:
+        CheckpointError: a value is not finite, or no scale could hold it.
+    """
+    weight = source.tensor(name).load()
+    if not max(weight.max(), -weight.min()) <= _LARGEST:  # also when there is a NaN
+        raise CheckpointError(
+            f"{name} has a value that is no number or beyond {_LARGEST:g}; expected finite weights: fetch it again"
+        )
+    return weight
+
+
 def quantize_table(source: Source, name: str, rule: Rule, *, keep: bool = False) -> QuantizedTensor:
     """The embedding's or the head's table, rounded to nearest; `keep`: as it is, if it lies on the rule's grid."""
-    table = source.tensor(name).load()
+    table = load_weight(source, name)
     kept = keep_grid(table, rule.grid, name) if keep else None
     return kept or find_method("nearest").quantize(table, None, rule.grid)  # type: ignore[arg-type]
 
@@ -248,7 +272,7 @@ def quantize_layer(
     `reference` is the float model on its way through the same layer; it is led through. With `like_keys` q_proj and
     k_proj are scaled against each other at the end, so they no longer approximate the checkpoint's one by one.
     """
-    work = _Pass(source.config, rules, {name: source.tensor(name).load() for name in layer_weights(number)}, keeps=keep)
+    work = _Pass(source.config, rules, {name: load_weight(source, name) for name in layer_weights(number)}, keeps=keep)
     looking = (rules[name] for name in layer_linears(number)[0] if not name.endswith("q_proj.weight"))
     if any(rule.bits == 4 and find_method(rule.method).calibrated for rule in looking):
         energy = attention_energy(source.config, work.weights, number, states, at).reshape(-1)

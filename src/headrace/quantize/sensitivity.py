@@ -32,9 +32,10 @@ from headrace.model.decoder import (
     layer_weights,
 )
 from headrace.model.ops import Array, Positions
-from headrace.quantize.calibrate import Walk, causal_positions, embed_windows
+from headrace.quantize.calibrate import Walk, causal_positions, embed_windows, evenly
 from headrace.quantize.grid import dequantize
-from headrace.quantize.pipeline import Source, quantize_layer
+from headrace.quantize.parallel import spread
+from headrace.quantize.pipeline import Source, load_weight, quantize_layer
 from headrace.quantize.recipe import Rule
 from headrace.quantize.tape import Node, Tape
 
@@ -49,6 +50,7 @@ def measure_sensitivity(
     rules: Mapping[str, Rule],
     windows: NDArray[np.int64],
     *,
+    keep: bool = False,
     seed: int = 0,
     progress: Callable[[int, int], Any] | None = None,
 ) -> dict[str, float]:
@@ -58,11 +60,12 @@ def measure_sensitivity(
         source: the checkpoint.
         rules: canonical name → the rule that is tried.
         windows: token ids of the calibration text, int64 (windows, length); a few are enough, and no more are used.
+        keep: a linear that already lies on its rule's grid is kept as it is, and costs nothing.
         seed: of the random factor.
         progress: called with (layers walked, all): forward and back count one each.
     """
     config = source.config
-    windows = windows[np.linspace(0, len(windows) - 1, min(_WINDOWS, len(windows))).round().astype(np.intp)]
+    windows = evenly(windows, _WINDOWS)
     rules = {name: replace(rule, method=_RANKING.get(rule.method, rule.method)) for name, rule in rules.items()}
     at = causal_positions(config, windows.shape[1])
     inputs = _forward(source, windows, at, progress)
@@ -71,9 +74,9 @@ def measure_sensitivity(
     for number in range(config.num_layers - 1, -1, -1):
         if progress is not None:
             progress(2 * config.num_layers - 1 - number, 2 * config.num_layers)
-        weights = {name: source.tensor(name).load() for name in layer_weights(number)}
+        weights = {name: load_weight(source, name) for name in layer_weights(number)}
         x = inputs.pop()
-        layer = quantize_layer(source, rules, number, x.copy(), at)
+        layer = quantize_layer(source, rules, number, x.copy(), at, keep=keep)
         errors = {name: weights[name] - dequantize(linear) for name, linear in layer.linears.items()}
         found = _walk_back(config, number, weights, errors, x, grads, at)
         costs.update({name: found[name] for name in errors})
@@ -88,8 +91,9 @@ def fisher_gradient(source: Source, stream: Array, generator: np.random.Generato
     v = √p ∘ r − p (√p · r) for normal r.
     """
     weights = {FINAL_NORM: source.tensor(FINAL_NORM).load(), HEAD: source.tensor(HEAD).load()}
-    grads = np.empty_like(stream)
-    for window, x in enumerate(stream):
+
+    def gradient(window: tuple[Array, np.random.Generator]) -> Array:
+        x, draws = window
         tape, node = Tape(source.config, weights.__getitem__), Node(x[None])
         logits = head(tape, Residual(node))
         share = logits.value
@@ -97,13 +101,14 @@ def fisher_gradient(source: Source, stream: Array, generator: np.random.Generato
         np.exp(share, out=share)
         share /= share.sum(-1, keepdims=True)
         root = np.sqrt(share)
-        v = generator.standard_normal(share.shape, np.float32)
+        v = draws.standard_normal(share.shape, np.float32)
         along = np.einsum("bsv,bsv->bs", root, v)
         v *= root
         v -= share * along[..., None]
         tape.backward(logits, v)
-        grads[window] = cast(Array, node.grad)[0]
-    return grads
+        return np.asarray(cast(Array, node.grad)[0])
+
+    return np.stack(spread(gradient, zip(stream, generator.spawn(len(stream)), strict=True)))
 
 
 def _forward(
@@ -119,7 +124,7 @@ def _forward(
         if progress is not None:
             progress(number, 2 * config.num_layers)
         inputs.append(inputs[-1].copy())
-        weights = {name: source.tensor(name).load() for name in layer_weights(number)}
+        weights = {name: load_weight(source, name) for name in layer_weights(number)}
         Walk(config, weights, number, inputs[-1], at).finish()
     return inputs
 
@@ -134,18 +139,21 @@ def _walk_back(
     at: Positions[Array],
 ) -> dict[str, float]:
     """Costs of a layer's errors; `grads` at its output become those at its input."""
-    costs = dict.fromkeys(errors, 0.0)
-    tokens = x.shape[0] * x.shape[1]
-
-    def at_linear(name: str, inputs: Array, g: Array) -> None:
-        effect = np.einsum("bsn,bsn->bs", inputs @ errors[name].T, g)
-        costs[name] += 0.5 * float(np.square(effect, dtype=np.float64).sum()) / tokens
-
-    tape = Tape(config, weights.__getitem__, at_linear)
     positions = Tape.positions(at)
-    for window in range(x.shape[0]):
-        node = Node(x[window : window + 1])
+
+    def window_back(window: tuple[Array, Array]) -> dict[str, float]:
+        states, grad = window
+        costs = dict.fromkeys(errors, 0.0)
+
+        def at_linear(name: str, inputs: Array, g: Array) -> None:
+            effect = np.einsum("bsn,bsn->bs", inputs @ errors[name].T, g)
+            costs[name] += 0.5 * float(np.square(effect, dtype=np.float64).sum())
+
+        tape, node = Tape(config, weights.__getitem__, at_linear), Node(states[None])
         stream, _ = block(tape, number, Residual(node), positions, None)
-        tape.backward(stream.settle(tape), grads[window : window + 1])
-        grads[window] = cast(Array, node.grad)[0]
-    return costs
+        tape.backward(stream.settle(tape), grad[None])
+        grad[:] = cast(Array, node.grad)[0]
+        return costs
+
+    found = spread(window_back, zip(x, grads, strict=True))
+    return {name: sum(costs[name] for costs in found) / (x.shape[0] * x.shape[1]) for name in errors}

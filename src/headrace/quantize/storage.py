@@ -24,6 +24,7 @@ from headrace.config import ModelConfig
 from headrace.model.decoder import EMBEDDING, FINAL_NORM, HEAD, layer_linears, layer_weights
 from headrace.plan import Part
 from headrace.quantize.grid import Grid, QuantizedTensor, dequantize, pack, unpack
+from headrace.quantize.recipe import Recipe
 
 __all__ = ["Layout", "StoredTensor", "WeightStore", "layouts", "linear_shape", "part_weights", "quantized_names"]
 
@@ -130,7 +131,7 @@ class WeightStore:
         root: the bundle's folder.
         config: the geometry.
         parts: how the model is split.
-        grids: the grid of each quantized weight.
+        grids: the grid of each quantized weight; also an attribute.
         create: make the files (zeros, full size) instead of opening what is there.
     """
 
@@ -138,7 +139,7 @@ class WeightStore:
         self, root: Path, config: ModelConfig, parts: Sequence[Part], grids: Mapping[str, Grid], *, create: bool = False
     ) -> None:
         self._root = root
-        self._grids = grids
+        self.grids = grids
         self._tied = config.tied_head
         self.names = [name for part in parts for name in part_weights(config, part)]
         all_layouts = layouts(config, parts, grids)
@@ -151,6 +152,12 @@ class WeightStore:
                     out.write(layout.header)
                     out.truncate(layout.nbytes)
 
+    @classmethod
+    def open(cls, root: Path, config: ModelConfig, parts: Sequence[Part], recipe: Recipe) -> WeightStore:
+        """The files that are there, on the grids that a recipe gives."""
+        rules = recipe.resolve(quantized_names(config))
+        return cls(root, config, parts, {name: rule.grid for name, rule in rules.items()})
+
     def write(self, name: str, value: QuantizedTensor | NDArray[np.float32]) -> None:
         """Store a weight."""
         if isinstance(value, QuantizedTensor):
@@ -162,19 +169,19 @@ class WeightStore:
     def read(self, name: str) -> NDArray[np.float32]:
         """A weight as float32, dequantized when it has a grid; a tied head is the embedding."""
         name = EMBEDDING if name == HEAD and self._tied else name
-        if name in self._grids:
+        if name in self.grids:
             return dequantize(self.read_codes(name))
         return np.array(self._view(name, "r"), np.float32)
 
     def read_codes(self, name: str) -> QuantizedTensor:
         """A quantized weight."""
-        grid = self._grids[name]
+        grid = self.grids[name]
         codes = unpack(np.asarray(self._view(f"{name}_packed", "r")), grid.bits)
         return QuantizedTensor(codes, np.array(self._view(f"{name}_scale", "r")), grid)
 
     def read_stored(self, name: str) -> QuantizedTensor | NDArray[np.float32]:
         """A weight as it is stored: codes and scales, or float32 for one without a grid."""
-        return self.read_codes(name) if name in self._grids else self.read(name)
+        return self.read_codes(name) if name in self.grids else self.read(name)
 
     def sync(self) -> None:
         """Everything written so far is on disk when this returns."""

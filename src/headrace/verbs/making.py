@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -54,6 +55,7 @@ def plan(
     recipe: Annotated[str, typer.Option("--recipe", help="As for export.")] = "w4a16",
     parts: Annotated[int, typer.Option("--parts", help="Graphs the model is split into.")] = 5,
     context: Annotated[str, typer.Option("--context", help="Context lengths: 512,4096.")] = "4096",
+    rotate: Annotated[bool, typer.Option("--rotate", help="As export does for a device.")] = False,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Calibration tokens.")] = 32 * 512,
     json: Json = False,
 ) -> None:
@@ -62,9 +64,10 @@ def plan(
     from headrace.measure.planner import plan_model
     from headrace.quantize.recipe import load_recipe
 
+    chosen = load_recipe(recipe)
     report = plan_model(
         open_checkpoint(checkpoint).config,
-        load_recipe(recipe),
+        replace(chosen, rotate=chosen.rotate or rotate),
         parts=parts,
         contexts=lengths("--context", context) or (),
         tokens=tokens,
@@ -118,7 +121,7 @@ def export(
     keep_grid: Annotated[
         bool, typer.Option("--keep-grid", help="Keep weights that already lie on their rule's grid.")
     ] = False,
-    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Linears quantized at the same time.")] = 2,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Cores to use.")] = 2,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted export stopped.")] = False,
     json: Json = False,
 ) -> None:

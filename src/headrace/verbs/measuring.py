@@ -84,13 +84,15 @@ def evaluate(
     bundle: BundlePath,
     text: Annotated[list[Path], typer.Option("--text", help="A text file; repeatable, each told apart.")],
     tasks: Annotated[str, typer.Option("--tasks", help="ppl, kl, or both: ppl,kl.")] = "ppl",
-    checkpoint: Annotated[Path | None, typer.Option("--checkpoint", help="What it was made of; kl needs it.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", help="What it was made of; kl compares with it.")
+    ] = None,
     windows: Annotated[int, typer.Option("--windows", min=1, help="Most windows of a text.")] = 8,
     length: Annotated[
         int, typer.Option("--length", min=4, help="Tokens of a window; its second half is scored.")
     ] = 512,
     simulate: Annotated[
-        str | None, typer.Option("--simulate", help="Instead of the bundle: a16, kv8 or both, on the checkpoint.")
+        str | None, typer.Option("--simulate", help="The bundle on a device's grids: a16, kv8 or both.")
     ] = None,
     threads: Threads = None,
     json: Json = False,
@@ -120,4 +122,4 @@ def evaluate(
             f"{f.reference_perplexity:.3f}", f"{f.kl:.4f}", f"{f.kl_p99:.3f}", f"{f.top1:.3f}"
         ]  # fmt: skip
         rows.append((s.text, f"{s.perplexity:.3f}", *kl))
-    table(rows, ("text", "perplexity", "checkpoint's", "KL", "KL p99", "top-1"))
+    table(rows, ("text", "perplexity", "reference's", "KL", "KL p99", "top-1"))
