@@ -39,6 +39,7 @@ def main() -> int:
     parser.add_argument("--calibration", type=Path, nargs="*", default=[], help="other text to calibrate on")
     parser.add_argument("--windows", type=int, default=32, help="of 512 tokens")
     parser.add_argument("--method", default="best")
+    parser.add_argument("--rotate", action="store_true", help="as for a device; a tied head becomes one of its own")
     parser.add_argument("--points", nargs="+", default=DEFAULT_POINTS, help="BLOCK, BLOCK:bits=B or BLOCK:size=BYTES")
     options = parser.parse_args()
 
@@ -57,6 +58,7 @@ def main() -> int:
                 recipe="w4b32",
                 block=parse_block(block),
                 method=options.method,
+                rotate=options.rotate,
                 bits=float(amount) if kind == "bits" else None,
                 size=int(amount) if kind == "size" else None,
                 calibration=options.calibration,
@@ -73,21 +75,19 @@ def main() -> int:
 def report(point: str, source: Checkpoint, out: Path, text: Path, exported: float) -> None:
     """Score a bundle on a text and print its line."""
     bundle = open_bundle(out)
-    recipe = Recipe.from_dict(bundle.recipe)
-    store, rules = (
-        WeightStore.open(out, bundle.config, bundle.parts, recipe),
-        recipe.resolve(quantized_names(source.config)),
-    )
+    config, recipe = bundle.config, Recipe.from_dict(bundle.recipe)
+    rules = recipe.resolve(quantized_names(config))
+    store = WeightStore.open(out, config, bundle.parts, recipe)
     with headrace.load(out) as model:
         windows = first_windows(model.tokenizer.encode(read_text(text)), text.name, WINDOW)
         reference = follow(source.config, lambda name: source.tensor(name).load(), windows)
         host = evaluate_text(text.name, windows, model.logits, reference).fidelity
     eager = evaluate_text(
-        text.name, windows, lambda ids: eager_logits(source.config, store.read, np.array([ids]))[0], reference
+        text.name, windows, lambda ids: eager_logits(config, store.read, np.array([ids]))[0], reference
     ).fidelity
     assert host is not None and eager is not None
     print(
-        f"| {point} | {text.stem} | {bundle.weight_bytes / 1e6:.1f} MB | {average_bits(source.config, rules):.2f} "
+        f"| {point} | {text.stem} | {bundle.weight_bytes / 1e6:.1f} MB | {average_bits(config, rules):.2f} "
         f"| {host.kl:.4f} | {host.top1:.3f} | {eager.kl:.4f} | {eager.top1:.3f} | {exported:.0f} s |",
         flush=True,
     )

@@ -119,7 +119,7 @@ def evaluate(
     for s in scores:
         f = s.fidelity
         kl = ["", "", "", ""] if f is None else [
-            f"{f.reference_perplexity:.3f}", f"{f.kl:.4f}", f"{f.kl_p99:.3f}", f"{f.top1:.3f}"
+            f"{f.reference_perplexity:.3f}", f"{f.kl:.3g}", f"{f.kl_p99:.3g}", f"{f.top1:.3f}"
         ]  # fmt: skip
         rows.append((s.text, f"{s.perplexity:.3f}", *kl))
     table(rows, ("text", "perplexity", "reference's", "KL", "KL p99", "top-1"))
