@@ -26,6 +26,7 @@ from headrace.model.decoder import EMBEDDING, HEAD
 from headrace.plan import plan_parts
 from headrace.quantize.encodings import Encoding, port_encodings
 from headrace.quantize.grid import Grid, QuantizedTensor
+from headrace.quantize.outliers import APART
 from headrace.targets.genie import binary_name
 from headrace.targets.qnn import GraphFile, compile_shared
 from headrace.targets.qnn_check import check_binary
@@ -51,6 +52,8 @@ class PlainEncodings(Mapping[str, Encoding]):
     """The same grid for every result, but the cache's."""
 
     def __getitem__(self, name: str) -> Encoding:
+        if name.endswith(APART):
+            raise KeyError(name)  # no channel is an outlier
         if name.endswith(("k_cache", "v_cache")):
             return Encoding(0.0625, 128, 8)
         if name.endswith(("weights", "sigmoid")):
