@@ -34,8 +34,14 @@ FLOAT_ARITHMETIC = 1  # MatMulNBits accuracy_level: float32 inside
 SMALL = {
     "prompt_length": PROMPT_LENGTH, "context": CONTEXT, "windows": 2, "window_length": 48, "method": "nearest",
 }  # fmt: skip
-# A context of twice a step would be refused; S 32 over 96 and 256.
-PHONE = {"parts": 3, "context": (96, 256), "targets": ("snapdragon-8-elite",), "keep_onnx": True}
+# A context of twice a step would be refused; S 32, 8 and 1 over 96 and 256.
+PHONE = {
+    "parts": 3,
+    "prompt_length": (32, 8),
+    "context": (96, 256),
+    "targets": ("snapdragon-8-elite",),
+    "keep_onnx": True,
+}
 
 
 class Exports:

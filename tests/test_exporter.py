@@ -244,6 +244,8 @@ def test_killed_with_nine_and_resumed(run: Any, exports: Exports, tmp_path: Path
         ({"context": (100, 4096)}, ConfigError, "--context 4096 is not possible"),
         ({"context": 0}, ConfigError, "--context 0 is not possible"),
         ({"context": ()}, ConfigError, "--context is empty"),
+        ({"prompt_length": ()}, ConfigError, "--prompt-length is empty"),
+        ({"prompt_length": (16, 900)}, ConfigError, "--prompt-length 900 is not possible"),
         ({"context": 32}, ConfigError, "--context 32 does not exceed --prompt-length 32"),
         ({"prompt_length": 0}, ConfigError, "--prompt-length 0 is not possible"),
         ({"prompt_length": 600}, ConfigError, "--prompt-length 600 is not possible"),
@@ -304,7 +306,7 @@ def test_defaults(exports: Exports, tmp_path: Path) -> None:
     """No option at all: five parts, the model's own context, calibration on the text that any Python has."""
     out = headrace.export(exports.checkpoint("mha"), tmp_path / "out", windows=2, window_length=32)
     bundle = open_bundle(out)
-    assert (len(bundle.parts), bundle.prompt_length, bundle.contexts) == (5, 128, (MAX_POSITIONS,))
+    assert (len(bundle.parts), bundle.prompt_lengths, bundle.contexts) == (5, (128,), (MAX_POSITIONS,))
     assert bundle.recipe["name"] == "w4a16"
     assert bundle.kv_dtype == "int8"
     assert bundle.config.num_kv_heads == bundle.config.num_heads
@@ -371,6 +373,19 @@ def test_a_rotated_model_is_the_same_model(run: Any, exports: Exports, tmp_path:
 def test_what_a_device_runs_is_rotated(exports: Exports) -> None:
     assert open_bundle(exports.bundle("phone", **PHONE)).recipe["rotate"]
     assert not open_bundle(exports.bundle("gqa")).recipe["rotate"]
+
+
+def test_a_device_has_a_short_context_beside_the_longest(exports: Exports, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "c")
+    geometry = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**geometry, "max_position_embeddings": 2048}))
+    options = {**SMALL, "context": None, "calibration": [exports.text]}
+    assert open_bundle(export(folder, tmp_path / "host", **options)).contexts == (2048,)
+    bundle = open_bundle(export(folder, tmp_path / "device", **options, keep_onnx=True))
+    assert bundle.contexts == (1024, 2048)
+    assert {path.name for path in (bundle.root / "device").glob("*_1_of_5.onnx")} == {
+        f"ar{s}_cl{c}_1_of_5.onnx" for s in (32, 1) for c in (1024, 2048)
+    }
 
 
 def test_weights_on_their_grid_are_kept_under_a_budget_and_for_other_tools(exports: Exports, tmp_path: Path) -> None:

@@ -64,13 +64,13 @@ def test_an_export_leaves_what_the_phone_needs(phone: Path) -> None:
     assert check_files(phone) == [], "the binaries are in the manifest"
     for name in BINARIES:
         info = read_context_binary(folder / name)
-        assert (info.soc_model, len(info.graphs), info.shared) == (69, 4, True)
+        assert (info.soc_model, len(info.graphs), info.shared) == (69, 6, True)
     config = json.loads((folder / "genie_config.json").read_text(encoding="utf-8"))["dialog"]
     assert config["context"] == {
         "version": 1, "size": 256, "n-vocab": 420, "bos-token": -1, "eos-token": [2, 195], "pad-token": 0,
     }  # fmt: skip
     assert config["engine"]["model"]["binary"]["ctx-bins"] == BINARIES
-    graphs = [f"ar{s}_cl{c}_{n}_of_3.onnx" for s in (32, 1) for c in (96, 256) for n in (1, 2, 3)]
+    graphs = [f"ar{s}_cl{c}_{n}_of_3.onnx" for s in (32, 8, 1) for c in (96, 256) for n in (1, 2, 3)]
     assert {path.name for path in (phone / "device").glob("*.onnx")} == set(graphs)
 
 

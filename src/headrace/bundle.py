@@ -45,7 +45,7 @@ class Bundle:
         root: the folder.
         config: the model's geometry.
         parts: how it is split.
-        prompt_length: tokens a prompt step takes.
+        prompt_lengths: tokens that prompt steps take, longest first; the host has the longest only.
         contexts: context lengths, longest last.
         recipe: the recipe as JSON values.
         kv_scales: (key, value) scale of each layer's int8 cache; empty when the cache is float32.
@@ -56,12 +56,22 @@ class Bundle:
     root: Path
     config: ModelConfig
     parts: tuple[Part, ...]
-    prompt_length: int
+    prompt_lengths: tuple[int, ...]
     contexts: tuple[int, ...]
     recipe: Mapping[str, Any]
     kv_scales: tuple[tuple[float, float], ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens that a prompt step takes at most."""
+        return self.prompt_lengths[0]
+
+    @property
+    def step_lengths(self) -> tuple[int, ...]:
+        """Tokens a step of every graph that a device has."""
+        return tuple(dict.fromkeys((*self.prompt_lengths, 1)))
 
     @property
     def context(self) -> int:
@@ -111,7 +121,7 @@ def open_bundle(path: Path) -> Bundle:
             root=path,
             config=config,
             parts=plan_parts(config, plan["parts"]),
-            prompt_length=plan["prompt_length"],
+            prompt_lengths=tuple(plan["prompt_lengths"]),
             contexts=tuple(plan["contexts"]),
             recipe=raw["recipe"],
             kv_scales=tuple((float(k), float(v)) for k, v in raw["kv_scales"]),

@@ -38,6 +38,8 @@ from headrace.targets.soc import find_soc
 __all__ = ["ExportSettings", "settle"]
 
 _NO_COSTS: Mapping[str, float] = defaultdict(float)
+_CONTEXT = 4096
+_SHORT_CONTEXT = 1024  # a device's second: a quarter of the cache to read, for each token of a short conversation
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class ExportSettings:
         checkpoint: what was opened.
         recipe: with every option in it.
         parts: the plan.
-        prompt_length: tokens of a prompt step.
+        prompt_lengths: tokens of prompt steps, falling.
         contexts: context lengths, rising.
         calibration: texts.
         windows, window_length: how texts are cut, tokens.
@@ -61,7 +63,7 @@ class ExportSettings:
     checkpoint: Checkpoint
     recipe: Recipe
     parts: tuple[Part, ...]
-    prompt_length: int
+    prompt_lengths: tuple[int, ...]
     contexts: tuple[int, ...]
     calibration: tuple[str, ...]
     windows: int
@@ -101,7 +103,7 @@ class ExportSettings:
         source = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         texts = [hashlib.sha256(text.encode()).hexdigest() for text in self.calibration]
         body = [
-            __version__, source, self.recipe.to_dict(), len(self.parts), self.prompt_length, self.contexts,
+            __version__, source, self.recipe.to_dict(), len(self.parts), self.prompt_lengths, self.contexts,
             texts, self.windows, self.window_length, self.bits, self.size, self.targets, self.keep_onnx,
             self.keep_grid,
         ]  # fmt: skip
@@ -132,7 +134,7 @@ def settle(
     size: int | None,
     kv: str | None,
     parts: int,
-    prompt_length: int,
+    prompt_length: int | Sequence[int],
     context: int | Sequence[int] | None,
     calibration: Sequence[str | os.PathLike[str]],
     windows: int,
@@ -147,18 +149,19 @@ def settle(
         UserError: they are not possible; the message says what and what to do.
     """
     source = open_checkpoint(checkpoint)
+    for_device = bool(targets) or keep_onnx
     chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
     chosen = replace(chosen, kv=kv or chosen.kv).with_linears(block=block, method=method)
     # A device's fixed grids hold one huge channel only at the cost of all others: see quantize/rotation.py.
     if rotate is None:
-        rotate = chosen.rotate or ((bool(targets) or keep_onnx) and not keep_grid)
+        rotate = chosen.rotate or (for_device and not keep_grid)
     chosen = replace(chosen, rotate=rotate)
     settings = ExportSettings(
         checkpoint=source,
         recipe=chosen,
         parts=plan_parts(source.config, parts),
-        prompt_length=_length("--prompt-length", prompt_length, source.config.max_context),
-        contexts=_contexts(source.config, context, prompt_length),
+        prompt_lengths=_lengths("--prompt-length", prompt_length, source.config)[::-1],
+        contexts=_contexts(source.config, context, prompt_length, for_device),
         calibration=_texts(calibration),
         windows=windows,
         window_length=min(window_length, source.config.max_context),
@@ -194,29 +197,35 @@ def _check(settings: ExportSettings) -> None:
                 f"device graphs need an 8-bit cache and recipe {recipe.name!r} has {recipe.kv}: --kv int8"
             )
     if settings.targets:
-        refuse_contexts((settings.prompt_length, 1), settings.contexts)
+        refuse_contexts((*settings.prompt_lengths, 1), settings.contexts)
         find_toolchain()
 
 
-def _contexts(config: ModelConfig, context: int | Sequence[int] | None, prompt_length: int) -> tuple[int, ...]:
+def _contexts(
+    config: ModelConfig, context: int | Sequence[int] | None, prompt_length: int | Sequence[int], for_device: bool
+) -> tuple[int, ...]:
+    step = _lengths("--prompt-length", prompt_length, config)[-1]
     if context is None:
-        return (min(4096, config.max_context),)
-    wanted = sorted({context} if isinstance(context, int) else set(context))
-    if not wanted:
-        raise ConfigError("--context is empty; expected a length, or several separated by commas")
-    for length in wanted:
-        _length("--context", length, config.max_context)
-        if length <= prompt_length:
+        longest = min(_CONTEXT, config.max_context)
+        short = for_device and 2 * step < _SHORT_CONTEXT < longest
+        return (_SHORT_CONTEXT, longest) if short else (longest,)
+    contexts = _lengths("--context", context, config)
+    if contexts[0] <= step:
+        raise ConfigError(f"--context {contexts[0]} does not exceed --prompt-length {step}; make one of them fit")
+    return contexts
+
+
+def _lengths(option: str, wanted: int | Sequence[int], config: ModelConfig) -> tuple[int, ...]:
+    """Rising, each possible."""
+    lengths = tuple(sorted({wanted} if isinstance(wanted, int) else set(wanted)))
+    if not lengths:
+        raise ConfigError(f"{option} is empty; expected a length, or several separated by commas")
+    for length in lengths:
+        if not 1 <= length <= config.max_context:
             raise ConfigError(
-                f"--context {length} does not exceed --prompt-length {prompt_length}; make one of them fit"
+                f"{option} {length} is not possible; this model was made for 1 to {config.max_context} tokens"
             )
-    return tuple(wanted)
-
-
-def _length(option: str, value: int, most: int) -> int:
-    if not 1 <= value <= most:
-        raise ConfigError(f"{option} {value} is not possible; this model was made for 1 to {most} tokens")
-    return value
+    return lengths
 
 
 def _texts(files: Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:

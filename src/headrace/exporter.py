@@ -59,7 +59,7 @@ def export(
     size: int | None = None,
     kv: str | None = None,
     parts: int = 5,
-    prompt_length: int = 128,
+    prompt_length: int | Sequence[int] = 128,
     context: int | Sequence[int] | None = None,
     calibration: Sequence[str | os.PathLike[str]] = (),
     windows: int = 32,
@@ -85,8 +85,9 @@ def export(
         size: budget of bytes of all weights files; either this or `bits`.
         kv: "int8" or "float32" cache, the recipe's when None.
         parts: how many graphs the model is split into.
-        prompt_length: tokens a prompt step takes.
-        context: context length or lengths; 4096 or the model's own, if that is less, when None.
+        prompt_length: tokens a prompt step takes; for a device also several: the rest of a prompt takes a shorter step.
+        context: context length or lengths; when None, 4096 or the model's own, if that is less, and for a device 1024
+            before it: short conversations then read a short cache.
         calibration: text files; English text that comes with Python when empty.
         windows: most windows of calibration text.
         window_length: tokens of a window.
@@ -283,7 +284,7 @@ def _unpublished(settings: ExportSettings, folder: Path, manifest: Mapping[str, 
         root=folder,
         config=settings.config,
         parts=settings.parts,
-        prompt_length=settings.prompt_length,
+        prompt_lengths=settings.prompt_lengths,
         contexts=settings.contexts,
         recipe=manifest["recipe"],
         kv_scales=tuple((key, value) for key, value in manifest["kv_scales"]),
@@ -298,7 +299,7 @@ def _manifest(settings: ExportSettings, kv_scales: Sequence[tuple[float, float]]
         "geometry": settings.config.to_dict(),
         "plan": {
             "parts": len(settings.parts),
-            "prompt_length": settings.prompt_length,
+            "prompt_lengths": list(settings.prompt_lengths),
             "contexts": list(settings.contexts),
         },
         "recipe": settings.recipe.to_dict(),

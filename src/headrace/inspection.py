@@ -85,7 +85,7 @@ def _bundle(path: Path) -> dict[str, Any]:
         **_geometry(config),
         "exported context": ", ".join(map(str, bundle.contexts)),
         "parts": len(bundle.parts),
-        "prompt step": f"{bundle.prompt_length} tokens",
+        "prompt step": f"{', '.join(map(str, bundle.prompt_lengths))} tokens",
         "recipe": bundle.recipe["name"],
         "weights": f"{bundle.weight_bytes} bytes",
         "KV cache": f"{bundle.kv_dtype}, {kv_each} bytes a token",

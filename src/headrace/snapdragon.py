@@ -101,7 +101,7 @@ def genie_plan(bundle: Bundle, soc: Soc) -> GeniePlan:
         TargetError: the model names no end token, or a context is twice a step.
         BundleError: there are no encodings.
     """
-    refuse_contexts((bundle.prompt_length, 1), bundle.contexts)
+    refuse_contexts(bundle.step_lengths, bundle.contexts)
     tokenizer = load_tokenizer(bundle.root)
     settings = bundle.read_json("generation_config.json")
     turns = turn_format(tokenizer, settings, tokenizer.chat_template)
@@ -114,7 +114,7 @@ def genie_plan(bundle: Bundle, soc: Soc) -> GeniePlan:
     return GeniePlan(
         config=bundle.config,
         parts=bundle.parts,
-        lengths=(bundle.prompt_length, 1),
+        lengths=bundle.step_lengths,
         contexts=bundle.contexts,
         soc=soc,
         eos=eos,
@@ -244,7 +244,7 @@ def device_graphs(bundle: Bundle, folder: Path) -> list[DeviceGraph]:
         store.read_stored,
         read_encodings(bundle.root / "encodings.json"),
         folder,
-        lengths=(bundle.prompt_length, 1),
+        lengths=bundle.step_lengths,
         contexts=bundle.contexts,
     )
 

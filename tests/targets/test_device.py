@@ -240,7 +240,7 @@ def _bundle(made: tuple[QuantizedModel, Path], out: Path) -> Bundle:
     write_device_graphs(model.config, parts, model.read, model.encodings, folder, lengths=(32, 1), contexts=CONTEXTS)
     manifest = {
         "geometry": model.config.to_dict(),
-        "plan": {"parts": PARTS, "prompt_length": 32, "contexts": list(CONTEXTS)},
+        "plan": {"parts": PARTS, "prompt_lengths": [32], "contexts": list(CONTEXTS)},
         "recipe": {},
         "kv_scales": [list(pair) for pair in model.kv_scales],
         "provenance": {},

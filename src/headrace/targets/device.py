@@ -90,7 +90,7 @@ class DeviceRunner:
             bundle.parts,
             folder,
             read_encodings(bundle.root / "encodings.json"),
-            lengths=(bundle.prompt_length, 1),
+            lengths=bundle.step_lengths,
             contexts=bundle.contexts,
             pad=pad if isinstance(pad, int) else 0,
             threads=threads,

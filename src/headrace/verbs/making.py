@@ -109,7 +109,9 @@ def export(
     size: Annotated[str | None, typer.Option("--size", help="Budget: bytes of all weights, such as 105MB.")] = None,
     kv: Annotated[str | None, typer.Option("--kv", help="int8 or float32 cache.")] = None,
     parts: Annotated[int, typer.Option("--parts", help="Graphs the model is split into.")] = 5,
-    prompt_length: Annotated[int, typer.Option("--prompt-length", help="Tokens a prompt step takes.")] = 128,
+    prompt_length: Annotated[
+        str, typer.Option("--prompt-length", help="Tokens a prompt step takes; for a device also several: 128,32.")
+    ] = "128",
     context: Annotated[str | None, typer.Option("--context", help="Context length, or several: 512,4096.")] = None,
     calibration: Annotated[
         list[Path] | None, typer.Option("--calibration", help="Text to calibrate on; repeatable.")
@@ -154,7 +156,7 @@ def export(
             size=read_size(size),
             kv=kv,
             parts=parts,
-            prompt_length=prompt_length,
+            prompt_length=lengths("--prompt-length", prompt_length) or (),
             context=lengths("--context", context),
             calibration=calibration or (),
             windows=windows,
