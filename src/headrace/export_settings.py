@@ -32,6 +32,7 @@ from headrace.quantize.rotation import Rotated
 from headrace.quantize.storage import layouts, quantized_names
 from headrace.runtime.tokenizer import Tokenizer
 from headrace.snapdragon import refuse_blocks, refuse_contexts
+from headrace.targets.compile_cost import estimate_compile
 from headrace.targets.qnn_toolchain import find_toolchain
 from headrace.targets.soc import find_soc
 
@@ -39,6 +40,7 @@ __all__ = ["ExportSettings", "settle"]
 
 _NO_COSTS: Mapping[str, float] = defaultdict(float)
 _CONTEXT = 4096
+_COMPILER_MEMORY = 12e9  # bytes: what a laptop of 16 GB has left
 _SHORT_CONTEXT = 1024  # a device's second: a quarter of the cache to read, for each token of a short conversation
 
 
@@ -149,7 +151,7 @@ def settle(
         UserError: they are not possible; the message says what and what to do.
     """
     source = open_checkpoint(checkpoint)
-    for_device = bool(targets) or keep_onnx
+    plan, for_device = plan_parts(source.config, parts), bool(targets) or keep_onnx
     chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
     chosen = replace(chosen, kv=kv or chosen.kv).with_linears(block=block, method=method)
     # A device's fixed grids hold one huge channel only at the cost of all others: see quantize/rotation.py.
@@ -159,9 +161,9 @@ def settle(
     settings = ExportSettings(
         checkpoint=source,
         recipe=chosen,
-        parts=plan_parts(source.config, parts),
+        parts=plan,
         prompt_lengths=_lengths("--prompt-length", prompt_length, source.config)[::-1],
-        contexts=_contexts(source.config, context, prompt_length, for_device),
+        contexts=_contexts(source.config, context, prompt_length, plan if for_device else None),
         calibration=_texts(calibration),
         windows=windows,
         window_length=min(window_length, source.config.max_context),
@@ -202,13 +204,19 @@ def _check(settings: ExportSettings) -> None:
 
 
 def _contexts(
-    config: ModelConfig, context: int | Sequence[int] | None, prompt_length: int | Sequence[int], for_device: bool
+    config: ModelConfig,
+    context: int | Sequence[int] | None,
+    prompt_length: int | Sequence[int],
+    device: Sequence[Part] | None,
 ) -> tuple[int, ...]:
+    """Rising; `device`: the parts that a device's compiler will see."""
     step = _lengths("--prompt-length", prompt_length, config)[-1]
     if context is None:
         longest = min(_CONTEXT, config.max_context)
-        short = for_device and 2 * step < _SHORT_CONTEXT < longest
-        return (_SHORT_CONTEXT, longest) if short else (longest,)
+        if device is None or not 2 * step < _SHORT_CONTEXT < longest:
+            return (longest,)
+        affordable = estimate_compile(config, device, 2).peak_bytes <= _COMPILER_MEMORY
+        return (_SHORT_CONTEXT, longest) if affordable else (longest,)
     contexts = _lengths("--context", context, config)
     if contexts[0] <= step:
         raise ConfigError(f"--context {contexts[0]} does not exceed --prompt-length {step}; make one of them fit")

@@ -87,7 +87,7 @@ def export(
         parts: how many graphs the model is split into.
         prompt_length: tokens a prompt step takes; for a device also several: the rest of a prompt takes a shorter step.
         context: context length or lengths; when None, 4096 or the model's own, if that is less, and for a device 1024
-            before it: short conversations then read a short cache.
+            before it, for short conversations to read a short cache, if a laptop can compile both.
         calibration: text files; English text that comes with Python when empty.
         windows: most windows of calibration text.
         window_length: tokens of a window.

@@ -9,7 +9,9 @@ import pytest
 from headrace.config import ModelConfig
 from headrace.errors import ConfigError
 from headrace.measure.planner import _EFFICIENCY, BANDWIDTHS, estimate_export, plan_model
+from headrace.plan import plan_parts
 from headrace.quantize.recipe import load_recipe
+from headrace.targets.compile_cost import estimate_compile
 from headrace.targets.soc import SOCS
 
 BAICHUAN2 = ModelConfig(
@@ -80,6 +82,23 @@ def test_the_export_grows_with_its_calibration(monkeypatch: pytest.MonkeyPatch) 
     assert many.seconds == pytest.approx(32 * (moments + linears + solved) / (_EFFICIENCY * 1e11))
     assert 1 < many.seconds / few.seconds < 4
     assert few.peak_bytes < many.peak_bytes == pytest.approx(MEASURED_PEAK + V * H, rel=0.05)
+
+
+# benchmarks/snapdragon_7b.py: part → seconds, peak bytes, of S 128 and 1 over context 4096.
+MEASURED = {1: (22, 4.39e9), 2: (187, 8.52e9), 3: (201, 8.52e9), 4: (214, 8.52e9), 5: (372, 12.23e9)}
+MEASURED_TWO = 13.87e9  # part 2 over contexts 1024 and 4096
+
+
+def test_compiling_costs_what_was_measured() -> None:
+    parts = plan_parts(BAICHUAN2)
+    whole = estimate_compile(BAICHUAN2, parts, 1)
+    assert whole.seconds == pytest.approx(sum(seconds for seconds, _ in MEASURED.values()), rel=0.25)
+    for part in parts:
+        alone = estimate_compile(BAICHUAN2, [part], 1)
+        assert alone.peak_bytes == pytest.approx(MEASURED[part.number][1], rel=0.25)
+    assert estimate_compile(BAICHUAN2, parts[1:2], 2).peak_bytes == pytest.approx(MEASURED_TWO, rel=0.25)
+    plan = plan_model(BAICHUAN2, load_recipe("w4a16"), contexts=(1024, 4096))
+    assert plan["compile"]["seconds"] == pytest.approx(2 * whole.seconds, abs=0.1)
 
 
 def test_what_does_not_fit_is_one_line() -> None:

@@ -19,6 +19,7 @@ from headrace.plan import plan_parts
 from headrace.quantize.descent import SWEEPS
 from headrace.quantize.recipe import Recipe
 from headrace.quantize.storage import layouts, linear_shape, quantized_names
+from headrace.targets.compile_cost import estimate_compile
 
 __all__ = ["BANDWIDTHS", "ExportEstimate", "estimate_export", "plan_model"]
 
@@ -65,7 +66,8 @@ def plan_model(
 
     Returns:
         parts [{name, layers, weight_bytes}]; weight_bytes; contexts [{context, kv_bytes, run_bytes}]; export
-        {seconds, peak_bytes}; decode [{device, context, tok_s}]: at most, by bandwidth.
+        {seconds, peak_bytes}; compile {seconds, peak_bytes}: for a chip, all contexts; decode
+        [{device, context, tok_s}]: at most, by bandwidth.
 
     Raises:
         RecipeError: a rule does not fit.
@@ -80,6 +82,7 @@ def plan_model(
     head = EMBEDDING if config.tied_head else HEAD
     read = sum(grids[n].nbytes(*linear_shape(config, n)) for n in grids if n != EMBEDDING or n == head)
     estimate = estimate_export(config, tokens)
+    compiling = estimate_compile(config, plan, len(contexts))
     return {
         "parts": [
             {"name": part.name, "layers": len(part.layers), "weight_bytes": size} for part, size in zip(plan, sizes)
@@ -89,6 +92,7 @@ def plan_model(
             {"context": c, "kv_bytes": c * kv_token, "run_bytes": sum(sizes) + c * kv_token} for c in contexts
         ],
         "export": {"seconds": round(estimate.seconds, 1), "peak_bytes": estimate.peak_bytes, "tokens": tokens},
+        "compile": {"seconds": round(compiling.seconds, 1), "peak_bytes": compiling.peak_bytes},
         "decode": [
             {"device": device, "context": c, "tok_s": round(bandwidth / (read + c * kv_token), 2)}
             for device, bandwidth in BANDWIDTHS.items()

@@ -88,6 +88,12 @@ def plan(
         f"\nexport here: about {need['seconds'] / 60:.1f} min and {human_bytes(need['peak_bytes'])} of memory, "
         f"with {need['tokens']} calibration tokens"
     )
+    compiling, count = report["compile"], len(report["contexts"])
+    each = f", {compiling['seconds'] / count / 60:.1f} min of it for each context" if count > 1 else ""
+    typer.echo(
+        f"compiling for a chip: about {compiling['seconds'] / 60:.1f} min{each}, "
+        f"and {human_bytes(compiling['peak_bytes'])} of memory"
+    )
 
 
 def export(
