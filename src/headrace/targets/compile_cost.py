@@ -19,7 +19,7 @@ __all__ = ["CompileEstimate", "estimate_compile"]
 # Of a context with a prompt step and a token step. Seconds: a layer's nodes, and each weight.
 _LAYER_SECONDS = 1.0
 _WEIGHT_SECONDS = 0.12e-6
-# Bytes at the peak: the compiler itself, each weight of a table, each weight of a linear, and the same again for every context.
+# Bytes at the peak: the compiler itself, each weight of a table, each of a linear, and of a linear again a context.
 _COMPILER_BYTES = 0.3e9
 _TABLE_BYTES = 8.5
 _LINEAR_BYTES = 2.0
@@ -52,5 +52,5 @@ def estimate_compile(config: ModelConfig, parts: Sequence[Part], contexts: int) 
         tables = elements([EMBEDDING] * part.embeds + [HEAD] * part.heads)
         linears = layer * len(part.layers)
         seconds += contexts * (_LAYER_SECONDS * len(part.layers) + _WEIGHT_SECONDS * (tables + linears))
-        peak = max(peak, _COMPILER_BYTES + _TABLE_BYTES * tables + (_LINEAR_BYTES + _CONTEXT_BYTES * contexts) * linears)
-    return CompileEstimate(seconds, int(peak))
+        peak = max(peak, _TABLE_BYTES * tables + (_LINEAR_BYTES + _CONTEXT_BYTES * contexts) * linears)
+    return CompileEstimate(seconds, int(_COMPILER_BYTES + peak))
