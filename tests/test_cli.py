@@ -20,7 +20,7 @@ from headrace.errors import UserError
 from tests.exports import CONTEXT, SMALL, Exports, write_checkpoint
 from tests.test_bundle import FILES, flip
 
-HEADRACE = [sys.executable, "-c", "from headrace.cli import main; main()"]
+HEADRACE = [sys.executable, "-m", "headrace"]
 LIMIT = 120  # seconds a child process may take on a busy machine
 
 

@@ -20,7 +20,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # A package or module, and what it may import of headrace beside itself and what stands below it here. Downwards only.
 LAYERS = [
-    {"cli", "server", "__main__"},
+    {"__main__"},
+    {"cli", "server"},
     {"verbs"},
     {"repl"},
     {"exporter", "genie_model"},

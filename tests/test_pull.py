@@ -208,7 +208,7 @@ def fetch(endpoint: str, tmp_path: Path, *arguments: str) -> subprocess.Complete
     """The program in a child: the hub's address is read once a process."""
     environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and not k.startswith("HF_")}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    command = [sys.executable, "-c", "from headrace.cli import main; main()", "pull", *arguments]
+    command = [sys.executable, "-m", "headrace", "pull", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=LIMIT)
 
 

@@ -45,7 +45,7 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
 
 def test_scores_are_those_of_the_logits(bundle: Path, exports: Exports) -> None:
     (score,) = evaluate_bundle(
-        bundle, [exports.text], tasks="ppl,kl", checkpoint=exports.checkpoint("calm"), windows=WINDOWS, length=LENGTH
+        bundle, [exports.text], checkpoint=exports.checkpoint("calm"), windows=WINDOWS, length=LENGTH
     )
     source = open_checkpoint(exports.checkpoint("calm"))
     losses, theirs, divergences, same = [], [], [], []

@@ -30,7 +30,7 @@ def evaluate_bundle(
     path: Path,
     texts: Sequence[Path],
     *,
-    tasks: str = "ppl",
+    tasks: str | None = None,
     checkpoint: Path | None = None,
     windows: int = 8,
     length: int = 512,
@@ -43,7 +43,7 @@ def evaluate_bundle(
     Args:
         path: the bundle.
         texts: UTF-8 files.
-        tasks: "ppl", "kl" or both.
+        tasks: "ppl", "kl" or both; by default both where there is something to compare with, else "ppl".
         checkpoint: what it was made of; needed for "kl", unless there is something to simulate.
         windows: most windows of a text, from its beginning.
         length: tokens of a window; its second half is scored.
@@ -57,8 +57,9 @@ def evaluate_bundle(
         UserError: a task or simulation is unknown, or has no reference; a text is missing or too short.
         BundleError: a simulation needs encodings and the bundle has none.
     """
-    wanted = parse_tasks(tasks)
-    if "kl" in wanted and checkpoint is None and not simulate:
+    compares = checkpoint is not None or bool(simulate)
+    wanted = parse_tasks(tasks if tasks is not None else "ppl,kl" if compares else "ppl")
+    if "kl" in wanted and not compares:
         raise UserError("kl compares with the checkpoint; expected --checkpoint PATH")
     bundle = open_bundle(path)
     tokenizer = load_tokenizer(bundle.root)

@@ -83,7 +83,9 @@ def bench(
 def evaluate(
     bundle: BundlePath,
     text: Annotated[list[Path], typer.Option("--text", help="A text file; repeatable, each told apart.")],
-    tasks: Annotated[str, typer.Option("--tasks", help="ppl, kl, or both: ppl,kl.")] = "ppl",
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", help="ppl, kl, or both: ppl,kl. By default kl where it can be told.")
+    ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option("--checkpoint", help="What it was made of; kl compares with it.")
     ] = None,

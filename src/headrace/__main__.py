@@ -1,0 +1,5 @@
+"""python -m headrace: the command line, where no script of that name is on the PATH."""
+
+from headrace.cli import main
+
+main()
