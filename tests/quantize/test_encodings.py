@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from headrace.config import ModelConfig
 from headrace.errors import BundleError, CalibrationError
-from headrace.model.ops import Array
+from headrace.model.decoder import block, embed
+from headrace.model.ops import Array, Eager
 from headrace.plan import plan_parts
+from headrace.quantize.calibrate import causal_positions
 from headrace.quantize.encodings import (
     ANGLE,
     MASK,
@@ -131,6 +133,26 @@ def test_ranges_see_the_whole_table_and_every_layer(ranges: Ranges) -> None:
     assert {"layers.0.residual", "layers.2.mlp.gated", "norm", "lm_head"} <= set(ranges.seen)
     assert len([name for name in ranges.seen if name.startswith("layers.0.")]) * 3 + 3 == len(ranges.seen)
     assert all(low <= high for low, high in ranges.seen.values())
+
+
+def test_grids_hold_at_positions_that_calibration_did_not_reach() -> None:
+    tokens = np.random.default_rng(0).permutation(40)
+    found = device_encodings(CONFIG, collect_ranges(CONFIG, weights, tokens.reshape(10, 4)), [(0.01, 0.01)] * 3)
+
+    class Watched(Eager):
+        seen = 0
+
+        def tap(self, name: str, value: Array) -> Array:
+            if name.startswith(("layers.0.self_attn.q_", "layers.0.self_attn.k_rope")):  # known of each token
+                grid = found[name]
+                assert grid.low <= FLOAT32_SLACK * value.min() and value.max() <= FLOAT32_SLACK * grid.high, name
+                self.seen += 1
+            return value
+
+    watched = Watched(CONFIG, weights)
+    ids = np.tile(tokens, 3)[None]
+    block(watched, 0, embed(watched, ids), causal_positions(CONFIG, ids.shape[1]), None)
+    assert watched.seen == 2 * 6 + 2  # the products and halves of both rotations, the projection, the scaled queries
 
 
 def test_ranges_do_not_depend_on_how_windows_are_split(ranges: Ranges) -> None:

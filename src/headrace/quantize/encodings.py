@@ -165,6 +165,8 @@ def device_encodings(
         for rope in (f"{attention}.q_rope", f"{attention}.k_rope"):
             low, high = _union(ranges, f"{rope}.low", f"{rope}.high")
             found[rope] = found[f"{rope}.low"] = found[f"{rope}.high"] = Encoding.of_range(low, high)
+        low, high = (end / math.sqrt(config.head_dim) for end in _union(ranges, f"{attention}.q_rope.low"))
+        found[f"{attention}.q_scaled"] = Encoding.of_range(low, high)
         low, high = _union(ranges, f"{attention}.scores")
         found[f"{attention}.masked_scores"] = Encoding.of_range(low - MASK_DEPTH, high)
         found[f"{attention}.weights"] = found[f"{mlp}.silu.sigmoid"] = _UNIT

@@ -7,6 +7,7 @@ no encoding and no text.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from headrace.config import ModelConfig
 from headrace.model.decoder import EMBEDDING, FINAL_NORM, HEAD, Residual, block, embed, head, layer_weights
-from headrace.model.ops import Array
+from headrace.model.ops import Array, Positions
 from headrace.quantize.calibrate import causal_positions
 from headrace.quantize.outliers import SplitEager, find_outliers
 
@@ -52,9 +53,28 @@ class _Observer(SplitEager):
         return channels
 
     def tap(self, name: str, value: Array) -> Array:
-        low, high = self.seen.get(name, (np.inf, -np.inf))
-        self.seen[name] = (min(low, float(value.min())), max(high, float(value.max())))
+        self._note(name, float(value.min()), float(value.max()))
         return value
+
+    def rope(self, x: Array, at: Positions[Array], name: str) -> Array:
+        """As `Ops.rope`, noting what it comes to at any position: a slow pair has hardly turned within a window, and
+        what its sine gives then grows for thousands of tokens."""
+        squares = np.square(x)
+        half = x.shape[3] // 2
+        low, high = squares[..., :half], squares[..., half:]
+        for part, square in (("low", low), ("high", high)):
+            peak = math.sqrt(square.max())
+            self._note(f"{name}.{part}_cos", -peak, peak)
+            self._note(f"{name}.{part}_sin", -peak, peak)
+        low += high
+        radius = math.sqrt(low.max())
+        self._note(f"{name}.low", -radius, radius)
+        self._note(f"{name}.high", -radius, radius)
+        return super().rope(x, at, name)
+
+    def _note(self, name: str, low: float, high: float) -> None:
+        lowest, highest = self.seen.get(name, (np.inf, -np.inf))
+        self.seen[name] = (min(lowest, low), max(highest, high))
 
     def weighted_values(self, q: Array, keys: Array, values: Array, mask: Array, name: str) -> Array:
         """A few windows at a time: the scores of all would not fit in memory."""
