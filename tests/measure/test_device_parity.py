@@ -20,7 +20,8 @@ from headrace.quantize.grid import QuantizedTensor
 from tests.exports import PHONE, Exports
 
 LAYERS = ["  layer 0", "  layer 1"]
-DEVICE = ["eager → the device's grids", "the device's grids → device graphs on this CPU"]
+GRIDS = ["eager → the device's grids", "the same at the end of the context"]
+DEVICE = [*GRIDS, "the device's grids → device graphs on this CPU"]
 
 
 def broken(links: list[Link]) -> list[str]:
@@ -34,7 +35,7 @@ def test_the_device_graphs_of_a_sound_model(exports: Exports, kind: str) -> None
     links = list(device_links(bundle, _sample(bundle), Depth.DEVICE, layers=True))
     assert broken(links) == []
     layers = [f"  layer {i}" for i in range(bundle.config.num_layers - 1)]
-    assert [link.name for link in links] == [DEVICE[0], *layers, DEVICE[1]]
+    assert [link.name for link in links] == [*GRIDS, *layers, DEVICE[-1]]
     assert all("SQNR" in link.found and "LSB" in link.found for link in links)
 
 
@@ -45,7 +46,7 @@ def test_the_whole_chain(exports: Exports, capfd: pytest.CaptureFixture[str]) ->
     report = json.loads(capfd.readouterr().out.splitlines()[-1])
     links = {link["name"]: link for link in report["links"]}
     assert [link for link in report["links"] if not link["ok"]] == [] and status == 0
-    assert list(links)[-4:] == [*DEVICE, "device graphs → HTP emulation", "HTP emulation → Genie's tokens"]
+    assert list(links)[-5:] == [*DEVICE, "device graphs → HTP emulation", "HTP emulation → Genie's tokens"]
     assert links["HTP emulation → Genie's tokens"]["found"] == "8 of 8 equal"
 
 
@@ -96,7 +97,7 @@ def test_a_broken_layer_is_the_first_that_is_named(
     bundle = open_bundle(path)
     links = list(device_links(bundle, _sample(bundle), Depth.DEVICE, layers=True))
     assert broken(links)[0] == f"  layer {first}"
-    assert DEVICE[1] not in broken(links), "the kept graphs are another derivation and sound"
+    assert DEVICE[-1] not in broken(links), "the kept graphs are another derivation and sound"
     assert _run(["verify", str(path), "--through", "device", "--layers"]) == 1
     assert f"failed:   layer {first}: SQNR" in capfd.readouterr().err
 
@@ -111,8 +112,8 @@ def test_a_range_that_is_too_small_breaks_the_grids(
     entry = next(e for e in body["activation_encodings"] if e["name"] == "layers.1.residual")
     entry["scale"] = [s / 100 for s in entry["scale"]]
     file.write_text(json.dumps(body), encoding="utf-8")
-    # The simulation and the graphs both clip there: the link from the eager model is the one that breaks.
-    assert broken(list(device_links(bundle, _sample(bundle), Depth.DEVICE))) == [DEVICE[0]]
+    # The simulation and the graphs both clip there: the links from the eager model are what breaks.
+    assert broken(list(device_links(bundle, _sample(bundle), Depth.DEVICE))) == GRIDS
     # In a bundle that is opened anew the manifest's digest catches it before.
     assert _run(["verify", str(path), "--through", "device"]) == 1
     assert "encodings.json" in capfd.readouterr().err

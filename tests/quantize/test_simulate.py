@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from headrace.config import RopeScaling
+from headrace.model.ops import Eager
 from headrace.quantize.simulate import Simulated, simulated_logits
 from tests.graph.simulated import QuantizedModel, divergence, tiny_model
 
@@ -52,3 +55,18 @@ def test_values_are_on_their_grids(model: QuantizedModel) -> None:
             encoding = model.encodings[name]
             assert np.array_equal(encoding.simulate(value), value), name
     assert any(name.endswith("k_cache") for name in seen)
+
+
+def test_a_range_that_holds_near_the_start_only_shows_at_the_end(model: QuantizedModel) -> None:
+    slow = replace(model.config, rope_scaling=RopeScaling("linear", 1000.0))  # a radian in a thousand tokens, at most
+    narrow = {n: replace(e, scale=e.scale / 30) if n.endswith("_sin") else e for n, e in model.encodings.items()}
+    ids, rows = np.arange(12), np.arange(12)
+    exact = simulated_logits(Eager(slow, model.real), ids, rows)
+    assert divergence(exact, simulated_logits(Eager(slow, model.real), ids, rows, 1500)) < 1e-9
+    cost = {
+        (grids, start): divergence(exact, simulated_logits(Simulated(slow, model.real, encodings), ids, rows, start))
+        for grids, encodings in (("sound", model.encodings), ("narrow", narrow))
+        for start in (0, 1500)
+    }
+    assert cost["sound", 1500] < 2 * cost["sound", 0]
+    assert cost["narrow", 0] < 2 * cost["sound", 0] < cost["narrow", 1500] / 2

@@ -59,10 +59,10 @@ def evenly(windows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     return windows[np.linspace(0, len(windows) - 1, min(count, len(windows))).round().astype(np.intp)]
 
 
-def causal_positions(config: ModelConfig, length: int) -> Positions[Array]:
-    """Positions of a window that starts at 0 and has no past."""
-    cos, sin = rope_tables(config, length)
-    return Positions(cos[None, None], sin[None, None], causal_mask(0, length))
+def causal_positions(config: ModelConfig, length: int, start: int = 0) -> Positions[Array]:
+    """Positions of a window that has no past, wherever it starts: attention sees only how far tokens are apart."""
+    cos, sin = rope_tables(config, start + length)
+    return Positions(cos[None, None, start:], sin[None, None, start:], causal_mask(0, length))
 
 
 def embed_windows(config: ModelConfig, table: Array, windows: NDArray[np.int64]) -> Array:

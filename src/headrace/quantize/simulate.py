@@ -63,9 +63,9 @@ class Simulated(SplitEager):
         return apart.channels if apart is not None and self.activations else ()
 
 
-def simulated_logits(run: Eager, ids: NDArray[np.integer[Any]], rows: NDArray[np.int64]) -> Array:
-    """Logits (len(rows), V) of the wanted tokens of one sequence of ids (S,), in one step from position 0."""
-    at = causal_positions(run.config, len(ids))
+def simulated_logits(run: Eager, ids: NDArray[np.integer[Any]], rows: NDArray[np.int64], start: int = 0) -> Array:
+    """Logits (len(rows), V) of the wanted tokens of one sequence of ids (S,), in one step from position `start`."""
+    at = causal_positions(run.config, len(ids), start)
     stream: Residual[Array] = embed(run, cast(Array, ids[None]))
     for layer in range(run.config.num_layers):
         stream, _ = block(run, layer, stream, at, None)
