@@ -43,6 +43,8 @@ CONFIG = ModelConfig(
 )
 FLOAT32_SLACK = 1.001  # scales are float32, so the ends of a range are a rounding off
 
+ALONE = causal_positions(CONFIG, 1), None
+
 limits = st.floats(-1e5, 1e5, width=32)
 
 
@@ -153,6 +155,20 @@ def test_grids_hold_at_positions_that_calibration_did_not_reach() -> None:
     ids = np.tile(tokens, 3)[None]
     block(watched, 0, embed(watched, ids), causal_positions(CONFIG, ids.shape[1]), None)
     assert watched.seen == 2 * 6 + 2  # the products and halves of both rotations, the projection, the scaled queries
+
+
+def test_any_token_may_be_the_first() -> None:
+    seen = collect_ranges(CONFIG, weights, np.random.default_rng(0).integers(0, 5, (3, 16))).seen
+
+    class Watched(Eager):
+        def tap(self, name: str, value: Array) -> Array:
+            low, high = seen[name]
+            slack = (FLOAT32_SLACK - 1) * (high - low)
+            assert low - slack <= value.min() and value.max() <= high + slack, name
+            return value
+
+    for token in range(40):
+        block(Watched(CONFIG, weights), 0, embed(Eager(CONFIG, weights), np.array([[token]])), *ALONE)
 
 
 def test_ranges_do_not_depend_on_how_windows_are_split(ranges: Ranges) -> None:

@@ -1,8 +1,9 @@
 """Static ranges: the smallest and largest value of every named result, over calibration windows.
 
 Walks the decoder a layer at a time, so that one layer of weights is in memory. Plain minimum and maximum: the residual
-stream of some models has one token a thousand times larger than the others, and clipping it destroys the model. Knows
-no encoding and no text.
+stream of some models has one token a thousand times larger than the others, and clipping it destroys the model. It is
+the first one, whichever that is, so tokens from all over the vocabulary are looked at as first ones too: a chat begins
+with a mark that no text holds. Knows no encoding and no text.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from headrace.quantize.outliers import SplitEager, find_outliers
 __all__ = ["Ranges", "collect_ranges"]
 
 _ELEMENTS = 1 << 24  # of scores or logits held at once
+_FIRST_TOKENS = 1024  # of the vocabulary, each a window of its own
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,11 @@ class _Observer(SplitEager):
         self.seen, self.apart = found.seen, found.outliers
 
     def outliers(self, name: str, gated: Array) -> Sequence[int]:
-        channels = find_outliers(np.abs(gated).reshape(-1, gated.shape[-1]).max(0))
-        if channels:
-            self.apart[name] = channels
-        return channels
+        if name not in self.seen:  # the first windows decide
+            channels = find_outliers(np.abs(gated).reshape(-1, gated.shape[-1]).max(0))
+            if channels:
+                self.apart[name] = channels
+        return self.apart.get(name, ())
 
     def tap(self, name: str, value: Array) -> Array:
         self._note(name, float(value.min()), float(value.max()))
@@ -107,21 +110,25 @@ def collect_ranges(
         progress: called with (layers done, layers).
     """
     found = Ranges()
-    at = causal_positions(config, windows.shape[1])
+    first = np.linspace(0, config.vocab_size - 1, min(_FIRST_TOKENS, config.vocab_size)).round().astype(np.int64)
+    groups = (windows, first[:, None])
     table = weights(EMBEDDING)
-    stream: Residual[Array] = embed(_Observer(config, {EMBEDDING: table}, found), cast(Array, windows))
+    ops = _Observer(config, {EMBEDDING: table}, found)
+    streams = [cast(Residual[Array], embed(ops, cast(Array, ids))) for ids in groups]
     found.seen["embed_tokens"] = (float(table.min()), float(table.max()))
     for layer in range(config.num_layers):
         if progress is not None:
             progress(layer, config.num_layers)
         ops = _Observer(config, {name: weights(name) for name in layer_weights(layer)}, found)
-        stream, _ = block(ops, layer, stream, at, None)
-        stream = Residual(stream.settle(ops))
+        for number, stream in enumerate(streams):
+            at = causal_positions(config, stream.x.shape[1])
+            streams[number] = Residual(block(ops, layer, stream, at, None)[0].settle(ops))
     last = {FINAL_NORM: weights(FINAL_NORM), HEAD: table if config.tied_head else weights(HEAD)}
     ops = _Observer(config, last, found)
-    step = max(1, _ELEMENTS // (windows.shape[1] * config.vocab_size))
-    for start in range(0, windows.shape[0], step):
-        head(ops, Residual(stream.x[start : start + step]))
+    for stream in streams:
+        step = max(1, _ELEMENTS // (stream.x.shape[1] * config.vocab_size))
+        for start in range(0, len(stream.x), step):
+            head(ops, Residual(stream.x[start : start + step]))
     if progress is not None:
         progress(config.num_layers, config.num_layers)
     return found
