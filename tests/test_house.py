@@ -26,7 +26,7 @@ LAYERS = [
     {"repl"},
     {"exporter", "genie_model"},
     {"export_settings", "language_model"},
-    {"inspection", "pull"},
+    {"calibration", "inspection", "pull"},
     {"measure"},
     {"snapdragon"},
     {"targets"},

@@ -13,9 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from headrace import __version__
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.config import ModelConfig
@@ -23,14 +20,12 @@ from headrace.errors import CalibrationError, ConfigError, RecipeError
 from headrace.model.decoder import EMBEDDING, HEAD
 from headrace.plan import Part, plan_parts
 from headrace.quantize.budget import spend
-from headrace.quantize.calibrate import cut_windows
 from headrace.quantize.grid import Grid
 from headrace.quantize.methods import find_method
 from headrace.quantize.pipeline import Source
 from headrace.quantize.recipe import Recipe, Rule, load_recipe
 from headrace.quantize.rotation import Rotated
 from headrace.quantize.storage import layouts, quantized_names
-from headrace.runtime.tokenizer import Tokenizer
 from headrace.snapdragon import refuse_blocks, refuse_contexts
 from headrace.targets.compile_cost import estimate_compile
 from headrace.targets.qnn_toolchain import find_toolchain
@@ -110,19 +105,6 @@ class ExportSettings:
             self.keep_grid,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(body).encode()).hexdigest()
-
-    def cut(self, tokenizer: Tokenizer) -> NDArray[np.int64]:
-        """Calibration windows of all texts, an equal share of each, int64 (windows, length).
-
-        Raises:
-            CalibrationError: a text is shorter than a window.
-        """
-        share = -(-self.windows // len(self.calibration))
-        cut = [
-            cut_windows(np.array(tokenizer.encode(text), np.int64), self.window_length, share)
-            for text in self.calibration
-        ]
-        return np.concatenate(cut)[: max(self.windows, len(cut))]
 
 
 def settle(

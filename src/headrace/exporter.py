@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from headrace import __version__
 from headrace.bundle import Bundle, publish, read_json, refuse_foreign, write_file
+from headrace.calibration import calibration_windows
 from headrace.checkpoint import Checkpoint
 from headrace.export_settings import ExportSettings, settle
 from headrace.graph.emit_host import HostWeights, emit_host
@@ -37,6 +38,7 @@ from headrace.quantize.ranges import collect_ranges
 from headrace.quantize.recipe import Recipe
 from headrace.quantize.sensitivity import measure_sensitivity
 from headrace.quantize.storage import WeightStore
+from headrace.runtime.chat import turn_format
 from headrace.runtime.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from headrace.snapdragon import compile_target, device_graphs
 
@@ -129,7 +131,10 @@ def export(
     state = _open_work(work, settings, resume)
     folder = work / "bundle"
     tokenizer = _save_tokenizer(settings.checkpoint, folder)
-    windows_of_text = settings.cut(tokenizer)
+    turns = turn_format(tokenizer, settings.checkpoint.generation_config, tokenizer.chat_template)
+    windows_of_text = calibration_windows(
+        tokenizer, turns, settings.calibration, settings.windows, settings.window_length
+    )
     settings = _within_budget(settings, work, windows_of_text, jobs, progress)
     kv_scales = _quantize(settings, folder, work, state, windows_of_text, jobs, progress)
     _emit_graphs(settings, folder, kv_scales, progress)
