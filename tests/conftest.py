@@ -11,6 +11,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    from headrace.runtime.tokenizer import Tokenizer
     from tests.exports import Exports
 
 ROOT = Path(__file__).parents[1]
@@ -55,3 +56,19 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
     from tests.exports import Exports
 
     return Exports(tmp_path_factory.mktemp("exports"))
+
+
+@pytest.fixture(scope="session")
+def baichuan(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A small SentencePiece vocabulary, as Baichuan has."""
+    from tests.runtime.vocabularies import sentencepiece_tokenizer
+
+    return sentencepiece_tokenizer(tmp_path_factory.mktemp("baichuan"))
+
+
+@pytest.fixture(scope="session")
+def chatml(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A small byte-level vocabulary with a template of marked turns."""
+    from tests.runtime.vocabularies import byte_level_tokenizer
+
+    return byte_level_tokenizer(tmp_path_factory.mktemp("chatml"))

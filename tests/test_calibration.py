@@ -10,22 +10,11 @@ from headrace.errors import CalibrationError, UserError
 from headrace.quantize.calibrate import cut_windows
 from headrace.runtime.chat import IdTurns, RawTurns, TurnFormat, turn_format
 from headrace.runtime.tokenizer import Tokenizer
-from tests.runtime.vocabularies import byte_level_tokenizer, sentencepiece_tokenizer
 
 USER, ASSISTANT = 195, 196
 SEA = "the sea river is 百川东到海 the sea is full of rivers\n\n" * 60
 POEM = "何时复西归？ the river\n\n" * 120
 COUNT, LENGTH = 6, 160
-
-
-@pytest.fixture(scope="module")
-def baichuan(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return sentencepiece_tokenizer(tmp_path_factory.mktemp("baichuan"))
-
-
-@pytest.fixture(scope="module")
-def chatml(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return byte_level_tokenizer(tmp_path_factory.mktemp("chatml"))
 
 
 def plain(tokenizer: Tokenizer, text: str, count: int) -> np.ndarray:

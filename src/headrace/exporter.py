@@ -131,7 +131,7 @@ def export(
     state = _open_work(work, settings, resume)
     folder = work / "bundle"
     tokenizer = _save_tokenizer(settings.checkpoint, folder)
-    turns = turn_format(tokenizer, settings.checkpoint.generation_config, tokenizer.chat_template)
+    turns = turn_format(tokenizer, settings.checkpoint.generation_config)
     windows_of_text = calibration_windows(
         tokenizer, turns, settings.calibration, settings.windows, settings.window_length
     )

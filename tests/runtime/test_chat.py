@@ -19,16 +19,6 @@ TURN_IDS = {"user_token_id": USER, "assistant_token_id": ASSISTANT, "eos_token_i
 ROOM = 1000
 
 
-@pytest.fixture(scope="module")
-def baichuan(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return sentencepiece_tokenizer(tmp_path_factory.mktemp("baichuan"))
-
-
-@pytest.fixture(scope="module")
-def chatml(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return byte_level_tokenizer(tmp_path_factory.mktemp("chatml"))
-
-
 def talk(*texts: str, system: str | None = None) -> list[Message]:
     """User and assistant in turn, behind a system text."""
     head = [] if system is None else [Message("system", system)]

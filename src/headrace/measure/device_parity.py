@@ -90,7 +90,8 @@ def device_links(bundle: Bundle, ids: Sequence[int], depth: Depth, *, layers: bo
     yield _link("eager → the device's grids", eager, simulated, step, GRID_KL, 0.0)
     rounding = min(max(grids.kl, ROUNDING_KL), GRID_KL)
     # Attention sees only how far tokens are apart, so the eager logits are those of any place.
-    at_end = _simulate(bundle, store, encodings, ids, {}, bundle.context - len(ids))
+    far = Simulated(config, store.read, encodings)
+    at_end = simulated_logits(far, np.asarray(ids), np.arange(len(ids)), bundle.context - len(ids))
     yield _link("the same at the end of the context", eager, at_end, step, min(2 * rounding, GRID_KL), 0.0)
     if layers:
         yield from _layers(bundle, store, encodings, ids, seen)
@@ -113,12 +114,7 @@ def device_links(bundle: Bundle, ids: Sequence[int], depth: Depth, *, layers: bo
 
 
 def _simulate(
-    bundle: Bundle,
-    store: WeightStore,
-    encodings: Mapping[str, Encoding],
-    ids: Sequence[int],
-    seen: dict[str, Array],
-    start: int = 0,
+    bundle: Bundle, store: WeightStore, encodings: Mapping[str, Encoding], ids: Sequence[int], seen: dict[str, Array]
 ) -> Array:
     class Watched(Simulated):
         def tap(self, name: str, value: Array) -> Array:
@@ -128,7 +124,7 @@ def _simulate(
             return value
 
     run = Watched(bundle.config, store.read, encodings)
-    return simulated_logits(run, np.asarray(ids), np.arange(len(ids)), start)
+    return simulated_logits(run, np.asarray(ids), np.arange(len(ids)))
 
 
 def _layers(

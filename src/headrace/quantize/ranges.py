@@ -112,6 +112,7 @@ def collect_ranges(
     found = Ranges()
     first = np.linspace(0, config.vocab_size - 1, min(_FIRST_TOKENS, config.vocab_size)).round().astype(np.int64)
     groups = (windows, first[:, None])
+    positions = [causal_positions(config, ids.shape[1]) for ids in groups]
     table = weights(EMBEDDING)
     ops = _Observer(config, {EMBEDDING: table}, found)
     streams = [cast(Residual[Array], embed(ops, cast(Array, ids))) for ids in groups]
@@ -120,9 +121,8 @@ def collect_ranges(
         if progress is not None:
             progress(layer, config.num_layers)
         ops = _Observer(config, {name: weights(name) for name in layer_weights(layer)}, found)
-        for number, stream in enumerate(streams):
-            at = causal_positions(config, stream.x.shape[1])
-            streams[number] = Residual(block(ops, layer, stream, at, None)[0].settle(ops))
+        after = [block(ops, layer, stream, at, None)[0] for stream, at in zip(streams, positions, strict=True)]
+        streams = [Residual(stream.settle(ops)) for stream in after]
     last = {FINAL_NORM: weights(FINAL_NORM), HEAD: table if config.tied_head else weights(HEAD)}
     ops = _Observer(config, last, found)
     for stream in streams:
