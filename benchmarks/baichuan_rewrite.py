@@ -21,7 +21,7 @@ from tests.exports import re_emitted
 from tests.tiny import rewrite_as_baichuan
 
 import headrace
-from headrace.bundle import open_bundle
+from headrace.bundle.folder import open_bundle
 from headrace.checkpoint import open_checkpoint
 
 TEXT = (
@@ -49,8 +49,8 @@ def main() -> None:
 
 def _logits(path: Path, graphs: Path, level: int) -> np.ndarray:
     from headrace.runtime.engine import Engine
-    from headrace.runtime.tokenizer import load_tokenizer
-    from headrace.targets.onnxruntime import HostRunner
+    from headrace.targets.host.runner import HostRunner
+    from headrace.text.tokenizer import load_tokenizer
 
     engine = Engine(HostRunner(re_emitted(path, graphs, accuracy_level=level)))
     return engine.score(load_tokenizer(path).encode(TEXT))

@@ -15,12 +15,12 @@ from dataclasses import replace
 
 import numpy as np
 
+from headrace.bundle.recipe import load_recipe
+from headrace.bundle.weights import linear_shape, quantized_names
 from headrace.checkpoint.tensor import LazyTensor
 from headrace.config import ModelConfig
-from headrace.measure.planner import estimate_export
+from headrace.exporter.estimate import estimate_export
 from headrace.quantize.pipeline import linear_names, quantize_layers
-from headrace.quantize.recipe import load_recipe
-from headrace.quantize.storage import linear_shape, quantized_names
 
 SHAPE = ModelConfig(
     architecture="baichuan", vocab_size=125696, hidden_size=4096, intermediate_size=11008, num_layers=32,

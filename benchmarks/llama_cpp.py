@@ -36,7 +36,7 @@ print(json.dumps({{"prompt": prompt, "decode": {TOKENS} / (time.perf_counter() -
 def headrace(bundle: str, threads: int) -> dict[str, float]:
     """One process of ours."""
     command = [
-        sys.executable, "-c", "from headrace.cli import main; main()", "bench", bundle, "-p", str(PROMPT), "-n",
+        sys.executable, "-c", "from headrace.cli.main import main; main()", "bench", bundle, "-p", str(PROMPT), "-n",
         str(TOKENS), "-d", str(DEPTH), "-r", "1", "-t", str(threads), "--json",
     ]  # fmt: skip
     report = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])

@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 
 import headrace
-from headrace.bundle import open_bundle
+from headrace.bundle.folder import open_bundle
+from headrace.bundle.recipe import parse_block
+from headrace.bundle.weights import WeightStore, quantized_names
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.measure.evaluate import evaluate_text, first_windows, follow, read_text
 from headrace.model.reference import eager_logits
 from headrace.quantize.budget import average_bits
-from headrace.quantize.recipe import Recipe, parse_block
-from headrace.quantize.storage import WeightStore, quantized_names
 
 WINDOW = 512
 CONTEXT = 1024
@@ -75,7 +75,7 @@ def main() -> int:
 def report(point: str, source: Checkpoint, out: Path, text: Path, exported: float) -> None:
     """Score a bundle on a text and print its line."""
     bundle = open_bundle(out)
-    config, recipe = bundle.config, Recipe.from_dict(bundle.recipe)
+    config, recipe = bundle.config, bundle.recipe
     rules = recipe.resolve(quantized_names(config))
     store = WeightStore.open(out, config, bundle.parts, recipe)
     with headrace.load(out) as model:

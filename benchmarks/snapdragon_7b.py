@@ -20,17 +20,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.bundle.encodings import OUTLIERS, Encoding, port_encodings
+from headrace.bundle.grid import Grid, QuantizedTensor
 from headrace.config import ModelConfig
 from headrace.graph.emit_device import write_device_graphs
 from headrace.model.decoder import EMBEDDING, HEAD
 from headrace.plan import plan_parts
-from headrace.quantize.encodings import Encoding, port_encodings
-from headrace.quantize.grid import Grid, QuantizedTensor
-from headrace.quantize.outliers import APART
-from headrace.targets.genie import binary_name
-from headrace.targets.qnn import GraphFile, compile_shared
-from headrace.targets.qnn_check import check_binary
-from headrace.targets.soc import find_soc
+from headrace.targets.qualcomm.binary_check import check_binary
+from headrace.targets.qualcomm.compiler import GraphFile, compile_shared
+from headrace.targets.qualcomm.genie import binary_name
+from headrace.targets.qualcomm.soc import find_soc
 
 BAICHUAN2_7B = ModelConfig(
     architecture="baichuan",
@@ -52,7 +51,7 @@ class PlainEncodings(Mapping[str, Encoding]):
     """The same grid for every result, but the cache's."""
 
     def __getitem__(self, name: str) -> Encoding:
-        if name.endswith(APART):
+        if name.endswith(OUTLIERS):
             raise KeyError(name)  # no channel is an outlier
         if name.endswith(("k_cache", "v_cache")):
             return Encoding(0.0625, 128, 8)

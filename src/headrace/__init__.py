@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from headrace.exporter import export
+    from headrace.exporter.job import export
     from headrace.language_model import Chat, LanguageModel, load
     from headrace.runtime.generate import Token
 
@@ -25,7 +25,7 @@ _HOMES = {
     "Chat": "headrace.language_model",
     "LanguageModel": "headrace.language_model",
     "Token": "headrace.runtime.generate",
-    "export": "headrace.exporter",
+    "export": "headrace.exporter.job",
     "load": "headrace.language_model",
 }
 

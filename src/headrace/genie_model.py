@@ -11,15 +11,15 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from headrace.bundle import Bundle, open_bundle
+from headrace.bundle.folder import Bundle, open_bundle
+from headrace.exporter.snapdragon import Emulated, beside, emulate, genie_sampling
 from headrace.language_model import Speaker
 from headrace.progress import Progress, silent
 from headrace.runtime.generate import Limits, Token
 from headrace.runtime.sampling import SamplingOptions
-from headrace.runtime.streaming import TextStream
-from headrace.snapdragon import Emulated, beside, emulate, genie_sampling
-from headrace.targets.genie import genie_config
-from headrace.targets.genie_runner import End, GenieRunner
+from headrace.targets.qualcomm.genie import genie_config
+from headrace.targets.qualcomm.genie_dialog import End, GenieRunner
+from headrace.text.streaming import TextStream
 
 __all__ = ["GenieModel", "load_genie"]
 

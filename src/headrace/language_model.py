@@ -12,13 +12,13 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.bundle import Bundle, open_bundle
+from headrace.bundle.folder import Bundle, open_bundle
 from headrace.errors import ContextFull, TargetError, did_you_mean
-from headrace.runtime.chat import Message, RawTurns, TurnFormat, turn_format
 from headrace.runtime.engine import Engine, Runner
 from headrace.runtime.generate import Limits, Token, generate
 from headrace.runtime.sampling import SamplingOptions
-from headrace.runtime.tokenizer import Tokenizer, load_tokenizer
+from headrace.text.tokenizer import Tokenizer, load_tokenizer
+from headrace.text.turns import Message, RawTurns, TurnFormat, turn_format
 
 __all__ = ["Chat", "LanguageModel", "Speaker", "load"]
 
@@ -212,11 +212,11 @@ def load(bundle: str | os.PathLike[str], *, runner: str = "host", threads: int |
     """
     opened = open_bundle(Path(bundle))
     if runner == "host":
-        from headrace.targets.onnxruntime import HostRunner
+        from headrace.targets.host.runner import HostRunner
 
         return LanguageModel(opened, HostRunner(opened, threads=threads))
     if runner == "device":
-        from headrace.snapdragon import kept_device_graphs
+        from headrace.exporter.snapdragon import kept_device_graphs
         from headrace.targets.device import DeviceRunner
 
         return LanguageModel(opened, DeviceRunner.open(opened, kept_device_graphs(opened), threads=threads))

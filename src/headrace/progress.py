@@ -1,4 +1,4 @@
-"""Progress: how long jobs say where they are. Knows no terminal; cli.py draws."""
+"""Progress: how long jobs say where they are. Knows no terminal; cli/main.py draws."""
 
 from __future__ import annotations
 

@@ -11,19 +11,20 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from headrace.bundle.encodings import ANGLE, GATED_OUTLIERS, MASK, Encoding
+from headrace.bundle.grid import Grid, QuantizedTensor, dequantize, quantize_nearest, round_codes, storable
+from headrace.bundle.weights import part_weights
 from headrace.checkpoint import open_checkpoint
 from headrace.config import ModelConfig
 from headrace.measure.fidelity import FidelityMeter, no_target
 from headrace.model.decoder import EMBEDDING, HEAD, Residual, block, embed, head
 from headrace.model.ops import Array, Eager, Positions
+from headrace.model.rope import rope_angles
 from headrace.plan import MASK_DEPTH, plan_parts
-from headrace.quantize.encodings import ANGLE, MASK, Encoding, device_encodings
-from headrace.quantize.grid import Grid, QuantizedTensor, dequantize, quantize_nearest, round_codes, storable
-from headrace.quantize.outliers import APART, SplitEager
+from headrace.quantize.device_encodings import device_encodings
+from headrace.quantize.outliers import SplitEager
 from headrace.quantize.ranges import collect_ranges
-from headrace.quantize.storage import part_weights
-from headrace.rope import rope_angles
-from headrace.targets.onnxruntime import default_threads, make_session
+from headrace.targets.host.runner import default_threads, make_session
 from tests.tiny import write_baichuan, write_llama
 
 OUTLIERS = {1: (5, 60), 2: (33,)}  # layer → channels
@@ -105,7 +106,7 @@ class SimulatedDevice(SplitEager):
 
 def apart(model: QuantizedModel, name: str) -> tuple[int, ...]:
     """Outlier channels of a gated product."""
-    encoding = model.encodings.get(f"{name.removesuffix('gated')}{APART}")
+    encoding = model.encodings.get(f"{name.removesuffix('gated')}{GATED_OUTLIERS}")
     return encoding.channels if encoding else ()
 
 

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from headrace.bundle.encodings import ANGLE, MASK
+from headrace.bundle.grid import Grid, QuantizedTensor, dequantize, quantize_nearest
 from headrace.errors import CalibrationError, RecipeError
 from headrace.graph import emit_device as emitter
 from headrace.graph.device_weights import EmbeddingForm, _Writer, derive_weights
@@ -22,11 +24,9 @@ from headrace.graph.emit_device import DeviceGraph, emit_device, write_device_gr
 from headrace.model import decoder
 from headrace.model.decoder import EMBEDDING
 from headrace.model.ops import Array, Eager, Positions
+from headrace.model.rope import rope_angles
 from headrace.plan import GraphStyle, plan_parts, ports
-from headrace.quantize.encodings import ANGLE, MASK
-from headrace.quantize.grid import Grid, QuantizedTensor, dequantize, quantize_nearest
 from headrace.quantize.outliers import SplitEager
-from headrace.rope import rope_angles
 from tests.graph.simulated import (
     OUTLIERS,
     QuantizedModel,

@@ -12,16 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from headrace.bundle import Bundle, open_bundle
+from headrace.bundle.folder import Bundle, open_bundle
+from headrace.bundle.grid import Grid
 from headrace.errors import RecipeError
 from headrace.graph.check import check_graph
 from headrace.graph.emit_host import HostWeights, emit_host, kernel_block
 from headrace.model.decoder import EMBEDDING
 from headrace.model.reference import eager_logits
 from headrace.plan import GraphStyle, plan_parts, ports
-from headrace.quantize.grid import Grid
 from headrace.runtime.engine import Engine
-from headrace.targets.onnxruntime import HostRunner
+from headrace.targets.host.runner import HostRunner
 from tests.exports import INT8_ACTIVATIONS, LAYERS, VOCAB, Exports, opened_store, re_emitted
 from tests.oracle.quantized import forward
 

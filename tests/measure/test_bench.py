@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from headrace.bundle import open_bundle
+from headrace.bundle.folder import open_bundle
 from headrace.errors import ContextFull
 from headrace.measure.bench import bench_bundle, peak_rss
 from tests.exports import CONTEXT, LAYERS, Exports

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from headrace.bundle import open_bundle
-from headrace.cli import _run
+from headrace.bundle.folder import open_bundle
+from headrace.bundle.grid import QuantizedTensor
+from headrace.cli.main import _run
 from headrace.measure import device_parity
 from headrace.measure.device_parity import Depth, device_links
 from headrace.measure.link import Link
 from headrace.measure.parity import _sample
-from headrace.quantize.grid import QuantizedTensor
 from tests.exports import PHONE, Exports
 
 LAYERS = ["  layer 0", "  layer 1"]

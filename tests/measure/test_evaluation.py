@@ -10,13 +10,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import headrace
-from headrace.bundle import open_bundle
+from headrace.bundle.folder import open_bundle
 from headrace.checkpoint import open_checkpoint
-from headrace.cli import _run
+from headrace.cli.main import _run
 from headrace.errors import CalibrationError, UserError
 from headrace.measure.evaluation import evaluate_bundle
 from headrace.model.reference import eager_logits
-from headrace.runtime.tokenizer import load_tokenizer
+from headrace.text.tokenizer import load_tokenizer
 from tests.exports import SMALL, Exports
 
 LENGTH, WINDOWS = 32, 3

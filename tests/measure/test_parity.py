@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from headrace.bundle import open_bundle
+from headrace.bundle.folder import open_bundle
 from headrace.errors import BundleError
 from headrace.measure import parity
 from headrace.measure.parity import Link, verify_bundle
@@ -73,10 +73,10 @@ def test_another_checkpoint(exports: Exports, tmp_path: Path) -> None:
 
 def test_a_wrong_graph_is_found(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rotary base that graphs and eager decoder do not share breaks the first link between them."""
-    from headrace.targets import onnxruntime
+    from headrace.targets.host import runner
 
-    real = onnxruntime.rope_tables
-    monkeypatch.setattr(onnxruntime, "rope_tables", lambda config, n: real(replace(config, rope_theta=100.0), n))
+    real = runner.rope_tables
+    monkeypatch.setattr(runner, "rope_tables", lambda config, n: real(replace(config, rope_theta=100.0), n))
     links = verify_bundle(exports.bundle("calm", **OPTIONS))
     assert next(link.name for link in links if not link.ok) == "quantized weights → one float graph"
 

@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from headrace.bundle.grid import Grid, QuantizedTensor, dequantize, quantize_nearest
+from headrace.bundle.recipe import Rule
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.model.decoder import EMBEDDING, FINAL_NORM, HEAD, layer_weights
 from headrace.model.reference import eager_logits
 from headrace.quantize import awq, methods, pipeline
 from headrace.quantize.awq import find_scale
 from headrace.quantize.gptq import rounding_loss
-from headrace.quantize.grid import Grid, QuantizedTensor, dequantize, quantize_nearest
 from headrace.quantize.pipeline import QuantizedLayer, linear_names, quantize_layers
-from headrace.quantize.recipe import Rule
 from headrace.quantize.statistics import InputStatistics
 from tests.tiny import write_baichuan, write_llama
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from headrace.bundle.recipe import Recipe, Rule
+from headrace.bundle.weights import linear_shape, quantized_names
 from headrace.config import ModelConfig
 from headrace.errors import RecipeError
 from headrace.plan import plan_parts
 from headrace.quantize.budget import average_bits, spend, weight_bytes
 from headrace.quantize.pipeline import linear_names
-from headrace.quantize.recipe import Recipe, Rule
-from headrace.quantize.storage import linear_shape, quantized_names
 
 CONFIG = ModelConfig("llama", 160, 64, 96, 12, 4, 2, 16, 1e-5, 1e4, 512, True)
 RECIPE = Recipe("plain", (Rule("embed_tokens|lm_head", 8, None, "nearest"), Rule("_proj", 4, 32, "gptq")))

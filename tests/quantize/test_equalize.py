@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headrace.bundle.grid import Grid, QuantizedTensor, dequantize, quantize_nearest
 from headrace.quantize.equalize import equalize_keys
-from headrace.quantize.grid import Grid, QuantizedTensor, dequantize, quantize_nearest
 
 KV_HEADS, GROUP, WIDTH, HIDDEN = 2, 3, 8, 32
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from headrace.bundle.grid import Grid, dequantize
+from headrace.bundle.recipe import load_recipe
+from headrace.bundle.weights import quantized_names
 from headrace.checkpoint import open_checkpoint
 from headrace.quantize.exact import keep_grid
-from headrace.quantize.grid import Grid, dequantize
 from headrace.quantize.pipeline import QuantizedLayer, quantize_layers
-from headrace.quantize.recipe import load_recipe
-from headrace.quantize.storage import quantized_names
 from tests.tiny import write_gguf
 
 Kind = gguf.GGMLQuantizationType

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from headrace.bundle.grid import Grid, dequantize
 from headrace.errors import RecipeError
 from headrace.quantize import corrected, descent, gptq, nearest
-from headrace.quantize.grid import Grid, dequantize
 from headrace.quantize.methods import METHODS, find_method
 from headrace.quantize.statistics import InputStatistics
 

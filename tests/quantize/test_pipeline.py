@@ -8,6 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from headrace.bundle.grid import dequantize
+from headrace.bundle.recipe import Rule
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.checkpoint.tensor import LazyTensor
 from headrace.errors import CalibrationError, CheckpointError, RecipeError
@@ -23,9 +25,7 @@ from headrace.quantize.calibrate import (
     embed_windows,
     evenly,
 )
-from headrace.quantize.grid import dequantize
 from headrace.quantize.pipeline import QuantizedLayer, linear_names, quantize_layers, quantize_table
-from headrace.quantize.recipe import Rule
 from tests.tiny import write_llama
 
 # The follower sums scores in another order than the plain decoder.

@@ -7,15 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from headrace.bundle.grid import dequantize, quantize_nearest
+from headrace.bundle.recipe import Rule
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.checkpoint.tensor import LazyTensor
 from headrace.measure.fidelity import FidelityMeter, log_softmax, no_target
 from headrace.model.decoder import EMBEDDING, FINAL_NORM, HEAD, Residual, head, layer_weights
 from headrace.model.ops import Eager
 from headrace.model.reference import eager_logits
-from headrace.quantize.grid import dequantize, quantize_nearest
 from headrace.quantize.pipeline import linear_names
-from headrace.quantize.recipe import Rule
 from headrace.quantize.sensitivity import fisher_gradient, measure_sensitivity
 from tests.tiny import write_llama
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from headrace.errors import ContextFull
 from headrace.runtime.engine import Engine
-from headrace.targets.onnxruntime import HostRunner
+from headrace.targets.host.runner import HostRunner
 from tests.exports import VOCAB, Exports, re_emitted
 
 WORDS = 11

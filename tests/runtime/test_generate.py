@@ -13,8 +13,8 @@ from headrace.errors import ContextFull
 from headrace.runtime.engine import Engine
 from headrace.runtime.generate import Limits, Token, generate
 from headrace.runtime.sampling import SamplingOptions
-from headrace.runtime.tokenizer import Tokenizer
-from tests.runtime.vocabularies import sentencepiece_tokenizer
+from headrace.text.tokenizer import Tokenizer
+from tests.text.vocabularies import sentencepiece_tokenizer
 
 GREEDY = SamplingOptions.from_generation_config({}, {"temperature": 0.0})
 PROMPT = [5, 6, 7]

@@ -12,18 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from headrace.bundle import Bundle, open_bundle, publish
+from headrace.bundle.encodings import port_encodings, write_encodings
+from headrace.bundle.folder import Bundle, open_bundle, publish
+from headrace.bundle.recipe import load_recipe
 from headrace.checkpoint import open_checkpoint
 from headrace.errors import BundleError, ContextFull
 from headrace.graph.emit_device import write_device_graphs
 from headrace.model.reference import eager_logits
 from headrace.plan import plan_parts
 from headrace.quantize.calibrate import cut_windows
-from headrace.quantize.encodings import port_encodings, write_encodings
 from headrace.runtime.engine import Engine
-from headrace.runtime.tokenizer import load_tokenizer, save_tokenizer
 from headrace.targets.device import DEVICE_FOLDER, DeviceRunner, run_session
 from headrace.targets.device_loop import DeviceLoop, choose_graph
+from headrace.text.tokenizer import load_tokenizer, save_tokenizer
 from tests.graph.simulated import (
     QuantizedModel,
     divergence,
@@ -241,7 +242,7 @@ def _bundle(made: tuple[QuantizedModel, Path], out: Path) -> Bundle:
     manifest = {
         "geometry": model.config.to_dict(),
         "plan": {"parts": PARTS, "prompt_lengths": [32], "contexts": list(CONTEXTS)},
-        "recipe": {},
+        "recipe": load_recipe("w4a16").to_dict(),
         "kv_scales": [list(pair) for pair in model.kv_scales],
         "provenance": {},
     }

@@ -5,20 +5,19 @@ Knows nothing about architectures.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from headrace.checkpoint.raw import RawModel
 from headrace.checkpoint.safetensors_file import read_safetensors
 from headrace.checkpoint.tensor import LazyTensor
 from headrace.checkpoint.torch_file import read_torch
 from headrace.errors import CheckpointError
+from headrace.files import read_json
 
 __all__ = ["read_folder"]
 
-JSON_LIMIT = 64 << 20  # bytes; the index of the largest models is a few MB
+_FETCH = "fetch the model's folder again"
 
 # In the order they are looked for, which is the order of Hugging Face's own loader.
 LAYOUTS: tuple[tuple[str, Callable[[Path], dict[str, LazyTensor]]], ...] = (
@@ -35,11 +34,11 @@ def read_folder(folder: Path) -> RawModel:
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json", error=CheckpointError, advice=_FETCH)
     files = [folder / "config.json"]
     generation = {}
     if (folder / "generation_config.json").exists():
-        generation = _read_json(folder / "generation_config.json")
+        generation = read_json(folder / "generation_config.json", error=CheckpointError, advice=_FETCH)
         files.append(folder / "generation_config.json")
     for name, reader in LAYOUTS:
         path = folder / name
@@ -57,7 +56,7 @@ def _read_shards(
     index: Path, reader: Callable[[Path], dict[str, LazyTensor]]
 ) -> tuple[dict[str, LazyTensor], list[Path]]:
     """The tensors an index lists, each from the shard it names."""
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index, error=CheckpointError, advice=_FETCH).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map; expected tensor names and their files; fetch it again")
     for shard in weight_map.values():
@@ -74,18 +73,3 @@ def _read_shards(
                 f"{shards[shard]} has no tensor {name!r}, although {index.name} says so; fetch it again"
             )
     return {name: contents[shard][name] for name, shard in weight_map.items()}, list(shards.values())
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing; expected a Hugging Face model folder")
-    if path.stat().st_size > JSON_LIMIT:
-        raise CheckpointError(f"{path} has {path.stat().st_size} bytes; expected at most {JSON_LIMIT}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); fetch it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}; expected a JSON object")
-    return value

@@ -10,8 +10,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from headrace.bundle.weights import StoredTensor
+from headrace.files import write_file
 from headrace.plan import Port
-from headrace.quantize.storage import StoredTensor
 
 __all__ = ["GraphBuilder", "ir_type"]
 
@@ -120,9 +121,7 @@ class GraphBuilder:
 
     def save(self, path: Path) -> None:
         """Write the graph to `path`; stored initializers stay where they are."""
-        temporary = path.with_name(path.name + ".part")
-        temporary.write_bytes(ir.to_proto(self.model()).SerializeToString(deterministic=True))
-        temporary.replace(path)
+        write_file(path, ir.to_proto(self.model()).SerializeToString(deterministic=True))
 
     def _add(self, name: str, tensor: ir.TensorProtocol) -> None:
         value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)  # type: ignore[arg-type]

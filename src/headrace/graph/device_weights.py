@@ -19,14 +19,14 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.bundle.encodings import GATED_OUTLIERS, Encoding
+from headrace.bundle.grid import Grid, QuantizedTensor
+from headrace.bundle.weights import part_weights
 from headrace.config import ModelConfig
 from headrace.errors import RecipeError
+from headrace.files import whole_file
 from headrace.model.decoder import EMBEDDING, HEAD
 from headrace.plan import Part
-from headrace.quantize.encodings import Encoding
-from headrace.quantize.grid import Grid, QuantizedTensor
-from headrace.quantize.outliers import APART
-from headrace.quantize.storage import part_weights
 
 __all__ = ["DeviceTensor", "DeviceWeights", "EmbeddingForm", "ReadWeight", "derive_weights"]
 
@@ -101,9 +101,8 @@ def derive_weights(
         RecipeError: a linear is quantized in blocks, which the device does not take.
     """
     path = folder / f"{part.name}.weights"
-    temporary = folder / f".{path.name}.part"
     bits: dict[str, int] = {}
-    with temporary.open("wb") as file:
+    with whole_file(path) as file:
         writer = _Writer(file, path.name)
         names = part_weights(config, part)
         if part.heads and config.tied_head:
@@ -117,12 +116,11 @@ def derive_weights(
                 _write_table(writer, value, encodings["embed_tokens"], embedding)
             else:
                 bits[name] = value.grid.bits
-                apart = encodings.get(name.replace("down_proj.weight", APART))
+                apart = encodings.get(name.replace("down_proj.weight", GATED_OUTLIERS))
                 if name.endswith("down_proj.weight") and apart is not None:
                     value = _write_apart(writer, name, value, list(apart.channels))
                     bits[f"{name}.outliers"] = 8
                 _write_linear(writer, name, value)
-    temporary.replace(path)
     return DeviceWeights(path, writer.tensors, bits, embedding)
 
 

@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from headrace.bundle.encodings import GATED_OUTLIERS, Encoding, port_encodings
 from headrace.config import ModelConfig
 from headrace.errors import CalibrationError
 from headrace.graph.build import GraphBuilder, ir_type
@@ -31,8 +32,6 @@ from headrace.model import decoder
 from headrace.model.decoder import EMBEDDING, Residual
 from headrace.model.ops import Positions
 from headrace.plan import GraphStyle, Part, graph_name, ports
-from headrace.quantize.encodings import Encoding, port_encodings
-from headrace.quantize.outliers import APART
 
 __all__ = ["FUSED_KV_LIMIT", "DeviceGraph", "emit_device", "write_device_graphs"]
 
@@ -153,14 +152,14 @@ class _DeviceOps(Recorder):
 
     def gated(self, gate: ir.Value, up: ir.Value, name: str) -> ir.Value:
         """As `Ops.gated`; the outlier channels are kept apart for the linear that follows."""
-        apart = self.encodings.get(f"{name}.{APART}")
+        apart = self.encodings.get(f"{name}.{GATED_OUTLIERS}")
         if apart is None:
             return super().gated(gate, up, name)
         silu = self.silu(gate, f"{name}.silu")
         gated = self.multiply(silu, up, f"{name}.gated")
         assert gated.name is not None
         few = self._channels(silu, apart.channels), self._channels(up, apart.channels)
-        self._apart[gated.name] = self.multiply(*few, name=f"{name}.{APART}")
+        self._apart[gated.name] = self.multiply(*few, name=f"{name}.{GATED_OUTLIERS}")
         return gated
 
     def _channels(self, x: ir.Value, channels: Sequence[int]) -> ir.Value:

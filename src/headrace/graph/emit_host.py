@@ -19,6 +19,8 @@ from itertools import groupby, pairwise
 import numpy as np
 import onnx_ir as ir
 
+from headrace.bundle.grid import Grid
+from headrace.bundle.weights import StoredTensor, linear_shape
 from headrace.config import ModelConfig
 from headrace.errors import RecipeError
 from headrace.graph.build import GraphBuilder
@@ -27,8 +29,6 @@ from headrace.model import decoder
 from headrace.model.decoder import EMBEDDING, HEAD, Residual
 from headrace.model.ops import Positions
 from headrace.plan import GraphStyle, Part, Port, ports
-from headrace.quantize.grid import Grid
-from headrace.quantize.storage import StoredTensor, linear_shape
 
 __all__ = ["HostWeights", "emit_host", "kernel_block"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from headrace.bundle import open_bundle
+from headrace.bundle.folder import open_bundle
 from headrace.errors import ContextFull
 from headrace.progress import Progress, silent
 from headrace.runtime.engine import Engine
@@ -48,7 +48,7 @@ def bench_bundle(
         BundleError: the bundle cannot be opened.
         ContextFull: a prompt or the decoding does not fit the context.
     """
-    from headrace.targets.onnxruntime import HostRunner, default_threads
+    from headrace.targets.host.runner import HostRunner, default_threads
 
     started = time.perf_counter()
     bundle = open_bundle(path)

@@ -17,23 +17,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.bundle import Bundle
+from headrace.bundle.encodings import Encoding, port_encodings, read_encodings
+from headrace.bundle.folder import Bundle
+from headrace.bundle.weights import WeightStore
+from headrace.exporter.snapdragon import Emulated, beside, emulate, kept_device_graphs
 from headrace.graph.emit_device import write_device_graphs
 from headrace.measure.fidelity import Fidelity, FidelityMeter, no_target
 from headrace.measure.link import Link
 from headrace.model.ops import Array
 from headrace.model.reference import eager_logits
 from headrace.plan import graph_name, plan_parts
-from headrace.quantize.encodings import Encoding, port_encodings, read_encodings
-from headrace.quantize.recipe import Recipe
 from headrace.quantize.simulate import Simulated, simulated_logits
-from headrace.quantize.storage import WeightStore
-from headrace.snapdragon import Emulated, beside, emulate, kept_device_graphs
 from headrace.targets.device import DeviceRunner, exact_session, run_session
 from headrace.targets.device_loop import DeviceLoop
-from headrace.targets.genie_runner import GenieRunner
-from headrace.targets.onnxruntime import default_threads
-from headrace.targets.qnn import EmulationGraph, Emulator
+from headrace.targets.host.runner import default_threads
+from headrace.targets.qualcomm.compiler import EmulationGraph, Emulator
+from headrace.targets.qualcomm.genie_dialog import GenieRunner
 
 __all__ = ["Depth", "device_links", "emulated_loop"]
 
@@ -78,7 +77,7 @@ def device_links(bundle: Bundle, ids: Sequence[int], depth: Depth, *, layers: bo
         TargetError: the compiler, the emulator or Genie failed.
     """
     config = bundle.config
-    store = WeightStore.open(bundle.root, config, bundle.parts, Recipe.from_dict(bundle.recipe))
+    store = bundle.weights()
     encodings = read_encodings(bundle.root / "encodings.json")
     step = port_encodings(bundle.parts, encodings)["logits"].scale
     folder = kept_device_graphs(bundle)

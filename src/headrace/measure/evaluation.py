@@ -8,17 +8,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.bundle import Bundle, open_bundle
+from headrace.bundle.encodings import read_encodings
+from headrace.bundle.folder import Bundle, open_bundle
+from headrace.bundle.weights import WeightStore
 from headrace.checkpoint import open_checkpoint
 from headrace.errors import UserError
 from headrace.measure.evaluate import TextScore, evaluate_text, first_windows, follow, parse_tasks, read_text
 from headrace.progress import Progress, silent
-from headrace.quantize.encodings import read_encodings
-from headrace.quantize.recipe import Recipe
 from headrace.quantize.simulate import Simulated, simulated_logits
-from headrace.quantize.storage import WeightStore
 from headrace.runtime.engine import Engine
-from headrace.runtime.tokenizer import load_tokenizer
+from headrace.text.tokenizer import load_tokenizer
 
 __all__ = ["evaluate_bundle"]
 
@@ -65,7 +64,7 @@ def evaluate_bundle(
     tokenizer = load_tokenizer(bundle.root)
     # All texts are read and cut before the first is scored.
     cut = [(file.name, first_windows(tokenizer.encode(read_text(file)), str(file), length, windows)) for file in texts]
-    store = WeightStore.open(bundle.root, bundle.config, bundle.parts, Recipe.from_dict(bundle.recipe))
+    store = bundle.weights()
     score = _simulated(bundle, store, simulate) if simulate else _host(bundle, threads)
     config, weights = bundle.config, store.read
     if checkpoint is not None:
@@ -79,7 +78,7 @@ def evaluate_bundle(
 
 
 def _host(bundle: Bundle, threads: int | None) -> Score:
-    from headrace.targets.onnxruntime import HostRunner
+    from headrace.targets.host.runner import HostRunner
 
     return Engine(HostRunner(bundle, threads=threads)).score
 

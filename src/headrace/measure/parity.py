@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.bundle import Bundle, check_files, open_bundle
+from headrace.bundle.folder import Bundle, check_files, open_bundle
+from headrace.bundle.weights import WeightStore
 from headrace.errors import BundleError, UserError, did_you_mean
 from headrace.graph.emit_host import HostWeights, emit_host
 from headrace.measure.fidelity import FidelityMeter, no_target
@@ -27,10 +28,8 @@ from headrace.measure.link import Link
 from headrace.model.reference import eager_logits
 from headrace.plan import plan_parts
 from headrace.progress import Progress, silent
-from headrace.quantize.recipe import Recipe
-from headrace.quantize.storage import WeightStore
 from headrace.runtime.engine import Engine
-from headrace.runtime.tokenizer import load_tokenizer
+from headrace.text.tokenizer import load_tokenizer
 
 __all__ = ["DEPTHS", "verify_bundle"]
 
@@ -122,7 +121,7 @@ def _files(path: Path, progress: Progress) -> Link:
 
 def _numbers(bundle: Bundle, checkpoint: Path | None) -> Iterator[Link]:
     config = bundle.config
-    store = WeightStore.open(bundle.root, config, bundle.parts, Recipe.from_dict(bundle.recipe))
+    store = bundle.weights()
     ids = _sample(bundle)
     eager = eager_logits(config, store.read, np.array([ids]))[0]
     if checkpoint is not None:
@@ -155,7 +154,7 @@ def _sample(bundle: Bundle) -> list[int]:
 
 
 def _score(bundle: Bundle, ids: list[int], chunk: int | None = None) -> Logits:
-    from headrace.targets.onnxruntime import HostRunner
+    from headrace.targets.host.runner import HostRunner
 
     engine = Engine(HostRunner(bundle))
     try:

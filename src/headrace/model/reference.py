@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from headrace.config import ModelConfig
 from headrace.model.decoder import block, embed, head
 from headrace.model.ops import Array, Eager, Positions
-from headrace.rope import rope_tables
+from headrace.model.rope import rope_tables
 
 __all__ = ["BLOCKED", "causal_mask", "eager_logits"]
 

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.bundle.grid import Grid, dequantize, quantize_nearest
 from headrace.quantize.gptq import rounding_loss
-from headrace.quantize.grid import Grid, dequantize, quantize_nearest
 from headrace.quantize.statistics import InputStatistics
 
 __all__ = ["find_scale"]

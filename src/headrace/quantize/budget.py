@@ -10,13 +10,13 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from headrace.bundle.grid import Grid
+from headrace.bundle.recipe import Recipe, Rule
+from headrace.bundle.weights import layouts, linear_shape, quantized_names
 from headrace.config import ModelConfig
 from headrace.errors import RecipeError
 from headrace.model.decoder import EMBEDDING, HEAD
 from headrace.plan import Part, plan_parts
-from headrace.quantize.grid import Grid
-from headrace.quantize.recipe import Recipe, Rule
-from headrace.quantize.storage import layouts, linear_shape, quantized_names
 
 __all__ = ["Spending", "average_bits", "spend", "weight_bytes"]
 

@@ -22,8 +22,8 @@ from headrace.errors import CalibrationError
 from headrace.model.decoder import EMBEDDING, Residual, layer_linears, walk
 from headrace.model.ops import Array, Eager, Positions
 from headrace.model.reference import causal_mask
+from headrace.model.rope import rope_tables
 from headrace.quantize.parallel import spread
-from headrace.rope import rope_tables
 
 __all__ = ["Follower", "Walk", "attention_energy", "causal_positions", "cut_windows", "embed_windows", "pieces"]
 

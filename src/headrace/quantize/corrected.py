@@ -13,8 +13,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.bundle.grid import Grid, QuantizedTensor
 from headrace.quantize import descent, gptq
-from headrace.quantize.grid import Grid, QuantizedTensor
 from headrace.quantize.parallel import spread
 from headrace.quantize.statistics import InputStatistics
 

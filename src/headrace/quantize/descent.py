@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.bundle.grid import Grid, QuantizedTensor, storable
 from headrace.quantize import gptq
-from headrace.quantize.grid import Grid, QuantizedTensor, storable
 from headrace.quantize.parallel import spread
 from headrace.quantize.statistics import InputStatistics
 

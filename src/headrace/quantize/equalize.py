@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.quantize.grid import QuantizedTensor
+from headrace.bundle.grid import QuantizedTensor
 
 __all__ = ["equalize_keys"]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.quantize.grid import Grid, QuantizedTensor
+from headrace.bundle.grid import Grid, QuantizedTensor
 
 __all__ = ["keep_grid"]
 

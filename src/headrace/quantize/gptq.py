@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.quantize.grid import Grid, QuantizedTensor, dequantize, fit_scales
+from headrace.bundle.grid import Grid, QuantizedTensor, dequantize, fit_scales
 from headrace.quantize.parallel import spread
 from headrace.quantize.statistics import InputStatistics
 

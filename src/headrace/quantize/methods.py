@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.bundle.grid import Grid, QuantizedTensor
 from headrace.errors import RecipeError, did_you_mean
 from headrace.quantize import corrected, descent, gptq, nearest
-from headrace.quantize.grid import Grid, QuantizedTensor
 from headrace.quantize.statistics import InputStatistics
 
 __all__ = ["METHODS", "Method", "find_method"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.quantize.grid import Grid, QuantizedTensor, quantize_nearest
+from headrace.bundle.grid import Grid, QuantizedTensor, quantize_nearest
 from headrace.quantize.statistics import InputStatistics
 
 __all__ = ["quantize"]

@@ -17,13 +17,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.bundle.encodings import GATED_OUTLIERS
 from headrace.config import ModelConfig
 from headrace.model.ops import Array, Eager
 
-__all__ = ["APART", "SplitEager", "find_outliers"]
-
-APART = "gated_outliers"
-"""Name of the outliers' tensor, beside `gated`."""
+__all__ = ["SplitEager", "find_outliers"]
 
 MOST = 4  # channels that are computed apart
 RATIO = 4.0  # times the largest peak that stays
@@ -61,7 +59,7 @@ class SplitEager(Eager):
         gated = self.silu(gate, f"{name}.silu") * up
         channels = list(self.outliers(f"{name}.gated", gated))
         if channels:
-            self._apart = channels, self.tap(f"{name}.{APART}", gated[..., channels])
+            self._apart = channels, self.tap(f"{name}.{GATED_OUTLIERS}", gated[..., channels])
             gated[..., channels] = 0
         return self.tap(f"{name}.gated", gated)
 

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.bundle.grid import QuantizedTensor, dequantize, storable
+from headrace.bundle.recipe import Rule
 from headrace.checkpoint.tensor import LazyTensor
 from headrace.config import ModelConfig
 from headrace.errors import CheckpointError
@@ -26,10 +28,8 @@ from headrace.quantize.awq import find_scale
 from headrace.quantize.calibrate import Walk, attention_energy, causal_positions, embed_windows
 from headrace.quantize.equalize import equalize_keys
 from headrace.quantize.exact import keep_grid
-from headrace.quantize.grid import QuantizedTensor, dequantize, storable
 from headrace.quantize.methods import find_method
 from headrace.quantize.parallel import cores, spread
-from headrace.quantize.recipe import Rule
 from headrace.quantize.statistics import InputStatistics
 
 __all__ = [

@@ -21,6 +21,8 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.bundle.grid import dequantize
+from headrace.bundle.recipe import Rule
 from headrace.config import ModelConfig
 from headrace.model.decoder import (
     EMBEDDING,
@@ -33,10 +35,8 @@ from headrace.model.decoder import (
 )
 from headrace.model.ops import Array, Positions
 from headrace.quantize.calibrate import Walk, causal_positions, embed_windows, evenly
-from headrace.quantize.grid import dequantize
 from headrace.quantize.parallel import spread
 from headrace.quantize.pipeline import Source, load_weight, quantize_layer
-from headrace.quantize.recipe import Rule
 from headrace.quantize.tape import Node, Tape
 
 __all__ = ["fisher_gradient", "measure_sensitivity"]

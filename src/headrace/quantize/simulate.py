@@ -15,12 +15,12 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.bundle.encodings import GATED_OUTLIERS, Encoding
 from headrace.config import ModelConfig
 from headrace.model.decoder import Residual, block, embed, head
 from headrace.model.ops import Array, Eager
 from headrace.quantize.calibrate import causal_positions
-from headrace.quantize.encodings import Encoding
-from headrace.quantize.outliers import APART, SplitEager
+from headrace.quantize.outliers import SplitEager
 
 __all__ = ["Simulated", "simulated_logits"]
 
@@ -59,7 +59,7 @@ class Simulated(SplitEager):
         return self.encodings[name].simulate(value)
 
     def outliers(self, name: str, gated: Array) -> Sequence[int]:
-        apart = self.encodings.get(f"{name.removesuffix('gated')}{APART}")
+        apart = self.encodings.get(f"{name.removesuffix('gated')}{GATED_OUTLIERS}")
         return apart.channels if apart is not None and self.activations else ()
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from headrace.runtime.engine import Engine
 from headrace.runtime.sampling import Sampler, SamplingOptions
-from headrace.runtime.streaming import TextStream
-from headrace.runtime.tokenizer import Tokenizer
+from headrace.text.streaming import TextStream
+from headrace.text.tokenizer import Tokenizer
 
 __all__ = ["Limits", "Token", "generate"]
 

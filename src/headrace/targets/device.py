@@ -14,14 +14,14 @@ import onnxruntime as ort
 import psutil
 from numpy.typing import NDArray
 
-from headrace.bundle import Bundle
+from headrace.bundle.encodings import Encoding, port_encodings, read_encodings
+from headrace.bundle.folder import Bundle
 from headrace.config import ModelConfig
 from headrace.errors import BundleError
 from headrace.plan import Part, graph_name
-from headrace.quantize.encodings import Encoding, port_encodings, read_encodings
 from headrace.runtime.engine import Logits
 from headrace.targets.device_loop import DeviceLoop
-from headrace.targets.onnxruntime import default_threads, make_session
+from headrace.targets.host.runner import default_threads, make_session
 
 __all__ = ["DEVICE_FOLDER", "DeviceRunner", "exact_session", "run_session"]
 

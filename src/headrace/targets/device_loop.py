@@ -19,13 +19,12 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.bundle.encodings import Encoding
 from headrace.config import ModelConfig
 from headrace.errors import ContextFull, TargetError
+from headrace.model.rope import rope_angles
 from headrace.plan import GraphStyle, Part, graph_name, ports
-from headrace.quantize.encodings import Encoding
-from headrace.rope import rope_angles
 from headrace.runtime.engine import Logits
-from headrace.targets.qnn_check import PortEncoding
 
 __all__ = ["DeviceLoop", "Run", "choose_graph", "longest_prompt", "prompt_steps"]
 
@@ -118,7 +117,7 @@ class DeviceLoop:
         parts: Sequence[Part],
         lengths: Sequence[int],
         contexts: Sequence[int],
-        encodings: Mapping[str, PortEncoding],
+        encodings: Mapping[str, Encoding],
         run: Run,
         *,
         pad: int = 0,
@@ -135,13 +134,13 @@ class DeviceLoop:
         self.pad = pad
         self.fill = fill
         self.past = 0
-        self._logits = _grid(encodings["logits"])
+        self._logits = encodings["logits"]
         angles = rope_angles(config, max(contexts))
         # Floored, not rounded, and all in double precision, as measured in Genie: in single precision 1 position of 20
         # differs by a code.
         self._tables = {
-            "position_ids_cos": _grid(encodings["position_ids_cos"]).floor(np.cos(angles)),
-            "position_ids_sin": _grid(encodings["position_ids_sin"]).floor(np.sin(angles)),
+            "position_ids_cos": encodings["position_ids_cos"].floor(np.cos(angles)),
+            "position_ids_sin": encodings["position_ids_sin"].floor(np.sin(angles)),
         }
         self._graphs: dict[tuple[int, int], _Graphs] = {}
         # The longest past that a graph reads is the cache, which the others follow. Beyond `past` it is empty.
@@ -234,7 +233,3 @@ class _Graphs:
 def _places(cache: Codes, name: str, start: int, stop: int) -> Codes:
     """Positions start … stop−1: the last axis of keys, the one before of values."""
     return cache[..., start:stop] if name.startswith("past_key") else cache[..., start:stop, :]
-
-
-def _grid(encoding: PortEncoding) -> Encoding:
-    return Encoding(float(np.float32(encoding.scale)), encoding.zero_point)

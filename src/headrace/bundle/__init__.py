@@ -1,0 +1,1 @@
+"""The bundle format on disk, and nothing else: manifest, weights, grids, recipe, encodings."""

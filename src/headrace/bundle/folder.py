@@ -1,0 +1,241 @@
+"""The bundle: a folder that holds one exported model, described by a versioned manifest. See docs/bundle-format.md.
+
+A bundle is written beside its final place and renamed when complete, so a folder with a manifest is whole. This file
+knows files and hashes; what graphs, weights and recipes mean is others' business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from headrace.bundle.recipe import Recipe
+from headrace.bundle.weights import WeightStore
+from headrace.config import ModelConfig
+from headrace.errors import BundleError, RecipeError
+from headrace.files import read_json, sha256_file, sync, temporary_name, write_file
+from headrace.plan import Part, plan_parts
+
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "Bundle",
+    "check_files",
+    "is_bundle",
+    "open_bundle",
+    "publish",
+]
+
+FORMAT = 1
+MANIFEST = "headrace.json"
+UNLISTED = ("README.md", MANIFEST)  # the card may be edited; the manifest has its own digest
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle.
+
+    Attributes:
+        root: the folder.
+        config: the model's geometry.
+        parts: how it is split.
+        prompt_lengths: tokens that prompt steps take, longest first; the host has the longest only.
+        contexts: context lengths, longest last.
+        recipe: how its weights are quantized.
+        kv_scales: (key, value) scale of each layer's int8 cache; empty when the cache is float32.
+        provenance: where it came from, as JSON values.
+        files: bytes and sha256 by path below the root.
+    """
+
+    root: Path
+    config: ModelConfig
+    parts: tuple[Part, ...]
+    prompt_lengths: tuple[int, ...]
+    contexts: tuple[int, ...]
+    recipe: Recipe
+    kv_scales: tuple[tuple[float, float], ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens that a prompt step takes at most."""
+        return self.prompt_lengths[0]
+
+    @property
+    def step_lengths(self) -> tuple[int, ...]:
+        """Tokens a step of every graph that a device has."""
+        return tuple(dict.fromkeys((*self.prompt_lengths, 1)))
+
+    @property
+    def context(self) -> int:
+        """The longest context, tokens."""
+        return self.contexts[-1]
+
+    @property
+    def kv_dtype(self) -> str:
+        """Element type of the host cache."""
+        return "int8" if self.kv_scales else "float32"
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights files."""
+        return sum(int(f["bytes"]) for path, f in self.files.items() if path.startswith("weights/"))
+
+    def weights(self) -> WeightStore:
+        """The weights, opened one at a time when they are asked for."""
+        return WeightStore.open(self.root, self.config, self.parts, self.recipe)
+
+    def graph(self, part: Part) -> Path:
+        """The host graph of a part."""
+        return self.root / f"{part.name}.onnx"
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the bundle, {} when it has none."""
+        path = self.root / name
+        return read_json(path) if path.exists() else {}
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether a folder has a manifest."""
+    return (path / MANIFEST).is_file()
+
+
+def open_bundle(path: Path) -> Bundle:
+    """Open a bundle: the manifest and the graphs are hashed, every other file's size is checked.
+
+    Raises:
+        BundleError: there is none, its format is newer, or a file is missing or changed.
+    """
+    raw = _manifest(path)
+    for name, problem in _problems(path, raw, hashed=lambda n: n.endswith(".onnx")):
+        raise BundleError(
+            f"{path / name} {problem}; export the bundle again or run: headrace verify {path} --files-only"
+        )
+    try:
+        config = ModelConfig.from_dict(raw["geometry"])
+        plan = raw["plan"]
+        return Bundle(
+            root=path,
+            config=config,
+            parts=plan_parts(config, plan["parts"]),
+            prompt_lengths=tuple(plan["prompt_lengths"]),
+            contexts=tuple(plan["contexts"]),
+            recipe=Recipe.from_dict(raw["recipe"]),
+            kv_scales=tuple((float(k), float(v)) for k, v in raw["kv_scales"]),
+            provenance=raw["provenance"],
+            files=raw["files"],
+        )
+    except (AttributeError, KeyError, TypeError, ValueError, RecipeError) as error:
+        raise BundleError(f"{path / MANIFEST} lacks or misstates {error}; export the bundle again") from None
+
+
+def check_files(path: Path, progress: Callable[[str], None] | None = None) -> list[tuple[str, str]]:
+    """Hash every file of a bundle: (name, what is wrong) of each that is not as it was written.
+
+    Raises:
+        BundleError: there is no bundle.
+    """
+    if not is_bundle(path):
+        raise BundleError(f"{path} has no {MANIFEST}; expected a folder made by: headrace export")
+    try:
+        raw = _manifest(path)
+    except BundleError as error:
+        return [(MANIFEST, str(error))]
+    found = list(_problems(path, raw, hashed=lambda _: True, progress=progress))
+    listed = set(raw["files"]) | set(UNLISTED)
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        if (name := file.relative_to(path).as_posix()) not in listed:
+            found.append((name, "is not in the manifest"))
+    return found
+
+
+def publish(work: Path, out: Path, manifest: Mapping[str, Any]) -> None:
+    """Turn a finished work folder into the bundle `out`: hash, write the manifest, sync, rename.
+
+    A bundle that is already there is replaced in one step; any other folder is refused before.
+
+    Raises:
+        BundleError: `out` exists and is no bundle.
+    """
+    refuse_foreign(out)
+    temporary_name(work / MANIFEST).unlink(missing_ok=True)  # of a run that was killed while it wrote the manifest
+    files = {}
+    for file in sorted(p for p in work.rglob("*") if p.is_file()):
+        name = file.relative_to(work).as_posix()
+        if name not in UNLISTED:
+            files[name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+            sync(file)
+    body = {"format": FORMAT, **manifest, "files": files}
+    write_file(work / MANIFEST, _text({**body, "digest": _digest(body)}))
+    for folder in sorted({p.parent for p in work.rglob("*")} | {work}):
+        sync(folder)
+    old = out.with_name(f".{out.name}.old")
+    if out.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
+    work.rename(out)
+    sync(out.parent)
+    shutil.rmtree(old, ignore_errors=True)  # also what a run left that was killed between the two renames
+
+
+def refuse_foreign(out: Path) -> None:
+    """Raise BundleError when `out` exists and is neither a bundle nor an empty folder."""
+    if out.exists() and not is_bundle(out) and (not out.is_dir() or any(out.iterdir())):
+        raise BundleError(f"{out} exists and is no bundle; choose another -o or remove it")
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise BundleError(f"{path} is no folder; expected one made by: headrace export")
+    if not is_bundle(path):
+        raise BundleError(f"{path} has no {MANIFEST}; expected a folder made by: headrace export")
+    raw = read_json(path / MANIFEST)
+    version = raw.get("format")
+    if isinstance(version, int) and version > FORMAT:
+        raise BundleError(f"{path} has format {version}; this headrace reads up to {FORMAT}: update headrace")
+    if version != FORMAT:
+        raise BundleError(f"{path / MANIFEST} has format {version!r}; expected {FORMAT}: export the bundle again")
+    text = _text(raw)
+    digest = raw.pop("digest", None)
+    # JSON has many spellings of one value (1e-06, 1E-06): the text itself must be the one that was written.
+    if digest != _digest(raw) or (path / MANIFEST).read_bytes() != text:
+        raise BundleError(f"{path / MANIFEST} was changed (its digest differs); export the bundle again")
+    files = raw.get("files")
+    if not isinstance(files, dict) or not all(
+        isinstance(f, dict) and {"bytes", "sha256"} <= set(f) for f in files.values()
+    ):
+        raise BundleError(f"{path / MANIFEST} lacks or misstates 'files'; export the bundle again")
+    return raw
+
+
+def _problems(
+    path: Path,
+    raw: Mapping[str, Any],
+    hashed: Callable[[str], bool],
+    progress: Callable[[str], None] | None = None,
+) -> Iterator[tuple[str, str]]:
+    for name, expected in raw["files"].items():
+        file = path / name
+        if not file.is_file():
+            yield name, "is missing"
+        elif (size := file.stat().st_size) != expected["bytes"]:
+            yield name, f"has {size} bytes, expected {expected['bytes']}"
+        elif hashed(name) and sha256_file(file) != expected["sha256"]:
+            yield name, "was changed (its sha256 differs)"
+        if progress is not None:
+            progress(name)
+
+
+def _text(manifest: Mapping[str, Any]) -> bytes:
+    return json.dumps(manifest, ensure_ascii=False, indent=1).encode()
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    canonical = json.dumps(body, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()

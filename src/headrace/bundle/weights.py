@@ -1,0 +1,201 @@
+"""A part's weights on disk: a safetensors file whose layout is known before any weight is.
+
+The layout follows from geometry, plan and grids alone, so a file is created at full size, filled in any order, and
+graphs can point into it. Knows nothing about how codes were found.
+
+    <weight>_packed   uint8 (N, K·bits/8)   codes + zero point; int4: two a byte, low nibble first
+    <weight>_scale    float16 (N, blocks)
+    <norm>.weight     float32 (H,)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.bundle.grid import Grid, QuantizedTensor, dequantize, pack, unpack
+from headrace.bundle.recipe import Recipe
+from headrace.config import ModelConfig
+from headrace.model.decoder import EMBEDDING, FINAL_NORM, HEAD, layer_linears, layer_weights
+from headrace.plan import Part
+
+__all__ = ["Layout", "StoredTensor", "WeightStore", "layouts", "linear_shape", "part_weights", "quantized_names"]
+
+_DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype(np.uint8), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
+
+
+def linear_shape(config: ModelConfig, weight: str) -> tuple[int, int]:
+    """(N, K) of a quantized weight."""
+    h, f = config.hidden_size, config.intermediate_size
+    if weight in (EMBEDDING, HEAD):
+        return config.vocab_size, h
+    return {
+        "q_proj": (config.query_size, h),
+        "k_proj": (config.kv_size, h),
+        "v_proj": (config.kv_size, h),
+        "o_proj": (h, config.query_size),
+        "gate_proj": (f, h),
+        "up_proj": (f, h),
+        "down_proj": (h, f),
+    }[weight.split(".")[-2]]
+
+
+def quantized_names(config: ModelConfig) -> list[str]:
+    """Every weight that is quantized, in the order of computation; a tied head is not listed, the embedding is."""
+    names = [EMBEDDING]
+    for layer in range(config.num_layers):
+        names += [name for group in layer_linears(layer) for name in group]
+    return names if config.tied_head else [*names, HEAD]
+
+
+def part_weights(config: ModelConfig, part: Part) -> list[str]:
+    """Canonical names of the weights a part's file holds."""
+    names = [EMBEDDING] if part.embeds else []
+    for layer in part.layers:
+        names += layer_weights(layer)
+    if part.heads:
+        names += [FINAL_NORM] if config.tied_head else [FINAL_NORM, HEAD]
+    return names
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor's bytes are: `file` below the bundle's root, absolute `offset` in it."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return int(np.prod(self.shape)) * _DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One file: its safetensors header, its tensors by name, its size in bytes."""
+
+    file: str
+    header: bytes
+    tensors: Mapping[str, StoredTensor]
+    nbytes: int
+
+
+def layouts(config: ModelConfig, parts: Sequence[Part], grids: Mapping[str, Grid]) -> list[Layout]:
+    """The layout of each part's file, `weights/part_2_of_5.safetensors`."""
+    return [_layout(config, part, grids) for part in parts]
+
+
+def _layout(config: ModelConfig, part: Part, grids: Mapping[str, Grid]) -> Layout:
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name in part_weights(config, part):
+        if name not in grids:
+            shapes[name] = ("F32", (config.hidden_size,))
+            continue
+        (rows, columns), grid = linear_shape(config, name), grids[name]
+        shapes[f"{name}_packed"] = ("U8", (rows, columns * grid.bits // 8))
+        shapes[f"{name}_scale"] = ("F16", (rows, grid.blocks(columns, name)))
+    # float32 first, then float16, then bytes: everything is aligned without gaps, which safetensors forbids.
+    order = sorted(shapes, key=lambda n: -_DTYPES[shapes[n][0]].itemsize)
+    entries: dict[str, dict[str, Any]] = {}
+    at = 0
+    for name in order:
+        dtype, shape = shapes[name]
+        size = int(np.prod(shape)) * _DTYPES[dtype].itemsize
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps({"__metadata__": {"format": "headrace"}, **entries}, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % 64)
+    header = len(text).to_bytes(8, "little") + text
+    file = f"weights/{part.name}.safetensors"
+    tensors = {
+        name: StoredTensor(file, e["dtype"], tuple(e["shape"]), len(header) + e["data_offsets"][0])
+        for name, e in entries.items()
+    }
+    return Layout(file, header, tensors, len(header) + at)
+
+
+class WeightStore:
+    """The weights files of a bundle, memory-mapped: weights are written and read one at a time by canonical name.
+
+    Args:
+        root: the bundle's folder.
+        config: the geometry.
+        parts: how the model is split.
+        grids: the grid of each quantized weight; also an attribute.
+        create: make the files (zeros, full size) instead of opening what is there.
+    """
+
+    def __init__(
+        self, root: Path, config: ModelConfig, parts: Sequence[Part], grids: Mapping[str, Grid], *, create: bool = False
+    ) -> None:
+        self._root = root
+        self.grids = grids
+        self._tied = config.tied_head
+        self.names = [name for part in parts for name in part_weights(config, part)]
+        all_layouts = layouts(config, parts, grids)
+        self.tensors: Mapping[str, StoredTensor] = {n: t for layout in all_layouts for n, t in layout.tensors.items()}
+        if create:
+            for layout in all_layouts:
+                path = root / layout.file
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("wb") as out:
+                    out.write(layout.header)
+                    out.truncate(layout.nbytes)
+
+    @classmethod
+    def open(cls, root: Path, config: ModelConfig, parts: Sequence[Part], recipe: Recipe) -> WeightStore:
+        """The files that are there, on the grids that a recipe gives."""
+        rules = recipe.resolve(quantized_names(config))
+        return cls(root, config, parts, {name: rule.grid for name, rule in rules.items()})
+
+    def write(self, name: str, value: QuantizedTensor | NDArray[np.float32]) -> None:
+        """Store a weight."""
+        if isinstance(value, QuantizedTensor):
+            self._write(f"{name}_packed", pack(value.codes, value.grid.bits))
+            self._write(f"{name}_scale", value.scales)
+        else:
+            self._write(name, value)
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        """A weight as float32, dequantized when it has a grid; a tied head is the embedding."""
+        name = EMBEDDING if name == HEAD and self._tied else name
+        if name in self.grids:
+            return dequantize(self.read_codes(name))
+        return np.array(self._view(name, "r"), np.float32)
+
+    def read_codes(self, name: str) -> QuantizedTensor:
+        """A quantized weight."""
+        grid = self.grids[name]
+        codes = unpack(np.asarray(self._view(f"{name}_packed", "r")), grid.bits)
+        return QuantizedTensor(codes, np.array(self._view(f"{name}_scale", "r")), grid)
+
+    def read_stored(self, name: str) -> QuantizedTensor | NDArray[np.float32]:
+        """A weight as it is stored: codes and scales, or float32 for one without a grid."""
+        return self.read_codes(name) if name in self.grids else self.read(name)
+
+    def sync(self) -> None:
+        """Everything written so far is on disk when this returns."""
+        for file in {tensor.file for tensor in self.tensors.values()}:
+            with (self._root / file).open("rb+") as handle:
+                os.fsync(handle.fileno())
+
+    def _write(self, name: str, array: NDArray[np.generic]) -> None:
+        view = self._view(name, "r+")
+        if view.shape != array.shape:
+            raise ValueError(f"{name}: {array.shape} is not the planned {view.shape}")
+        view[...] = array
+        view.flush()
+
+    def _view(self, name: str, mode: str) -> np.memmap[tuple[int, ...], np.dtype[np.generic]]:
+        t = self.tensors[name]
+        return np.memmap(self._root / t.file, _DTYPES[t.dtype], mode, t.offset, t.shape)  # type: ignore[call-overload, no-any-return]

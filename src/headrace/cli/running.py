@@ -1,0 +1,100 @@
+"""Verbs that use a bundle: chat, push."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from headrace.cli.console import note, progress_bars
+from headrace.cli.options import BundlePath, Threads
+
+if TYPE_CHECKING:
+    from headrace.language_model import Speaker
+
+__all__ = ["chat", "push"]
+
+
+def chat(
+    bundle: BundlePath,
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Answer this and leave.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text, without a turn format.")] = False,
+    max_tokens: Annotated[int, typer.Option("-n", "--max-tokens", min=1, help="Most tokens of an answer.")] = 256,
+    temperature: Annotated[float | None, typer.Option("--temp", help="Sampling temperature; 0 is greedy.")] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="Only the k likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", help="Only the likeliest tokens of this probability.")
+    ] = None,
+    repeat_penalty: Annotated[
+        float | None, typer.Option("--repeat-penalty", help="Above 1: fewer repetitions.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("-s", "--seed", help="The same seed, the same answer.")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
+    system: Annotated[str | None, typer.Option("--system", help="What the model is told first.")] = None,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="End the answer at this text; repeatable.")] = None,
+    runner: Annotated[str, typer.Option("--runner", help="host, device or genie.")] = "host",
+    threads: Threads = None,
+) -> None:
+    """Talk with a bundle."""
+    from headrace.cli.repl import converse, print_answer
+
+    with _open_model(bundle, runner, threads) as model:
+        options = model.sampling_options(
+            temperature=0.0 if greedy else temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repeat_penalty,
+            seed=seed,
+        )
+        session = model.chat(system, raw=raw)
+        if session.turns.is_raw and not raw:
+            note("this model has no turn format: it continues your text")
+
+        def answer(text: str) -> Any:
+            return session.say(text, max_tokens=max_tokens, stop=stop or (), options=options)
+
+        if prompt is not None:
+            print_answer(answer(prompt))
+        elif sys.stdin.isatty():
+            converse(answer)
+        else:
+            print_answer(answer(sys.stdin.read()))
+
+
+def push(
+    bundle: BundlePath,
+    target: Annotated[str, typer.Option("--target", help="Which of the bundle's chips.")] = "snapdragon-8-elite",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands and run none.")] = False,
+) -> None:
+    """Copy the Genie folder to a phone over adb."""
+    import shlex
+
+    from headrace.bundle.folder import open_bundle
+    from headrace.errors import TargetError
+    from headrace.targets.qualcomm.adb import push_commands, push_folder, run_command
+    from headrace.targets.qualcomm.soc import find_soc
+
+    find_soc(target)
+    folder = open_bundle(bundle).root / target
+    if not folder.is_dir():
+        raise TargetError(f"{folder} does not exist; expected a Genie folder: export with --target {target}")
+    name = bundle.resolve().name
+    commands = push_commands(folder, name)
+    if not dry_run:
+        push_folder(commands)
+        note(f"on the phone; with QAIRT's libraries beside it (see {folder}/README.md) this answers the sample prompt:")
+    for command in [*(commands if dry_run else []), run_command(name)]:
+        typer.echo(shlex.join(command))
+
+
+def _open_model(bundle: Path, runner: str, threads: int | None) -> Speaker:
+    if runner == "genie":
+        from headrace.genie_model import load_genie
+
+        with progress_bars() as progress:
+            return load_genie(bundle, progress)
+    from headrace.language_model import load
+
+    return load(bundle, runner=runner, threads=threads)

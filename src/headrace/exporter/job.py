@@ -1,0 +1,323 @@
+"""export: the main job. checkpoint → quantize → graphs → bundle, in resumable steps with one layer in memory.
+
+    OUT.partial/            grows beside the final place
+      state.json            settings, and the layers that are finished
+      bundle/               becomes OUT when everything is there
+
+Orchestrates; how a weight is quantized, a graph emitted or a file laid out is written elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace import __version__
+from headrace.bundle.encodings import write_encodings
+from headrace.bundle.folder import Bundle, publish, refuse_foreign
+from headrace.bundle.recipe import Recipe
+from headrace.bundle.weights import WeightStore
+from headrace.checkpoint import Checkpoint
+from headrace.exporter.calibration import calibration_windows
+from headrace.exporter.settings import ExportSettings, settle
+from headrace.exporter.snapdragon import compile_target, device_graphs
+from headrace.files import read_json, write_file
+from headrace.graph.emit_host import HostWeights, emit_host
+from headrace.model.decoder import EMBEDDING, FINAL_NORM, HEAD, layer_weights
+from headrace.progress import Progress, silent
+from headrace.quantize.budget import spend
+from headrace.quantize.calibrate import evenly
+from headrace.quantize.device_encodings import device_encodings
+from headrace.quantize.parallel import cores
+from headrace.quantize.pipeline import QuantizedLayer, load_weight, quantize_layers, quantize_table
+from headrace.quantize.ranges import collect_ranges
+from headrace.quantize.sensitivity import measure_sensitivity
+from headrace.text.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from headrace.text.turns import turn_format
+
+__all__ = ["export"]
+
+RANGE_WINDOWS = 8  # minimum and maximum settle after a few thousand tokens
+KV_LEVELS = 127  # int8, symmetric
+EMPTY_SCALE = 1 / KV_LEVELS  # a cache that calibration saw only zeros in
+
+
+def export(
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    recipe: str | Recipe = "w4a16",
+    block: int | str | None = "keep",
+    method: str | None = None,
+    rotate: bool | None = None,
+    bits: float | None = None,
+    size: int | None = None,
+    kv: str | None = None,
+    parts: int = 5,
+    prompt_length: int | Sequence[int] = 128,
+    context: int | Sequence[int] | None = None,
+    calibration: Sequence[str | os.PathLike[str]] = (),
+    windows: int = 32,
+    window_length: int = 512,
+    targets: Sequence[str] = (),
+    keep_onnx: bool = False,
+    keep_grid: bool = False,
+    jobs: int = 2,
+    resume: bool = False,
+    progress: Progress = silent,
+) -> Path:
+    """Make a bundle of a checkpoint.
+
+    Args:
+        checkpoint: a Hugging Face folder or a GGUF file.
+        out: the bundle's folder; a bundle that is there is replaced when the new one is complete.
+        recipe: a shipped recipe's name, a recipe file, or a Recipe.
+        block: columns that share a scale in 4-bit weights, None for a channel, "keep" for the recipe's.
+        method: how 4-bit weights are found, the recipe's when None.
+        rotate: quantize the model in another basis, without huge channels (exact in float, but a tied head becomes one
+            of its own); when None, as the recipe says, and always for a device.
+        bits: budget of code bits averaged over the linears: the most sensitive ones get 8 (by measurement).
+        size: budget of bytes of all weights files; either this or `bits`.
+        kv: "int8" or "float32" cache, the recipe's when None.
+        parts: how many graphs the model is split into.
+        prompt_length: tokens a prompt step takes; for a device also several: the rest of a prompt takes a shorter step.
+        context: context length or lengths; when None, 4096 or the model's own, if that is less, and for a device 1024
+            before it, for short conversations to read a short cache, if a laptop can compile both.
+        calibration: text files; English text that comes with Python when empty.
+        windows: most windows of calibration text.
+        window_length: tokens of a window.
+        targets: chips to compile for, such as "snapdragon-8-elite" (needs headrace[qnn]).
+        keep_onnx: keep the device graphs in the bundle, for other tools.
+        keep_grid: weights that already lie on their rule's grid (a GGUF's Q4_0 under `block=32`) are kept as they are.
+        jobs: cores to use; the result does not depend on it.
+        resume: go on where an interrupted export of the same settings stopped.
+        progress: told how far it is.
+
+    Returns:
+        The bundle's folder.
+
+    Raises:
+        UserError: anything in the above is not possible; the message says what and what to do.
+    """
+    out = Path(out)
+    settings = settle(
+        Path(checkpoint),
+        recipe=recipe,
+        block=block,
+        method=method,
+        rotate=rotate,
+        bits=bits,
+        size=size,
+        kv=kv,
+        parts=parts,
+        prompt_length=prompt_length,
+        context=context,
+        calibration=calibration,
+        windows=windows,
+        window_length=window_length,
+        targets=targets,
+        keep_onnx=keep_onnx,
+        keep_grid=keep_grid,
+    )
+    refuse_foreign(out)
+    work = out.with_name(f"{out.name}.partial")
+    state = _open_work(work, settings, resume)
+    folder = work / "bundle"
+    tokenizer = _save_tokenizer(settings.checkpoint, folder)
+    turns = turn_format(tokenizer, settings.checkpoint.generation_config)
+    windows_of_text = calibration_windows(
+        tokenizer, turns, settings.calibration, settings.windows, settings.window_length
+    )
+    settings = _within_budget(settings, work, windows_of_text, jobs, progress)
+    kv_scales = _quantize(settings, folder, work, state, windows_of_text, jobs, progress)
+    _emit_graphs(settings, folder, kv_scales, progress)
+    manifest = _manifest(settings, kv_scales)
+    # Linears in blocks never reach a device, and a float cache neither: static ranges would be of no use.
+    if kv_scales and not any(grid.block for grid in settings.grids.values()):
+        _calibrate_device(settings, folder, kv_scales, evenly(windows_of_text, RANGE_WINDOWS), progress)
+    for target in targets:
+        compile_target(_unpublished(settings, folder, manifest), target, work / "device", progress)
+    if keep_onnx:
+        device_graphs(_unpublished(settings, folder, manifest), folder / "device")
+    progress("writing the bundle", 0, 1)
+    publish(folder, out, manifest)
+    shutil.rmtree(work)
+    progress("writing the bundle", 1, 1)
+    return out
+
+
+def _open_work(work: Path, settings: ExportSettings, resume: bool) -> dict[str, Any]:
+    fingerprint = settings.fingerprint()
+    state_file = work / "state.json"
+    if resume and state_file.exists():
+        state = read_json(state_file)
+        if state.get("fingerprint") == fingerprint:
+            return state
+    shutil.rmtree(work, ignore_errors=True)
+    (work / "bundle").mkdir(parents=True)
+    return {"fingerprint": fingerprint, "layers": {}}
+
+
+def _save_tokenizer(source: Checkpoint, folder: Path) -> Tokenizer:
+    save_tokenizer(source.path, source.metadata or None, folder)
+    if source.generation_config:
+        text = json.dumps(dict(source.generation_config), ensure_ascii=False, indent=1)
+        write_file(folder / "generation_config.json", text.encode())
+    return load_tokenizer(folder)
+
+
+def _within_budget(
+    settings: ExportSettings, work: Path, windows: NDArray[np.int64], jobs: int, progress: Progress
+) -> ExportSettings:
+    """The settings with a recipe that spends the budget where it gains most; measured once an export."""
+    if settings.bits is None and settings.size is None:
+        return settings
+    config, saved = settings.config, work / "sensitivity.json"
+    if saved.exists():
+        costs = read_json(saved)
+    else:
+        with cores(jobs):
+            costs = measure_sensitivity(
+                settings.model,
+                settings.rules,
+                windows,
+                keep=settings.keep_grid,
+                progress=lambda done, total: progress("measuring sensitivity", done, total),
+            )
+        write_file(saved, json.dumps(costs, indent=1).encode())
+    bought = spend(settings.recipe, config, costs, bits=settings.bits, size=settings.size, parts=settings.parts)
+    return replace(settings, recipe=bought.recipe)
+
+
+def _quantize(
+    settings: ExportSettings,
+    folder: Path,
+    work: Path,
+    state: dict[str, Any],
+    windows: NDArray[np.int64],
+    jobs: int,
+    progress: Progress,
+) -> list[tuple[float, float]]:
+    """Fill the weights files; scales (key, value) of each layer's cache, or none for a float32 one."""
+    source, config, rules = settings.model, settings.config, settings.rules
+    store = WeightStore(folder, config, settings.parts, settings.grids, create=not state["layers"])
+    progress("embedding and head", 0, 1)
+    embedding = quantize_table(source, EMBEDDING, rules[EMBEDDING], keep=settings.keep_grid)
+    store.write(EMBEDDING, embedding)
+    store.write(FINAL_NORM, load_weight(source, FINAL_NORM))
+    if not config.tied_head:
+        store.write(HEAD, quantize_table(source, HEAD, rules[HEAD], keep=settings.keep_grid))
+    progress("embedding and head", 1, 1)
+
+    def emit(layer: QuantizedLayer) -> None:
+        for name, linear in layer.linears.items():
+            store.write(name, linear)
+        for name, norm in layer.norms.items():
+            store.write(name, norm)
+        store.sync()
+        state["layers"][str(layer.number)] = [layer.key_peak, layer.value_peak]
+        write_file(work / "state.json", json.dumps(state).encode())
+
+    def finished(number: int) -> QuantizedLayer | None:
+        peaks = state["layers"].get(str(number))
+        if peaks is None:
+            return None
+        names = layer_weights(number)
+        linears = {name: store.read_codes(name) for name in names if name in rules}
+        norms = {name: store.read(name) for name in names if name not in rules}
+        return QuantizedLayer(number, linears, norms, *peaks)
+
+    quantize_layers(
+        source,
+        rules,
+        windows,
+        emit,
+        embedding=embedding,
+        finished=finished,
+        jobs=jobs,
+        keep=settings.keep_grid,
+        progress=lambda done, total: progress("quantizing layers", done, total),
+    )
+    if settings.recipe.kv == "float32":
+        return []
+    peaks = [state["layers"][str(i)] for i in range(config.num_layers)]
+    return [(key / KV_LEVELS or EMPTY_SCALE, value / KV_LEVELS or EMPTY_SCALE) for key, value in peaks]
+
+
+def _emit_graphs(
+    settings: ExportSettings, folder: Path, kv_scales: Sequence[tuple[float, float]], progress: Progress
+) -> None:
+    config, grids = settings.config, settings.grids
+    weights = HostWeights(WeightStore(folder, config, settings.parts, grids).tensors, grids, kv_scales)
+    for number, part in enumerate(settings.parts):
+        progress("host graphs", number, len(settings.parts))
+        emit_host(config, part, weights).save(folder / f"{part.name}.onnx")
+    progress("host graphs", len(settings.parts), len(settings.parts))
+
+
+def _calibrate_device(
+    settings: ExportSettings,
+    folder: Path,
+    kv_scales: Sequence[tuple[float, float]],
+    windows: NDArray[np.int64],
+    progress: Progress,
+) -> None:
+    """encodings.json: static ranges of every result of the quantized decoder, and the scales of its weights."""
+    config, grids = settings.config, settings.grids
+    store = WeightStore(folder, config, settings.parts, grids)
+    ranges = collect_ranges(
+        config, store.read, windows, progress=lambda done, total: progress("static ranges", done, total)
+    )
+    parameters = {
+        name: (grid.bits, store.read_codes(name).scales[:, 0].astype(np.float64).tolist())
+        for name, grid in grids.items()
+        if grid.block is None and name != EMBEDDING
+    }
+    write_encodings(folder / "encodings.json", device_encodings(config, ranges, kv_scales), parameters)
+
+
+def _unpublished(settings: ExportSettings, folder: Path, manifest: Mapping[str, Any]) -> Bundle:
+    """The bundle in the making, for what is derived from it."""
+    return Bundle(
+        root=folder,
+        config=settings.config,
+        parts=settings.parts,
+        prompt_lengths=settings.prompt_lengths,
+        contexts=settings.contexts,
+        recipe=settings.recipe,
+        kv_scales=tuple((key, value) for key, value in manifest["kv_scales"]),
+        provenance=manifest["provenance"],
+    )
+
+
+def _manifest(settings: ExportSettings, kv_scales: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    source = settings.checkpoint
+    return {
+        "headrace": __version__,
+        "geometry": settings.config.to_dict(),
+        "plan": {
+            "parts": len(settings.parts),
+            "prompt_lengths": list(settings.prompt_lengths),
+            "contexts": list(settings.contexts),
+        },
+        "recipe": settings.recipe.to_dict(),
+        "kv_scales": [list(pair) for pair in kv_scales],
+        "provenance": {
+            "checkpoint": source.path.name,
+            "checkpoint_files": {file.name: file.stat().st_size for file in source.files},
+            "calibration": {
+                "texts": [hashlib.sha256(text.encode()).hexdigest() for text in settings.calibration],
+                "windows": settings.windows,
+                "window_length": settings.window_length,
+            },
+        },
+    }

@@ -1,0 +1,90 @@
+"""Files as headrace reads and writes them: JSON with a size limit, whole files or none, hashes.
+
+A file is written to a temporary name beside it, synced and renamed, so that a reader never meets half of one. Knows
+no format but JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from headrace.errors import BundleError, UserError
+
+__all__ = ["JSON_LIMIT", "read_json", "sha256_file", "sync", "temporary_name", "whole_file", "write_file"]
+
+JSON_LIMIT = 64 << 20  # bytes; the shard index of the largest models is a few MB
+
+
+def read_json(path: Path, *, error: type[UserError] = BundleError, advice: str = "export again") -> dict[str, Any]:
+    """A JSON object from a file of at most `JSON_LIMIT` bytes.
+
+    Args:
+        path: the file.
+        error: what is raised.
+        advice: what the user can do, for the message.
+
+    Raises:
+        UserError: the file is missing, too large, or anything else than a JSON object; of the given class.
+    """
+    if not path.is_file():
+        raise error(f"{path} is missing; expected a JSON object: {advice}")
+    try:
+        with path.open("rb") as file:
+            data = file.read(JSON_LIMIT + 1)
+        if len(data) > JSON_LIMIT:
+            raise error(f"{path} has {path.stat().st_size} bytes; expected at most {JSON_LIMIT}")
+        value = json.loads(data.decode("utf-8"))
+    except OSError as cause:
+        raise error(f"{path} cannot be read ({cause}): {advice}") from None
+    except (ValueError, RecursionError) as cause:
+        raise error(f"{path} is not JSON ({cause}); expected a JSON object: {advice}") from None
+    if not isinstance(value, dict):
+        raise error(f"{path} holds a {type(value).__name__}; expected a JSON object: {advice}")
+    return value
+
+
+def temporary_name(path: Path) -> Path:
+    """Where a file is written before it is whole."""
+    return path.with_name(f".{path.name}.part")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file open for writing; it appears under its name, synced, when the block ends well; otherwise not at all."""
+    temporary = temporary_name(path)
+    try:
+        with temporary.open("wb") as out:
+            yield out
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a whole file or none of it."""
+    with whole_file(path) as out:
+        out.write(data)
+
+
+def sync(path: Path) -> None:
+    """What was written to a file, or the names in a folder, is on disk when this returns."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 of a file's content, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,95 @@
+"""What a checkpoint or a bundle is: geometry, tensors, precisions, sizes, as plain values. Runs nothing."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from headrace.bundle.folder import is_bundle, open_bundle
+from headrace.config import ModelConfig
+
+__all__ = ["inspect_path"]
+
+_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "q8_0": 8.5, "q4_0": 4.5, "q4_1": 5, "q5_0": 5.5, "q5_1": 6,
+         "q4_k": 4.5, "q5_k": 5.5, "q6_k": 6.5625}  # fmt: skip
+
+
+def inspect_path(path: Path) -> dict[str, Any]:
+    """A report: `summary` (name → value), `precisions` [(name, tensors, bytes)], `tensors` [{name, precision, shape}].
+
+    Raises:
+        UserError: it is neither a checkpoint nor a bundle.
+    """
+    return _bundle(path) if is_bundle(path) else _checkpoint(path)
+
+
+def _geometry(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "architecture": config.architecture,
+        "layers": config.num_layers,
+        "hidden": config.hidden_size,
+        "feed-forward": config.intermediate_size,
+        "heads": f"{config.num_heads} of {config.head_dim}, {config.num_kv_heads} for keys and values",
+        "vocabulary": config.vocab_size,
+        "head": "tied to the embedding" if config.tied_head else "its own",
+        "rope base": f"{config.rope_theta:g}"
+        + (f", {config.rope_scaling.kind} scaling" if config.rope_scaling else ""),
+        "context": config.max_context,
+    }
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    from headrace.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(path)
+    config = checkpoint.config
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    tensors, parameters = [], 0
+    for name in checkpoint.names:
+        tensor = checkpoint.tensor(name)
+        if name == "lm_head.weight" and config.tied_head:
+            continue
+        elements = math.prod(tensor.shape)
+        parameters += elements
+        counts[tensor.dtype] += 1
+        sizes[tensor.dtype] += int(elements * _BITS.get(tensor.dtype, 32) / 8)
+        tensors.append({"name": name, "precision": tensor.dtype, "shape": list(tensor.shape)})
+    summary = {"kind": "checkpoint", "path": str(checkpoint.path), **_geometry(config), "parameters": parameters}
+    precisions = [(dtype, counts[dtype], sizes[dtype]) for dtype in sorted(counts)]
+    return {"summary": summary, "precisions": precisions, "tensors": tensors}
+
+
+def _bundle(path: Path) -> dict[str, Any]:
+    from headrace.bundle.weights import linear_shape, quantized_names
+
+    bundle = open_bundle(path)
+    config = bundle.config
+    rules = bundle.recipe.resolve(quantized_names(config))
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    tensors = []
+    for name, rule in rules.items():
+        shape = linear_shape(config, name)
+        precision = f"int{rule.bits} {f'block {rule.block}' if rule.block else 'channel'}"
+        counts[precision] += 1
+        sizes[precision] += rule.grid.nbytes(*shape)
+        tensors.append({"name": name, "precision": precision, "shape": list(shape), "method": rule.method})
+    kv_each = 2 * config.num_layers * config.kv_size * (1 if bundle.kv_scales else 4)
+    summary = {
+        "kind": "bundle",
+        "path": str(path),
+        **_geometry(config),
+        "exported context": ", ".join(map(str, bundle.contexts)),
+        "parts": len(bundle.parts),
+        "prompt step": f"{', '.join(map(str, bundle.prompt_lengths))} tokens",
+        "recipe": bundle.recipe.name,
+        "weights": f"{bundle.weight_bytes} bytes",
+        "KV cache": f"{bundle.kv_dtype}, {kv_each} bytes a token",
+        "made from": bundle.provenance.get("checkpoint", "unknown"),
+        "files": len(bundle.files),
+    }
+    precisions = [(name, counts[name], sizes[name]) for name in sorted(counts)]
+    return {"summary": summary, "precisions": precisions, "tensors": tensors}

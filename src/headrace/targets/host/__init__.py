@@ -1,0 +1,1 @@
+"""A bundle's host graphs on ONNX Runtime's CPU kernels."""

@@ -1,0 +1,1 @@
+"""Text and token ids: vocabularies, turn formats, chat templates, incremental decoding."""

@@ -1,0 +1,80 @@
+"""TextStream: text out of tokens as they come, never half a character and never the beginning of a stop string.
+
+The bytes of the tokens go through an incremental UTF-8 decoder, so the pieces joined are exactly `Tokenizer.decode` of
+all ids. Knows nothing about models, sampling or terminals.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+
+from headrace.errors import UserError
+from headrace.text.tokenizer import Tokenizer
+
+__all__ = ["TextStream"]
+
+
+class TextStream:
+    """Turns token ids into text, one at a time.
+
+    The text ends at the first stop string to be complete (of several complete at the same place, the longest), which
+    does not depend on how the text is cut into tokens. The stop string itself is not given out.
+
+    Args:
+        tokenizer: gives the bytes of each token.
+        stops: strings that end the text.
+        continues: the text goes on from a prompt, so a leading space is part of it (see `Tokenizer.decode`).
+
+    Raises:
+        UserError: a stop string is empty.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), *, continues: bool = False) -> None:
+        if isinstance(stops, str) or not all(stops):
+            raise UserError(f"stop strings are {stops!r}; expected a list of strings, none of them empty")
+        self._tokenizer = tokenizer
+        self._stops = tuple(stops)
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._at_start = tokenizer.drops_leading_space and not continues
+        self._held = ""
+        self._stopped = False
+
+    @property
+    def stopped(self) -> bool:
+        """A stop string came; whatever is pushed from now on gives no text."""
+        return self._stopped
+
+    def push(self, token: int) -> str:
+        """The text that is certain after one more token; often empty."""
+        raw = self._tokenizer.piece_bytes(token)
+        if self._at_start and raw:
+            raw = raw.removeprefix(b" ")
+            self._at_start = False
+        return self._give(self._decoder.decode(raw))
+
+    def finish(self) -> str:
+        """What was held back: an unfinished character as U+FFFD, and the beginning of a stop string as text."""
+        text = self._give(self._decoder.decode(b"", final=True))
+        rest, self._held = self._held, ""
+        return text + rest
+
+    def _give(self, text: str) -> str:
+        if self._stopped:
+            return ""
+        held = self._held + text
+        ends = [(at + len(stop), at) for stop in self._stops if (at := held.find(stop)) >= 0]
+        if ends:
+            self._stopped, self._held = True, ""
+            return held[: min(ends)[1]]
+        keep = max((_overlap(held, stop) for stop in self._stops), default=0)
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of `text` that is a beginning of `stop`, but not all of it."""
+    for size in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:size]):
+            return size
+    return 0

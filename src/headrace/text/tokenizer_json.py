@@ -1,0 +1,137 @@
+"""JsonTokenizer: a vocabulary in a tokenizer.json file, through the `tokenizers` library.
+
+Encoding is the library's. Decoding is ours, by the bytes of each piece, for the two kinds of vocabulary there are:
+byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM) and SentencePiece's spelling (▁ for a space, <0xE4> for a byte). Any
+other decoder is refused. Knows nothing about models or turns.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+from headrace.errors import TokenizerError
+from headrace.text.tokenizer import Tokenizer, valid_text
+from headrace.text.tokenizer_config import TokenizerConfig
+
+__all__ = ["JsonTokenizer", "byte_alphabet"]
+
+SPACE = "\u2581"  # ▁, how SentencePiece spells a space
+BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class JsonTokenizer(Tokenizer):
+    """A tokenizer.json vocabulary; see `Tokenizer` for the interface.
+
+    Raises:
+        TokenizerError: the file is damaged, or its decoder is neither byte-level nor SentencePiece's.
+    """
+
+    def __init__(self, path: Path, config: TokenizerConfig) -> None:
+        import tokenizers
+
+        try:
+            self._library = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise TokenizerError(f"{path} is not a tokenizer.json ({error}); fetch the file again") from None
+        self._library.no_truncation()
+        self._library.no_padding()
+        added = self._library.get_added_tokens_decoder()
+        self._added = frozenset(added)
+        self.special_ids = frozenset(i for i, token in added.items() if token.special) | frozenset(
+            i for i, piece in config.added.items() if piece.special
+        )
+        template_ids = self._library.encode("", add_special_tokens=True).ids
+        self._lock = threading.Lock()
+        self._size = max(self._library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self._byte_level, self.drops_leading_space = _decoder_kind(self._library.decoder, path)
+        self._bytes: dict[int, bytes] = {}
+
+        self.bos_id = None if config.bos is None else self.token_id(config.bos)
+        if self.bos_id is None and template_ids and config.add_bos is not False:
+            self.bos_id = template_ids[0]
+        eos = None if config.eos is None else self.token_id(config.eos)
+        self.eos_ids = tuple(dict.fromkeys((() if eos is None else (eos,)) + config.eos_ids))
+        says = config.add_bos
+        self.add_bos = self.bos_id is not None and (template_ids[:1] == [self.bos_id] if says is None else says)
+        self.chat_template = config.chat_template
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return self._size
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """See `Tokenizer.encode`."""
+        text = valid_text(text)
+        with self._lock:  # the switch is part of the library's tokenizer
+            self._library.encode_special_tokens = not special
+            return list(self._library.encode(text, add_special_tokens=False).ids)
+
+    def token_id(self, piece: str) -> int | None:
+        """See `Tokenizer.token_id`."""
+        found: int | None = self._library.token_to_id(piece)
+        return found
+
+    def id_to_piece(self, token: int) -> str:
+        """See `Tokenizer.id_to_piece`."""
+        if token < 0:
+            raise TokenizerError(f"token id {token} is negative; expected 0 … {self._size - 1}")
+        return self._library.id_to_token(token) or ""
+
+    def piece_bytes(self, token: int) -> bytes:
+        """See `Tokenizer.piece_bytes`."""
+        known = self._bytes.get(token)
+        if known is None:
+            known = self._bytes[token] = self._piece_bytes(token)
+        return known
+
+    def _piece_bytes(self, token: int) -> bytes:
+        piece = self.id_to_piece(token)
+        if token in self.special_ids:
+            return b""
+        if self._byte_level:
+            if token in self._added:
+                return piece.encode()
+            try:
+                return bytes(BYTES_OF[c] for c in piece)
+            except KeyError:  # a piece outside the byte alphabet stands for itself
+                return piece.encode()
+        if match := BYTE_PIECE.fullmatch(piece):
+            return bytes([int(match[1], 16)])
+        return piece.replace(SPACE, " ").encode()
+
+
+def _decoder_kind(decoder: Any, path: Path) -> tuple[bool, bool]:
+    """(is byte-level, drops one leading space) of a tokenizers decoder."""
+    state = {} if decoder is None else json.loads(decoder.__getstate__())
+    steps = state.get("decoders", [state]) if state else []
+    kinds = {step["type"]: step for step in steps}
+    if "ByteLevel" in kinds:
+        return True, False
+    if "Metaspace" in kinds:
+        step = kinds["Metaspace"]
+        return False, step.get("prepend_scheme", "always") != "never" and step.get("add_prefix_space", True)
+    if "ByteFallback" in kinds:
+        strip = kinds.get("Strip")
+        return False, strip is not None and strip["content"] == " " and strip["start"] > 0
+    raise TokenizerError(
+        f"{path}: decoder {'/'.join(kinds) or None!r} is not supported; expected ByteLevel, Metaspace or ByteFallback"
+    )
+
+
+def byte_alphabet() -> dict[int, str]:
+    """Byte → the printable character byte-level BPE spells it with.
+
+    Source: GPT-2's encoder.py, `bytes_to_unicode`: printable Latin-1 stands for itself, the rest is counted up from
+    U+0100.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = sorted({*range(256)} - {*printable})
+    return {b: chr(b) for b in printable} | {b: chr(0x100 + i) for i, b in enumerate(rest)}
+
+
+BYTES_OF = {character: byte for byte, character in byte_alphabet().items()}

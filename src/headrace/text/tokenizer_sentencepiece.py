@@ -1,0 +1,135 @@
+"""SentencePieceTokenizer: a vocabulary in a SentencePiece tokenizer.model file, through the SentencePiece library.
+
+Tokens added to it (tokenizer_config.json's added_tokens_decoder) are cut out of the text first; each stretch between
+two of them is encoded on its own, as the `tokenizers` library and llama.cpp do. Knows nothing about models or turns.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from headrace.errors import TokenizerError
+from headrace.text.tokenizer import Tokenizer, valid_text
+from headrace.text.tokenizer_config import TokenizerConfig
+
+__all__ = ["SentencePieceTokenizer"]
+
+SPACE = "\u2581"  # ▁, how SentencePiece spells a space
+BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A tokenizer.model vocabulary; see `Tokenizer` for the interface.
+
+    Raises:
+        TokenizerError: the file is damaged.
+    """
+
+    def __init__(self, path: Path, config: TokenizerConfig) -> None:
+        import sentencepiece
+
+        self._model = sentencepiece.SentencePieceProcessor()
+        try:
+            self._model.LoadFromSerializedProto(path.read_bytes())
+            size = self._model.GetPieceSize()
+        except (RuntimeError, OSError) as error:
+            raise TokenizerError(f"{path} is not a SentencePiece model ({error}); fetch the file again") from None
+        self._trained = size
+        control = {i for i in range(size) if self._model.IsControl(i) or self._model.IsUnknown(i)}
+        # ids inside the vocabulary keep the vocabulary's spelling; a config cannot rename them
+        self._names = {i: piece.content for i, piece in config.added.items() if i >= size}
+        self._ids = {content: i for i, content in self._names.items()}
+        self._size = max([size - 1, *self._names]) + 1
+        self.special_ids = frozenset(control | {i for i, piece in config.added.items() if piece.special})
+        marked = {i: self.id_to_piece(i) for i in self.special_ids}
+        plain = {i: name for i, name in self._names.items() if i not in self.special_ids}
+        self._cut = {True: _cutter({**marked, **plain}), False: _cutter(plain)}
+        self.drops_leading_space = _has_dummy_prefix(self._model)
+        self._bytes: list[bytes | None] = [None] * self._size
+
+        self.bos_id = _mark(self, config.bos, self._model.bos_id())
+        eos = _mark(self, config.eos, self._model.eos_id())
+        self.eos_ids = tuple(dict.fromkeys((() if eos is None else (eos,)) + config.eos_ids))
+        # Hugging Face's Llama class adds bos unless its configuration says otherwise.
+        self.add_bos = self.bos_id is not None and (True if config.add_bos is None else config.add_bos)
+        self.chat_template = config.chat_template
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return self._size
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """See `Tokenizer.encode`."""
+        text = valid_text(text)
+        cutter = self._cut[special]
+        if cutter is None:
+            return list(self._model.EncodeAsIds(text))
+        ids: list[int] = []
+        for i, stretch in enumerate(cutter.split(text)):  # text, token, text, token, … text
+            if i % 2:
+                ids.append(self._token(stretch))
+            elif stretch:
+                ids.extend(self._model.EncodeAsIds(stretch))
+        return ids
+
+    def token_id(self, piece: str) -> int | None:
+        """See `Tokenizer.token_id`."""
+        if piece in self._ids:
+            return self._ids[piece]
+        token = int(self._model.PieceToId(piece))  # the unknown token when there is no such piece
+        return token if self._model.IdToPiece(token) == piece else None
+
+    def id_to_piece(self, token: int) -> str:
+        """See `Tokenizer.id_to_piece`."""
+        if token < 0:
+            raise TokenizerError(f"token id {token} is negative; expected 0 … {self._size - 1}")
+        if token >= self._trained:
+            return self._names.get(token, "")
+        return str(self._model.IdToPiece(token))
+
+    def piece_bytes(self, token: int) -> bytes:
+        """See `Tokenizer.piece_bytes`."""
+        if not 0 <= token < self._size:
+            self.id_to_piece(token)
+            return b""
+        known = self._bytes[token]
+        if known is None:
+            known = self._bytes[token] = self._piece_bytes(token)
+        return known
+
+    def _piece_bytes(self, token: int) -> bytes:
+        if token in self.special_ids:
+            return b""
+        piece = self.id_to_piece(token)
+        if token >= self._trained:
+            return piece.encode()
+        if self._model.IsByte(token) and (match := BYTE_PIECE.fullmatch(piece)):
+            return bytes([int(match[1], 16)])
+        return piece.replace(SPACE, " ").encode()
+
+    def _token(self, piece: str) -> int:
+        token = self.token_id(piece)
+        if token is None:
+            raise AssertionError(f"{piece!r} was cut out of the text but is no token")
+        return token
+
+
+def _cutter(names: dict[int, str]) -> re.Pattern[str] | None:
+    """A pattern that finds the tokens' spellings, the longest first; None when there are none."""
+    spellings = sorted({name for name in names.values() if name}, key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, spellings)) + ")") if spellings else None
+
+
+def _has_dummy_prefix(model: Any) -> bool:
+    """Whether the model puts a space before every text, seen on a text that has none."""
+    pieces = model.EncodeAsPieces("a")
+    return bool(pieces) and pieces[0].startswith(SPACE)
+
+
+def _mark(tokenizer: Tokenizer, spelling: str | None, default: int) -> int | None:
+    """The id of bos or eos: as the configuration spells it, else as the model file says (-1: none)."""
+    token = None if spelling is None else tokenizer.token_id(spelling)
+    return token if token is not None else (default if default >= 0 else None)

@@ -1,0 +1,270 @@
+"""Turn formats: a conversation as the token ids its model was trained on.
+
+    IdTurns        user_token_id and assistant_token_id in generation_config.json (Baichuan2: 195 and 196)
+    TemplateTurns  a jinja chat template
+    RawTurns       neither: the text goes on as it is
+
+All keep the newest rounds when the context fills: whole rounds go, the oldest first; a system message and the last
+round stay. Knows nothing about how a model runs or how text is printed.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from headrace.errors import ContextFull, UserError
+from headrace.text.template import ChatTemplate
+from headrace.text.tokenizer import Tokenizer
+
+__all__ = ["IdTurns", "Message", "RawTurns", "TemplateTurns", "TurnFormat", "turn_format"]
+
+ROLES = ("system", "user", "assistant")
+# Unicode's own non-characters, which no text holds: they mark what a user typed while a template runs.
+OPEN, CLOSE = "\ufdd0", "\ufdd1"
+PROBE = "\ufdd2"
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn's text.
+
+    Attributes:
+        role: "system" (only first), "user" or "assistant".
+        content: the text.
+        ids: the very tokens an answer was generated as, without an end token; then the conversation so far stays a
+            prefix of the next prompt, token for token, and the cache of it can be kept. None: the text is encoded, as
+            a template always does.
+
+    Raises:
+        UserError: the role is unknown.
+    """
+
+    role: str
+    content: str
+    ids: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise UserError(f"a message's role is {self.role!r}; expected one of {', '.join(ROLES)}")
+
+
+class TurnFormat(ABC):
+    """How messages become a prompt.
+
+    Attributes:
+        name: "ids", "template" or "raw".
+        is_raw: there is no turn format.
+        stop_ids: the tokens that end an answer.
+        continues: an answer goes on from the prompt's text, so its leading space is part of it.
+    """
+
+    name: str
+    is_raw: bool = False
+    stop_ids: frozenset[int]
+    continues: bool = False
+
+    def render(self, messages: Sequence[Message], room: int) -> list[int]:
+        """The prompt: the newest rounds that fit into `room` tokens.
+
+        A conversation that ends with an assistant's message is left open, so that the model continues that message.
+
+        Args:
+            messages: the conversation, in order; a system message only first.
+            room: the most tokens a prompt may have: the context less the tokens wanted for the answer.
+
+        Raises:
+            ContextFull: the system message and the last round alone do not fit.
+            UserError: there is no message, a system message is not first, or the template refused.
+        """
+        if not messages:
+            raise UserError("the conversation is empty; expected at least one message")
+        if any(m.role == "system" for m in messages[1:]):
+            raise UserError("a system message stands after others; expected it only as the first message")
+        system, rounds = _rounds(messages)
+        return self._newest(system, rounds, room)
+
+    def _newest(self, system: Message | None, rounds: list[list[Message]], room: int) -> list[int]:
+        head = [system] if system else []
+        # Halving would need fewer renderings, but conversations have few rounds and most fit at once.
+        for first in range(max(len(rounds), 1)):
+            ids = self._encode([*head, *(m for r in rounds[first:] for m in r)])
+            if len(ids) <= room:
+                return ids
+        raise ContextFull(len(ids), room + 1)
+
+    @abstractmethod
+    def _encode(self, messages: Sequence[Message]) -> list[int]:
+        """The prompt of all these messages."""
+
+
+class IdTurns(TurnFormat):
+    """A turn is one id and the text behind it; nothing stands between turns.
+
+    Source: Baichuan2's published `build_chat_input` (generation_utils.py): the system text comes first without an id,
+    rounds are taken from the newest back, and the assistant's id ends the prompt. It cuts a prompt that is still too
+    long from the left, in the middle of a message; here that is ContextFull.
+    """
+
+    name = "ids"
+
+    def __init__(self, tokenizer: Tokenizer, user: int, assistant: int) -> None:
+        for token in (user, assistant):
+            if not 0 <= token < tokenizer.vocab_size:
+                raise UserError(
+                    f"generation_config.json has turn id {token}; expected 0 … {tokenizer.vocab_size - 1}, "
+                    "the vocabulary's ids"
+                )
+        self._tokenizer = tokenizer
+        self.user, self.assistant = user, assistant
+        self.stop_ids = frozenset(tokenizer.eos_ids) | {user}  # a model that speaks for the user has ended its turn
+
+    def _newest(self, system: Message | None, rounds: list[list[Message]], room: int) -> list[int]:
+        head = [] if system is None else self._text(system)
+        ends_open = bool(rounds) and rounds[-1][-1].role == "assistant"
+        tail = [] if ends_open else [self.assistant]
+        history: list[int] = []
+        if not rounds and len(head) + len(tail) > room:
+            raise ContextFull(len(head) + len(tail), room + 1)
+        for turn in reversed(rounds):
+            ids = [i for m in turn for i in (self._mark(m), *self._text(m))]
+            needed = len(head) + len(ids) + len(history) + len(tail)
+            if needed > room:
+                if not history:
+                    raise ContextFull(needed, room + 1)
+                break
+            history = ids + history
+        return head + history + tail
+
+    def _encode(self, messages: Sequence[Message]) -> list[int]:
+        system, rounds = _rounds(messages)
+        return self._newest(system, rounds, 1 << 62)
+
+    def _mark(self, message: Message) -> int:
+        return self.user if message.role == "user" else self.assistant
+
+    def _text(self, message: Message) -> list[int]:
+        return list(message.ids) if message.ids is not None else self._tokenizer.encode(message.content)
+
+
+class TemplateTurns(TurnFormat):
+    """Turns as a jinja chat template writes them.
+
+    Special tokens that the template writes become their ids; the same spelled out by a user stay text, so that nobody
+    can forge a turn. An answer ends with an eos token, or with the special token that the template itself puts behind
+    an assistant's words.
+
+    Raises:
+        UserError: the template does not compile.
+    """
+
+    name = "template"
+
+    def __init__(self, tokenizer: Tokenizer, template: str) -> None:
+        self._tokenizer = tokenizer
+        self._template = ChatTemplate(template)
+        spell = tokenizer.id_to_piece
+        eos = tokenizer.eos_ids[0] if tokenizer.eos_ids else None
+        self._marks = {
+            "bos_token": "" if tokenizer.bos_id is None else spell(tokenizer.bos_id),
+            "eos_token": "" if eos is None else spell(eos),
+        }
+        spellings = sorted(filter(None, map(spell, tokenizer.special_ids)), key=len, reverse=True)
+        self._forged = re.compile("|".join(map(re.escape, spellings))) if spellings else None
+        self.stop_ids = frozenset(tokenizer.eos_ids) | self._end_of_answer()
+
+    def _end_of_answer(self) -> frozenset[int]:
+        """The special token right behind an assistant's words, if the template writes one."""
+        talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
+        try:
+            text = self._template.render(talk, ask=False, marks=self._marks)
+        except UserError:  # it wants something else of a conversation; eos alone ends the answers then
+            return frozenset()
+        rest = text.partition(PROBE)[2].lstrip()
+        found = self._forged.match(rest) if self._forged else None
+        token = self._tokenizer.token_id(found[0]) if found else None
+        return frozenset() if token is None else frozenset([token])
+
+    def _encode(self, messages: Sequence[Message]) -> list[int]:
+        talk = [{"role": m.role, "content": self._guard(m.content)} for m in messages]
+        goes_on = messages[-1].role == "assistant"
+        if goes_on:
+            talk[-1]["content"] += PROBE
+        text = self._template.render(talk, ask=not goes_on, marks=self._marks)
+        if goes_on:
+            text = text.rpartition(PROBE)[0]
+        ids: list[int] = []
+        for i, stretch in enumerate(re.split(f"{OPEN}(.*?){CLOSE}", text, flags=re.DOTALL)):
+            if stretch:
+                ids += self._tokenizer.encode(stretch, special=not i % 2)
+        return ids
+
+    def _guard(self, content: str) -> str:
+        clean = re.sub(f"[{OPEN}{CLOSE}{PROBE}]", "\ufffd", content)
+        return self._forged.sub(lambda found: f"{OPEN}{found[0]}{CLOSE}", clean) if self._forged else clean
+
+
+class RawTurns(TurnFormat):
+    """No turns: the texts of all messages, one after the other, and the model goes on from there."""
+
+    name = "raw"
+    is_raw = True
+    continues = True
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.stop_ids = frozenset(tokenizer.eos_ids)
+
+    def _newest(self, system: Message | None, rounds: list[list[Message]], room: int) -> list[int]:
+        # Without turns there are no rounds that could go.
+        ids = self._encode([*([system] if system else []), *(m for r in rounds for m in r)])
+        if len(ids) > room:
+            raise ContextFull(len(ids), room + 1)
+        return ids
+
+    def _encode(self, messages: Sequence[Message]) -> list[int]:
+        begin = [self._tokenizer.bos_id] if self._tokenizer.add_bos and self._tokenizer.bos_id is not None else []
+        ids: list[int] = []
+        text = ""
+        for message in messages:
+            if message.ids is None:
+                text += message.content
+            else:
+                ids += self._tokenizer.encode(text) if text else []
+                ids += message.ids
+                text = ""
+        return begin + ids + (self._tokenizer.encode(text) if text else [])
+
+
+def turn_format(
+    tokenizer: Tokenizer, generation_config: Mapping[str, Any], chat_template: str | None = None
+) -> TurnFormat:
+    """A model's own turn format: its turn ids, else its template, else none.
+
+    Args:
+        tokenizer: the model's vocabulary.
+        generation_config: the content of generation_config.json; {} when there is none.
+        chat_template: jinja source; None takes the one that came with the vocabulary.
+
+    Raises:
+        UserError: the turn ids are not the vocabulary's, or the template does not compile.
+    """
+    user, assistant = generation_config.get("user_token_id"), generation_config.get("assistant_token_id")
+    if isinstance(user, int) and isinstance(assistant, int):
+        return IdTurns(tokenizer, user, assistant)
+    template = chat_template or tokenizer.chat_template
+    return TemplateTurns(tokenizer, template) if template else RawTurns(tokenizer)
+
+
+def _rounds(messages: Sequence[Message]) -> tuple[Message | None, list[list[Message]]]:
+    """The system message and the rounds; each begins with a user's message (the first may begin with any)."""
+    system = messages[0] if messages[0].role == "system" else None
+    rounds: list[list[Message]] = []
+    for message in messages[1 if system else 0 :]:
+        if message.role == "user" or not rounds:
+            rounds.append([])
+        rounds[-1].append(message)
+    return system, rounds

@@ -1,0 +1,311 @@
+"""The bundle on disk: opened only as it was written, published whole, and every changed bit named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headrace import files
+from headrace.bundle import folder as bundle_module
+from headrace.bundle.folder import (
+    FORMAT,
+    MANIFEST,
+    check_files,
+    is_bundle,
+    open_bundle,
+    publish,
+    read_json,
+    write_file,
+)
+from headrace.errors import BundleError, UserError
+from tests.exports import CONTEXT, LAYERS, PROMPT_LENGTH, Exports
+
+FILES = [
+    MANIFEST,
+    "encodings.json",
+    "generation_config.json",
+    *(f"part_{i}_of_5.onnx" for i in range(1, 6)),
+    "tokenizer.model",
+    "tokenizer_config.json",
+    *(f"weights/part_{i}_of_5.safetensors" for i in range(1, 6)),
+]
+HASHED_WHEN_OPENED = [name for name in FILES if name.endswith((".onnx", MANIFEST))]
+
+
+@pytest.fixture
+def path(exports: Exports, tmp_path: Path) -> Path:
+    """A bundle of one's own."""
+    return exports.copy(tmp_path / "bundle")
+
+
+def flip(file: Path, at: int | None = None, bit: int = 0) -> None:
+    """Alter one bit; in the middle by default."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2 if at is None else at] ^= 1 << bit
+    file.write_bytes(data)
+
+
+def restate(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """A manifest with other content and a right digest, as another program might have written it."""
+    raw = json.loads((path / MANIFEST).read_text())
+    raw.pop("digest")
+    change(raw)
+    raw["digest"] = bundle_module._digest(raw)
+    (path / MANIFEST).write_text(json.dumps(raw, ensure_ascii=False, indent=1))
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(BundleError) as error:
+        open_bundle(path)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_the_list_of_files_is_complete(path: Path) -> None:
+    assert sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()) == sorted(FILES)
+
+
+def test_what_opening_tells(path: Path, exports: Exports) -> None:
+    bundle = open_bundle(path)
+    assert bundle.root == path
+    assert (bundle.prompt_length, bundle.contexts, bundle.context) == (PROMPT_LENGTH, (CONTEXT,), CONTEXT)
+    assert (len(bundle.parts), bundle.config.num_layers, len(bundle.kv_scales)) == (5, LAYERS, LAYERS)
+    assert all(key > 0 and value > 0 for key, value in bundle.kv_scales)
+    assert bundle.kv_dtype == "int8"
+    assert bundle.weight_bytes == sum(f.stat().st_size for f in (path / "weights").iterdir())
+    assert bundle.graph(bundle.parts[1]) == path / "part_2_of_5.onnx"
+    assert bundle.recipe.name == "w4a16"
+    assert bundle.provenance["checkpoint"] == exports.checkpoint().name
+    assert set(bundle.files) == set(FILES) - {MANIFEST}
+    assert bundle.read_json("generation_config.json")["eos_token_id"] == 2
+    assert bundle.read_json("absent.json") == {}
+    assert open_bundle(exports.bundle("gqa", kv="float32")).kv_dtype == "float32"
+
+
+def test_an_untouched_bundle_is_as_written(path: Path) -> None:
+    seen: list[str] = []
+    assert check_files(path, seen.append) == []
+    assert sorted(seen) == sorted(set(FILES) - {MANIFEST})
+    (path / "README.md").write_text("the card may be edited")
+    assert check_files(path) == []
+    open_bundle(path)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_altered_bit_is_named(path: Path, name: str) -> None:
+    flip(path / name)
+    assert [problem[0] for problem in check_files(path)] == [name]
+    if name in HASHED_WHEN_OPENED:
+        assert name in refusal(path) or name == MANIFEST
+    else:
+        open_bundle(path)  # sizes alone are checked: opening must be fast
+
+
+def test_every_bit_of_the_manifest_counts(path: Path) -> None:
+    """Also those that JSON does not see: 1e-06 and 1E-06 are one number."""
+    original = (path / MANIFEST).read_bytes()
+    assert b"e-0" in original, "the example has a number with an exponent"
+    exponents = [at for at in range(len(original)) if original[at : at + 2] == b"e-"]
+    for number, at in enumerate([*exponents, *range(0, len(original), 7)]):
+        data = bytearray(original)
+        data[at] ^= 0x20 if number < len(exponents) else 1 << number % 8
+        (path / MANIFEST).write_bytes(data)
+        with pytest.raises(BundleError):
+            bundle_module._manifest(path)
+
+
+@pytest.mark.parametrize("name", FILES[1:])
+def test_a_missing_or_longer_file_is_named(path: Path, name: str) -> None:
+    size = (path / name).stat().st_size
+    with (path / name).open("ab") as file:
+        file.write(b"\0")
+    assert check_files(path) == [(name, f"has {size + 1} bytes, expected {size}")]
+    assert f"{path / name} has {size + 1} bytes, expected {size}" in refusal(path)
+    (path / name).unlink()
+    assert check_files(path) == [(name, "is missing")]
+    assert f"{path / name} is missing" in refusal(path)
+
+
+def test_an_extra_file_is_named(path: Path) -> None:
+    (path / "weights" / "extra.bin").write_bytes(b"x")
+    ((name, problem),) = check_files(path)
+    assert name == "weights/extra.bin"
+    assert "manifest" in problem
+
+
+def test_a_newer_format_says_update(path: Path) -> None:
+    restate(path, lambda raw: raw.update(format=FORMAT + 1))
+    assert refusal(path) == f"{path} has format {FORMAT + 1}; this headrace reads up to {FORMAT}: update headrace"
+
+
+@pytest.mark.parametrize("version", [0, None, "1", 1.5])
+def test_a_strange_format(path: Path, version: object) -> None:
+    restate(path, lambda raw: raw.update(format=version))
+    assert f"has format {version!r}; expected {FORMAT}" in refusal(path)
+
+
+@pytest.mark.parametrize("key", ["files", "geometry", "plan", "recipe", "kv_scales", "provenance"])
+@pytest.mark.parametrize("value", [..., None, 3, "x", [1], {"a": 1}], ids=str)
+def test_a_manifest_that_lacks_or_misstates(path: Path, key: str, value: object) -> None:
+    def change(raw: dict[str, Any]) -> None:
+        raw[key] = value
+        if value is ...:
+            del raw[key]
+
+    if value in (None, 3, "x", [1], {"a": 1}) and key in ("provenance", "recipe"):
+        return  # told by whoever uses them
+    restate(path, change)
+    with pytest.raises(UserError) as error:
+        open_bundle(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "\x00", "null", "[" * 100_000])
+def test_a_manifest_that_is_none(path: Path, content: str) -> None:
+    (path / MANIFEST).write_text(content)
+    assert MANIFEST in refusal(path)
+
+
+def test_no_bundle(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "x") == f"{tmp_path / 'x'} is no folder; expected one made by: headrace export"
+    assert f"{tmp_path} has no headrace.json" in refusal(tmp_path)
+    with pytest.raises(BundleError, match=r"has no headrace\.json"):
+        check_files(tmp_path)
+    assert not is_bundle(tmp_path)
+
+
+def work(folder: Path, text: str = "one") -> Path:
+    (folder / "weights").mkdir(parents=True)
+    (folder / "a.onnx").write_text(text)
+    (folder / "weights" / "w.safetensors").write_text(text)
+    return folder
+
+
+def test_publishing_replaces_a_bundle(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    publish(work(tmp_path / "work1"), out, {})
+    publish(work(tmp_path / "work2", "two"), out, {})
+    assert (out / "a.onnx").read_text() == "two"
+    assert check_files(out) == []
+    assert [p.name for p in tmp_path.iterdir()] == ["out"], "nothing else is left"
+
+
+def test_publishing_into_an_empty_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    publish(work(tmp_path / "work"), out, {})
+    assert check_files(out) == []
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_anything_else_is_not_replaced(tmp_path: Path, kind: str) -> None:
+    out = tmp_path / "out"
+    if kind == "folder":
+        out.mkdir()
+        (out / "precious.txt").write_text("mine")
+    else:
+        out.write_text("mine")
+    with pytest.raises(BundleError, match="exists and is no bundle; choose another -o or remove it"):
+        publish(work(tmp_path / "work"), out, {})
+    assert (out / "precious.txt" if kind == "folder" else out).read_text() == "mine"
+
+
+def test_nothing_half_written_under_the_final_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever step of publishing fails, the old bundle or the new one is there, whole; and the next one succeeds."""
+    out = tmp_path / "out"
+    publish(work(tmp_path / "first"), out, {})
+    calls = 0
+    fail_at = 0
+
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == fail_at:
+                raise OSError("stopped here")
+            return real(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(bundle_module, "sync", counted(bundle_module.sync))
+    monkeypatch.setattr(bundle_module, "sha256_file", counted(bundle_module.sha256_file))
+    monkeypatch.setattr(files.os, "fsync", counted(files.os.fsync))
+    monkeypatch.setattr(Path, "replace", counted(Path.replace))
+    failures = 0
+    for number in range(1, 100):
+        folder = work(tmp_path / "work", str(number))
+        calls, fail_at = 0, number
+        try:
+            publish(folder, out, {})
+        except OSError:
+            failures += 1
+            fail_at = 0
+            assert check_files(out) == []
+            if folder.exists():  # resumed
+                publish(folder, out, {})
+            assert check_files(out) == []
+            assert (out / "a.onnx").read_text() == str(number)
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            break
+    assert failures >= 10
+    fail_at = 0
+    publish(work(tmp_path / "work", "last"), out, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["out"], "nothing else is left"
+
+
+def test_killed_between_the_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one moment without a bundle under its name: the new one is complete beside it and is published next time."""
+    out = tmp_path / "out"
+    publish(work(tmp_path / "first"), out, {})
+    real = Path.rename
+    monkeypatch.setattr(
+        Path, "rename", lambda a, b: (_ for _ in ()).throw(OSError()) if a.name == "work" else real(a, b)
+    )
+    folder = work(tmp_path / "work", "two")
+    with pytest.raises(OSError):
+        publish(folder, out, {})
+    monkeypatch.undo()
+    assert is_bundle(folder)
+    publish(folder, out, {})
+    assert check_files(out) == []
+    assert [p.name for p in tmp_path.iterdir()] == ["out"], "nothing else is left"
+
+
+def test_what_a_killed_manifest_leaves_is_not_part_of_the_next(tmp_path: Path) -> None:
+    folder = work(tmp_path / "work")
+    (folder / f".{MANIFEST}.part").write_text("{")
+    publish(folder, tmp_path / "out", {})
+    assert check_files(tmp_path / "out") == []
+    open_files = json.loads((tmp_path / "out" / MANIFEST).read_text())["files"]
+    assert set(open_files) == {"a.onnx", "weights/w.safetensors"}
+
+
+def test_small_files_are_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.json"
+    write_file(path, b"old")
+
+    def fail(handle: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(files.os, "fsync", fail)
+    with pytest.raises(OSError):
+        write_file(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+def test_json_files(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    for content in (b"[1]", b"{", b"\xff{}"):
+        path.write_bytes(content)
+        with pytest.raises(BundleError, match="expected a JSON object"):
+            read_json(path)
+    with pytest.raises(BundleError, match="is missing"):
+        read_json(tmp_path / "absent.json")

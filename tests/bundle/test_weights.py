@@ -1,0 +1,123 @@
+"""Weights on disk: files that any safetensors reader opens, whose layout is known before a weight is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from headrace.bundle.grid import Grid, QuantizedTensor, dequantize, pack, quantize_nearest
+from headrace.bundle.weights import WeightStore, layouts, linear_shape, part_weights, quantized_names
+from headrace.config import ModelConfig
+from headrace.errors import RecipeError
+from headrace.model.decoder import EMBEDDING, HEAD
+from headrace.plan import plan_parts
+
+UNTIED = ModelConfig("llama", 31, 64, 96, 3, 4, 2, 16, 1e-5, 10000.0, 512, False)
+TIED = ModelConfig("llama", 31, 64, 96, 3, 4, 2, 16, 1e-5, 10000.0, 512, True)
+
+
+def grids_of(config: ModelConfig) -> dict[str, Grid]:
+    """int8 tables, int4 linears, one linear in blocks and one in 8 bits."""
+    grids = {name: Grid(4) for name in quantized_names(config)}
+    grids |= {name: Grid(8) for name in grids if name in (EMBEDDING, HEAD)}
+    return grids | {"layers.0.mlp.up_proj.weight": Grid(4, 32), "layers.1.mlp.down_proj.weight": Grid(8, 16)}
+
+
+def filled(root: Path, config: ModelConfig, parts: int) -> tuple[WeightStore, dict[str, QuantizedTensor | np.ndarray]]:
+    rng = np.random.default_rng(0)
+    grids = grids_of(config)
+    store = WeightStore(root, config, plan_parts(config, parts), grids, create=True)
+    values: dict[str, QuantizedTensor | np.ndarray] = {}
+    for name in reversed(store.names):  # any order
+        if name in grids:
+            values[name] = quantize_nearest(rng.normal(size=linear_shape(config, name)).astype(np.float32), grids[name])
+        else:
+            values[name] = rng.normal(size=config.hidden_size).astype(np.float32)
+        store.write(name, values[name])
+    store.sync()
+    return store, values
+
+
+@pytest.mark.parametrize("config", [UNTIED, TIED], ids=["untied", "tied"])
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_what_was_written_is_read(tmp_path: Path, config: ModelConfig, parts: int) -> None:
+    store, values = filled(tmp_path, config, parts)
+    opened = WeightStore(tmp_path, config, plan_parts(config, parts), grids_of(config))
+    for name, value in values.items():
+        if isinstance(value, QuantizedTensor):
+            read = opened.read_codes(name)
+            np.testing.assert_array_equal(read.codes, value.codes)
+            np.testing.assert_array_equal(read.scales, value.scales)
+            assert read.scales.dtype == np.float16
+            assert read.grid == value.grid
+            np.testing.assert_array_equal(opened.read(name), dequantize(value))
+        else:
+            np.testing.assert_array_equal(opened.read(name), value)
+    if config.tied_head:
+        np.testing.assert_array_equal(opened.read(HEAD), store.read(EMBEDDING))
+
+
+@pytest.mark.parametrize("config", [UNTIED, TIED], ids=["untied", "tied"])
+def test_anyone_can_open_the_files(tmp_path: Path, config: ModelConfig) -> None:
+    _, values = filled(tmp_path, config, 4)
+    found: dict[str, np.ndarray] = {}
+    for part in plan_parts(config, 4):
+        path = tmp_path / "weights" / f"{part.name}.safetensors"
+        with safe_open(path, framework="numpy") as file:
+            assert file.metadata() == {"format": "headrace"}
+        tensors = load_file(path)
+        expected = {key.removesuffix("_packed").removesuffix("_scale") for key in tensors}
+        assert expected == set(part_weights(config, part))
+        found |= tensors
+    for name, value in values.items():
+        if isinstance(value, QuantizedTensor):
+            np.testing.assert_array_equal(found[f"{name}_packed"], pack(value.codes, value.grid.bits))
+            np.testing.assert_array_equal(found[f"{name}_scale"], value.scales)
+        else:
+            np.testing.assert_array_equal(found[name], value)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_offsets_point_at_the_bytes(tmp_path: Path, parts: int) -> None:
+    """What graphs use: file, offset and length of each tensor, aligned for its type."""
+    store, _ = filled(tmp_path, UNTIED, parts)
+    tensors = {}
+    for file in (tmp_path / "weights").iterdir():
+        tensors |= load_file(file)
+    assert set(tensors) == set(store.tensors)
+    for name, stored in store.tensors.items():
+        data = (tmp_path / stored.file).read_bytes()[stored.offset : stored.offset + stored.nbytes]
+        assert data == tensors[name].tobytes(), name
+        assert stored.offset % tensors[name].itemsize == 0
+
+
+def test_layouts_know_sizes_before_weights(tmp_path: Path) -> None:
+    filled(tmp_path, UNTIED, 4)
+    for layout in layouts(UNTIED, plan_parts(UNTIED, 4), grids_of(UNTIED)):
+        assert (tmp_path / layout.file).stat().st_size == layout.nbytes
+
+
+def test_every_linear_has_a_shape() -> None:
+    shapes = {name: linear_shape(UNTIED, name) for name in quantized_names(UNTIED)}
+    assert shapes[EMBEDDING] == shapes[HEAD] == (31, 64)
+    assert shapes["layers.2.self_attn.q_proj.weight"] == (64, 64)
+    assert shapes["layers.2.self_attn.k_proj.weight"] == shapes["layers.2.self_attn.v_proj.weight"] == (32, 64)
+    assert shapes["layers.2.mlp.down_proj.weight"] == (64, 96)
+    assert len(shapes) == 2 + 3 * 7
+    assert HEAD not in quantized_names(TIED)
+
+
+def test_a_wrong_shape_is_refused(tmp_path: Path) -> None:
+    store, _ = filled(tmp_path, UNTIED, 1)
+    with pytest.raises(ValueError, match=r"norm.weight: \(3,\) is not the planned \(64,\)"):
+        store.write("norm.weight", np.zeros(3, np.float32))
+
+
+def test_a_block_that_does_not_divide_names_the_weight() -> None:
+    grids = grids_of(UNTIED) | {"layers.0.mlp.down_proj.weight": Grid(4, 64)}
+    with pytest.raises(RecipeError, match=r"block 64 does not divide the rows of layers.0.mlp.down_proj.weight \(96"):
+        layouts(UNTIED, plan_parts(UNTIED, 1), grids)

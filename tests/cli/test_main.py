@@ -1,0 +1,472 @@
+"""The command line: what it prints where, its exit status, and one line for everything a user can get wrong."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import unicodedata
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import headrace
+from headrace.bundle.folder import open_bundle
+from headrace.cli import main as cli
+from headrace.errors import UserError
+from tests.bundle.test_folder import FILES, flip
+from tests.exports import CONTEXT, SMALL, Exports, write_checkpoint
+
+HEADRACE = [sys.executable, "-m", "headrace"]
+LIMIT = 120  # seconds a child process may take on a busy machine
+
+
+class Result:
+    """What a run of the program left."""
+
+    def __init__(self, status: int, out: str, err: str) -> None:
+        self.status, self.out, self.err = status, out, err
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The last line of stdout."""
+        return dict(json.loads(self.out.splitlines()[-1]))
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    """The program in this process."""
+
+    def call(*arguments: object) -> Result:
+        capfd.readouterr()
+        status = cli._run([str(a) for a in arguments])
+        return Result(status, *capfd.readouterr())
+
+    return call
+
+
+def child(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*HEADRACE, *map(str, arguments)], capture_output=True, text=True, timeout=LIMIT, **options
+    )  # fmt: skip
+
+
+def export_arguments(exports: Exports, *more: object) -> list[object]:
+    small = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    return [*small, "--calibration", exports.text, *more]
+
+
+def one_line(result: Result, *parts: str) -> None:
+    """The whole of stderr is one line that begins with "error: " and says `parts`; status 2, stdout empty."""
+    assert result.err.startswith("error: "), result.err
+    assert result.err.count("\n") == 1, result.err
+    for part in parts:
+        assert part in result.err
+    assert result.out == ""
+    assert result.status == 2
+
+
+# Export, and what a person sees of a bundle
+
+
+def test_export(run: Run, exports: Exports, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    result = run("export", exports.checkpoint(), "-o", out, *export_arguments(exports))
+    assert result.status == 0
+    assert result.out.startswith(f"{out}: ")
+    assert "in 5 parts" in result.out
+    assert "quantizing layers: done" in result.err
+    assert "calibration:" not in result.err
+    report = run("export", exports.checkpoint(), "-o", out, "--json", "--block", "32", *export_arguments(exports)).json
+    assert report["bundle"] == str(out)
+    assert report["weight_bytes"] == open_bundle(out).weight_bytes
+    assert report["seconds"] >= 0
+
+
+def test_the_default_text_is_told(run: Run, exports: Exports, tmp_path: Path) -> None:
+    result = run(
+        "export", exports.checkpoint(), "-o", tmp_path / "b", "--windows=1", "--window-length=16", "--block=16"
+    )
+    assert result.status == 0
+    assert "calibration: the English topics that come with Python; --calibration FILE" in result.err
+
+
+def test_inspect(run: Run, exports: Exports) -> None:
+    result = run("inspect", exports.bundle())
+    assert result.status == 0
+    for text in ("bundle", "llama", "w4a16", "int4 channel", "int8 channel", "int8, 256 bytes a token"):
+        assert text in result.out
+    tensors = run("inspect", exports.checkpoint(), "--tensors").out
+    assert "layers.3.mlp.down_proj.weight" in tensors
+    assert "64×96" in tensors
+    assert run("inspect", exports.bundle(), "--json").json["summary"]["kind"] == "bundle"
+    assert run("inspect", exports.checkpoint(), "--json").json["summary"]["kind"] == "checkpoint"
+
+
+def test_bench(run: Run, exports: Exports) -> None:
+    small = ("-p", "8,40", "-n", "4", "-d", "8", "-r", "2")
+    report = run("bench", exports.bundle(), *small, "--json").json
+    assert {"load_ms", "prompts", "decode_tok_s", "peak_rss_bytes", "kv_bytes", "threads"} <= set(report)
+    assert [p["tokens"] for p in report["prompts"]] == [8, 40]
+    assert all(p["ttft_ms"] > 0 and p["tok_s"] > 0 for p in report["prompts"])
+    shown = run("bench", exports.bundle(), *small).out
+    for text in ("prompt 8", "prompt 40", "decode 4 after 8", "load", "KV cache", "peak memory"):
+        assert text in shown
+
+
+# verify
+
+
+def test_verify(run: Run, exports: Exports) -> None:
+    result = run("verify", exports.bundle("calm", block=16), "--checkpoint", exports.checkpoint("calm"))
+    assert result.status == 0, result.out + result.err
+    for text in ("checkpoint → quantized weights", "one graph → 5 parts", "token by token", "KL", "≤"):
+        assert text in result.out
+    report = run("verify", exports.bundle("calm", block=16), "--json").json
+    assert report["ok"] is True
+    assert all(link["ok"] for link in report["links"])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_verify_names_an_altered_file(run: Run, exports: Exports, tmp_path: Path, name: str) -> None:
+    path = exports.copy(tmp_path / "bundle")
+    flip(path / name, bit=5)
+    for options in ([], ["--files-only"]):
+        result = run("verify", path, *options)
+        assert result.status == 1
+        assert name in result.err
+        assert result.err.splitlines()[-1].startswith("failed: files: ")
+        assert name in result.out
+    report = run("verify", path, "--files-only", "--json")
+    assert report.json["ok"] is False
+    assert report.status == 1
+
+
+def test_verify_does_not_mind_the_card(run: Run, exports: Exports, tmp_path: Path) -> None:
+    path = exports.copy(tmp_path / "bundle")
+    (path / "README.md").write_text("the model card")
+    assert run("verify", path, "--files-only").status == 0
+    (path / "README.txt").write_text("something else")
+    result = run("verify", path, "--files-only")
+    assert result.status == 1
+    assert "README.txt" in result.err
+    (path / "README.txt").unlink()
+    (path / "tokenizer.model").unlink()
+    assert "tokenizer.model is missing" in run("verify", path, "--files-only").err
+
+
+# chat
+
+
+def test_an_answer_and_nothing_else(run: Run, exports: Exports) -> None:
+    arguments = ("chat", exports.bundle(), "-p", "The river", "-n", "8", "--greedy", "--raw")
+    result = run(*arguments)
+    assert result.status == 0
+    assert result.err == ""
+    with headrace.load(exports.bundle()) as model:
+        tokens = list(model.generate("The river", max_tokens=8, temperature=0))
+    assert result.out == "".join(t.text for t in tokens) + "\n"
+    assert run(*arguments).out == result.out
+
+
+def test_a_seed_repeats_and_options_reach_the_sampler(run: Run, exports: Exports) -> None:
+    def sampled(*more: object) -> str:
+        return run("chat", exports.bundle(), "-p", "a", "-n", "12", "--raw", "--temp", "1.5", *more).out
+
+    assert sampled("-s", "7") == sampled("-s", "7")
+    assert len({sampled("-s", seed) for seed in range(4)}) > 1
+    greedy = run("chat", exports.bundle(), "-p", "a", "-n", "12", "--raw", "--greedy").out
+    assert sampled("--top-k", "1") == greedy
+    assert sampled("--top-p", "0.000001") == greedy
+
+
+def test_a_model_without_turns_says_so_once(run: Run, exports: Exports) -> None:
+    result = run("chat", exports.bundle(), "-p", "The", "-n", "2")
+    assert result.err == "this model has no turn format: it continues your text\n"
+    for kind in ("tied", "mha"):
+        assert run("chat", exports.bundle(kind), "-p", "The", "-n", "2").err == ""
+
+
+def test_a_prompt_from_a_pipe(exports: Exports) -> None:
+    done = child("chat", exports.bundle(), "-n", "4", "--greedy", "--raw", input="The river")
+    again = child("chat", exports.bundle(), "-n", "4", "--greedy", "--raw", "-p", "The river")
+    assert done.returncode == again.returncode == 0, done.stderr
+    assert done.stdout == again.stdout
+    assert done.stderr == ""
+
+
+def test_a_prompt_that_is_too_long(run: Run, exports: Exports) -> None:
+    one_line(run("chat", exports.bundle(), "--raw", "-p", "x " * 500), "tokens, but the context holds", str(CONTEXT))
+
+
+def test_a_reader_that_goes_away(exports: Exports) -> None:
+    child_process = subprocess.Popen(
+        [*HEADRACE, "chat", str(exports.bundle()), "--raw", "-p", "The", "-n", "100"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert child_process.stdout is not None
+    assert child_process.stderr is not None
+    child_process.stdout.close()
+    err = child_process.stderr.read()
+    child_process.stderr.close()
+    assert child_process.wait(LIMIT) in (0, 1)
+    assert b"Traceback" not in err
+
+
+# What a user can get wrong
+
+
+def bad_checkpoint(tmp_path: Path, kind: str) -> Path:
+    folder = write_checkpoint(tmp_path / "c")
+    if kind == "no config":
+        (folder / "config.json").unlink()
+    elif kind == "unknown":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": "lama"}))
+    elif kind == "truncated":
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1000])
+    elif kind == "hostile":
+        (folder / "model.safetensors").unlink()
+        import zipfile
+
+        with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as archive:
+            archive.writestr("x/data.pkl", b"cos\nsystem\n(S'touch hacked'\ntR.")
+            archive.writestr("x/version", b"3")
+    elif kind == "huge":
+        path = tmp_path / "m.gguf"
+        path.write_bytes(b"GGUF" + (3).to_bytes(4, "little") + (1 << 60).to_bytes(8, "little") * 2)
+        return path
+    return folder
+
+
+@pytest.mark.parametrize("verb", ["inspect", "export"])
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        ("no config", ["no config.json and no .gguf file", "expected a Hugging Face model folder"]),
+        ("unknown", ["model_type 'lama' is not known; known are baichuan, llama; did you mean 'llama'?"]),
+        ("truncated", ["model.safetensors"]),
+        ("hostile", ["os.system"]),
+        ("huge", ["1152921504606846976"]),
+    ],
+)
+def test_bad_checkpoints(run: Run, tmp_path: Path, verb: str, kind: str, parts: Sequence[str]) -> None:
+    path = bad_checkpoint(tmp_path, kind)
+    more = ("-o", tmp_path / "out") if verb == "export" else ()
+    one_line(run(verb, path, *more), *parts)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+    assert not Path("hacked").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--context", "100000"], ["--context 100000 is not possible; this model was made for 1 to 512 tokens"]),
+        (["--context", "4k"], ["--context '4k' is not possible; expected whole numbers above 0"]),
+        (["--block", "128"], ["block 128 does not divide the rows of layers.0.self_attn.q_proj.weight (64 columns)"]),
+        (["--block", "33"], ["block 33 is not possible; expected channel, 16, 32, 64, 128 or 256"]),
+        (["--block", "row"], ["block 'row' is not possible"]),
+        (["--recipe", "w4b23"], ["recipe 'w4b23' is neither a shipped one", "did you mean 'w4b32'?"]),
+        (["--method", "gtpq"], ["method 'gtpq' is unknown; did you mean 'gptq'?"]),
+        (["--kv", "fp16"], ["kv 'fp16' is unknown; expected int8 or float32"]),
+        (["--parts", "9"], ["--parts 9 is not possible; expected 1 to 5"]),
+        (["--parts", "five"], ["--parts", "see: headrace export --help"]),
+        (["--windows", "0"], ["--windows"]),
+        (["--calibration", "absent.txt"], ["calibration text absent.txt cannot be read"]),
+        (["--no-such"], ["--no-such"]),
+        (["--bloc", "32"], ["--bloc"]),
+    ],
+    ids=lambda v: " ".join(v) if v and v[0].startswith("-") else "",
+)
+def test_bad_export_options(run: Run, exports: Exports, tmp_path: Path, options: list[str], parts: list[str]) -> None:
+    small = ["--prompt-length", "32"]
+    one_line(run("export", exports.checkpoint(), "-o", tmp_path / "out", *small, *options), *parts)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists(), "nothing is begun that cannot be done"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["bundle"], ["bundle"]),
+        (["exprot"], ["exprot"]),
+        (["chat"], ["BUNDLE"]),
+        (["chat", "absent"], ["absent is no folder; expected one made by: headrace export"]),
+        (["verify", "absent"], ["absent has no headrace.json"]),
+        (["bench", "absent"], ["absent is no folder"]),
+        (["inspect", "absent"], ["absent does not exist"]),
+        (["pull", "smollm3"], ["model 'smollm3' is unknown; did you mean 'smollm2-135m'?"]),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_bad_arguments(run: Run, arguments: list[str], parts: list[str]) -> None:
+    one_line(run(*arguments), *parts)
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--runner", "hots"], ["runner 'hots' is unknown; did you mean 'host'?"]),
+        (["--temp", "-1"], ["temperature"]),
+        (["--top-p", "2"], ["top_p"]),
+        (["--top-k", "-3"], ["top_k"]),
+        (["--repeat-penalty", "0"], ["repetition_penalty"]),
+        (["-n", "0"], ["--max-tokens", "1"]),
+        (["-t", "0"], ["--threads", "1"]),
+        (["--temp", "warm"], ["--temp", "number"]),
+    ],
+    ids=lambda v: " ".join(v),
+)
+def test_bad_chat_options(run: Run, exports: Exports, options: list[str], parts: list[str]) -> None:
+    one_line(run("chat", exports.bundle(), "--raw", "-p", "x", *options), *parts)
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["-p", "100000"], ["the prompt has 100000 tokens"]),
+        (["-p", "x"], ["--prompts 'x' is not possible"]),
+        (["-p", "0", "-d", "8", "-n", "4"], ["--prompts '0' is not possible; expected whole numbers above 0"]),
+        (["-p", "8,-5"], ["--prompts '8,-5' is not possible"]),
+        (["-p", "8", "-d", "190", "-n", "100"], ["290"]),
+    ],
+    ids=lambda v: " ".join(v),
+)
+def test_bad_bench_options(run: Run, exports: Exports, options: list[str], parts: list[str]) -> None:
+    one_line(run("bench", exports.bundle(), *options), *parts)
+
+
+def test_damaged_bundles(run: Run, exports: Exports, tmp_path: Path) -> None:
+    path = exports.copy(tmp_path / "bundle")
+    flip(path / "part_3_of_5.onnx")
+    for verb in ("chat", "bench", "inspect"):
+        one_line(run(verb, path), "part_3_of_5.onnx was changed", f"headrace verify {path} --files-only")
+
+
+# Leaving
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (KeyboardInterrupt(), 130, ""),
+        (UserError("a; b"), 2, "error: a; b\n"),
+        (OSError(28, "No space left on device"), 2, "error: [Errno 28] No space left on device\n"),
+        (MemoryError(), 2, "error: MemoryError\n"),
+        (PermissionError(13, "Permission denied", "x"), 2, "error: [Errno 13] Permission denied: 'x'\n"),
+    ],
+    ids=lambda v: type(v).__name__ if isinstance(v, BaseException) else "",
+)
+def test_how_a_verb_ends(
+    run: Run, monkeypatch: pytest.MonkeyPatch, error: BaseException, status: int, text: str
+) -> None:
+    def fail(path: Path) -> None:
+        raise error
+
+    monkeypatch.setattr("headrace.measure.inspection.inspect_path", fail)
+    result = run("inspect", "x")
+    assert (result.status, result.err, result.out) == (status, text, "")
+
+
+def test_ctrl_c_in_a_child(exports: Exports, tmp_path: Path) -> None:
+    """SIGINT in the middle of an export: 130, no traceback, nothing under the final name, --resume possible."""
+    code = (
+        "import sys, time; from headrace.cli import main as cli; import headrace.exporter.job as e\n"
+        "def slow(*a): print('HERE', flush=True); time.sleep(60)\n"
+        "e._emit_graphs = slow; sys.exit(cli._run(sys.argv[1:]))"
+    )
+    arguments = ["export", exports.checkpoint(), "-o", tmp_path / "out", *export_arguments(exports)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "HERE\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=LIMIT)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.partial" / "state.json").exists()
+
+
+def test_real_processes(exports: Exports, tmp_path: Path) -> None:
+    done = child("--version")
+    assert (done.returncode, done.stdout) == (0, f"{headrace.__version__}\n")
+    done = child()
+    assert done.returncode == 0
+    for verb in ("pull", "inspect", "export", "verify", "chat", "bench"):
+        assert verb in done.stdout
+    done = child("export", tmp_path, "-o", tmp_path / "out")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {tmp_path} has no config.json and no .gguf file")
+    assert done.stderr.count("\n") == 1
+
+
+# A real model
+
+
+@pytest.fixture(scope="module")
+def baichuan2(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shared tiny Baichuan2, exported as the README does it, on Chinese and English text."""
+    out = tmp_path_factory.mktemp("baichuan2") / "bundle"
+    texts = [a for f in ("zh", "en") for a in ("--calibration", str(shared_data / f"calibration_{f}.txt"))]
+    arguments = [
+        "export",
+        str(shared_data / "tiny-baichuan2"),
+        "-o",
+        str(out),
+        *texts,
+        "--windows",
+        "4",
+        "--window-length",
+        "128",
+    ]
+    assert cli._run(arguments) == 0
+    return out
+
+
+def scripts(text: str) -> tuple[int, int]:
+    """Letters that are Chinese characters, and Latin ones."""
+    names = [unicodedata.name(c, "") for c in text if c.isalpha()]
+    return sum(n.startswith("CJK") for n in names), sum(n.startswith("LATIN") for n in names)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("prompt", ["这个软件包提供了", "您可以使用以下命令来"])
+def test_chinese_goes_on_in_chinese(run: Run, baichuan2: Path, prompt: str) -> None:
+    result = run("chat", baichuan2, "--raw", "--greedy", "-n", "32", "-p", prompt)
+    assert result.status == 0
+    chinese, latin = scripts(result.out)
+    assert chinese >= 8, result.out
+    assert chinese > latin / 2, "names of programs are Latin"
+    assert "�" not in result.out
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("prompt", ["If you want to install a package, you", "This package provides"])
+def test_english_goes_on_in_english(run: Run, baichuan2: Path, prompt: str) -> None:
+    result = run("chat", baichuan2, "--raw", "--greedy", "-n", "32", "-p", prompt)
+    assert result.status == 0
+    chinese, latin = scripts(result.out)
+    assert chinese == 0, result.out
+    assert latin >= 40
+    assert result.out.startswith(" "), "what goes on from a word keeps its space"
+
+
+@pytest.mark.shared
+def test_the_chain_holds_for_a_real_model(run: Run, baichuan2: Path, shared_data: Path) -> None:
+    result = run("verify", baichuan2, "--checkpoint", shared_data / "tiny-baichuan2", "--json")
+    assert result.status == 0, result.out
+    names = [link["name"] for link in result.json["links"]]
+    assert names[0] == "files"
+    assert len(names) >= 7
+    assert [p.name for p in baichuan2.parent.iterdir()] == ["bundle"], "what verify wrote beside the bundle is gone"

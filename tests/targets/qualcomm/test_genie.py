@@ -1,0 +1,488 @@
+"""Genie: the folder and its checks, and Qualcomm's own Genie answering over emulated binaries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+
+from headrace.config import RopeScaling
+from headrace.errors import ContextFull, TargetError
+from headrace.targets.device_loop import DeviceLoop
+from headrace.targets.qualcomm.child import Child
+from headrace.targets.qualcomm.compiler import Emulator
+from headrace.targets.qualcomm.genie import (
+    BACKEND_FILE,
+    CONFIG_FILE,
+    GeniePlan,
+    Sampling,
+    binary_name,
+    genie_config,
+    write_genie_folder,
+)
+from headrace.targets.qualcomm.genie_check import _check_graphs, check_genie_config, check_genie_folder
+from headrace.targets.qualcomm.genie_dialog import End, GenieRunner
+from headrace.targets.qualcomm.soc import find_soc
+from tests.targets.qualcomm import tiny_qdq
+from tests.targets.qualcomm.conftest import CONTEXTS, EOS, LENGTHS, PARTS, TinyTarget, write_tokenizer
+
+# Genie and the loop run the same binaries on the same codes: what is left is the order of one dequantization.
+SAME_KL = 1e-6
+
+
+def _plan(**changes: Any) -> GeniePlan:
+    config = tiny_qdq.tiny_config()
+    parts = tiny_qdq.plan_parts(config, PARTS)
+    values = {"lengths": LENGTHS, "contexts": CONTEXTS, "soc": find_soc("snapdragon-8-elite"), "eos": (2,), "pad": 0}
+    return GeniePlan(config, parts, **(values | changes))
+
+
+def _kl(p: np.ndarray, q: np.ndarray) -> float:
+    """KL(p ‖ q) of two rows of logits."""
+    a, b = (x.astype(np.float64) - x.max() for x in (p, q))
+    a, b = a - np.log(np.exp(a).sum()), b - np.log(np.exp(b).sum())
+    return float((np.exp(a) * (a - b)).sum())
+
+
+# The folder.
+
+
+def test_configuration_follows_the_plan() -> None:
+    config = genie_config(_plan(), ["a.bin", "b.bin"])["dialog"]
+    assert config["context"] == {
+        "version": 1, "size": 512, "n-vocab": 320, "bos-token": -1, "eos-token": [2], "pad-token": 0,
+    }  # fmt: skip
+    htp = config["engine"]["backend"]["QnnHtp"]
+    assert (htp["kv-dim"], htp["pos-id-dim"], htp["rope-theta"]) == (64, 32, 10000.0)
+    assert config["sampler"]["top-k"] == 1
+    sampling = Sampling(0.3, 5, 0.85, repetition_penalty=1.05)
+    sampled = genie_config(_plan(bos=1, sampling=sampling), [])["dialog"]
+    assert sampled["context"]["bos-token"] == 1
+    assert sampled["sampler"]["top-p"] == 0.85
+    assert sampled["sampler"]["token-penalty"]["repetition-penalty"] == 1.05
+    assert _plan(lengths=(128, 1), contexts=(4096,)).longest_prompt == 3969
+
+
+def test_marks_outside_the_vocabulary_are_refused() -> None:
+    with pytest.raises(TargetError, match="pad id 320 is not in the vocabulary of 320 tokens"):
+        _plan(pad=320)
+    with pytest.raises(TargetError, match="bos id -1 is not"):
+        _plan(bos=-1)
+    with pytest.raises(TargetError, match="expected at least one of each"):
+        _plan(eos=())
+
+
+def _set(where: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(config: dict[str, Any]) -> None:
+        *way, last = where.split(".")
+        for key in way:
+            config = config[key]
+        config[last] = value
+
+    return change
+
+
+def _drop(where: str) -> Callable[[dict[str, Any]], None]:
+    def change(config: dict[str, Any]) -> None:
+        *way, last = where.split(".")
+        for key in way:
+            config = config[key]
+        del config[last]
+
+    return change
+
+
+HTP = "dialog.engine.backend.QnnHtp"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_set("dialog.context.n_vocab", 320), "unknown key 'n_vocab' in dialog.context; did you mean 'n-vocab'"),
+        (_set("dialogue", {}), "unknown key 'dialogue' in the file; did you mean 'dialog'"),
+        (_set(f"{HTP}.pos-id-dim", 64), "pos-id-dim is 64; expected 32"),
+        (_set(f"{HTP}.kv-dim", 32), "kv-dim is 32; expected 64"),
+        (_set("dialog.context.n-vocab", 321), "n-vocab is 321; expected 320"),
+        (_set("dialog.context.size", 72), "size is 72; expected 512"),
+        (_set("dialog.context.bos-token", 1), "bos-token is 1; expected -1"),
+        (_drop("dialog.context.pad-token"), r"dialog\.context\.pad-token is missing; expected 0"),
+        (_drop("dialog.context.bos-token"), r"dialog\.context\.bos-token is missing"),
+        (_set("dialog.type", "spd"), 'dialog.type is "spd"; expected "basic"'),
+        (_set(f"{HTP}", []), "QnnHtp is .*; expected an object"),
+        (_set("dialog.engine.model.binary.ctx-bins", ["a.bin", "a.bin"]), "expected every binary once"),
+        (_set("dialog.engine.model.binary.ctx-bins", []), "expected every binary once"),
+    ],
+)
+def test_a_wrong_configuration_is_one_line(change: Callable[[dict[str, Any]], None], message: str) -> None:
+    plan = _plan()
+    config = genie_config(plan, ["a.bin", "b.bin"])
+    assert check_genie_config(Path(CONFIG_FILE), config, plan) == ["a.bin", "b.bin"]
+    change(config)
+    with pytest.raises(TargetError, match=message):
+        check_genie_config(Path(CONFIG_FILE), config, plan)
+
+
+def test_matters_of_taste_are_left_alone() -> None:
+    plan = _plan()
+    config = genie_config(plan, ["a.bin"])
+    config["dialog"]["sampler"] = {"version": 1, "temp": 0.7, "token-penalty": {"version": 1, "presence-penalty": 0.1}}
+    config["dialog"]["engine"]["n-threads"] = 6
+    config["dialog"]["stop-sequence"] = ["\n\n"]
+    assert check_genie_config(Path(CONFIG_FILE), config, plan) == ["a.bin"]
+
+
+@pytest.fixture(scope="module")
+def phone(target: TinyTarget) -> Path:
+    """The phone's folder, complete."""
+    write_tokenizer(target.emulation / "tokenizer.json", target.plan.config.vocab_size)
+    written = write_genie_folder(
+        target.phone,
+        target.plan,
+        name="tiny",
+        tokenizer=target.emulation / "tokenizer.json",
+        sample_prompt="hello",
+        qairt_build=target.shared[0].info.build,
+        package="onnxruntime-qnn 2.7.0",
+    )
+    assert {path.name for path in written} >= {CONFIG_FILE, BACKEND_FILE, "README.md", "metadata.yaml"}
+    return target.phone
+
+
+@pytest.mark.qnn
+def test_the_phone_folder_is_as_planned(target: TinyTarget, phone: Path) -> None:
+    config = check_genie_folder(phone, target.plan)
+    assert config["dialog"]["engine"]["model"]["binary"]["ctx-bins"] == [binary_name(p) for p in target.plan.parts]
+    readme, metadata = ((phone / name).read_text(encoding="utf-8") for name in ("README.md", "metadata.yaml"))
+    for line in ("adb push . ", "lib/hexagon-v79/unsigned", "genie-t2t-run -c genie_config.json", "release\n2.51.0"):
+        assert line in readme
+    assert f'qairt_build: "{target.shared[0].info.build}"' in metadata and 'qairt_minimum: "2.51.0"' in metadata
+
+
+@pytest.mark.qnn
+def test_a_phone_folder_is_not_for_emulation(target: TinyTarget, phone: Path) -> None:
+    with pytest.raises(TargetError, match="which only a phone can open"):
+        check_genie_folder(phone, target.plan, emulation=True)
+
+
+@pytest.mark.qnn
+def test_what_is_wrong_in_a_folder_is_one_line(target: TinyTarget, phone: Path, tmp_path: Path) -> None:
+    plan = target.plan
+
+    def refuses(message: str, changed: str, content: str | bytes | None, plan: GeniePlan = plan) -> None:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        for file in phone.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        if content is None:
+            (folder / changed).unlink()
+        else:
+            (folder / changed).write_bytes(content.encode() if isinstance(content, str) else content)
+        with pytest.raises(TargetError, match=message):
+            check_genie_folder(folder, plan)
+
+    backend = (phone / BACKEND_FILE).read_text(encoding="utf-8")
+    refuses("unknown soc_model 9999; expected one of 69", BACKEND_FILE, backend.replace("69", "9999"))
+    refuses("is for soc_model 57, v79; expected 69, v79", BACKEND_FILE, backend.replace("69", "57"))
+    refuses("states no soc_model", BACKEND_FILE, "{}")
+    refuses("keys .*'memories'.* are unknown", BACKEND_FILE, backend.replace('"memory"', '"memories"'))
+    refuses("tokenizer.json is missing", "tokenizer.json", None)
+    refuses("is not a tokenizer", "tokenizer.json", "{}")
+    refuses("is not JSON", CONFIG_FILE, "{")
+    refuses("holds a list; expected a JSON object", CONFIG_FILE, "[]")
+    refuses("there is no context binary at", binary_name(plan.parts[1]), None)
+    refuses("both hold ar32_cl72_1_of_3", binary_name(plan.parts[1]), target.shared[0].path.read_bytes())
+    readme = (phone / "README.md").read_bytes()
+    refuses(
+        r"graphs missing: \['ar8_cl512_1.*, not expected: \['ar1_cl512_1",
+        "README.md",
+        readme,
+        replace(plan, lengths=(32, 8)),
+    )
+    other = {**plan.encodings, "hidden_2": replace(target.model.encodings["hidden_2"], scale=0.5)}
+    refuses("output hidden_2 has scale .*; expected scale 0.5", "README.md", readme, replace(plan, encodings=other))
+
+
+@pytest.mark.qnn
+def test_parts_that_do_not_meet_are_caught(target: TinyTarget) -> None:
+    plan = replace(target.plan, encodings={})
+    infos = {made.path: made.info for made in target.shared}
+    _check_graphs(Path(), infos, plan)
+    path, info = target.shared[1].path, target.shared[1].info
+
+    def refuses(message: str, **changes: Any) -> None:
+        graphs = []
+        for graph in info.graphs:
+            tensors = tuple(replace(t, **changes) if t.name == "hidden_2" else t for t in graph.outputs)
+            graphs.append(replace(graph, outputs=tensors))
+        with pytest.raises(TargetError, match=message):
+            _check_graphs(Path(), {**infos, path: replace(info, graphs=tuple(graphs))}, plan)
+
+    refuses("output hidden_2 of ar32_cl72_2_of_3 is missing .* token 0 forever", name="hidden_two")
+    refuses("hidden_2 has scale .* expected one quantization everywhere", offset=-7)
+    incomplete = {**infos, path: replace(info, graphs=info.graphs[:3])}
+    with pytest.raises(TargetError, match=r"graphs missing: \['ar1_cl512_2_of_3'\]"):
+        _check_graphs(Path(), incomplete, plan)
+    unnamed = replace(info, graphs=(replace(info.graphs[0], name="main_graph"), *info.graphs[1:]))
+    with pytest.raises(TargetError, match="Genie cannot parse graph name 'main_graph'"):
+        _check_graphs(Path(), {**infos, path: unnamed}, plan)
+
+
+# Genie itself.
+
+
+@pytest.fixture(scope="module")
+def genie(target: TinyTarget) -> Iterator[GenieRunner]:
+    """A dialog that gives logits."""
+    config = check_genie_folder(target.emulation, target.plan, emulation=True)
+    with GenieRunner(config, target.emulation, lengths=LENGTHS, contexts=CONTEXTS, own_sampler=True) as runner:
+        yield runner
+
+
+@pytest.fixture
+def loop(target: TinyTarget, emulator: Emulator) -> DeviceLoop:
+    """headrace's own loop over the same binaries."""
+    plan = target.plan
+    return DeviceLoop(plan.config, plan.parts, LENGTHS, CONTEXTS, plan.encodings, emulator.run, pad=plan.pad)
+
+
+def _prompt(count: int, seed: int) -> list[int]:
+    return [int(i) for i in np.random.default_rng(seed).integers(3, 320, count)]
+
+
+@pytest.mark.qnn
+@pytest.mark.parametrize(
+    ("prompt", "forced"),
+    [(5, 0), (65, 6), (100, 0)],
+    ids=["one step", "across contexts while answering", "across contexts within the prompt"],
+)
+def test_genie_gives_the_loops_tokens_and_logits(
+    genie: GenieRunner, loop: DeviceLoop, prompt: int, forced: int
+) -> None:
+    ids, count = _prompt(prompt, prompt), 6 + forced
+    genie.reset()
+    answer = list(genie.query_tokens(ids, count, logits=True, forced=_prompt(forced, 1)))
+    row, differences = loop.feed(ids)[-1], []
+    for i, token in enumerate(answer):
+        assert token.logits is not None
+        differences.append(_kl(row, token.logits))
+        if i >= forced:
+            assert token.id == int(row.argmax()), f"token {i}"
+        row = loop.feed([token.id])[0]
+    assert max(differences) <= SAME_KL
+    # The first eos ends an answer, and is not given out.
+    assert len(answer) == count or (genie.end is End.DONE and int(row.argmax()) == EOS)
+
+
+@pytest.mark.qnn
+def test_a_second_turn_has_an_eos_before_it(genie: GenieRunner, loop: DeviceLoop) -> None:
+    first, second, said = _prompt(20, 7), _prompt(9, 8), [11, 12, 13]
+    genie.reset()
+    assert [token.id for token in genie.query_tokens(first, 3, forced=said)] == said
+    (then,) = genie.query_tokens(second, 1, logits=True)
+    expected = loop.feed([*first, *said, EOS, *second])[-1]
+    assert then.logits is not None and _kl(expected, then.logits) <= SAME_KL
+
+
+@pytest.mark.qnn
+@pytest.mark.parametrize("ended", ["eos", "cut"])
+@pytest.mark.parametrize("history", ["whole", "shorter", "other", "same"])
+def test_a_rewound_turn_is_the_conversation_alone(
+    genie: GenieRunner, loop: DeviceLoop, ended: str, history: str
+) -> None:
+    first, said = _prompt(20, 7), [11, 12, 13]
+    genie.reset()
+    list(genie.query_tokens(first, 3 if ended == "cut" else 9, forced=[*said, EOS]))
+    ids = {
+        "whole": [*first, *said, 50, 51, 52],
+        "shorter": [*first[:10], 50],
+        "other": [50, 51],
+        "same": [*first, *said[:1]],
+    }[history]
+    (then,) = genie.query_tokens(ids, 1, logits=True, rewind=True)
+    assert then.logits is not None and _kl(loop.feed(ids)[-1], then.logits) <= SAME_KL
+
+
+@pytest.mark.qnn
+def test_text_in_and_out_stops_and_aborts(target: TinyTarget) -> None:
+    config = check_genie_folder(target.emulation, target.plan, emulation=True)
+    with GenieRunner(config, target.emulation, lengths=LENGTHS, contexts=CONTEXTS) as genie:
+        ids = genie.encode("河 hello")
+        assert len(ids) == 3 + len(" hello")
+        tokens = [token.id for token in genie.query_tokens(ids, 4)]
+        genie.reset()
+        pieces = list(genie.query("河 hello", 4))
+        vocabulary = tokenizers.Tokenizer.from_file(str(target.emulation / "tokenizer.json"))
+        assert "".join(pieces) == vocabulary.decode(tokens, skip_special_tokens=False)
+        genie.stop_at([pieces[1]])
+        genie.reset()
+        assert "".join(genie.query("河 hello", 4)) == pieces[0]
+        genie.stop_at([])
+        with pytest.raises(TargetError, match="expected GenieRunner"):
+            next(genie.query_tokens(ids, 1, logits=True))
+        genie.reset()
+        answer = genie.query_tokens(ids)  # as long as the context lasts
+        assert next(answer).id == tokens[0]
+        answer.close()
+        assert genie.end is End.ABORTED
+        genie.reset()
+        assert [token.id for token in genie.query_tokens(ids, 2)] == tokens[:2]
+
+
+class Interrupted:
+    """A reader that Ctrl-C meets in the middle of a read: bytes were taken from the pipe and are lost."""
+
+    def __init__(self, reader: FileIO, reads: int) -> None:
+        self.reader, self.reads = reader, reads
+
+    def read(self, count: int) -> bytes:
+        data = self.reader.read(max(1, count // 2) if self.reads == 0 else count)
+        if self.reads == 0:
+            raise KeyboardInterrupt
+        self.reads -= 1
+        return data or b""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.reader, name)
+
+
+FRAME_READS = 3  # the length, the JSON, the logits
+
+
+@pytest.mark.qnn
+@pytest.mark.parametrize("reads", range(2 * FRAME_READS))
+def test_an_interrupt_within_a_frame_does_not_reach_the_next_answer(
+    target: TinyTarget, loop: DeviceLoop, reads: int
+) -> None:
+    config = check_genie_folder(target.emulation, target.plan, emulation=True)
+    ids = _prompt(20, 7)
+    with GenieRunner(config, target.emulation, lengths=LENGTHS, contexts=CONTEXTS, own_sampler=True) as genie:
+        genie.stop_at(["never said"])
+        pid = genie._child.pid
+        genie._child._pipe.reader = Interrupted(genie._child._pipe.reader, reads)  # type: ignore[assignment]
+        with pytest.raises(KeyboardInterrupt):
+            list(genie.query_tokens(ids, logits=True))
+        assert not genie._child.alive, "what it would say next cannot be known"
+        (then,) = genie.query_tokens(ids, 1, logits=True, rewind=True)
+        assert genie._child.pid != pid
+    assert then.logits is not None and _kl(loop.feed(ids)[-1], then.logits) <= SAME_KL
+
+
+@pytest.mark.qnn
+def test_an_interrupt_between_frames_keeps_the_dialog(
+    genie: GenieRunner, loop: DeviceLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nearly every Ctrl-C: Genie is computing, and is not loaded anew."""
+    genie.reset()
+    ids, child, wait = _prompt(20, 7), genie._child, Child.wait
+    waits = iter(range(100))
+
+    def interrupted(child: Child, seconds: float) -> None:
+        wait(child, seconds)
+        if next(waits) == 4:  # a frame is there and none of it was read
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Child, "wait", interrupted)
+    answer = genie.query_tokens(ids)
+    with pytest.raises(KeyboardInterrupt):
+        list(answer)
+    assert genie._child is child and genie.end is End.ABORTED
+    (then,) = genie.query_tokens(ids, 1, logits=True, rewind=True)
+    assert then.logits is not None and _kl(loop.feed(ids)[-1], then.logits) <= SAME_KL
+
+
+@pytest.mark.qnn
+def test_a_second_interrupt_does_not_wait(genie: GenieRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    genie.reset()
+    expected = [token.id for token in genie.query_tokens(_prompt(20, 7), 3)]
+    genie.reset()
+    answer = genie.query_tokens(_prompt(20, 7))
+    next(answer)
+    with monkeypatch.context() as patch:
+        patch.setattr(Child, "wait", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            answer.close()
+    assert not genie._child.alive
+    assert [token.id for token in genie.query_tokens(_prompt(20, 7), 3, rewind=True)] == expected
+
+
+@pytest.mark.qnn
+def test_while_an_answer_runs_nothing_else_is_asked(genie: GenieRunner) -> None:
+    genie.reset()
+    answer = genie.query_tokens(_prompt(20, 7))
+    next(answer)
+    for ask in (genie.reset, lambda: genie.encode("a"), lambda: next(genie.query_tokens([3]))):
+        with pytest.raises(TargetError, match="is still answering"):
+            ask()
+    answer.close()
+    genie.reset()
+
+
+@pytest.mark.qnn
+def test_a_refused_query_is_an_error_and_no_silence(genie: GenieRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    genie.reset()
+    receive = Child.receive
+
+    def refused(child: Child, *, seconds: float) -> Any:
+        while "status" not in receive(child, seconds=seconds)[0]:
+            pass
+        raise TargetError("GenieDialog_tokenQuery gave status -1")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Child, "receive", refused)
+        with pytest.raises(TargetError, match="gave status -1"):
+            list(genie.query_tokens(_prompt(20, 7), 2))
+    genie.reset()
+    assert len(list(genie.query_tokens(_prompt(5, 5), 2))) == 2
+
+
+@pytest.mark.qnn
+@pytest.mark.parametrize("scaling", [RopeScaling("linear", 4.0), RopeScaling("llama3", 8.0, 1.0, 4.0, 64)])
+def test_stretched_positions(target: TinyTarget, emulator: Emulator, scaling: RopeScaling) -> None:
+    """Angles are inputs of the graphs: Genie must stretch them as the loop does."""
+    config = replace(target.plan.config, rope_scaling=scaling)
+    plan = replace(target.plan, config=config)
+    written = genie_config(plan, [graph.binary.name for graph in target.apart])
+    check_genie_config(Path(CONFIG_FILE), written, plan)
+    loop = DeviceLoop(config, plan.parts, LENGTHS, CONTEXTS, plan.encodings, emulator.run)
+    ids = _prompt(70, 4)
+    with GenieRunner(written, target.emulation, lengths=LENGTHS, contexts=CONTEXTS, own_sampler=True) as genie:
+        (then,) = genie.query_tokens(ids, 1, logits=True)
+    assert then.logits is not None and _kl(loop.feed(ids)[-1], then.logits) <= SAME_KL
+
+
+@pytest.mark.qnn
+def test_prompts_that_do_not_fit_are_refused_before(genie: GenieRunner) -> None:
+    genie.reset()
+    with pytest.raises(ContextFull, match="shorten it to 481 tokens"):
+        next(genie.query_tokens(_prompt(482, 0), 1))
+    with pytest.raises(TargetError, match="the prompt is empty"):
+        next(genie.query_tokens([], 1))
+    assert len(list(genie.query_tokens(_prompt(5, 5), 2))) == 2  # it goes on
+
+
+@pytest.mark.qnn
+def test_a_conversation_is_saved_and_restored(genie: GenieRunner, tmp_path: Path) -> None:
+    genie.reset()
+    list(genie.query_tokens(_prompt(20, 7), 3, forced=[11, 12, 13]))
+    genie.save(tmp_path / "saved")
+    expected = [token.id for token in genie.query_tokens(_prompt(5, 9), 4)]
+    genie.reset()
+    genie.restore(tmp_path / "saved")
+    assert [token.id for token in genie.query_tokens(_prompt(5, 9), 4)] == expected
+    with pytest.raises(TargetError, match="holds no saved Genie dialog"):
+        genie.restore(tmp_path)
+
+
+@pytest.mark.qnn
+def test_what_genie_itself_refuses_is_a_message(target: TinyTarget) -> None:
+    config = json.loads((target.emulation / CONFIG_FILE).read_text(encoding="utf-8"))
+    config["dialog"]["engine"]["backend"]["QnnHtp"]["pos-id-dim"] = 7
+    with pytest.raises(TargetError, match="GenieDialog_create gave status"):
+        GenieRunner(config, target.emulation, lengths=LENGTHS, contexts=CONTEXTS)
