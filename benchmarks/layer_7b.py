@@ -59,7 +59,7 @@ def main() -> None:
     seconds = time.perf_counter() - started
     worked = time.process_time() - worked
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    estimate = estimate_export(SHAPE, tokens=count * length)
+    estimate = estimate_export(SHAPE, recipe.resolve(quantized_names(SHAPE)), tokens=count * length)
     print(f"one layer, {method}, {count * length} tokens: {seconds:.0f} s, peak {peak / 1e9:.2f} GB")
     print(f"on a busy computer: {worked:.0f} s of work, at best half of it on two cores")
     print(f"{SHAPE.num_layers} layers of that: {seconds * SHAPE.num_layers / 3600:.2f} h")

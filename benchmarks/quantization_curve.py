@@ -19,7 +19,6 @@ import numpy as np
 
 import headrace
 from headrace.bundle.folder import open_bundle
-from headrace.bundle.recipe import parse_block
 from headrace.bundle.weights import WeightStore, quantized_names
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.measure.evaluate import evaluate_text, first_windows, follow, read_text
@@ -56,7 +55,7 @@ def main() -> int:
                 options.checkpoint,
                 out,
                 recipe="w4b32",
-                block=parse_block(block),
+                block=block,
                 method=options.method,
                 rotate=options.rotate,
                 bits=float(amount) if kind == "bits" else None,

@@ -279,7 +279,7 @@ def test_bad_checkpoints(run: Run, tmp_path: Path, verb: str, kind: str, parts: 
         (["--method", "gtpq"], ["method 'gtpq' is unknown; did you mean 'gptq'?"]),
         (["--kv", "fp16"], ["kv 'fp16' is unknown; expected int8 or float32"]),
         (["--parts", "9"], ["--parts 9 is not possible; expected 1 to 5"]),
-        (["--parts", "five"], ["--parts", "see: headrace export --help"]),
+        (["--parts", "five"], ["--parts five is not possible; expected a whole number, 1 or more"]),
         (["--windows", "0"], ["--windows"]),
         (["--calibration", "absent.txt"], ["calibration text absent.txt cannot be read"]),
         (["--no-such"], ["--no-such"]),
@@ -292,6 +292,7 @@ def test_bad_export_options(run: Run, exports: Exports, tmp_path: Path, options:
     one_line(run("export", exports.checkpoint(), "-o", tmp_path / "out", *small, *options), *parts)
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists(), "nothing is begun that cannot be done"
+    one_line(run("plan", exports.checkpoint(), *small, *options), *parts)
 
 
 @pytest.mark.parametrize(

@@ -242,15 +242,24 @@ def test_killed_with_nine_and_resumed(run: Any, exports: Exports, tmp_path: Path
     [
         ({"context": MAX_POSITIONS + 1}, ConfigError, f"--context {MAX_POSITIONS + 1} is not possible; this model was"),
         ({"context": (100, 4096)}, ConfigError, "--context 4096 is not possible"),
-        ({"context": 0}, ConfigError, "--context 0 is not possible"),
-        ({"context": ()}, ConfigError, "--context is empty"),
-        ({"prompt_length": ()}, ConfigError, "--prompt-length is empty"),
+        ({"context": 0}, UserError, "--context '0' is not possible; expected whole numbers above 0"),
+        ({"context": ()}, UserError, "--context '' is not possible"),
+        ({"prompt_length": ()}, UserError, "--prompt-length '' is not possible"),
         ({"prompt_length": (16, 900)}, ConfigError, "--prompt-length 900 is not possible"),
         ({"context": 32}, ConfigError, "--context 32 does not exceed --prompt-length 32"),
-        ({"prompt_length": 0}, ConfigError, "--prompt-length 0 is not possible"),
+        ({"prompt_length": "8,x"}, UserError, "--prompt-length '8,x' is not possible"),
         ({"prompt_length": 600}, ConfigError, "--prompt-length 600 is not possible"),
         ({"parts": 6}, ConfigError, "--parts 6 is not possible; expected 1 to 5"),
-        ({"parts": 0}, ConfigError, "--parts 0 is not possible"),
+        ({"parts": 0}, UserError, "--parts 0 is not possible; expected a whole number, 1 or more"),
+        ({"windows": 0}, UserError, "--windows 0 is not possible"),
+        ({"jobs": "many"}, UserError, "--jobs many is not possible; expected a whole number, 1 or more"),
+        ({"bits": float("nan")}, RecipeError, "--bits nan is not possible; expected an average from 4 to 8 bits"),
+        ({"bits": "inf"}, RecipeError, "--bits inf is not possible"),
+        ({"bits": 3.9}, RecipeError, "--bits 3.9 is not possible"),
+        ({"size": "5 apples"}, UserError, "--size '5 apples' is not possible; expected a number of bytes, such as"),
+        ({"keep_onnx": "yes"}, UserError, "--keep-onnx 'yes' is not possible; expected True or False"),
+        ({"kv": ""}, UserError, "--kv '' is not possible"),
+        ({"contexts": 64}, UserError, "unknown option 'contexts'; did you mean 'context'?"),
         ({"block": 128}, RecipeError, "block 128 does not divide the rows of layers.0.self_attn.q_proj.weight (64"),
         ({"block": 48}, RecipeError, "block 48 is not possible; expected channel, 16"),
         ({"recipe": "w4a61"}, RecipeError, "recipe 'w4a61' is neither a shipped one"),
@@ -325,7 +334,8 @@ def test_several_texts_share_the_windows(run: Any, exports: Exports, tmp_path: P
     both = open_bundle(run(calibration=[exports.text, other]))
     one = open_bundle(exports.bundle())
     assert both.kv_scales != one.kv_scales
-    assert len(both.provenance["calibration"]["texts"]) == 2
+    asked = both.provenance["options"]["calibration"]
+    assert [text["name"] for text in asked] == ["text.txt", "other.txt"]
 
 
 def test_a_recipe_file(run: Any, tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from headrace.cli.console import human_bytes, print_json, progress_bars, table
-from headrace.cli.options import BundlePath, Json, Threads, lengths
+from headrace.cli.options import BundlePath, Json, Threads
 from headrace.errors import VerificationFailed
+from headrace.exporter.options import read_lengths
 
 __all__ = ["bench", "evaluate", "verify"]
 
@@ -62,7 +63,7 @@ def bench(
     with progress_bars() as progress:
         report = bench_bundle(
             bundle,
-            prompts=lengths("--prompts", prompts) or (),
+            prompts=read_lengths("--prompts", prompts),
             tokens=tokens,
             depth=depth,
             repeats=repeats,

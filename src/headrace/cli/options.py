@@ -1,45 +1,59 @@
-"""Options that several verbs share, and how their values are read. Knows no verb."""
+"""Options that several verbs share, and the export's own as the command line takes them. Knows no verb."""
 
 from __future__ import annotations
 
-import re
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import typer
 
-from headrace.errors import UserError
+from headrace.exporter.options import ExportOptions, flag, spelled
 
-__all__ = ["BundlePath", "Json", "Threads", "lengths", "size"]
+__all__ = ["BundlePath", "CheckpointPath", "Json", "Threads", "takes_export_options"]
+
+Verb = TypeVar("Verb", bound=Callable[..., None])
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of stdout.")]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by: headrace export")]
+CheckpointPath = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face folder or a .gguf file.")]
 Threads = Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Threads; physical cores by default.")]
 
 
-def lengths(option: str, text: str | None) -> tuple[int, ...] | None:
-    """ "512,4096" → (512, 4096); None stays None.
+def takes_export_options(verb: Verb) -> Verb:
+    """The verb with every field of `ExportOptions` as an option of the command line, given to its `**options`.
 
-    Raises:
-        UserError: the text is anything else.
+    Texts are handed over as they were typed: `ExportOptions` reads them, for Python callers too.
     """
-    if text is None:
-        return None
-    items = text.split(",")
-    if not all(item.strip().isdecimal() and int(item) > 0 for item in items):
-        raise UserError(f"{option} {text!r} is not possible; expected whole numbers above 0, separated by commas")
-    return tuple(map(int, items))
+    signature = inspect.signature(verb, eval_str=True)
+    own = list(signature.parameters.values())
+    if own.pop().kind is not inspect.Parameter.VAR_KEYWORD:
+        raise TypeError(f"{verb.__name__} takes no **options")
+    places = [parameter for parameter in own if parameter.kind is not inspect.Parameter.KEYWORD_ONLY]
+    signature = signature.replace(parameters=[*places, *_parameters(), *own[len(places) :]])
+    verb.__signature__ = signature  # type: ignore[attr-defined]
+    return verb
 
 
-def size(text: str | None) -> int | None:
-    """ "105MB" → 105,000,000; None stays None.
-
-    Raises:
-        UserError: the text is anything else.
-    """
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|B|kB|MB|GB)", text.strip())
-    if match is None:
-        raise UserError(f"--size {text!r} is not possible; expected a number of bytes, such as 105MB or 5.06GB")
-    return int(float(match[1]) * {"": 1, "B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}[match[2]])
+def _parameters() -> list[inspect.Parameter]:
+    made = []
+    for option in fields(ExportOptions):
+        kind: Any
+        name, default, described = flag(option), option.default, option.metadata
+        if described["repeats"]:
+            kind, default = list[str] | None, None
+        elif described["metavar"]:
+            kind, default = str | None, spelled(default)
+        elif default is None:
+            kind, name = bool | None, f"{name}/--no-{name.removeprefix('--')}"
+        else:
+            kind = bool
+        shown = typer.Option(name, help=described["help"], metavar=described["metavar"] or None)
+        made.append(
+            inspect.Parameter(
+                option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, shown]
+            )
+        )
+    return made

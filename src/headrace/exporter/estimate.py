@@ -7,21 +7,27 @@ Everything is derived from geometry and recipe; the one thing measured is how fa
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from headrace.bundle.recipe import Recipe
+from headrace.bundle.recipe import Recipe, Rule
 from headrace.bundle.weights import layouts, linear_shape, quantized_names
 from headrace.config import ModelConfig
+from headrace.exporter.settings import ExportSettings
 from headrace.model.decoder import EMBEDDING, HEAD, layer_linears
-from headrace.plan import plan_parts
+from headrace.plan import Part
+from headrace.quantize.budget import spend
 from headrace.quantize.descent import SWEEPS
+from headrace.quantize.methods import find_method
+from headrace.quantize.parallel import cores, spread
+from headrace.quantize.sensitivity import RANKING_WINDOWS
 from headrace.targets.qualcomm.compile_cost import estimate_compile
 
-__all__ = ["BANDWIDTHS", "ExportEstimate", "estimate_export", "plan_model"]
+__all__ = ["BANDWIDTHS", "ExportEstimate", "estimate_export", "plan_export", "plan_model"]
 
 # Peak memory bandwidth by the makers' data sheets, bytes a second: what a token's bytes can at best be read at.
 BANDWIDTHS: Mapping[str, float] = {
@@ -35,6 +41,11 @@ _PROBE = 1024  # rows of the matrices that are multiplied to learn this computer
 # Share of the plain matrix product's speed that a whole layer reaches; benchmarks/layer_7b.py measures it.
 _EFFICIENCY = 0.7
 _WORKING = 1 << 30  # bytes: Python, and the temporary arrays of the windows and rows in work
+_EQUAL: Mapping[str, float] = defaultdict(lambda: 1.0)  # what each linear's 4 bits cost, before it is measured
+# Times N·K²: GPTQ; GPTQ, descent's start, and its scales and its codes in each sweep; the correction's product and
+# its two triangular solutions before that.
+_SOLVING = {"nearest": 0, "awq": 0, "gptq": 1, "descent": 2 + 2 * SWEEPS, "best": 4 + 2 * SWEEPS}
+_RANKING_PASSES = 5  # products as large as a forward pass: forward twice, and back with what errors cost
 
 
 @dataclass(frozen=True)
@@ -45,95 +56,118 @@ class ExportEstimate:
     peak_bytes: int
 
 
-def plan_model(
-    config: ModelConfig,
-    recipe: Recipe,
-    *,
-    parts: int = 5,
-    prompt_length: int = 128,
-    contexts: Sequence[int] = (4096,),
-    tokens: int = 32 * 512,
-) -> dict[str, Any]:
-    """What a bundle of this geometry and recipe will need.
-
-    Args:
-        config: the geometry.
-        recipe: grids, cache and basis.
-        parts: how many.
-        prompt_length: tokens of a prompt step.
-        contexts: context lengths.
-        tokens: of calibration.
+def plan_export(settings: ExportSettings) -> dict[str, Any]:
+    """What an export of these settings and its bundle will need.
 
     Returns:
         parts [{name, layers, weight_bytes}]; weight_bytes; contexts [{context, kv_bytes, run_bytes}]; export
-        {seconds, peak_bytes}; compile {seconds, peak_bytes}: for a chip, all contexts; decode
+        {seconds, peak_bytes, tokens}; compile {targets, seconds, peak_bytes} or None without a target; decode
         [{device, context, tok_s}]: at most, by bandwidth.
 
     Raises:
         RecipeError: a rule does not fit.
     """
-    config = replace(config, tied_head=config.tied_head and not recipe.rotate)  # see quantize/rotation.py
+    options, config, recipe = settings.options, settings.config, settings.recipe
+    ranked = 0
+    if options.bits is not None or options.size is not None:
+        # Which linears get 8 bits is measured by the export; any choice that fills the budget has its size.
+        recipe = spend(recipe, config, _EQUAL, bits=options.bits, size=options.size, parts=settings.parts).recipe
+        ranked = RANKING_WINDOWS * options.window_length
+    tokens = options.windows * options.window_length
+    report = plan_model(config, recipe, settings.parts, settings.contexts)
+    need = estimate_export(config, settings.rules, tokens, ranked=ranked, jobs=options.jobs)
+    report["export"] = {"seconds": round(need.seconds, 1), "peak_bytes": need.peak_bytes, "tokens": tokens}
+    report["compile"] = None
+    if options.targets:
+        # The prompt steps' graphs beside the token step's: a pair for each prompt length.
+        pairs = len(settings.contexts) * len(settings.prompt_lengths)
+        compiling = estimate_compile(config, settings.parts, pairs)
+        report["compile"] = {
+            "targets": list(options.targets),
+            "seconds": round(compiling.seconds * len(options.targets), 1),
+            "peak_bytes": compiling.peak_bytes,
+        }
+    return report
+
+
+def plan_model(config: ModelConfig, recipe: Recipe, parts: Sequence[Part], contexts: Sequence[int]) -> dict[str, Any]:
+    """What a bundle of this geometry and recipe takes, on disk and when it runs: see `plan_export`.
+
+    Args:
+        config: the geometry of what is quantized.
+        recipe: grids and cache.
+        parts: the plan.
+        contexts: context lengths.
+    """
     grids = {name: rule.grid for name, rule in recipe.resolve(quantized_names(config)).items()}
-    plan = plan_parts(config, parts)
-    sizes = [layout.nbytes for layout in layouts(config, plan, grids)]
+    sizes = [layout.nbytes for layout in layouts(config, parts, grids)]
     kv_width = 1 if recipe.kv == "int8" else 4
     kv_token = 2 * config.num_layers * config.kv_size * kv_width
     # A token reads every linear and the head; of the embedding only a row.
     head = EMBEDDING if config.tied_head else HEAD
     read = sum(grids[n].nbytes(*linear_shape(config, n)) for n in grids if n != EMBEDDING or n == head)
-    estimate = estimate_export(config, tokens)
-    compiling = estimate_compile(config, plan, len(contexts))
     return {
         "parts": [
-            {"name": part.name, "layers": len(part.layers), "weight_bytes": size} for part, size in zip(plan, sizes)
+            {"name": part.name, "layers": len(part.layers), "weight_bytes": size} for part, size in zip(parts, sizes)
         ],
         "weight_bytes": sum(sizes),
         "contexts": [
             {"context": c, "kv_bytes": c * kv_token, "run_bytes": sum(sizes) + c * kv_token} for c in contexts
         ],
-        "export": {"seconds": round(estimate.seconds, 1), "peak_bytes": estimate.peak_bytes, "tokens": tokens},
-        "compile": {"seconds": round(compiling.seconds, 1), "peak_bytes": compiling.peak_bytes},
         "decode": [
             {"device": device, "context": c, "tok_s": round(bandwidth / (read + c * kv_token), 2)}
             for device, bandwidth in BANDWIDTHS.items()
             for c in contexts
         ],
-        "prompt_steps": [{"context": c, "steps": -(-(c - prompt_length) // prompt_length)} for c in contexts],
     }
 
 
-def estimate_export(config: ModelConfig, tokens: int) -> ExportEstimate:
-    """Time and memory of calibrated quantization (descent), from its operations and this computer's speed.
+def estimate_export(
+    config: ModelConfig, rules: Mapping[str, Rule], tokens: int, *, ranked: int = 0, jobs: int = 2
+) -> ExportEstimate:
+    """Time and memory of quantizing all layers, from the operations and this computer's speed.
 
-    For T tokens, a linear (N, K) costs 2·T·N·K to compute what calibrates the next. An input of K columns costs T·K²
-    for a second moment, the first group's two of them; a linear K³/3 for its factor, and N·K² each for GPTQ, for
-    descent's start and for its scales and its codes in each sweep.
+    For T tokens, a linear (N, K) costs 2·T·N·K to compute what calibrates the next. A method that looks at its input
+    takes T·K² for the input's second moment, the first group's two of them, K³/3 for a linear's factor, and N·K² as
+    often as _SOLVING says.
 
     Args:
         config: the geometry.
+        rules: canonical name → rule: methods differ in cost.
         tokens: of calibration, T.
+        ranked: tokens that linears are ranked with, for a budget: forward, back, and a quick method.
+        jobs: cores to use.
     """
     operations = 0.0
-    for number, group in enumerate(layer_linears(0)):
-        shapes = [linear_shape(config, name) for name in group]
-        columns = shapes[0][1]
-        operations += (2.0 if number == 0 else 1.0) * tokens * columns**2
-        operations += sum(2.0 * tokens * n * k + (2 + 2 * SWEEPS) * n * k**2 + k**3 / 3 for n, k in shapes)
-    seconds = config.num_layers * operations / (_matmul_speed() * _EFFICIENCY)
+    for layer in range(config.num_layers):
+        for number, group in enumerate(layer_linears(layer)):
+            shapes = {name: linear_shape(config, name) for name in group}
+            columns = shapes[group[0]][1]
+            methods = {name: find_method(rules[name].method) for name in group}
+            moments = (2 if number == 0 else 1) * any(method.calibrated for method in methods.values())
+            moments += any(method.follows for method in methods.values())
+            operations += tokens * moments * columns**2 + ranked * columns**2
+            for name, (n, k) in shapes.items():
+                walks = 2 if methods[name].follows else 1  # the float model's beside
+                operations += 2 * n * k * (walks * tokens + _RANKING_PASSES * ranked)
+                operations += _SOLVING[rules[name].method] * n * k**2 + methods[name].calibrated * k**3 / 3
+                operations += bool(ranked) * (n * k**2 + k**3 / 3)
     weights = sum(n * k for group in layer_linears(0) for n, k in (linear_shape(config, name) for name in group))
     widest = max(config.intermediate_size, config.query_size, config.hidden_size)
     # float32 values: the layer, and its codes in a byte; hidden states and the widest input; its second moment, that
     # damped, and the factor. benchmarks/layer_7b.py measures all but the embedding's codes.
     elements = 5 * weights // 4 + tokens * (config.hidden_size + widest) + 3 * widest**2
+    seconds = operations / (_matmul_speed(jobs) * _EFFICIENCY)
     return ExportEstimate(seconds, 4 * elements + config.vocab_size * config.hidden_size + _WORKING)
 
 
-def _matmul_speed() -> float:
-    """float32 operations a second of this computer's matrix product: the best of ten short ones."""
+def _matmul_speed(jobs: int) -> float:
+    """float32 operations a second of matrix products on so many cores: the best of ten short ones."""
     a = np.random.default_rng(0).standard_normal((_PROBE, _PROBE), np.float32)
     best = np.inf
-    for _ in range(10):
-        started = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - started)
-    return float(2 * _PROBE**3 / best)
+    with cores(jobs):
+        for _ in range(10):
+            started = time.perf_counter()
+            spread(lambda _: a @ a, range(jobs))
+            best = min(best, time.perf_counter() - started)
+    return float(jobs * 2 * _PROBE**3 / best)

@@ -9,7 +9,6 @@ Orchestrates; how a weight is quantized, a graph emitted or a file laid out is w
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -24,10 +23,10 @@ from numpy.typing import NDArray
 from headrace import __version__
 from headrace.bundle.encodings import write_encodings
 from headrace.bundle.folder import Bundle, publish, refuse_foreign
-from headrace.bundle.recipe import Recipe
 from headrace.bundle.weights import WeightStore
 from headrace.checkpoint import Checkpoint
 from headrace.exporter.calibration import calibration_windows
+from headrace.exporter.options import ExportOptions
 from headrace.exporter.settings import ExportSettings, settle
 from headrace.exporter.snapdragon import compile_target, device_graphs
 from headrace.files import read_json, write_file
@@ -55,52 +54,18 @@ def export(
     checkpoint: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    recipe: str | Recipe = "w4a16",
-    block: int | str | None = "keep",
-    method: str | None = None,
-    rotate: bool | None = None,
-    bits: float | None = None,
-    size: int | None = None,
-    kv: str | None = None,
-    parts: int = 5,
-    prompt_length: int | Sequence[int] = 128,
-    context: int | Sequence[int] | None = None,
-    calibration: Sequence[str | os.PathLike[str]] = (),
-    windows: int = 32,
-    window_length: int = 512,
-    targets: Sequence[str] = (),
-    keep_onnx: bool = False,
-    keep_grid: bool = False,
-    jobs: int = 2,
     resume: bool = False,
     progress: Progress = silent,
+    **options: Any,
 ) -> Path:
     """Make a bundle of a checkpoint.
 
     Args:
         checkpoint: a Hugging Face folder or a GGUF file.
         out: the bundle's folder; a bundle that is there is replaced when the new one is complete.
-        recipe: a shipped recipe's name, a recipe file, or a Recipe.
-        block: columns that share a scale in 4-bit weights, None for a channel, "keep" for the recipe's.
-        method: how 4-bit weights are found, the recipe's when None.
-        rotate: quantize the model in another basis, without huge channels (exact in float, but a tied head becomes one
-            of its own); when None, as the recipe says, and always for a device.
-        bits: budget of code bits averaged over the linears: the most sensitive ones get 8 (by measurement).
-        size: budget of bytes of all weights files; either this or `bits`.
-        kv: "int8" or "float32" cache, the recipe's when None.
-        parts: how many graphs the model is split into.
-        prompt_length: tokens a prompt step takes; for a device also several: the rest of a prompt takes a shorter step.
-        context: context length or lengths; when None, 4096 or the model's own, if that is less, and for a device 1024
-            before it, for short conversations to read a short cache, if a laptop can compile both.
-        calibration: text files; English text that comes with Python when empty.
-        windows: most windows of calibration text.
-        window_length: tokens of a window.
-        targets: chips to compile for, such as "snapdragon-8-elite" (needs headrace[qnn]).
-        keep_onnx: keep the device graphs in the bundle, for other tools.
-        keep_grid: weights that already lie on their rule's grid (a GGUF's Q4_0 under `block=32`) are kept as they are.
-        jobs: cores to use; the result does not depend on it.
         resume: go on where an interrupted export of the same settings stopped.
         progress: told how far it is.
+        options: fields of `headrace.exporter.options.ExportOptions`: recipe, bits, context, calibration, targets, …
 
     Returns:
         The bundle's folder.
@@ -109,44 +74,25 @@ def export(
         UserError: anything in the above is not possible; the message says what and what to do.
     """
     out = Path(out)
-    settings = settle(
-        Path(checkpoint),
-        recipe=recipe,
-        block=block,
-        method=method,
-        rotate=rotate,
-        bits=bits,
-        size=size,
-        kv=kv,
-        parts=parts,
-        prompt_length=prompt_length,
-        context=context,
-        calibration=calibration,
-        windows=windows,
-        window_length=window_length,
-        targets=targets,
-        keep_onnx=keep_onnx,
-        keep_grid=keep_grid,
-    )
+    settings = settle(Path(checkpoint), ExportOptions.of(options))
+    asked, jobs = settings.options, settings.options.jobs
     refuse_foreign(out)
     work = out.with_name(f"{out.name}.partial")
     state = _open_work(work, settings, resume)
     folder = work / "bundle"
     tokenizer = _save_tokenizer(settings.checkpoint, folder)
     turns = turn_format(tokenizer, settings.checkpoint.generation_config)
-    windows_of_text = calibration_windows(
-        tokenizer, turns, settings.calibration, settings.windows, settings.window_length
-    )
-    settings = _within_budget(settings, work, windows_of_text, jobs, progress)
-    kv_scales = _quantize(settings, folder, work, state, windows_of_text, jobs, progress)
+    windows = calibration_windows(tokenizer, turns, settings.texts, asked.windows, asked.window_length)
+    settings = _within_budget(settings, work, windows, jobs, progress)
+    kv_scales = _quantize(settings, folder, work, state, windows, jobs, progress)
     _emit_graphs(settings, folder, kv_scales, progress)
     manifest = _manifest(settings, kv_scales)
     # Linears in blocks never reach a device, and a float cache neither: static ranges would be of no use.
     if kv_scales and not any(grid.block for grid in settings.grids.values()):
-        _calibrate_device(settings, folder, kv_scales, evenly(windows_of_text, RANGE_WINDOWS), progress)
-    for target in targets:
+        _calibrate_device(settings, folder, kv_scales, evenly(windows, RANGE_WINDOWS), progress)
+    for target in asked.targets:
         compile_target(_unpublished(settings, folder, manifest), target, work / "device", progress)
-    if keep_onnx:
+    if asked.keep_onnx:
         device_graphs(_unpublished(settings, folder, manifest), folder / "device")
     progress("writing the bundle", 0, 1)
     publish(folder, out, manifest)
@@ -156,15 +102,15 @@ def export(
 
 
 def _open_work(work: Path, settings: ExportSettings, resume: bool) -> dict[str, Any]:
-    fingerprint = settings.fingerprint()
+    identity = settings.identity()
     state_file = work / "state.json"
     if resume and state_file.exists():
         state = read_json(state_file)
-        if state.get("fingerprint") == fingerprint:
+        if state.get("identity") == identity:
             return state
     shutil.rmtree(work, ignore_errors=True)
     (work / "bundle").mkdir(parents=True)
-    return {"fingerprint": fingerprint, "layers": {}}
+    return {"identity": identity, "layers": {}}
 
 
 def _save_tokenizer(source: Checkpoint, folder: Path) -> Tokenizer:
@@ -179,9 +125,10 @@ def _within_budget(
     settings: ExportSettings, work: Path, windows: NDArray[np.int64], jobs: int, progress: Progress
 ) -> ExportSettings:
     """The settings with a recipe that spends the budget where it gains most; measured once an export."""
-    if settings.bits is None and settings.size is None:
+    bits, size = settings.options.bits, settings.options.size
+    if bits is None and size is None:
         return settings
-    config, saved = settings.config, work / "sensitivity.json"
+    saved = work / "sensitivity.json"
     if saved.exists():
         costs = read_json(saved)
     else:
@@ -190,11 +137,11 @@ def _within_budget(
                 settings.model,
                 settings.rules,
                 windows,
-                keep=settings.keep_grid,
+                keep=settings.options.keep_grid,
                 progress=lambda done, total: progress("measuring sensitivity", done, total),
             )
         write_file(saved, json.dumps(costs, indent=1).encode())
-    bought = spend(settings.recipe, config, costs, bits=settings.bits, size=settings.size, parts=settings.parts)
+    bought = spend(settings.recipe, settings.config, costs, bits=bits, size=size, parts=settings.parts)
     return replace(settings, recipe=bought.recipe)
 
 
@@ -211,11 +158,11 @@ def _quantize(
     source, config, rules = settings.model, settings.config, settings.rules
     store = WeightStore(folder, config, settings.parts, settings.grids, create=not state["layers"])
     progress("embedding and head", 0, 1)
-    embedding = quantize_table(source, EMBEDDING, rules[EMBEDDING], keep=settings.keep_grid)
+    embedding = quantize_table(source, EMBEDDING, rules[EMBEDDING], keep=settings.options.keep_grid)
     store.write(EMBEDDING, embedding)
     store.write(FINAL_NORM, load_weight(source, FINAL_NORM))
     if not config.tied_head:
-        store.write(HEAD, quantize_table(source, HEAD, rules[HEAD], keep=settings.keep_grid))
+        store.write(HEAD, quantize_table(source, HEAD, rules[HEAD], keep=settings.options.keep_grid))
     progress("embedding and head", 1, 1)
 
     def emit(layer: QuantizedLayer) -> None:
@@ -244,7 +191,7 @@ def _quantize(
         embedding=embedding,
         finished=finished,
         jobs=jobs,
-        keep=settings.keep_grid,
+        keep=settings.options.keep_grid,
         progress=lambda done, total: progress("quantizing layers", done, total),
     )
     if settings.recipe.kv == "float32":
@@ -314,10 +261,6 @@ def _manifest(settings: ExportSettings, kv_scales: Sequence[tuple[float, float]]
         "provenance": {
             "checkpoint": source.path.name,
             "checkpoint_files": {file.name: file.stat().st_size for file in source.files},
-            "calibration": {
-                "texts": [hashlib.sha256(text.encode()).hexdigest() for text in settings.calibration],
-                "windows": settings.windows,
-                "window_length": settings.window_length,
-            },
+            "options": settings.asked(),
         },
     }

@@ -1,4 +1,4 @@
-"""What an export was asked for, settled and checked: everything that decides the bytes of a bundle.
+"""What an export's options mean for a checkpoint, settled and checked: everything that decides the bytes of a bundle.
 
 Refuses what cannot work before anything is written. Knows options, geometry and texts; makes no weight and no graph.
 """
@@ -6,20 +6,20 @@ Refuses what cannot work before anything is written. Knows options, geometry and
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from headrace import __version__
 from headrace.bundle.grid import Grid
-from headrace.bundle.recipe import Recipe, Rule, load_recipe
+from headrace.bundle.recipe import Recipe, Rule, load_recipe, parse_block
 from headrace.bundle.weights import layouts, quantized_names
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.config import ModelConfig
 from headrace.errors import CalibrationError, ConfigError, RecipeError
+from headrace.exporter.options import ExportOptions
 from headrace.exporter.snapdragon import refuse_blocks, refuse_contexts
 from headrace.model.decoder import EMBEDDING, HEAD
 from headrace.plan import Part, plan_parts
@@ -41,35 +41,21 @@ _SHORT_CONTEXT = 1024  # a device's second: a quarter of the cache to read, for 
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """Everything that decides the bytes of a bundle; an interrupted export goes on only under the same ones.
+    """Everything that decides the bytes of a bundle.
 
     Attributes:
+        options: what was asked, with what was left to the model or the recipe filled in.
         checkpoint: what was opened.
         recipe: with every option in it.
         parts: the plan.
-        prompt_lengths: tokens of prompt steps, falling.
-        contexts: context lengths, rising.
-        calibration: texts.
-        windows, window_length: how texts are cut, tokens.
-        bits, size: the budget; at most one is given.
-        targets: chips to compile for.
-        keep_onnx: device graphs stay in the bundle.
-        keep_grid: weights that lie on their grid stay as they are.
+        texts: of calibration.
     """
 
+    options: ExportOptions
     checkpoint: Checkpoint
     recipe: Recipe
     parts: tuple[Part, ...]
-    prompt_lengths: tuple[int, ...]
-    contexts: tuple[int, ...]
-    calibration: tuple[str, ...]
-    windows: int
-    window_length: int
-    bits: float | None
-    size: int | None
-    targets: tuple[str, ...]
-    keep_onnx: bool
-    keep_grid: bool
+    texts: tuple[str, ...]
 
     @property
     def model(self) -> Source:
@@ -91,76 +77,75 @@ class ExportSettings:
         """Each weight's grid, by canonical name."""
         return {name: rule.grid for name, rule in self.rules.items()}
 
-    def fingerprint(self) -> str:
-        """sha256 over everything above, and over the checkpoint's files by name, size and time."""
+    @property
+    def prompt_lengths(self) -> tuple[int, ...]:
+        """Tokens of prompt steps, longest first."""
+        return self.options.prompt_length[::-1]
+
+    @property
+    def contexts(self) -> tuple[int, ...]:
+        """Context lengths, longest last."""
+        assert self.options.context is not None  # settled
+        return self.options.context
+
+    def asked(self) -> dict[str, Any]:
+        """Every option that decides bytes, as JSON values by field: the manifest keeps them."""
+        values: dict[str, Any] = {}
+        for option in fields(self.options):
+            if option.metadata["decides"]:
+                value = getattr(self.options, option.name)
+                values[option.name] = list(value) if isinstance(value, tuple) else value
+        recipe = self.options.recipe
+        assert isinstance(recipe, Recipe)  # settled
+        names = [file.name for file in self.options.calibration] or ["English topics of Python"]
+        hashes = [hashlib.sha256(text.encode()).hexdigest() for text in self.texts]
+        texts = [{"name": name, "sha256": digest} for name, digest in zip(names, hashes, strict=True)]
+        return values | {"recipe": recipe.to_dict(), "calibration": texts}
+
+    def identity(self) -> dict[str, Any]:
+        """What an interrupted export must still be to go on: the options, the program, the checkpoint's files."""
         # Everything beside the weights too: tokenizer and generation settings become part of the bundle.
         root = self.checkpoint.path
         beside = [file for file in root.iterdir() if file.is_file()] if root.is_dir() else []
-        files = sorted({*self.checkpoint.files, *beside})
-        source = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        texts = [hashlib.sha256(text.encode()).hexdigest() for text in self.calibration]
-        body = [
-            __version__, source, self.recipe.to_dict(), len(self.parts), self.prompt_lengths, self.contexts,
-            texts, self.windows, self.window_length, self.bits, self.size, self.targets, self.keep_onnx,
-            self.keep_grid,
-        ]  # fmt: skip
-        return hashlib.sha256(json.dumps(body).encode()).hexdigest()
+        found = {file: file.stat() for file in sorted({*self.checkpoint.files, *beside})}
+        files = {file.name: [stat.st_size, stat.st_mtime_ns] for file, stat in found.items()}
+        return {"headrace": __version__, "checkpoint": files, **self.asked()}
 
 
-def settle(
-    checkpoint: Path,
-    *,
-    recipe: str | Recipe,
-    block: int | str | None,
-    method: str | None,
-    rotate: bool | None,
-    bits: float | None,
-    size: int | None,
-    kv: str | None,
-    parts: int,
-    prompt_length: int | Sequence[int],
-    context: int | Sequence[int] | None,
-    calibration: Sequence[str | os.PathLike[str]],
-    windows: int,
-    window_length: int,
-    targets: Sequence[str],
-    keep_onnx: bool,
-    keep_grid: bool,
-) -> ExportSettings:
-    """The settings that the options of `export` mean, with the checkpoint opened.
+def settle(checkpoint: Path, options: ExportOptions) -> ExportSettings:
+    """The settings that options mean for a checkpoint, which is opened.
 
     Raises:
         UserError: they are not possible; the message says what and what to do.
     """
     source = open_checkpoint(checkpoint)
-    plan, for_device = plan_parts(source.config, parts), bool(targets) or keep_onnx
-    chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    chosen = replace(chosen, kv=kv or chosen.kv).with_linears(block=block, method=method)
-    # A device's fixed grids hold one huge channel only at the cost of all others: see quantize/rotation.py.
-    if rotate is None:
-        rotate = chosen.rotate or (for_device and not keep_grid)
-    chosen = replace(chosen, rotate=rotate)
-    settings = ExportSettings(
-        checkpoint=source,
-        recipe=chosen,
-        parts=plan,
-        prompt_lengths=_lengths("--prompt-length", prompt_length, source.config)[::-1],
-        contexts=_contexts(source.config, context, prompt_length, plan if for_device else None),
-        calibration=_texts(calibration),
-        windows=windows,
-        window_length=min(window_length, source.config.max_context),
-        bits=bits,
-        size=size,
-        targets=tuple(targets),
-        keep_onnx=keep_onnx,
-        keep_grid=keep_grid,
+    plan = plan_parts(source.config, options.parts)
+    asked = load_recipe(options.recipe) if isinstance(options.recipe, str) else options.recipe
+    if options.method is not None:
+        find_method(options.method)
+    recipe = replace(asked, kv=options.kv or asked.kv).with_linears(
+        block="keep" if options.block is None else parse_block(options.block), method=options.method
     )
+    # A device's fixed grids hold one huge channel only at the cost of all others: see quantize/rotation.py.
+    rotate = options.rotate
+    if rotate is None:
+        rotate = asked.rotate or (options.for_device and not options.keep_grid)
+    recipe = replace(recipe, rotate=rotate)
+    settled = replace(
+        options,
+        recipe=asked,
+        rotate=rotate,
+        kv=recipe.kv,
+        context=_contexts(source.config, options, plan),
+        window_length=min(options.window_length, source.config.max_context),
+    )
+    settings = ExportSettings(settled, source, recipe, plan, _texts(options.calibration))
     _check(settings)
     return settings
 
 
 def _check(settings: ExportSettings) -> None:
-    recipe, rules = settings.recipe, settings.rules
+    options, recipe, rules = settings.options, settings.recipe, settings.rules
     if rules[EMBEDDING].bits != 8 or rules.get(HEAD, rules[EMBEDDING]).bits != 8:
         raise RecipeError(
             f"recipe {recipe.name!r} gives embedding or head less than 8 bits; expected 8, change its rule"
@@ -168,57 +153,50 @@ def _check(settings: ExportSettings) -> None:
     for rule in rules.values():
         find_method(rule.method)
     layouts(settings.config, settings.parts, settings.grids)  # refuses blocks that do not divide
-    if settings.bits is not None or settings.size is not None:
-        spend(recipe, settings.config, _NO_COSTS, bits=settings.bits, size=settings.size, parts=settings.parts)
-    if settings.keep_grid and recipe.rotate:
+    if options.bits is not None or options.size is not None:
+        spend(recipe, settings.config, _NO_COSTS, bits=options.bits, size=options.size, parts=settings.parts)
+    if options.keep_grid and recipe.rotate:
         raise RecipeError("--keep-grid keeps weights as they are and --rotate changes them; expected one of them")
-    for target in settings.targets:
+    for target in options.targets:
         find_soc(target)
-    if settings.targets or settings.keep_onnx:
+    if options.for_device:
         refuse_blocks(rules)
         if recipe.kv != "int8":
             raise RecipeError(
                 f"device graphs need an 8-bit cache and recipe {recipe.name!r} has {recipe.kv}: --kv int8"
             )
-    if settings.targets:
+    if options.targets:
         refuse_contexts((*settings.prompt_lengths, 1), settings.contexts)
         find_toolchain()
 
 
-def _contexts(
-    config: ModelConfig,
-    context: int | Sequence[int] | None,
-    prompt_length: int | Sequence[int],
-    device: Sequence[Part] | None,
-) -> tuple[int, ...]:
-    """Rising; `device`: the parts that a device's compiler will see."""
-    step = _lengths("--prompt-length", prompt_length, config)[-1]
-    if context is None:
+def _contexts(config: ModelConfig, options: ExportOptions, parts: Sequence[Part]) -> tuple[int, ...]:
+    """The context lengths asked for, or those that suit the model and where it runs."""
+    _refuse_beyond("--prompt-length", options.prompt_length, config)
+    step = options.prompt_length[-1]
+    if options.context is None:
         longest = min(_CONTEXT, config.max_context)
-        if device is None or not 2 * step < _SHORT_CONTEXT < longest:
+        if not options.for_device or not 2 * step < _SHORT_CONTEXT < longest:
             return (longest,)
-        affordable = estimate_compile(config, device, 2).peak_bytes <= _COMPILER_MEMORY
+        affordable = estimate_compile(config, parts, 2).peak_bytes <= _COMPILER_MEMORY
         return (_SHORT_CONTEXT, longest) if affordable else (longest,)
-    contexts = _lengths("--context", context, config)
-    if contexts[0] <= step:
-        raise ConfigError(f"--context {contexts[0]} does not exceed --prompt-length {step}; make one of them fit")
-    return contexts
+    _refuse_beyond("--context", options.context, config)
+    if options.context[0] <= step:
+        raise ConfigError(
+            f"--context {options.context[0]} does not exceed --prompt-length {step}; make one of them fit"
+        )
+    return options.context
 
 
-def _lengths(option: str, wanted: int | Sequence[int], config: ModelConfig) -> tuple[int, ...]:
-    """Rising, each possible."""
-    lengths = tuple(sorted({wanted} if isinstance(wanted, int) else set(wanted)))
-    if not lengths:
-        raise ConfigError(f"{option} is empty; expected a length, or several separated by commas")
+def _refuse_beyond(option: str, lengths: Sequence[int], config: ModelConfig) -> None:
     for length in lengths:
-        if not 1 <= length <= config.max_context:
+        if length > config.max_context:
             raise ConfigError(
                 f"{option} {length} is not possible; this model was made for 1 to {config.max_context} tokens"
             )
-    return lengths
 
 
-def _texts(files: Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
+def _texts(files: Sequence[Path]) -> tuple[str, ...]:
     if not files:
         from pydoc_data import topics  # English, a few hundred kilobytes, in every Python
 
@@ -226,7 +204,7 @@ def _texts(files: Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
     texts = []
     for file in files:
         try:
-            texts.append(Path(file).read_text(encoding="utf-8"))
+            texts.append(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise CalibrationError(f"calibration text {file} cannot be read: {error}; expected a UTF-8 file") from None
     return tuple(texts)

@@ -39,9 +39,9 @@ from headrace.quantize.parallel import spread
 from headrace.quantize.pipeline import Source, load_weight, quantize_layer
 from headrace.quantize.tape import Node, Tape
 
-__all__ = ["fisher_gradient", "measure_sensitivity"]
+__all__ = ["RANKING_WINDOWS", "fisher_gradient", "measure_sensitivity"]
 
-_WINDOWS = 4  # 2,048 tokens rank linears
+RANKING_WINDOWS = 4  # 2,048 tokens rank linears
 _RANKING = {"descent": "gptq", "best": "gptq", "awq": "gptq"}  # a longer search ranks no better
 
 
@@ -65,7 +65,7 @@ def measure_sensitivity(
         progress: called with (layers walked, all): forward and back count one each.
     """
     config = source.config
-    windows = evenly(windows, _WINDOWS)
+    windows = evenly(windows, RANKING_WINDOWS)
     rules = {name: replace(rule, method=_RANKING.get(rule.method, rule.method)) for name, rule in rules.items()}
     at = causal_positions(config, windows.shape[1])
     inputs = _forward(source, windows, at, progress)
