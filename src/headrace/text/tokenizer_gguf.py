@@ -16,34 +16,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from headrace.errors import TokenizerError, did_you_mean
+from headrace.text.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 from headrace.text.tokenizer_config import AddedPiece, TokenizerConfig
 
-__all__ = ["PRE_TOKENIZERS", "gguf_vocabulary"]
+__all__ = ["gguf_vocabulary"]
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
-GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
-
-# tokenizer.ggml.pre → the patterns that cut the text, one after the other, each match on its own.
-# Sources: each model family's own tokenizer.json; "default" is llama.cpp's fallback for files that name none.
-PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
-    "gpt-2": (GPT2_SPLIT,),
-    "smollm": (r"\p{N}", GPT2_SPLIT),
-    "starcoder": (r"\p{N}", GPT2_SPLIT),
-    "llama-bpe": (LLAMA3_SPLIT,),
-    "llama3": (LLAMA3_SPLIT,),
-    "llama-v3": (LLAMA3_SPLIT,),
-    "qwen2": (QWEN2_SPLIT,),
-    "deepseek-r1-qwen": (QWEN2_SPLIT,),
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2_SPLIT, r"\p{N}+", r"[0-9][0-9][0-9]"),
-}
-WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3")  # a word that is a token needs no merges
-COMPOSED = ("qwen2", "deepseek-r1-qwen")  # the text is brought to Unicode's NFC first
 EOS_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
@@ -73,13 +52,14 @@ def _sentencepiece(metadata: Mapping[str, Any], pieces: list[str], kinds: list[i
     scores = _list(metadata, "scores", (float, int))
     if len(scores) != len(pieces):
         raise TokenizerError(f"tokenizer.ggml.scores has {len(scores)} entries for {len(pieces)} tokens")
-    if kinds.count(UNKNOWN) != 1:
-        raise TokenizerError(f"the vocabulary has {kinds.count(UNKNOWN)} unknown tokens (token_type 2); expected one")
+    unknown = _unknown(metadata, pieces, kinds)
     model = proto.ModelProto()
     seen: set[str] = set()
     for i, (piece, score, kind) in enumerate(zip(pieces, scores, kinds, strict=True)):
         if not piece or piece in seen:  # padding; SentencePiece wants every spelling once
             piece, kind = f"<unused{i}>", UNUSED
+        if i == unknown or kind == UNKNOWN:
+            kind = UNKNOWN if i == unknown else UNUSED
         if piece in seen or not NORMAL <= kind <= BYTE:
             raise TokenizerError(f"token {i} is {piece!r} of type {kind}; expected a new spelling of type 1 … 6")
         seen.add(piece)
@@ -88,8 +68,8 @@ def _sentencepiece(metadata: Mapping[str, Any], pieces: list[str], kinds: list[i
     trainer.model_type = trainer.BPE
     trainer.vocab_size = len(pieces)
     trainer.byte_fallback = BYTE in kinds
-    trainer.unk_id, trainer.pad_id = kinds.index(UNKNOWN), -1
-    trainer.unk_piece = pieces[trainer.unk_id]
+    trainer.unk_id, trainer.pad_id = unknown, -1
+    trainer.unk_piece = pieces[unknown]
     for mark in ("bos", "eos"):
         token = _token(metadata, f"{mark}_token_id", pieces)
         usable = token is not None and kinds[token] == CONTROL
@@ -103,12 +83,21 @@ def _sentencepiece(metadata: Mapping[str, Any], pieces: list[str], kinds: list[i
     return "tokenizer.model", model.SerializeToString(deterministic=True)
 
 
+def _unknown(metadata: Mapping[str, Any], pieces: list[str], kinds: list[int]) -> int:
+    """The one unknown token that SentencePiece wants: as the file names it, else the first of that kind.
+
+    Converters give padding at a vocabulary's end that kind too (Phi-3: 53 of them); it stands for no text.
+    """
+    named = _token(metadata, "unknown_token_id", pieces)
+    if named is not None and kinds[named] in (UNKNOWN, CONTROL):
+        return named
+    if UNKNOWN not in kinds:
+        raise TokenizerError("the vocabulary has no unknown token (token_type 2); expected one")
+    return kinds.index(UNKNOWN)
+
+
 def _byte_level(metadata: Mapping[str, Any], pieces: list[str], kinds: list[int]) -> tuple[str, bytes]:
-    pre = metadata.get("tokenizer.ggml.pre", "default")
-    if pre not in PRE_TOKENIZERS:
-        known = ", ".join(PRE_TOKENIZERS)
-        hint = did_you_mean(str(pre), PRE_TOKENIZERS)
-        raise TokenizerError(f"tokenizer.ggml.pre is {pre!r}; expected one of {known}{hint}")
+    way = _pre_tokenizer(metadata)
     vocabulary: dict[str, int] = {}
     added = []
     for i, (piece, kind) in enumerate(zip(pieces, kinds, strict=True)):
@@ -124,7 +113,7 @@ def _byte_level(metadata: Mapping[str, Any], pieces: list[str], kinds: list[int]
         merges.append([left, right])
     cuts: list[dict[str, Any]] = [
         {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-        for pattern in PRE_TOKENIZERS[pre]
+        for pattern in way.patterns
     ]
     prefix = _flag(metadata, "add_space_prefix", False)
     byte_level = {"type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": True, "use_regex": False}
@@ -135,7 +124,7 @@ def _byte_level(metadata: Mapping[str, Any], pieces: list[str], kinds: list[int]
         "truncation": None,
         "padding": None,
         "added_tokens": added,
-        "normalizer": {"type": "NFC"} if pre in COMPOSED else None,
+        "normalizer": {"type": "NFC"} if way.composes else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*cuts, byte_level]},
         "post_processor": None,
         "decoder": byte_level,
@@ -147,7 +136,7 @@ def _byte_level(metadata: Mapping[str, Any], pieces: list[str], kinds: list[int]
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": pre in WHOLE_WORDS_FIRST,
+            "ignore_merges": way.whole_words_first,
             "vocab": vocabulary,
             "merges": merges,
         },
@@ -165,8 +154,8 @@ def _config(metadata: Mapping[str, Any], kind: str, pieces: list[str], kinds: li
     ends = [_token(metadata, key, pieces) for key in EOS_KEYS]
     eos = ends[0]
     template = metadata.get("tokenizer.chat_template")
-    # Only Llama 3's byte-level vocabularies begin a text with bos; SentencePiece ones do, but not Baichuan's.
-    begins = not _is_baichuan(metadata) if kind == "llama" else metadata.get("tokenizer.ggml.pre") in WHOLE_WORDS_FIRST
+    # SentencePiece vocabularies begin a text with bos, but not Baichuan's; few byte-level ones do.
+    begins = not _is_baichuan(metadata) if kind == "llama" else _pre_tokenizer(metadata).begins
     # SentencePiece keeps control tokens in the model; one that ends a text must be special whatever its kind says.
     loose = {i for i in ends if i is not None and kinds[i] != CONTROL}
     return TokenizerConfig(
@@ -177,6 +166,15 @@ def _config(metadata: Mapping[str, Any], kind: str, pieces: list[str], kinds: li
         added={i: AddedPiece(pieces[i], True) for i in sorted(loose)},
         chat_template=template if isinstance(template, str) and template else None,
     )
+
+
+def _pre_tokenizer(metadata: Mapping[str, Any]) -> PreTokenizer:
+    name = metadata.get("tokenizer.ggml.pre", "default")
+    if not isinstance(name, str) or name not in PRE_TOKENIZERS:
+        known = ", ".join(PRE_TOKENIZERS)
+        hint = did_you_mean(str(name), PRE_TOKENIZERS)
+        raise TokenizerError(f"tokenizer.ggml.pre is {name!r}; expected one of {known}{hint}")
+    return PRE_TOKENIZERS[name]
 
 
 def _is_baichuan(metadata: Mapping[str, Any]) -> bool:
