@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from headrace.errors import ConfigError, did_you_mean
+from headrace.errors import ConfigError, did_you_mean, shown
 
 __all__ = ["ModelConfig", "RopeScaling", "positive_int"]
 
@@ -135,5 +135,5 @@ def positive_int(name: str, value: object, limit: int = 1 << 31) -> int:
         ConfigError: it is anything else.
     """
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= limit:
-        raise ConfigError(f"{name} is {value!r}; expected a whole number from 1 to {limit}")
+        raise ConfigError(f"{name} is {shown(value)}; expected a whole number from 1 to {limit}")
     return value

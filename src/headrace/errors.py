@@ -19,6 +19,7 @@ This file does not know who prints the messages.
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "UserError",
     "VerificationFailed",
     "did_you_mean",
+    "shown",
 ]
 
 
@@ -93,3 +95,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A hint for a misspelt word: `"; did you mean 'x'?"`, or an empty string when nothing is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def shown(value: object, longest: int = 80) -> str:
+    """A foreign value for a message: its repr on one line, at most `longest` characters, however large it is."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother, short.maxlong = 2, longest, longest, longest
+    text = short.repr(value)
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"

@@ -16,7 +16,16 @@ from typing import IO, Any
 
 from headrace.errors import BundleError, UserError
 
-__all__ = ["JSON_LIMIT", "read_json", "sha256_file", "sync", "temporary_name", "whole_file", "write_file"]
+__all__ = [
+    "JSON_LIMIT",
+    "read_json",
+    "sha256_file",
+    "stands_for",
+    "sync",
+    "temporary_name",
+    "whole_file",
+    "write_file",
+]
 
 JSON_LIMIT = 64 << 20  # bytes; the shard index of the largest models is a few MB
 
@@ -39,6 +48,8 @@ def read_json(path: Path, *, error: type[UserError] = BundleError, advice: str =
             data = file.read(JSON_LIMIT + 1)
         if len(data) > JSON_LIMIT:
             raise error(f"{path} has {path.stat().st_size} bytes; expected at most {JSON_LIMIT}")
+        if instead := stands_for(data[:512]):
+            raise error(f"{path} is {instead}")
         value = json.loads(data.decode("utf-8"))
     except OSError as cause:
         raise error(f"{path} cannot be read ({cause}): {advice}") from None
@@ -47,6 +58,22 @@ def read_json(path: Path, *, error: type[UserError] = BundleError, advice: str =
     if not isinstance(value, dict):
         raise error(f"{path} holds a {type(value).__name__}; expected a JSON object: {advice}")
     return value
+
+
+def stands_for(beginning: bytes) -> str | None:
+    """What a download left instead of the file it was asked for, and what to do; None for anything else.
+
+    A repository cloned without git-lfs holds three lines of text in place of each large file, a broken link gives a
+    page of HTML, and a hub answers a wrong address with a sentence.
+    """
+    if beginning.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "a git-lfs pointer, not the file itself; expected its content; run: git lfs pull"
+    start = beginning.lstrip().lower()
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "a page of HTML, not the file itself; expected its content; fetch it again"
+    if start.startswith((b"entry not found", b"repository not found", b"access to model", b"invalid username or")):
+        return f"a hub's answer ({start[:15].decode('ascii', 'replace')!r} …), not the file; fetch it again"
+    return None
 
 
 def temporary_name(path: Path) -> Path:

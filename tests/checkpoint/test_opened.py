@@ -156,7 +156,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "huge config": (lambda f: os.truncate(f / "config.json", 1 << 30), "has 1073741824 bytes; expected at most"),
     "theta is infinite": (lambda f: edit_config(f, rope_theta=float("inf")), "finite number"),
     "tied is a word": (lambda f: edit_config(f, tie_word_embeddings="no"), "expected true or false"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no weights; expected one of model.safetensors"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no weights; expected model.safetensors or"),
     "heads do not divide": (lambda f: edit_config(f, head_dim=None, num_attention_heads=5), "not a multiple"),
 }  # fmt: skip
 

@@ -55,7 +55,9 @@ def test_bad_header(tmp_path: Path, case: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dtype": "I64"}, "expected one of F32, F16, BF16"),
+        ({"dtype": "I128"}, "expected one of F32, F16, BF16"),
+        ({"dtype": ["F32"]}, "expected one of F32, F16, BF16"),
+        ({"dtype": "F64"}, "has 16 bytes; expected 32"),
         ({"shape": [2, 3]}, "has 16 bytes; expected 24"),
         ({"shape": [-2, -2]}, "has shape"),
         ({"shape": [True, 4]}, "has shape"),
@@ -99,8 +101,12 @@ INDEXES = [
     ({"weight_map": []}, "has no weight_map"),
     ({"weight_map": {"a": "../model.safetensors"}}, "expected a file name inside the folder"),
     ({"weight_map": {"a": 3}}, "expected a file name inside the folder"),
-    ({"weight_map": {"a": "absent.safetensors"}}, "absent.safetensors is missing"),
-    ({"weight_map": {"a": "model-00001-of-00002.safetensors"}}, "has no tensor 'a'"),
+    ({"weight_map": {"a": ""}}, "expected a file name inside the folder"),
+    ({"weight_map": {"a": ".."}}, "expected a file name inside the folder"),
+    (
+        {"weight_map": {"a": "absent.safetensors", "b": "model-00001-of-00002.safetensors"}},
+        "absent.safetensors is missing",
+    ),
 ]
 
 

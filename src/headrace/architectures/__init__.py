@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from headrace.architectures import baichuan, llama
 from headrace.architectures.source import Source
 from headrace.config import ModelConfig
-from headrace.errors import ConfigError, did_you_mean
+from headrace.errors import ConfigError, did_you_mean, shown
 
 __all__ = ["ARCHITECTURES", "Architecture", "Source", "architecture_for"]
 
@@ -42,6 +42,6 @@ def architecture_for(model_type: object) -> Architecture:
     if isinstance(model_type, str) and model_type in ARCHITECTURES:
         return ARCHITECTURES[model_type]
     raise ConfigError(
-        f"model_type {model_type!r} is not known; known are {', '.join(sorted(ARCHITECTURES))}"
-        f"{did_you_mean(str(model_type), ARCHITECTURES)}"
+        f"model_type {shown(model_type)} is not known; known are {', '.join(sorted(ARCHITECTURES))}"
+        f"{did_you_mean(str(model_type)[:80], ARCHITECTURES)}"
     )

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from headrace.architectures.fields import boolean, integer, number, require_silu, rope
+from headrace.architectures.fields import boolean, context, integer, number, require_silu, rope
 from headrace.architectures.source import Source, llama_sources
 from headrace.config import ModelConfig
 from headrace.errors import ConfigError, did_you_mean
@@ -20,6 +20,7 @@ from headrace.errors import ConfigError, did_you_mean
 __all__ = ["config", "sources"]
 
 DEFAULT_RMS_NORM_EPS = 1e-6  # BaichuanConfig's
+DEFAULT_CONTEXT = 4096  # BaichuanConfig's max_position_embeddings
 ALIBI_HIDDEN_SIZE = 5120  # the 13B models: some of their configs say nothing else about ALiBi
 NORM_HEAD = {"BaiChuanForCausalLM": False, "BaichuanForCausalLM": True}  # v1, v2: they differ by one capital letter
 
@@ -53,7 +54,7 @@ def config(raw: Mapping[str, Any]) -> ModelConfig:
         head_dim=hidden // heads,
         rms_norm_eps=number(raw, "rms_norm_eps", DEFAULT_RMS_NORM_EPS),
         rope_theta=theta,
-        max_context=integer(raw, "max_position_embeddings", "model_max_length"),
+        max_context=context(raw, DEFAULT_CONTEXT),
         tied_head=boolean(raw, "tie_word_embeddings", False),
         rope_scaling=scaling,
     )

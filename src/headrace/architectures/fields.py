@@ -7,11 +7,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from headrace.config import RopeScaling, positive_int
-from headrace.errors import ConfigError
+from headrace.errors import ConfigError, shown
 
-__all__ = ["boolean", "integer", "number", "require_silu", "rope"]
+__all__ = ["boolean", "context", "integer", "number", "require_silu", "rope"]
 
 DEFAULT_ROPE_THETA = 10000.0  # RoFormer's base, what every model that names none was trained with
+DEFAULT_CONTEXT = 2048  # LlamaConfig's max_position_embeddings
+CONTEXT_KEYS = ("max_position_embeddings", "max_sequence_length", "model_max_length", "n_positions", "seq_length")
+
+# Ways to stretch rotary positions that headrace does not have. The first group leaves a model as it is up to its
+# original context; the others change it everywhere, or are for images.
+STRETCHED_LATER = ("yarn", "dynamic", "ntk")
+STRETCHED_ALWAYS = ("longrope", "su", "mrope", "proportional")
 
 
 def integer(raw: Mapping[str, Any], *keys: str, default: int | None = None) -> int:
@@ -38,7 +45,7 @@ def number(raw: Mapping[str, Any], key: str, default: float) -> float:
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"{key} is {value!r}; expected a finite number")
+        raise ConfigError(f"{key} is {shown(value)}; expected a finite number")
     return float(value)
 
 
@@ -52,8 +59,17 @@ def boolean(raw: Mapping[str, Any], key: str, default: bool) -> bool:
     if value is None:
         return default
     if not isinstance(value, bool):
-        raise ConfigError(f"{key} is {value!r}; expected true or false")
+        raise ConfigError(f"{key} is {shown(value)}; expected true or false")
     return value
+
+
+def context(raw: Mapping[str, Any], default: int = DEFAULT_CONTEXT) -> int:
+    """The longest context a config states, under any of the names it has had; the default when it states none.
+
+    Raises:
+        ConfigError: the value is out of range.
+    """
+    return integer(raw, *CONTEXT_KEYS, default=default)
 
 
 def require_silu(raw: Mapping[str, Any]) -> None:
@@ -62,24 +78,34 @@ def require_silu(raw: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: hidden_act is something else.
     """
-    act = raw.get("hidden_act", "silu")
-    if act not in ("silu", "swish"):
-        raise ConfigError(f"hidden_act {act!r} is not supported; expected 'silu'")
+    act = raw.get("hidden_act")
+    if act not in (None, "silu", "swish"):
+        raise ConfigError(f"hidden_act {shown(act)} is not supported; expected 'silu'")
 
 
 def rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """Rotary base and scaling, from rope_theta and rope_scaling, or from the newer rope_parameters.
 
     Raises:
-        ConfigError: the scaling is neither linear nor llama3, or a number is missing.
+        ConfigError: the scaling is neither linear nor llama3, only a part of a head is turned, or a number is missing.
     """
     section = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(section, Mapping):
-        raise ConfigError(f"rope_scaling is {section!r}; expected an object or null")
+        raise ConfigError(f"rope_scaling is {shown(section)}; expected an object or null")
+    if any(isinstance(value, Mapping) for value in section.values()):
+        raise ConfigError(f"rope_parameters differ by layer ({shown(list(section))}); expected one kind for all layers")
     theta = number(section, "rope_theta", number(raw, "rope_theta", DEFAULT_ROPE_THETA))
-    kind = section.get("rope_type", section.get("type", "default"))
-    if kind == "default":
-        return theta, None
+    turned = number(section, "partial_rotary_factor", number(raw, "partial_rotary_factor", 1.0))
+    if turned != 1.0:
+        raise ConfigError(f"partial_rotary_factor is {turned}, which is not supported; expected 1: whole heads turned")
+    # Some configs have both keys, and the older one tells mrope where the newer one says default.
+    kinds = [section[key] for key in ("type", "rope_type") if section.get(key) not in (None, "default")]
+    if not kinds:
+        if "mrope_section" in section:
+            kinds = ["mrope"]
+        else:
+            return theta, None
+    kind = kinds[0]
     if kind == "linear":
         return theta, RopeScaling("linear", number(section, "factor", 0.0))
     if kind == "llama3":
@@ -96,4 +122,11 @@ def rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
                 f"low_freq_factor {scaling.low_freq_factor}"
             )
         return theta, scaling
-    raise ConfigError(f"rope_scaling {kind!r} is not supported; expected 'default', 'linear' or 'llama3'")
+    advice = ""
+    if kind in STRETCHED_LATER:
+        length = section.get("original_max_position_embeddings")
+        upto = f"of {length} tokens" if isinstance(length, int) and 0 < length < 1 << 31 else "it was trained with"
+        advice = f"; without it the model is the same up to the context {upto}: remove rope_scaling from config.json"
+    elif kind in STRETCHED_ALWAYS:
+        advice = "; fetch a model without it"
+    raise ConfigError(f"rope_scaling {shown(kind)} is not supported; expected 'default', 'linear' or 'llama3'{advice}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from headrace.architectures.fields import boolean, integer, number, require_silu, rope
+from headrace.architectures.fields import boolean, context, integer, number, require_silu, rope
 from headrace.architectures.source import Source, llama_sources
 from headrace.config import ModelConfig
 from headrace.errors import ConfigError
@@ -46,7 +46,7 @@ def config(raw: Mapping[str, Any]) -> ModelConfig:
         head_dim=integer(raw, "head_dim", default=max(hidden // heads, 1)),
         rms_norm_eps=number(raw, "rms_norm_eps", DEFAULT_RMS_NORM_EPS),
         rope_theta=theta,
-        max_context=integer(raw, "max_position_embeddings"),
+        max_context=context(raw),
         tied_head=boolean(raw, "tie_word_embeddings", False),
         rope_scaling=scaling,
     )
