@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bundle": {"config", "model", "plan"},
     "quantize": {"bundle", "checkpoint", "config", "model", "plan"},
     "graph": {"bundle", "config", "model", "plan"},
+    "native": {"bundle", "config", "model", "runtime"},
     "text": set(),
     "runtime": {"text"},
     "targets": {"bundle", "config", "model", "plan", "runtime"},
@@ -48,13 +49,15 @@ MAY_IMPORT: dict[str, set[str]] = {
         "text",
     },
     "cli": {
-        "bundle", "checkpoint", "exporter", "genie_model", "language_model", "measure", "runtime", "targets", "text",
+        "bundle", "checkpoint", "exporter", "genie_model", "language_model", "measure", "native", "runtime", "targets",
+        "text",
     },
     "__main__": {"cli"},
 }  # fmt: skip
 NEVER = {  # what a part of the package must not pull in, even indirectly
     "headrace.runtime.generate": ("onnx", "onnx_ir", "torch", "onnxruntime"),
     "headrace.language_model": ("onnx", "onnx_ir", "torch"),
+    "headrace.native.program": ("onnx", "onnx_ir", "torch", "onnxruntime"),
     "headrace.targets.host.runner": ("onnx", "onnx_ir", "torch"),
     "headrace.exporter.job": ("torch", "onnxruntime", "onnxruntime_qnn"),
 }

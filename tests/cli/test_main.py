@@ -109,6 +109,15 @@ def test_inspect(run: Run, exports: Exports) -> None:
     assert run("inspect", exports.checkpoint(), "--json").json["summary"]["kind"] == "checkpoint"
 
 
+def test_inspect_program(run: Run, exports: Exports) -> None:
+    listing = run("inspect", exports.bundle(), "--program")
+    assert (listing.status, listing.err) == (0, "")
+    assert "attention" in listing.out
+    instructions = run("inspect", exports.bundle(), "--program", "--json").json["instructions"]
+    assert len(listing.out.splitlines()) == len(instructions) + 5
+    one_line(run("inspect", exports.checkpoint(), "--program"), "headrace.json", "headrace export")
+
+
 def test_bench(run: Run, exports: Exports) -> None:
     small = ("-p", "8,40", "-n", "4", "-d", "8", "-r", "2")
     report = run("bench", exports.bundle(), *small, "--json").json

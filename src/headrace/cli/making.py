@@ -31,9 +31,23 @@ def pull(
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint or a bundle.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="Also list every tensor.")] = False,
+    program: Annotated[
+        bool, typer.Option("--program", help="Instead: a bundle's instructions for the native engine.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Show geometry, tensors, precisions and sizes."""
+    if program:
+        from headrace.bundle.folder import open_bundle
+        from headrace.native.listing import program_lines
+        from headrace.native.program import record_program
+
+        recorded = record_program(open_bundle(path))
+        if json:
+            print_json(recorded.to_dict())
+        else:
+            typer.echo("\n".join(program_lines(recorded)))
+        return
     from headrace.measure.inspection import inspect_path
 
     report = inspect_path(path)

@@ -9,12 +9,12 @@ import onnx_ir as ir
 
 from headrace.config import ModelConfig
 from headrace.graph.build import GraphBuilder
-from headrace.model.ops import Ops
+from headrace.model.ops import PrimitiveOps
 
 __all__ = ["Recorder"]
 
 
-class Recorder(Ops[ir.Value]):
+class Recorder(PrimitiveOps[ir.Value]):
     """Records float ONNX operators into a graph; `embed`, `linear` and `rms_norm` are the emitters' own."""
 
     def __init__(self, config: ModelConfig, graph: GraphBuilder) -> None:

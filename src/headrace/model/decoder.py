@@ -65,10 +65,16 @@ def embed(ops: Ops[T], ids: T) -> Residual[T]:
 
 
 def block(
-    ops: Ops[T], layer: int, stream: Residual[T], at: Positions[T], past: tuple[T, T] | None
+    ops: Ops[T],
+    layer: int,
+    stream: Residual[T],
+    at: Positions[T],
+    past: tuple[T, T] | None,
+    wanted: T | None = None,
 ) -> tuple[Residual[T], tuple[T, T]]:
-    """One layer: the stream after it, and its new keys and values (see `Ops.attention`)."""
-    steps = walk(ops, layer, stream, at, past)
+    """One layer: the stream after it, and its new keys and values (see `Ops.attention`); of the wanted tokens alone,
+    which is enough after the last layer: the others' keys and values are all that later tokens see of them."""
+    steps = walk(ops, layer, stream, at, past, wanted)
     while True:
         try:
             next(steps)
@@ -77,7 +83,12 @@ def block(
 
 
 def walk(
-    ops: Ops[T], layer: int, stream: Residual[T], at: Positions[T], past: tuple[T, T] | None
+    ops: Ops[T],
+    layer: int,
+    stream: Residual[T],
+    at: Positions[T],
+    past: tuple[T, T] | None,
+    wanted: T | None = None,
 ) -> Generator[tuple[tuple[str, ...], T], None, tuple[Residual[T], tuple[T, T]]]:
     """`block`, a step at a time: yields each group of linears and their input, before they are computed.
 
@@ -89,6 +100,8 @@ def walk(
     yield projections, normed
     q, k, v = ops.linears(normed, projections)
     mixed, new = ops.attention(q, k, v, at, past, f"{p}.self_attn")
+    if wanted is not None:
+        mixed, x = ops.rows(mixed, wanted), ops.rows(x, wanted)
     del stream, normed, q, k, v
     yield output, mixed
     update = ops.linear(mixed, output[0])

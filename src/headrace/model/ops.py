@@ -1,8 +1,8 @@
 """The Ops seam: what the decoder may ask for, and Eager, its NumPy interpretation.
 
-The decoder is written once over `Ops[T]`. For Eager, T is a NumPy array; for the graph emitters, T is a value of
-a graph being recorded. Primitives are abstract; composites have a default built from primitives, which an
-interpretation may replace by a fused operator.
+The decoder is written once over `Ops[T]`. For Eager, T is a NumPy array; for the emitters, T is a value of a graph or
+a program being recorded. `PrimitiveOps` builds attention and the gate of primitives, which an interpretation may
+replace by a fused operator; one that knows only the fused operations (native/program.py) is an `Ops` itself.
 
 Every primitive whose result a fixed-point device must represent takes the result's `name`; `linear`, `embed` and
 `rms_norm` are named after their weight. Eager shows each named result to `tap`, the place where calibration looks
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from headrace.config import ModelConfig
 
-__all__ = ["Array", "Eager", "Ops", "Positions"]
+__all__ = ["Array", "Eager", "Ops", "Positions", "PrimitiveOps"]
 
 T = TypeVar("T")
 Array = NDArray[np.float32]
@@ -44,12 +44,10 @@ class Positions(Generic[T]):
 
 
 class Ops(ABC, Generic[T]):
-    """The operations a decoder is made of. B: batch, S: tokens of the step, C: past + S, D: head_dim."""
+    """What the decoder asks for. B: batch, S: tokens of the step, C: past + S, D: head_dim."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
-
-    # Primitives.
 
     @abstractmethod
     def embed(self, ids: T, weight: str) -> T:
@@ -59,9 +57,52 @@ class Ops(ABC, Generic[T]):
     def linear(self, x: T, weight: str) -> T:
         """x (…, K) by a weight (N, K), transposed → (…, N)."""
 
+    def linears(self, x: T, weights: Sequence[str]) -> tuple[T, ...]:
+        """Several linears of one input."""
+        return tuple(self.linear(x, weight) for weight in weights)
+
     @abstractmethod
     def rms_norm(self, x: T, weight: str) -> T:
         """x / sqrt(mean(x²) + eps) · weight, over the last axis."""
+
+    @abstractmethod
+    def add(self, a: T, b: T, name: str) -> T:
+        """Elementwise sum with broadcasting."""
+
+    def add_norm(self, x: T, update: T, weight: str, name: str) -> tuple[T, T]:
+        """The residual sum, and its RMSNorm: (rms_norm(x + update), x + update)."""
+        total = self.add(x, update, name)
+        return self.rms_norm(total, weight), total
+
+    @abstractmethod
+    def rows(self, x: T, wanted: T) -> T:
+        """The wanted tokens of x (B, S, H) → (B, R, H)."""
+
+    @abstractmethod
+    def gated(self, gate: T, up: T, name: str) -> T:
+        """silu(gate) · up; `name` is the prefix of the results' names."""
+
+    @abstractmethod
+    def attention(
+        self, q: T, k: T, v: T, at: Positions[T], past: tuple[T, T] | None, name: str
+    ) -> tuple[T, tuple[T, T]]:
+        """Causal grouped-query attention with a KV cache.
+
+        Args:
+            q: (B, S, heads·D); k, v: (B, S, kv_heads·D), before rope.
+            at: positions of the S tokens.
+            past: keys (B, kv_heads, D, P), after rope, and values (B, kv_heads, P, D); None when there are none.
+            name: prefix of the results' names.
+
+        Returns:
+            (B, S, heads·D) and the step's own keys (B, kv_heads, D, S) and values (B, kv_heads, S, D).
+        """
+
+
+class PrimitiveOps(Ops[T]):
+    """Single products, sums and shapes, and the decoder's composites made of them."""
+
+    # Primitives.
 
     @abstractmethod
     def matmul(self, a: T, b: T, name: str) -> T:
@@ -74,10 +115,6 @@ class Ops(ABC, Generic[T]):
     @abstractmethod
     def sigmoid(self, x: T, name: str) -> T:
         """1 / (1 + exp(−x))."""
-
-    @abstractmethod
-    def add(self, a: T, b: T, name: str) -> T:
-        """Elementwise sum with broadcasting."""
 
     @abstractmethod
     def subtract(self, a: T, b: T, name: str) -> T:
@@ -108,25 +145,16 @@ class Ops(ABC, Generic[T]):
         """Axes in a new order."""
 
     @abstractmethod
-    def rows(self, x: T, wanted: T) -> T:
-        """The wanted tokens of x (B, S, H) → (B, R, H)."""
-
-    @abstractmethod
     def to_cache(self, x: T, name: str) -> T:
         """What the KV cache gives back for x: the place of its 8-bit quantization."""
 
     # Composites.
-
-    def linears(self, x: T, weights: Sequence[str]) -> tuple[T, ...]:
-        """Several linears of one input."""
-        return tuple(self.linear(x, weight) for weight in weights)
 
     def silu(self, x: T, name: str) -> T:
         """x · sigmoid(x)."""
         return self.multiply(x, self.sigmoid(x, f"{name}.sigmoid"), name)
 
     def gated(self, gate: T, up: T, name: str) -> T:
-        """silu(gate) · up; `name` is the prefix of the results' names."""
         return self.multiply(self.silu(gate, f"{name}.silu"), up, f"{name}.gated")
 
     def rope(self, x: T, at: Positions[T], name: str) -> T:
@@ -145,25 +173,9 @@ class Ops(ABC, Generic[T]):
         )
         return self.concat([turned_low, turned_high], 3, name)
 
-    def add_norm(self, x: T, update: T, weight: str, name: str) -> tuple[T, T]:
-        """The residual sum, and its RMSNorm: (rms_norm(x + update), x + update)."""
-        total = self.add(x, update, name)
-        return self.rms_norm(total, weight), total
-
     def attention(
         self, q: T, k: T, v: T, at: Positions[T], past: tuple[T, T] | None, name: str
     ) -> tuple[T, tuple[T, T]]:
-        """Causal grouped-query attention with a KV cache.
-
-        Args:
-            q: (B, S, heads·D); k, v: (B, S, kv_heads·D), before rope.
-            at: positions of the S tokens.
-            past: keys (B, kv_heads, D, P), after rope, and values (B, kv_heads, P, D); None when there are none.
-            name: prefix of the results' names.
-
-        Returns:
-            (B, S, heads·D) and the step's own keys (B, kv_heads, D, S) and values (B, kv_heads, S, D).
-        """
         q, new_k, new_v = self.rotated(q, k, v, at, name)
         keys = new_k if past is None else self.concat([past[0], new_k], 3, f"{name}.k_cache")
         values = new_v if past is None else self.concat([past[1], new_v], 2, f"{name}.v_cache")
@@ -201,7 +213,7 @@ class Ops(ABC, Generic[T]):
         return self.transpose(self.reshape(x, (0, 0, heads, self.config.head_dim)), (0, 2, 1, 3))
 
 
-class Eager(Ops[Array]):
+class Eager(PrimitiveOps[Array]):
     """NumPy, float32: the oracle of every other interpretation.
 
     Args:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from headrace.config import ModelConfig
-from headrace.model.ops import Array, Eager, Ops, Positions
+from headrace.model.ops import Array, Eager, Positions, PrimitiveOps
 
 __all__ = ["Node", "Tape"]
 
@@ -43,7 +43,7 @@ class Node:
         self.grad = grad if self.grad is None else self.grad + grad
 
 
-class Tape(Ops[Node]):
+class Tape(PrimitiveOps[Node]):
     """Records operations on Nodes.
 
     Args:

@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from headrace.bundle.encodings import ANGLE, MASK, Encoding
 from headrace.config import ModelConfig
 from headrace.model import decoder
-from headrace.model.ops import Array, Eager, Ops, Positions
+from headrace.model.ops import Array, Eager, Positions, PrimitiveOps
 from headrace.model.rope import rope_tables
 from headrace.plan import MASK_DEPTH, GraphStyle, Part, graph_name, plan_parts, ports
 
@@ -173,7 +173,7 @@ class Value:
     encoding: Encoding | None
 
 
-class QdqOps(Ops[Value]):
+class QdqOps(PrimitiveOps[Value]):
     """Records the decoder as QDQ nodes."""
 
     def __init__(self, model: TinyModel) -> None:
