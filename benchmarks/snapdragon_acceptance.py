@@ -27,7 +27,7 @@ import headrace
 from headrace.bundle.folder import Bundle, open_bundle
 from headrace.exporter.snapdragon import Emulated, emulate, kept_device_graphs
 from headrace.measure.device_parity import emulated_loop
-from headrace.runtime.engine import Runner
+from headrace.runtime.runner import Runner, Span
 from headrace.targets.device import DeviceRunner
 from headrace.targets.device_loop import DeviceLoop
 from headrace.targets.host.runner import HostRunner
@@ -75,12 +75,10 @@ def divergence(p: NDArray[np.float32], q: NDArray[np.float32]) -> NDArray[np.flo
 
 def rows_of(runner: Runner, ids: Sequence[int], first: int) -> NDArray[np.float32]:
     """Logits after ids[first:] of a runner that starts anew."""
-    rows, start = [], 0
-    whole = np.asarray(ids, np.int64)
-    while start < len(whole):
-        step = whole[start : start + runner.prompt_length]
-        rows.append(runner.step(step, start, np.arange(max(first - start, 0), len(step))))
-        start += len(step)
+    rows = []
+    for start in range(0, len(ids), runner.prompt_length):
+        step = tuple(ids[start : start + runner.prompt_length])
+        rows.append(runner.run([Span(0, start, step, tuple(range(max(first - start, 0), len(step))))]))
     return np.concatenate(rows)
 
 

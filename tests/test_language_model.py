@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ import pytest
 import headrace
 from headrace.errors import BundleError, ContextFull, TargetError, UserError
 from headrace.language_model import LanguageModel
+from headrace.runtime.runner import Span
+from headrace.runtime.sequence import common_prefix
 from headrace.text.turns import IdTurns, Message, RawTurns, TemplateTurns
 from tests.exports import CONTEXT, VOCAB, Exports
 
@@ -97,32 +101,52 @@ def test_each_model_has_its_own_turns(models: dict[str, LanguageModel]) -> None:
     assert isinstance(models["mha"].chat(raw=True).turns, RawTurns)
 
 
+class Spans:
+    """What a model computes while the block runs."""
+
+    def __init__(self, model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made: list[Span] = []
+        run = model.engine.runner.run
+        monkeypatch.setattr(model.engine.runner, "run", lambda spans: (self.made.extend(spans), run(spans))[1])
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(span.ids) for span in self.made)
+
+
 @pytest.mark.parametrize("kind", ["tied", "mha"])
-def test_a_conversation_keeps_its_cache(models: dict[str, LanguageModel], kind: str) -> None:
+def test_a_conversation_keeps_its_cache(
+    models: dict[str, LanguageModel], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The next prompt begins with the tokens that are in the cache; only what is new is computed."""
     model = models[kind]
     chat = model.chat("Be brief.")
-    first = list(chat.say("The river", max_tokens=6, options=model.sampling_options(temperature=0.0)))
+    greedy = model.sampling_options(temperature=0.0)
+    first = list(chat.say("The river", max_tokens=6, options=greedy))
     assert [m.role for m in chat.messages] == ["system", "user", "assistant"]
     assert chat.messages[-1].content == text(first)
-    before = list(model.engine.tokens)
+    before = model.turns.render(chat.messages[:2], CONTEXT)
     prompt = model.turns.render([*chat.messages, Message("user", "the sea")], CONTEXT)
-    if kind == "mha":  # turn ids: nothing stands between turns
-        assert prompt[: len(before)] == before
-    list(chat.say("the sea", max_tokens=2, options=model.sampling_options(temperature=0.0)))
-    assert model.engine.tokens[: len(prompt)] == prompt
+    spans = Spans(model, monkeypatch)
+    list(chat.say("the sea", max_tokens=1, options=greedy))
+    shared = common_prefix(prompt, before + [t.id for t in first[:-1]])
+    assert shared >= len(before)
+    assert spans.tokens == len(prompt) - shared
     assert [m.role for m in chat.messages] == ["system", "user", "assistant", "user", "assistant"]
 
 
-def test_baichuan_turns_are_ids(models: dict[str, LanguageModel]) -> None:
+def test_baichuan_turns_are_ids(models: dict[str, LanguageModel], monkeypatch: pytest.MonkeyPatch) -> None:
     model = models["mha"]
     chat = model.chat()
     first = [t.id for t in chat.say("The river", max_tokens=4, options=model.sampling_options(temperature=0.0))]
+    spans = Spans(model, monkeypatch)
     list(chat.say("the sea", max_tokens=1, options=model.sampling_options(temperature=0.0)))
     encode = model.tokenizer.encode
     said = [t for t in first if t not in model.turns.stop_ids]
     expected = [195, *encode("The river"), 196, *said, 195, *encode("the sea"), 196]
-    assert model.engine.tokens[: len(expected)] == expected
+    assert expected[spans.made[0].start :] == [token for span in spans.made for token in span.ids]
+    # The last token of an answer that was cut was chosen, but never computed.
+    assert len(expected) - spans.made[0].start == (1 if said == first else 0) + 1 + len(encode("the sea")) + 1
 
 
 def test_an_answer_closed_early_stays_in_the_conversation(models: dict[str, LanguageModel]) -> None:
@@ -136,17 +160,18 @@ def test_an_answer_closed_early_stays_in_the_conversation(models: dict[str, Lang
     assert len(chat.messages) == 4
 
 
-def test_the_oldest_rounds_go_when_the_context_fills(models: dict[str, LanguageModel]) -> None:
+def test_the_oldest_rounds_go_when_the_context_fills(
+    models: dict[str, LanguageModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = models["mha"]
     chat = model.chat("sea")
+    spans = Spans(model, monkeypatch)
     options = model.sampling_options(temperature=0.0)
     for number in range(12):
         answer = list(chat.say(f"river {number} " * 3, max_tokens=20, options=options))
         assert answer
-        assert len(model.engine.tokens) <= CONTEXT
     assert len(chat.messages) == 25, "nothing is forgotten by the conversation itself"
-    system = model.tokenizer.encode("sea")
-    assert model.engine.tokens[: len(system)] == system
+    assert spans.made[-1].stop <= CONTEXT
     with pytest.raises(ContextFull, match="tokens, but the context holds"):
         list(chat.say("x " * 400))
 
@@ -156,6 +181,23 @@ def test_a_message_that_does_not_fit_changes_nothing(models: dict[str, LanguageM
     with pytest.raises(ContextFull):
         list(chat.say("x " * 400))
     assert chat.messages == []
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 1.0, "seed": 4}])
+def test_answers_in_turns_are_what_each_is_alone(exports: Exports, slots: int, sampling: dict[str, Any]) -> None:
+    """Also with logits asked for in the middle; with one slot for both, each is computed again when it goes on."""
+    prompts = ("The river runs", "百川东到海")
+    with headrace.load(exports.bundle("gqa", kv="float32"), slots=slots) as model:
+        alone = [[t.id for t in model.generate(p, max_tokens=8, **sampling)] for p in prompts]
+        scored = model.logits([5, 6, 7])
+        streams = [model.generate(p, max_tokens=8, **sampling) for p in prompts]
+        found: list[list[int]] = [[], []]
+        for _ in range(8):
+            for stream, said in zip(streams, found):
+                said += [token.id for token in islice(stream, 1)]
+                np.testing.assert_allclose(model.logits([5, 6, 7]), scored, atol=TIE_TOLERANCE)
+    assert found == alone
 
 
 def test_loading(exports: Exports, tmp_path: Path) -> None:

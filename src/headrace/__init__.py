@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from headrace.exporter.job import export
     from headrace.language_model import Chat, LanguageModel, load
-    from headrace.runtime.generate import Token
+    from headrace.runtime.answer import Token
 
 __all__ = ["Chat", "LanguageModel", "Token", "__version__", "export", "load"]
 
@@ -24,7 +24,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Chat": "headrace.language_model",
     "LanguageModel": "headrace.language_model",
-    "Token": "headrace.runtime.generate",
+    "Token": "headrace.runtime.answer",
     "export": "headrace.exporter.job",
     "load": "headrace.language_model",
 }

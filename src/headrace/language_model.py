@@ -1,9 +1,8 @@
-"""LanguageModel: a bundle that talks. What `headrace.load` returns; binds engine, tokenizer and turn format."""
+"""LanguageModel: a bundle that talks. What `headrace.load` returns; binds who answers, tokenizer and turn format."""
 
 from __future__ import annotations
 
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -13,21 +12,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.bundle.folder import Bundle, open_bundle
-from headrace.errors import ContextFull, TargetError, did_you_mean
-from headrace.runtime.engine import Engine, Runner
-from headrace.runtime.generate import Limits, Token, generate
+from headrace.errors import ContextFull, TargetError
+from headrace.progress import Progress, silent
+from headrace.runners import Options, find_runner
+from headrace.runtime.answer import Answer, Answerer, Limits, Token
+from headrace.runtime.engine import Engine
+from headrace.runtime.runner import Runner
 from headrace.runtime.sampling import SamplingOptions
 from headrace.text.tokenizer import Tokenizer, load_tokenizer
 from headrace.text.turns import Message, RawTurns, TurnFormat, turn_format
 
-__all__ = ["Chat", "LanguageModel", "Speaker", "load"]
+__all__ = ["Chat", "LanguageModel", "load"]
 
-RUNNERS = ("host", "device", "genie")
+SLOTS = 4
 
 
-class Speaker(ABC):
-    """A bundle that talks. Who computes, and chooses tokens, is a subclass's matter: LanguageModel's runners, or
-    Qualcomm's Genie (genie_model.py).
+class LanguageModel:
+    """A bundle that talks, whoever computes it.
+
+    Args:
+        bundle: an opened bundle.
+        answerer: continues token ids: an Engine over a runner, or Genie.
 
     Attributes:
         bundle: what it was made from.
@@ -36,53 +41,31 @@ class Speaker(ABC):
         sampling: the model's own sampling defaults.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, answerer: Answerer) -> None:
         self.bundle = bundle
         self.tokenizer: Tokenizer = load_tokenizer(bundle.root)
         self._settings: Mapping[str, Any] = bundle.read_json("generation_config.json")
         self.turns: TurnFormat = turn_format(self.tokenizer, self._settings, self.tokenizer.chat_template)
         self.sampling = SamplingOptions.from_generation_config(self._settings)
+        self._answerer = answerer
 
     @property
-    @abstractmethod
     def context(self) -> int:
         """Tokens of a prompt and its answer that there is room for."""
+        return self._answerer.context
 
-    @abstractmethod
-    def answer(
-        self, ids: Sequence[int], options: SamplingOptions, limits: Limits, *, continues: bool = False
-    ) -> Iterator[Token]:
-        """Continue token ids; see `headrace.runtime.generate.generate`."""
+    @property
+    def engine(self) -> Engine:
+        """What computes logits.
 
-    @abstractmethod
-    def close(self) -> None:
-        """Give back memory and processes."""
-
-    def sampling_options(self, **overrides: Any) -> SamplingOptions:
-        """The model's own sampling, changed where a value is given."""
-        return SamplingOptions.from_generation_config(self._settings, overrides)
-
-    def chat(self, system: str | None = None, *, raw: bool = False) -> Chat:
-        """A new conversation; `raw` continues the text without a turn format, as for a model that has none."""
-        return Chat(self, system, RawTurns(self.tokenizer) if raw else self.turns)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
-
-
-class LanguageModel(Speaker):
-    """A model ready to run.
-
-    Attributes:
-        engine: the sequence in the cache.
-    """
-
-    def __init__(self, bundle: Bundle, runner: Runner) -> None:
-        super().__init__(bundle)
-        self.engine = Engine(runner)
+        Raises:
+            TargetError: the runner chooses tokens by itself and gives no logits (genie).
+        """
+        if not isinstance(self._answerer, Engine):
+            raise TargetError(
+                "Genie chooses tokens by itself and gives no logits; expected another runner, such as host"
+            )
+        return self._answerer
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits of a whole sequence, float32 (len(ids), vocab): row i predicts the token after ids[i].
@@ -126,14 +109,32 @@ class LanguageModel(Speaker):
         )
         return self.answer(ids, options, Limits(max_tokens, self.tokenizer.eos_ids, stop), continues=True)
 
-    @property
-    def context(self) -> int:
-        return self.engine.context
-
     def answer(
         self, ids: Sequence[int], options: SamplingOptions, limits: Limits, *, continues: bool = False
     ) -> Iterator[Token]:
-        return generate(self.engine, self.tokenizer, ids, options, limits, continues=continues)
+        """Continue token ids.
+
+        The prompt is computed when the first token is asked for; what is already held of it is kept. Several answers
+        may be read in turns: each is what it would be alone. The end token itself is given as the last Token.
+
+        Args:
+            ids: the prompt.
+            options: how tokens are chosen; the repetition penalty sees prompt and answer.
+            limits: where the answer ends.
+            continues: the answer goes on from the prompt's text (see `Tokenizer.decode`).
+
+        Raises:
+            ContextFull: the prompt leaves no room for an answer.
+        """
+        return self._answerer.answer(ids, options, Answer(self.tokenizer, limits, continues=continues))
+
+    def sampling_options(self, **overrides: Any) -> SamplingOptions:
+        """The model's own sampling, changed where a value is given."""
+        return SamplingOptions.from_generation_config(self._settings, overrides)
+
+    def chat(self, system: str | None = None, *, raw: bool = False) -> Chat:
+        """A new conversation; `raw` continues the text without a turn format, as for a model that has none."""
+        return Chat(self, system, RawTurns(self.tokenizer) if raw else self.turns)
 
     def encode_raw(self, text: str) -> list[int]:
         """Ids of a text to be continued: with the begin token where the model wants one, or when there is no text."""
@@ -144,7 +145,14 @@ class LanguageModel(Speaker):
         return ids
 
     def close(self) -> None:
-        self.engine.close()
+        """Give back memory and processes."""
+        self._answerer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
 
 
 class Chat:
@@ -159,7 +167,7 @@ class Chat:
         messages: all turns so far; the newest rounds are sent when the context fills.
     """
 
-    def __init__(self, model: Speaker, system: str | None, turns: TurnFormat) -> None:
+    def __init__(self, model: LanguageModel, system: str | None, turns: TurnFormat) -> None:
         self.model = model
         self.turns = turns
         self.messages: list[Message] = [] if system is None else [Message("system", system)]
@@ -198,26 +206,29 @@ class Chat:
             self.messages = [*messages, Message("assistant", "".join(token.text for token in answer), own)]
 
 
-def load(bundle: str | os.PathLike[str], *, runner: str = "host", threads: int | None = None) -> LanguageModel:
+def load(
+    bundle: str | os.PathLike[str],
+    *,
+    runner: str | None = None,
+    threads: int | None = None,
+    slots: int = SLOTS,
+    progress: Progress = silent,
+) -> LanguageModel:
     """Open a bundle and make it ready to run.
 
     Args:
         bundle: the folder.
-        runner: "host" (ONNX Runtime) or "device" (the phone's graphs on this CPU).
+        runner: one of `headrace.runners.RUNNERS`: "host" (ONNX Runtime), "device" (the phone's graphs on this CPU),
+            "genie" (Qualcomm's Genie over binaries in HTP emulation); None takes the fastest that is installed.
         threads: size of the thread pool, physical cores by default.
+        slots: conversations held at once; their cache takes memory only as it fills.
+        progress: told what is being made before the first use (emulation binaries).
 
     Raises:
         BundleError: the bundle is missing, damaged or of a newer format.
-        TargetError: there is no such runner.
+        TargetError: there is no such runner, or what it needs is not installed.
     """
+    opener = find_runner(runner)
     opened = open_bundle(Path(bundle))
-    if runner == "host":
-        from headrace.targets.host.runner import HostRunner
-
-        return LanguageModel(opened, HostRunner(opened, threads=threads))
-    if runner == "device":
-        from headrace.exporter.snapdragon import kept_device_graphs
-        from headrace.targets.device import DeviceRunner
-
-        return LanguageModel(opened, DeviceRunner.open(opened, kept_device_graphs(opened), threads=threads))
-    raise TargetError(f"runner {runner!r} is unknown{did_you_mean(runner, RUNNERS)}; expected {', '.join(RUNNERS)}")
+    made = opener(opened, Options(threads=threads, slots=slots, progress=progress))
+    return LanguageModel(opened, Engine(made) if isinstance(made, Runner) else made)

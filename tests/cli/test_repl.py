@@ -17,7 +17,7 @@ import pytest
 from headrace.cli import repl
 from headrace.cli.repl import converse, print_answer
 from headrace.errors import ContextFull
-from headrace.runtime.generate import Token
+from headrace.runtime.answer import Token
 from tests.exports import Exports
 
 LIMIT = 90.0  # seconds, on a busy machine
@@ -66,7 +66,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program() -> None:
     terminal = Terminal("""
         import time
         from headrace.cli.repl import converse
-        from headrace.runtime.generate import Token
+        from headrace.runtime.answer import Token
 
         def answer(text):
             try:
@@ -106,9 +106,9 @@ def test_chat_on_a_terminal(exports: Exports) -> None:
         from headrace.cli import main as cli
         from headrace.targets.host.runner import HostRunner
 
-        step, steps = HostRunner.step, []
-        HostRunner.step = lambda *a: (steps.append(1), time.sleep(0.1), step(*a))[2]
-        status = cli._run(["chat", sys.argv[1], "--greedy", "--raw", "-n", "150"])
+        run, steps = HostRunner.run, []
+        HostRunner.run = lambda *a: (steps.append(1), time.sleep(0.1), run(*a))[2]
+        status = cli._run(["chat", sys.argv[1], "--greedy", "--raw", "-n", "150", "--runner", "host"])
         print("STATUS", status, "STEPS", len(steps), ".")
         """,
         str(exports.bundle()),

@@ -24,7 +24,7 @@ from headrace.plan import MASK_DEPTH, plan_parts
 from headrace.quantize.device_encodings import device_encodings
 from headrace.quantize.outliers import SplitEager
 from headrace.quantize.ranges import collect_ranges
-from headrace.targets.host.runner import default_threads, make_session
+from headrace.targets.host.sessions import default_threads, make_session
 from tests.tiny import write_baichuan, write_llama
 
 OUTLIERS = {1: (5, 60), 2: (33,)}  # layer → channels

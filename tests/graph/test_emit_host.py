@@ -123,7 +123,7 @@ def test_the_int8_cache_holds_rounded_keys_and_values(exports: Exports, tmp_path
     expected = forward(path, IDS, int8_cache=True)
     assert share(expected.logits, logits) <= INT8_CACHE_SHARE
     for name, exact in expected.caches.items():
-        codes = runner._cache[name].numpy()[0].astype(np.float64)
+        codes = runner.cache.buffers[name][0].astype(np.float64)
         np.testing.assert_array_equal(codes[:, len(IDS) :], 0, err_msg="positions not reached are untouched")
         difference = codes[:, : len(IDS)] - np.clip(np.rint(exact), -128, 127)
         layer = int(name.rsplit("_", 1)[1])

@@ -1,209 +1,245 @@
-"""Engine: chunks, what is kept of the cache, and where a context ends; over a runner that remembers its steps."""
+"""Engine: chunks, slots, what is reused of the cache, answers in turns; over a scripted runner and a real one."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from headrace.errors import ContextFull
 from headrace.runtime.engine import Engine
+from headrace.runtime.runner import Logits, Span
+from headrace.runtime.sequence import Sequence
 from headrace.targets.host.runner import HostRunner
+from headrace.testing import ScriptedRunner, prefix_logits
 from tests.exports import VOCAB, Exports, re_emitted
 
 WORDS = 11
 # float32 graphs, another number of tokens a step
 SAME_TOLERANCE = 1e-3
+# a code of the int8 cache on the other side of a tie
+TIE_TOLERANCE = 0.1
+
+expected = prefix_logits(WORDS)
 
 
-class Recorder:
-    """A runner whose logits depend on the whole prefix in its cache, and which keeps (start, ids, wanted) of steps."""
-
-    vocab_size = WORDS
-    kv_bytes = 0
-
-    def __init__(self, context: int = 32, prompt_length: int = 4) -> None:
-        self.context = context
-        self.prompt_length = prompt_length
-        self.cache: list[int] = []
-        self.steps: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
-        self.closed = False
-
-    def step(self, ids: NDArray[np.int64], start: int, wanted: NDArray[np.int64]) -> NDArray[np.float32]:
-        assert ids.dtype == np.int64
-        assert 1 <= len(ids) <= self.prompt_length
-        assert start <= len(self.cache), "a step may not leave a hole behind it"
-        assert start + len(ids) <= self.context
-        del self.cache[start:]
-        self.cache.extend(ids.tolist())
-        self.steps.append((start, tuple(ids.tolist()), tuple(wanted.tolist())))
-        return np.stack([prefix_logits(self.cache[: start + int(w) + 1]) for w in wanted]) if len(wanted) else np.empty(
-            (0, WORDS), np.float32
-        )  # fmt: skip
-
-    def close(self) -> None:
-        self.closed = True
-
-
-def prefix_logits(ids: Sequence[int]) -> NDArray[np.float32]:
-    seed = int.from_bytes(hashlib.sha256(str(list(ids)).encode()).digest()[:4], "little")
-    return np.random.default_rng(seed).normal(size=WORDS).astype(np.float32)
+def scripted(context: int = 32, slots: int = 1, prompt_length: int = 4) -> ScriptedRunner:
+    return ScriptedRunner(expected, vocab_size=WORDS, context=context, slots=slots, prompt_length=prompt_length)
 
 
 ids_of = st.lists(st.integers(0, 2), max_size=20)
 
 
-@given(sequences=st.lists(ids_of.filter(bool), min_size=1, max_size=6), size=st.integers(1, 9))
-def test_prefill_equals_a_fresh_engine(sequences: list[list[int]], size: int) -> None:
-    """Whatever was said before, the logits are those of the whole new sequence, and no kept token is computed again."""
-    runner = Recorder(prompt_length=size)
+@given(sequences=st.lists(ids_of.filter(bool), min_size=1, max_size=6), size=st.integers(1, 9), slots=st.integers(1, 3))
+def test_whatever_was_said_before_logits_are_those_of_the_whole(
+    sequences: list[list[int]], size: int, slots: int
+) -> None:
+    runner = scripted(prompt_length=size, slots=slots)
     engine = Engine(runner)
-    before: list[int] = []
     for ids in sequences:
-        runner.steps.clear()
-        np.testing.assert_array_equal(engine.prefill(ids), prefix_logits(ids))
-        assert engine.tokens == ids == runner.cache[: len(ids)]
-        shared = 0
-        while shared < min(len(before), len(ids)) and before[shared] == ids[shared]:
-            shared += 1
-        if ids == before:
-            assert not runner.steps, "the same again costs nothing"
-        else:
-            assert runner.steps[0][0] == min(shared, len(ids) - 1)
-            assert sum(len(step[1]) for step in runner.steps) == len(ids) - min(shared, len(ids) - 1)
-        before = ids
+        before = runner.computed
+        sequence = engine.open(ids)
+        reused = sequence.held
+        np.testing.assert_array_equal(engine.extend(sequence), expected(ids))
+        assert sequence.slot is not None
+        assert sequence.tokens == ids == runner.cache[sequence.slot]
+        assert runner.computed - before == len(ids) - reused
+        engine.release(sequence)
+
+
+def test_a_finished_conversation_is_gone_on_with() -> None:
+    runner = scripted(slots=2)
+    engine = Engine(runner)
+    first = engine.open([1, 2, 3, 4, 5])
+    engine.extend(first)
+    engine.release(first)
+    runner.calls.clear()
+    again = engine.open([1, 2, 3, 9])
+    engine.extend(again)
+    assert runner.spans == [Span(0, 3, (9,), (0,))]
+    engine.release(again)
+    shorter = engine.open([1, 2])  # its last token is computed again, for its logits
+    np.testing.assert_array_equal(engine.extend(shorter), expected([1, 2]))
+    assert runner.spans[-1] == Span(0, 1, (2,), (0,))
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_a_long_prefix_is_copied_when_its_owner_goes_on_or_has_more(released: bool) -> None:
+    """Two conversations of one system prompt: neither loses what it said."""
+    runner = scripted(context=128, slots=2, prompt_length=8)
+    engine = Engine(runner)
+    system = [i % WORDS for i in range(40)]
+    one = engine.open([*system, *[1] * 30])
+    engine.extend(one)
+    if released:
+        engine.release(one)
+    other = engine.open([*system, 2, 2])
+    assert (other.slot, other.held) == (1, 40)
+    np.testing.assert_array_equal(engine.extend(other), expected([*system, 2, 2]))
+    assert runner.cache[0] == [*system, *[1] * 30], "the first conversation is still there"
+
+
+def test_a_short_prefix_is_not_worth_a_slot() -> None:
+    engine = Engine(scripted(context=128, slots=2, prompt_length=8))
+    one = engine.open([1] * 40)
+    engine.extend(one)
+    engine.release(one)
+    other = engine.open([1] * 10 + [2] * 10)
+    assert (other.slot, other.held) == (None, 0)
+    engine.extend(other)
+    assert other.slot == 1, "an empty slot is taken before one that holds something"
 
 
 def test_chunks_ask_only_for_the_last_token() -> None:
-    runner = Recorder()
-    Engine(runner).prefill(range(10))
-    assert runner.steps == [(0, (0, 1, 2, 3), ()), (4, (4, 5, 6, 7), ()), (8, (8, 9), (1,))]
-
-
-def test_a_prefix_is_kept_and_a_tail_dropped() -> None:
-    runner = Recorder()
+    runner = scripted()
     engine = Engine(runner)
-    engine.prefill([1, 2, 3, 4, 5])
-    runner.steps.clear()
-    engine.prefill([1, 2, 3, 9])
-    assert runner.steps == [(3, (9,), (0,))]
-    runner.steps.clear()
-    np.testing.assert_array_equal(engine.prefill([1, 2]), prefix_logits([1, 2]))  # shorter: its last is computed again
-    assert runner.steps == [(1, (2,), (0,))]
-    assert engine.tokens == [1, 2]
+    engine.extend(engine.open(range(10)))
+    assert runner.spans == [Span(0, 0, (0, 1, 2, 3)), Span(0, 4, (4, 5, 6, 7)), Span(0, 8, (8, 9), (1,))]
 
 
-def test_append_goes_on() -> None:
-    engine = Engine(Recorder())
-    engine.prefill([1, 2])
-    np.testing.assert_array_equal(engine.append([3]), prefix_logits([1, 2, 3]))
-    assert (engine.tokens, engine.room) == ([1, 2, 3], 29)
-    np.testing.assert_array_equal(engine.prefill([1, 2, 3]), prefix_logits([1, 2, 3]))
+def test_extend_rewind_and_nothing_new() -> None:
+    runner = scripted()
+    engine = Engine(runner)
+    sequence = engine.open()
+    with pytest.raises(ValueError, match="an empty sequence has no logits"):
+        engine.extend(sequence, [])
+    engine.extend(sequence, [1, 2])
+    np.testing.assert_array_equal(engine.extend(sequence, [3]), expected([1, 2, 3]))
+    computed = runner.computed
+    np.testing.assert_array_equal(engine.extend(sequence, []), expected([1, 2, 3]))
+    assert runner.computed == computed, "the same again costs nothing"
+    sequence.rewind(1)
+    np.testing.assert_array_equal(engine.extend(sequence, [5]), expected([1, 5]))
+    sequence.rewind(1)
+    np.testing.assert_array_equal(engine.extend(sequence), expected([1]))
+    with pytest.raises(ValueError, match="cannot rewind 1 tokens to 2"):
+        sequence.rewind(2)
 
 
 @given(ids=ids_of, chunk=st.none() | st.integers(1, 9))
 def test_score_gives_every_row(ids: list[int], chunk: int | None) -> None:
-    runner = Recorder(context=20)
+    runner = scripted(context=20)
     engine = Engine(runner)
-    engine.prefill([7, 8, 9])
-    runner.steps.clear()
+    engine.extend(engine.open([7, 8, 9]))
+    runner.calls.clear()
     rows = engine.score(ids, chunk)
     assert rows.shape == (len(ids), WORDS)
     assert rows.dtype == np.float32
     for i, row in enumerate(rows):
-        np.testing.assert_array_equal(row, prefix_logits(ids[: i + 1]))
-    assert all(len(step[1]) <= min(chunk or 4, 4) for step in runner.steps)
-    if ids:
-        runner.steps.clear()
-        np.testing.assert_array_equal(engine.prefill(ids), rows[-1]) if len(ids) < 20 else None
-        assert not runner.steps, "what was scored is in the cache"
+        np.testing.assert_array_equal(row, expected(ids[: i + 1]))
+    assert all(len(span.ids) <= min(chunk or 4, 4) for span in runner.spans)
 
 
-@pytest.mark.parametrize("length", [8, 9, 20])
-def test_a_prompt_needs_a_place_for_the_answer(length: int) -> None:
-    engine = Engine(Recorder(context=8))
-    with pytest.raises(ContextFull, match=f"the prompt has {length} tokens, but the context holds 8") as error:
-        engine.prefill([0] * length)
-    assert (error.value.needed, error.value.context) == (length, 8)
-    assert not engine.tokens
-    engine.prefill([0] * 7)
-    assert engine.room == 1
+def test_more_sequences_than_slots_take_turns() -> None:
+    """The one that waited longest gives its slot up, and is computed again when it goes on."""
+    runner = scripted(slots=2)
+    engine = Engine(runner)
+    said = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
+    sequences = [engine.open(ids) for ids in said]
+    for token in range(3):
+        for ids, sequence in zip(said, sequences):
+            ids.append(token)
+            np.testing.assert_array_equal(engine.extend(sequence, [token]), expected(ids))
+    assert sum(sequence.slot is not None for sequence in sequences) == 2
 
 
-def test_appending_beyond_the_context() -> None:
-    engine = Engine(Recorder(context=8))
-    engine.prefill([0] * 7)
-    engine.append([1])
-    assert engine.room == 0
+def test_scoring_in_the_middle_of_a_sequence() -> None:
+    engine = Engine(scripted(slots=1))
+    sequence = engine.open([1, 2, 3])
+    engine.extend(sequence)
+    np.testing.assert_array_equal(engine.score([9, 9])[1], expected([9, 9]))
+    np.testing.assert_array_equal(engine.extend(sequence, [4]), expected([1, 2, 3, 4]))
+
+
+def test_beyond_the_context() -> None:
+    engine = Engine(scripted(context=8))
     with pytest.raises(ContextFull) as error:
-        engine.append([1])
+        engine.open([0] * 9)
     assert (error.value.needed, error.value.context) == (9, 8)
-    assert len(engine.tokens) == 8
+    sequence = engine.open([0] * 7)
+    engine.extend(sequence, [1])
+    with pytest.raises(ContextFull) as error:
+        engine.extend(sequence, [1])
+    assert (error.value.needed, error.value.context) == (9, 8)
+    assert len(sequence.tokens) == 8
     with pytest.raises(ContextFull):
         engine.score([0] * 9)
     assert engine.score([0] * 8).shape == (8, WORDS)
 
 
-def test_nothing_has_no_logits() -> None:
-    with pytest.raises(ValueError, match="an empty prompt has no logits"):
-        Engine(Recorder()).prefill([])
+def test_a_released_sequence_is_refused() -> None:
+    engine = Engine(scripted())
+    sequence = engine.open([1])
+    engine.release(sequence)
+    with pytest.raises(ValueError, match="this sequence was released; open another one"):
+        engine.extend(sequence, [2])
 
 
-def test_reset_and_close() -> None:
-    runner = Recorder()
+def test_another_thread_is_refused() -> None:
+    engine = Engine(scripted())
+    engine.open([1])
+    found: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            engine.score([1])
+        except RuntimeError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=call, name="another")
+    thread.start()
+    thread.join()
+    assert "the engine belongs to the thread 'MainThread', and 'another' called it" in str(found[0])
+
+
+def test_close_closes_the_runner() -> None:
+    runner = scripted()
     engine = Engine(runner)
-    engine.prefill([1, 2])
-    engine.reset()
-    assert (engine.tokens, engine.room) == ([], 32)
-    runner.steps.clear()
-    engine.prefill([1, 2])
-    assert runner.steps == [(0, (1, 2), (1,))]
+    sequence = engine.open([1])
+    engine.extend(sequence)
     engine.close()
-    assert runner.closed
+    assert runner.closed and sequence.released
 
 
-class Failing(Recorder):
-    """Fails in its second step."""
+class Failing(ScriptedRunner):
+    """Fails in its second call."""
 
-    def step(self, ids: NDArray[np.int64], start: int, wanted: NDArray[np.int64]) -> NDArray[np.float32]:
-        if len(self.steps) == 1:
-            self.steps.append((start, (), ()))
+    def run(self, spans: list[Span]) -> Logits:  # type: ignore[override]
+        if len(self.calls) == 1:
+            self._held.begin(spans)
+            self.calls.append(())
             raise KeyboardInterrupt
-        return super().step(ids, start, wanted)
+        return super().run(spans)
 
 
 def test_an_interrupted_prompt_leaves_the_engine_usable() -> None:
-    runner = Failing()
-    engine = Engine(runner)
+    engine = Engine(Failing(expected, vocab_size=WORDS, context=32, prompt_length=4))
+    sequence = engine.open(range(10))
     with pytest.raises(KeyboardInterrupt):
-        engine.prefill(range(10))
-    assert engine.tokens == [0, 1, 2, 3], "what is in the cache, and nothing else"
-    np.testing.assert_array_equal(engine.prefill(range(10)), prefix_logits(range(10)))
+        engine.extend(sequence)
+    assert sequence.held == 4, "what is in the cache, and nothing else"
+    np.testing.assert_array_equal(engine.extend(sequence), expected(range(10)))
 
 
-def test_an_interrupted_prompt_leaves_no_older_logits() -> None:
-    engine = Engine(Recorder())
-    engine.prefill([9, 9, 9])
-    engine.runner = Failing()
-    with pytest.raises(KeyboardInterrupt):
-        engine.prefill(range(10))
-    np.testing.assert_array_equal(engine.prefill(range(4)), prefix_logits(range(4)))
+def test_a_sequence_is_the_same_without_an_engine() -> None:
+    sequence = Sequence()
+    sequence.extend([1, 2, 3])
+    assert (sequence.tokens, sequence.pending, sequence.slot) == ([1, 2, 3], 3, None)
 
 
 @pytest.mark.parametrize("kv", ["float32", "int8"])
-def test_a_kept_cache_gives_a_fresh_ones_logits(exports: Exports, tmp_path, kv: str) -> None:
+def test_a_kept_cache_gives_a_fresh_ones_logits(exports: Exports, tmp_path: Path, kv: str) -> None:
     bundle = re_emitted(exports.bundle("gqa", kv=kv, parts=3), tmp_path / "graphs")
     ids = np.random.default_rng(0).integers(0, VOCAB, 90).tolist()
-    kept, fresh = Engine(HostRunner(bundle)), Engine(HostRunner(bundle))
-    kept.prefill(ids)
-    for other in (ids[:50] + ids[:30], ids[:20], ids[:20] + ids[60:]):
-        fresh.reset()
-        a, b = kept.prefill(other), fresh.prefill(other)
-        tolerance = SAME_TOLERANCE if kv == "float32" else 0.1  # a code on the other side of a tie
-        np.testing.assert_allclose(a, b, atol=tolerance)
+    kept = Engine(HostRunner(bundle, slots=2))
+    for other in (ids, ids[:50] + ids[:30], ids[:20], ids[:20] + ids[60:]):
+        sequence = kept.open(other)
+        a = kept.extend(sequence)
+        kept.release(sequence)
+        b = Engine(HostRunner(bundle)).score(other)[-1]
+        np.testing.assert_allclose(a, b, atol=SAME_TOLERANCE if kv == "float32" else TIE_TOLERANCE)
         assert a.argmax() == b.argmax()

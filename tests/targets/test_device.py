@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from headrace.model.reference import eager_logits
 from headrace.plan import plan_parts
 from headrace.quantize.calibrate import cut_windows
 from headrace.runtime.engine import Engine
+from headrace.runtime.runner import Span
 from headrace.targets.device import DEVICE_FOLDER, DeviceRunner, run_session
 from headrace.targets.device_loop import DeviceLoop, choose_graph
 from headrace.text.tokenizer import load_tokenizer, save_tokenizer
@@ -83,12 +84,18 @@ def random_ids(count: int, seed: int = 0) -> NDArray[np.int64]:
     return np.random.default_rng(seed).integers(0, 160, count)
 
 
+def step_of(
+    runner: DeviceRunner, ids: NDArray[np.int64], start: int, wanted: Iterable[int] = (0,), slot: int = 0
+) -> NDArray[np.float32]:
+    return runner.run([Span(slot, start, tuple(ids.tolist()), tuple(wanted))])
+
+
 def walk(runner: DeviceRunner, ids: NDArray[np.int64], size: int, start: int = 0) -> NDArray[np.float32]:
     """Logits of every token, `size` tokens a step."""
     steps = [ids[at : at + size] for at in range(0, len(ids), size)]
     out = []
     for step in steps:
-        out.append(runner.step(step, start, np.arange(len(step))))
+        out.append(step_of(runner, step, start, range(len(step))))
         start += len(step)
     return np.concatenate(out)
 
@@ -117,10 +124,10 @@ def test_a_conversation_is_what_the_eager_decoder_says(made: tuple[QuantizedMode
     for count in (40, 1, 1, 5, 33):  # chunks of 32, tails of 8 and 1, and over to the longer context
         step = ids[past : past + count]
         written = loop.feed(step)
-        assert divergence(written, runner.step(step, past, np.arange(count))) <= ORDER_KL
+        assert divergence(written, step_of(runner, step, past, range(count))) <= ORDER_KL
         past += count
         assert divergence(expected[past - count : past], written) <= EAGER_KL
-    assert {c for _, c in runner.loop._graphs} == set(CONTEXTS)
+    assert {c for _, c in runner.loop(0)._graphs} == set(CONTEXTS)
 
 
 def test_a_prompt_is_its_tokens(made: tuple[QuantizedModel, Path], runner: DeviceRunner) -> None:
@@ -144,10 +151,10 @@ def test_going_back_forgets(made: tuple[QuantizedModel, Path], runner: DeviceRun
     fresh = open_runner(made)
     walk(fresh, first[:20], 1)
     np.testing.assert_array_equal(again, walk(fresh, second, 32, start=20))
-    assert len(runner.loop._graphs) > 2
-    for graphs in runner.loop._graphs.values():
+    assert len(runner.loop(0)._graphs) > 2
+    for graphs in runner.loop(0)._graphs.values():
         for name, slots in graphs.slots.items():
-            last = runner.loop.past if slots is runner.loop._cache[name] else graphs.touched
+            last = runner.loop(0).past if slots is runner.loop(0)._cache[name] else graphs.touched
             beyond = slots[..., last:] if "key" in name else slots[..., last:, :]
             assert (beyond == 128).all()
 
@@ -159,9 +166,9 @@ def test_padding_is_not_seen(made: tuple[QuantizedModel, Path], runner: DeviceRu
 
 def test_only_wanted_rows_come_in_the_order_asked(runner: DeviceRunner) -> None:
     ids = random_ids(30)
-    every = runner.step(ids, 0, np.arange(30))
-    np.testing.assert_array_equal(runner.step(ids, 0, np.array([29, 3, 3])), every[[29, 3, 3]])
-    assert runner.step(ids, 0, np.array([], np.int64)).shape == (0, 160)
+    every = step_of(runner, ids, 0, range(30))
+    np.testing.assert_array_equal(step_of(runner, ids, 0, (29, 3, 3)), every[[29, 3, 3]])
+    assert step_of(runner, ids, 0, ()).shape == (0, 160)
 
 
 def test_the_last_places_are_used(made: tuple[QuantizedModel, Path], runner: DeviceRunner) -> None:
@@ -170,22 +177,37 @@ def test_the_last_places_are_used(made: tuple[QuantizedModel, Path], runner: Dev
     filled = walk(runner, ids, 32)
     assert divergence(walk(open_runner(made), ids, 1), filled) <= ORDER_KL
     with pytest.raises(ContextFull):
-        runner.step(ids[:1], 128, np.array([0]))
+        step_of(runner, ids[:1], 128)
 
 
 def test_a_gap_is_refused(runner: DeviceRunner) -> None:
-    runner.step(random_ids(8), 0, np.array([7]))
-    with pytest.raises(ValueError, match="a step at 9 after 8 tokens"):
-        runner.step(random_ids(1), 9, np.array([0]))
+    step_of(runner, random_ids(8), 0, (7,))
+    with pytest.raises(ValueError, match="position 9 leaves a gap: slot 0 holds 8 positions"):
+        step_of(runner, random_ids(1), 9)
+
+
+def test_slots_are_conversations_of_their_own(made: tuple[QuantizedModel, Path]) -> None:
+    runner, alone = open_runner(made, slots=3), open_runner(made)
+    first, second = random_ids(50, 1), random_ids(70, 2)
+    spans = [Span(slot, 0, tuple(ids.tolist()), tuple(range(len(ids)))) for slot, ids in ((2, first), (0, second))]
+    found = runner.run(spans)
+    np.testing.assert_array_equal(found[:50], step_of(alone, first, 0, range(50)))
+    np.testing.assert_array_equal(found[50:], step_of(alone, second, 0, range(70)))
+    last = step_of(alone, second[:10], 40)
+    runner.copy(0, 1, 40)
+    np.testing.assert_array_equal(step_of(runner, second[:10], 40, slot=1), last)
+    runner.write(2, 0, runner.read(1, 0, 40))  # over a longer conversation, which is forgotten
+    np.testing.assert_array_equal(step_of(runner, second[:10], 40, slot=2), last)
+    runner.copy(2, 2, 40)
+    np.testing.assert_array_equal(step_of(runner, second[:10], 40, slot=2), last)
 
 
 def test_the_engine_drives_it(runner: DeviceRunner) -> None:
     engine = Engine(runner)
     ids = [int(i) for i in random_ids(70)]
-    last = engine.prefill(ids)
-    np.testing.assert_array_equal(engine.prefill([*ids[:-1], ids[-1]]), last)
+    last = engine.extend(engine.open(ids))
     assert divergence(engine.score(ids)[-1:], last[None]) <= ORDER_KL
-    assert runner.kv_bytes == 2 * runner.loop.config.num_layers * runner.loop.config.kv_size * 128
+    assert runner.kv_bytes == 2 * runner.loop(0).config.num_layers * runner.loop(0).config.kv_size * 128
 
 
 def test_weights_that_do_not_fit_stay_codes(
@@ -253,7 +275,7 @@ def _bundle(made: tuple[QuantizedModel, Path], out: Path) -> Bundle:
 def test_a_bundle_s_graphs_open(made: tuple[QuantizedModel, Path], runner: DeviceRunner, tmp_path: Path) -> None:
     bundle = _bundle(made, tmp_path / "bundle")
     opened = DeviceRunner.open(bundle)
-    assert (opened.prompt_length, opened.context, opened.loop.pad) == (32, 128, 5)
+    assert (opened.prompt_length, opened.context, opened.loop(0).pad) == (32, 128, 5)
     ids = random_ids(32)
     np.testing.assert_array_equal(walk(opened, ids, 32), walk(runner, ids, 32))
     with pytest.raises(BundleError, match="--keep-onnx"):

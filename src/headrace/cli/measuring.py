@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from headrace.cli.console import human_bytes, print_json, progress_bars, table
-from headrace.cli.options import BundlePath, Json, Threads
+from headrace.cli.options import BundlePath, Json, RunnerName, Threads
 from headrace.errors import VerificationFailed
 from headrace.exporter.options import read_lengths
 
@@ -54,6 +54,7 @@ def bench(
         int, typer.Option("-d", "--depth", min=0, help="Tokens in the cache before decoding starts.")
     ] = 128,
     repeats: Annotated[int, typer.Option("-r", "--repeats", min=1, help="Repetitions; the median is told.")] = 5,
+    runner: RunnerName = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -67,6 +68,7 @@ def bench(
             tokens=tokens,
             depth=depth,
             repeats=repeats,
+            runner=runner,
             threads=threads,
             progress=progress,
         )

@@ -12,7 +12,7 @@ import typer
 
 from headrace.exporter.options import ExportOptions, flag, spelled
 
-__all__ = ["BundlePath", "CheckpointPath", "Json", "Threads", "takes_export_options"]
+__all__ = ["BundlePath", "CheckpointPath", "Json", "RunnerName", "Threads", "takes_export_options"]
 
 Verb = TypeVar("Verb", bound=Callable[..., None])
 
@@ -20,6 +20,10 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by: headrace export")]
 CheckpointPath = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face folder or a .gguf file.")]
 Threads = Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Threads; physical cores by default.")]
+
+RunnerName = Annotated[
+    str | None, typer.Option("--runner", help="host, device or genie; the fastest that is installed by default.")
+]
 
 
 def takes_export_options(verb: Verb) -> Verb:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from headrace.cli.console import note
 from headrace.errors import UserError
-from headrace.runtime.generate import Token
+from headrace.runtime.answer import Token
 
 __all__ = ["Answer", "converse", "print_answer"]
 

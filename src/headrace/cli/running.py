@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headrace.cli.console import note, progress_bars
-from headrace.cli.options import BundlePath, Threads
+from headrace.cli.options import BundlePath, RunnerName, Threads
 
 if TYPE_CHECKING:
-    from headrace.language_model import Speaker
+    from headrace.language_model import LanguageModel
 
 __all__ = ["chat", "push"]
 
@@ -34,7 +34,7 @@ def chat(
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
     system: Annotated[str | None, typer.Option("--system", help="What the model is told first.")] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End the answer at this text; repeatable.")] = None,
-    runner: Annotated[str, typer.Option("--runner", help="host, device or genie.")] = "host",
+    runner: RunnerName = None,
     threads: Threads = None,
 ) -> None:
     """Talk with a bundle."""
@@ -89,12 +89,8 @@ def push(
         typer.echo(shlex.join(command))
 
 
-def _open_model(bundle: Path, runner: str, threads: int | None) -> Speaker:
-    if runner == "genie":
-        from headrace.genie_model import load_genie
-
-        with progress_bars() as progress:
-            return load_genie(bundle, progress)
+def _open_model(bundle: Path, runner: str | None, threads: int | None) -> LanguageModel:
     from headrace.language_model import load
 
-    return load(bundle, runner=runner, threads=threads)
+    with progress_bars() as progress:
+        return load(bundle, runner=runner, threads=threads, progress=progress)

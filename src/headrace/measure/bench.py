@@ -13,6 +13,7 @@ import numpy as np
 from headrace.bundle.folder import open_bundle
 from headrace.errors import ContextFull
 from headrace.progress import Progress, silent
+from headrace.runners import Options, open_runner
 from headrace.runtime.engine import Engine
 
 __all__ = ["bench_bundle", "peak_rss"]
@@ -28,9 +29,10 @@ def bench_bundle(
     depth: int = 128,
     repeats: int = 5,
     threads: int | None = None,
+    runner: str | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Measure a bundle through the host runtime, on random tokens.
+    """Measure a bundle through a runner, on random tokens.
 
     Args:
         path: the bundle.
@@ -39,6 +41,7 @@ def bench_bundle(
         depth: tokens in the cache before decoding starts.
         repeats: repetitions; medians are told.
         threads: of the shared pool, physical cores by default.
+        runner: its name; the fastest that is installed by default.
         progress: told how far it is.
 
     Returns:
@@ -48,12 +51,12 @@ def bench_bundle(
         BundleError: the bundle cannot be opened.
         ContextFull: a prompt or the decoding does not fit the context.
     """
-    from headrace.targets.host.runner import HostRunner, default_threads
+    from headrace.targets.host.sessions import default_threads
 
     started = time.perf_counter()
     bundle = open_bundle(path)
-    runner = HostRunner(bundle, threads=threads)
-    engine = Engine(runner)
+    opened = open_runner(bundle, runner, Options(threads=threads))
+    engine = Engine(opened)
     load = time.perf_counter() - started
     for length in (*prompts, depth + tokens):
         if length >= bundle.context:
@@ -72,16 +75,18 @@ def bench_bundle(
     decode = []
     for _ in range(repeats):
         for length in prompts:
-            engine.reset()
+            sequence = engine.open()  # without its tokens nothing is reused
             started = time.perf_counter()
-            int(engine.prefill(ids[:length]).argmax())
+            int(engine.extend(sequence, ids[:length]).argmax())
             first[length].append(time.perf_counter() - started)
+            engine.release(sequence)
             advance()
-        engine.reset()
-        logits = engine.prefill(ids[: max(depth, 1)])
+        sequence = engine.open()
+        logits = engine.extend(sequence, ids[: max(depth, 1)])
         started = time.perf_counter()
         for _ in range(tokens):
-            logits = engine.append([int(logits.argmax())])
+            logits = engine.extend(sequence, [int(logits.argmax())])
+        engine.release(sequence)
         decode.append((time.perf_counter() - started) / tokens)
         advance()
     report = {
@@ -96,7 +101,7 @@ def bench_bundle(
         "repeats": repeats,
         "threads": threads or default_threads(),
         "peak_rss_bytes": peak_rss(),
-        "kv_bytes": runner.kv_bytes,
+        "kv_bytes": opened.kv_bytes,
         "weight_bytes": bundle.weight_bytes,
     }
     engine.close()

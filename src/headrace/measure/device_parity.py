@@ -28,9 +28,10 @@ from headrace.model.ops import Array
 from headrace.model.reference import eager_logits
 from headrace.plan import graph_name, plan_parts
 from headrace.quantize.simulate import Simulated, simulated_logits
+from headrace.runtime.runner import Span
 from headrace.targets.device import DeviceRunner, exact_session, run_session
 from headrace.targets.device_loop import DeviceLoop
-from headrace.targets.host.runner import default_threads
+from headrace.targets.host.sessions import default_threads
 from headrace.targets.qualcomm.compiler import EmulationGraph, Emulator
 from headrace.targets.qualcomm.genie_dialog import GenieRunner
 
@@ -96,7 +97,7 @@ def device_links(bundle: Bundle, ids: Sequence[int], depth: Depth, *, layers: bo
         yield from _layers(bundle, store, encodings, ids, seen)
     runner = DeviceRunner.open(bundle, folder)
     try:
-        on_cpu = runner.step(np.asarray(ids), 0, np.arange(len(ids)))
+        on_cpu = runner.run([Span(0, 0, tuple(ids), tuple(range(len(ids))))])
     finally:
         runner.close()
     yield _link("the device's grids → device graphs on this CPU", simulated, on_cpu, step, rounding, ROUNDING_TOP1)

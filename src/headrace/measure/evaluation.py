@@ -16,6 +16,7 @@ from headrace.errors import UserError
 from headrace.measure.evaluate import TextScore, evaluate_text, first_windows, follow, parse_tasks, read_text
 from headrace.progress import Progress, silent
 from headrace.quantize.simulate import Simulated, simulated_logits
+from headrace.runners import Options, open_runner
 from headrace.runtime.engine import Engine
 from headrace.text.tokenizer import load_tokenizer
 
@@ -78,9 +79,7 @@ def evaluate_bundle(
 
 
 def _host(bundle: Bundle, threads: int | None) -> Score:
-    from headrace.targets.host.runner import HostRunner
-
-    return Engine(HostRunner(bundle, threads=threads)).score
+    return Engine(open_runner(bundle, "host", Options(threads=threads))).score
 
 
 def _simulated(bundle: Bundle, store: WeightStore, kinds: str) -> Score:

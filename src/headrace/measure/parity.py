@@ -28,6 +28,7 @@ from headrace.measure.link import Link
 from headrace.model.reference import eager_logits
 from headrace.plan import plan_parts
 from headrace.progress import Progress, silent
+from headrace.runners import open_runner
 from headrace.runtime.engine import Engine
 from headrace.text.tokenizer import load_tokenizer
 
@@ -154,9 +155,7 @@ def _sample(bundle: Bundle) -> list[int]:
 
 
 def _score(bundle: Bundle, ids: list[int], chunk: int | None = None) -> Logits:
-    from headrace.targets.host.runner import HostRunner
-
-    engine = Engine(HostRunner(bundle))
+    engine = Engine(open_runner(bundle, "host"))
     try:
         return engine.score(ids, chunk)
     finally:

@@ -6,6 +6,7 @@ Meant for checking, not for speed. Knows files and sessions, no text and no comp
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from headrace.bundle.folder import Bundle
 from headrace.config import ModelConfig
 from headrace.errors import BundleError
 from headrace.plan import Part, graph_name
-from headrace.runtime.engine import Logits
+from headrace.runtime.runner import Logits, SlotLengths, Span
 from headrace.targets.device_loop import DeviceLoop
-from headrace.targets.host.runner import default_threads, make_session
+from headrace.targets.host.sessions import default_threads, make_session
 
 __all__ = ["DEVICE_FOLDER", "DeviceRunner", "exact_session", "run_session"]
 
@@ -40,6 +41,7 @@ class DeviceRunner:
         contexts: context lengths.
         pad: the token that fills a step's unused places.
         threads: size of the shared pool.
+        slots: sequences held at once, each with a loop and a cache of its own, made when first needed.
 
     Raises:
         BundleError: a graph is missing.
@@ -56,6 +58,7 @@ class DeviceRunner:
         contexts: Sequence[int],
         pad: int = 0,
         threads: int | None = None,
+        slots: int = 1,
     ) -> None:
         for part in parts:
             for s in lengths:
@@ -66,16 +69,30 @@ class DeviceRunner:
         self.vocab_size = config.vocab_size
         self.context = max(contexts)
         self.prompt_length = max(lengths)
-        self.kv_bytes = 2 * config.num_layers * config.kv_size * self.context
+        self.slots = slots
+        self.kv_bytes = 2 * config.num_layers * config.kv_size * self.context * slots
         self._threads = threads or default_threads()
         self._fold = _fits_dequantized(folder, parts, sessions=len(lengths))
         self._sessions: dict[str, Any] = {}
-        self.loop = DeviceLoop(
-            config, parts, lengths, contexts, port_encodings(parts, encodings), self._run, pad=pad, fill=True
+        self._held = SlotLengths(slots, self.context, config.vocab_size)
+        self._loops: dict[int, DeviceLoop] = {}
+        self._make_loop = partial(
+            DeviceLoop,
+            config,
+            parts,
+            lengths,
+            contexts,
+            port_encodings(parts, encodings),
+            self._run,
+            pad=pad,
+            fill=True,
         )
+        self.loop(0)  # an encoding that is missing is told now
 
     @classmethod
-    def open(cls, bundle: Bundle, folder: Path | None = None, *, threads: int | None = None) -> DeviceRunner:
+    def open(
+        cls, bundle: Bundle, folder: Path | None = None, *, threads: int | None = None, slots: int = 1
+    ) -> DeviceRunner:
         """The device graphs of a bundle, kept in its folder `device` or elsewhere.
 
         Raises:
@@ -94,17 +111,43 @@ class DeviceRunner:
             contexts=bundle.contexts,
             pad=pad if isinstance(pad, int) else 0,
             threads=threads,
+            slots=slots,
         )
 
-    def step(self, ids: NDArray[np.int64], start: int, wanted: NDArray[np.int64]) -> Logits:
-        if start > self.loop.past:
-            raise ValueError(f"a step at {start} after {self.loop.past} tokens leaves a gap")
-        self.loop.rewind(start)
-        return self.loop.feed(ids, wanted)
+    def loop(self, slot: int) -> DeviceLoop:
+        """The conversation of a slot."""
+        if slot not in self._loops:
+            self._loops[slot] = self._make_loop()
+        return self._loops[slot]
+
+    def run(self, spans: Sequence[Span]) -> Logits:
+        self._held.begin(spans)
+        rows = [np.empty((0, self.vocab_size), np.float32)]
+        for span in spans:
+            loop = self.loop(span.slot)
+            loop.rewind(span.start)
+            rows.append(loop.feed(span.ids, np.array(span.wanted, np.int64)))
+            self._held.done(span)
+        return np.concatenate(rows)
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        self._held.copied(source, target, count)
+        if source == target:
+            self.loop(source).rewind(count)
+        else:
+            self.loop(target).write(0, self.loop(source).read(0, count))
+
+    def read(self, slot: int, start: int, stop: int) -> bytes:
+        self._held.check_held(slot, start, stop)
+        return self.loop(slot).read(start, stop)
+
+    def write(self, slot: int, start: int, content: bytes) -> None:
+        self._held.written(slot, start, len(content), self.loop(slot).position_bytes)
+        self.loop(slot).write(start, content)
 
     def close(self) -> None:
         self._sessions.clear()
-        del self.loop  # and the cache
+        self._loops.clear()  # and their caches
 
     def _run(self, name: str, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         if name not in self._sessions:

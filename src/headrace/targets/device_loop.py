@@ -24,7 +24,7 @@ from headrace.config import ModelConfig
 from headrace.errors import ContextFull, TargetError
 from headrace.model.rope import rope_angles
 from headrace.plan import GraphStyle, Part, graph_name, ports
-from headrace.runtime.engine import Logits
+from headrace.runtime.runner import Logits
 
 __all__ = ["DeviceLoop", "Run", "choose_graph", "longest_prompt", "prompt_steps"]
 
@@ -173,6 +173,26 @@ class DeviceLoop:
         for graphs in self._graphs.values():
             graphs.synced = min(graphs.synced, past)
         self.past = past
+
+    @property
+    def position_bytes(self) -> int:
+        """Bytes of one position's keys and values over all layers."""
+        return 2 * self.config.num_layers * self.config.kv_size
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Keys and values of positions start … stop−1 as they lie in the cache, port after port."""
+        return b"".join(_places(slots, name, start, stop).tobytes() for name, slots in self._cache.items())
+
+    def write(self, start: int, content: bytes) -> None:
+        """Put back what `read` gave, at `start`; everything behind it is forgotten."""
+        self.rewind(min(start, self.past))
+        count, at = len(content) // self.position_bytes, 0
+        for name, slots in self._cache.items():
+            places = _places(slots, name, start, start + count)
+            part = np.frombuffer(content, slots.dtype, places.size, at)
+            places[...] = part.reshape(places.shape)
+            at += part.nbytes
+        self.past = start + count
 
     def _step(self, ids: Sequence[int] | NDArray[np.int64], graphs: _Graphs) -> Codes:
         n, used, length, own = self.past, len(ids), graphs.length, graphs.context - graphs.length

@@ -14,7 +14,7 @@ import pytest
 from headrace.errors import ContextFull, TargetError
 from headrace.plan import GraphStyle, graph_name, ports
 from headrace.targets.device_loop import DeviceLoop, choose_graph, longest_prompt, prompt_steps
-from headrace.targets.host.runner import make_session
+from headrace.targets.host.sessions import make_session
 from headrace.targets.qualcomm.binary_check import check_binary, check_sharing
 from headrace.targets.qualcomm.child import GOODBYE_SECONDS, Child
 from headrace.targets.qualcomm.compiler import Emulator, GraphFile, compile_apart, compile_shared

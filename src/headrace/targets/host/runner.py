@@ -1,165 +1,125 @@
-"""HostRunner: a bundle's host graphs on ONNX Runtime's CPU kernels. Knows sessions, threads and buffers, no text."""
+"""HostRunner: a bundle's host graphs on ONNX Runtime's CPU kernels.
+
+GroupQueryAttention is exact for single tokens of several sequences at different places (batched), and for several
+tokens over a past at batch 1. So `run` cuts its spans that way:
+
+    spans   slot 0: 1 token   slot 1: 1 token   slot 2: 40 tokens   slot 3: 1 token
+    steps   ╰── slots 0, 1: batch 2 ──╯         ╰── batch 1 ──╯     ╰── batch 1 ──╯
+
+A batch covers slots that lie side by side, since its cache is a slice of rows; slots between that have nothing to do
+are never touched.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
 
 from headrace.bundle.folder import Bundle
 from headrace.model.rope import rope_tables
-from headrace.plan import GraphStyle, Part, ports
-from headrace.runtime.engine import Logits
+from headrace.plan import GraphStyle, ports
+from headrace.runtime.runner import Logits, SlotLengths, Span
+from headrace.targets.host.cache import HostCache
+from headrace.targets.host.sessions import default_threads, make_session
+from headrace.targets.host.steps import PartSession, Step, StepShape
 
-__all__ = ["HostRunner", "default_threads", "make_session"]
+__all__ = ["HostRunner"]
 
-_DTYPES = {"int8": np.int8, "float32": np.float32}
-_KEPT_BINDINGS = 4  # prompt step, token step, and the last odd lengths
-_pool: int | None = None
-
-
-def default_threads() -> int:
-    """Physical cores this process may use."""
-    import psutil
-
-    usable = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else None
-    physical = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
-    return max(1, min(physical, usable or physical))
-
-
-def _share_threads(threads: int) -> None:
-    """One pool for every session of the process: pools of their own would spin against each other between steps.
-    ONNX Runtime makes it once; the first number asked for stays."""
-    global _pool
-    if _pool is None:
-        ort.set_global_thread_pool_sizes(threads, 1)
-        _pool = threads
-
-
-def make_session(path: str, threads: int, options: Any = None) -> Any:
-    """An onnxruntime session on the CPU in the shared pool; `options`: the caller's own `SessionOptions`."""
-    _share_threads(threads)
-    options = options or ort.SessionOptions()
-    options.use_per_session_threads = False
-    options.log_severity_level = 3
-    # The cache's buffers come from outside and weights are packed by the kernels: an arena would only hold on to peaks.
-    options.enable_cpu_mem_arena = True
-    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+_KEPT_STEPS = 8  # bindings of recent shapes: prompt steps and token steps of a few slots
+_KEPT_ROWS = 8  # steps with more wanted rows than this own large logits and are not kept
 
 
 class HostRunner:
-    """The parts of a bundle in one process, sharing one KV cache that is written in place.
+    """The parts of a bundle in one process, sharing one KV cache that is written in place. A `Runner`.
 
     Args:
         bundle: an opened bundle.
         threads: size of the shared pool; physical cores by default, and the first runner of a process decides.
-        batch: sequences that run in step.
-        context: positions of the cache, the bundle's by default.
-
-    A `Runner`; `step` takes one sequence, `step_batch` as many as `batch`.
+        slots: sequences held at once.
+        context: positions of a slot, the bundle's by default.
     """
 
     def __init__(
-        self, bundle: Bundle, *, threads: int | None = None, batch: int = 1, context: int | None = None
+        self, bundle: Bundle, *, threads: int | None = None, slots: int = 1, context: int | None = None
     ) -> None:
         config = bundle.config
         self.vocab_size = config.vocab_size
         self.context = context or bundle.context
         self.prompt_length = bundle.prompt_length
-        self.batch = batch
+        self.slots = slots
+        self._held = SlotLengths(slots, self.context, config.vocab_size)
         self._hidden = config.hidden_size
         self._parts = [
-            _PartSession(make_session(str(bundle.graph(part)), threads or default_threads()), part, bundle)
+            PartSession(
+                make_session(str(bundle.graph(part)), threads or default_threads()),
+                *ports(config, part, GraphStyle.HOST, kv_dtype=bundle.kv_dtype),
+            )
             for part in bundle.parts
         ]
-        # np.zeros maps pages when they are first written: a long context costs memory only as it fills.
-        shape = (batch, config.num_kv_heads, self.context, config.head_dim)
-        self._cache = {
-            f"past_{kind}_{layer}": ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, _DTYPES[bundle.kv_dtype]))
-            for layer in range(config.num_layers)
-            for kind in ("key", "value")
-        }
-        self.kv_bytes = len(self._cache) * int(np.prod(shape)) * np.dtype(_DTYPES[bundle.kv_dtype]).itemsize
+        self.cache = HostCache(config, bundle.kv_dtype, slots, self.context)
+        self.kv_bytes = self.cache.nbytes
         cos, sin = rope_tables(config, self.context)
         self._tables = {"cos": ort.OrtValue.ortvalue_from_numpy(cos), "sin": ort.OrtValue.ortvalue_from_numpy(sin)}
         self._keep = (cos, sin)
-        self._steps: dict[tuple[int, int], _Step] = {}
+        self._steps: dict[StepShape, Step] = {}
 
-    def step(self, ids: NDArray[np.int64], start: int, wanted: NDArray[np.int64]) -> Logits:
-        logits: Logits = self.step_batch(ids[None, :], np.array([start]), wanted)[0]
-        return logits
+    def run(self, spans: Sequence[Span]) -> Logits:
+        self._held.begin(spans)
+        first_row = np.cumsum([0, *(len(span.wanted) for span in spans)])
+        out = np.empty((int(first_row[-1]), self.vocab_size), np.float32)
+        for batch in _batches(spans):
+            members = [spans[i] for i in batch]
+            wanted = members[0].wanted if len(members) == 1 else ((0,) if any(s.wanted for s in members) else ())
+            shape = StepShape(members[0].slot, len(members), len(members[0].ids), len(wanted))
+            ids = np.array([span.ids for span in members], np.int64)
+            logits = self._step(shape).run(ids, np.array([span.start for span in members]), wanted)
+            for row, (i, span) in enumerate(zip(batch, members)):
+                if span.wanted:  # in a batch each token is its span's only one, however often it is wanted
+                    out[first_row[i] : first_row[i + 1]] = logits[row]
+                self._held.done(span)
+        return out
 
-    def step_batch(self, ids: NDArray[np.int64], starts: NDArray[np.int64], wanted: NDArray[np.int64]) -> Logits:
-        """Run ids (batch, S), each sequence from its own start; several tokens over a past need batch 1.
+    def copy(self, source: int, target: int, count: int) -> None:
+        self._held.copied(source, target, count)
+        if source != target:
+            self.cache.copy(source, target, count)
 
-        Returns:
-            float32 (batch, len(wanted), V); a fresh array.
-        """
-        key = (ids.shape[1], len(wanted))
-        step = self._steps.pop(key, None) or _Step(self, *key)
-        self._steps[key] = step  # now the most recent
-        if len(self._steps) > _KEPT_BINDINGS:
-            del self._steps[next(iter(self._steps))]
-        return step.run(ids, starts, wanted)
+    def read(self, slot: int, start: int, stop: int) -> bytes:
+        self._held.check_held(slot, start, stop)
+        return self.cache.read(slot, start, stop)
+
+    def write(self, slot: int, start: int, content: bytes) -> None:
+        self._held.written(slot, start, len(content), self.cache.position_bytes)
+        self.cache.write(slot, start, content)
 
     def close(self) -> None:
         """Drop sessions and buffers."""
         self._steps.clear()
         self._parts.clear()
-        self._cache.clear()
+        self.cache.close()
+
+    def _step(self, shape: StepShape) -> Step:
+        step = self._steps.pop(shape, None) or Step(
+            shape, self._parts, self._hidden, self.vocab_size, self._tables, self.cache.value
+        )
+        if shape.rows <= _KEPT_ROWS:
+            self._steps[shape] = step  # now the most recent
+            if len(self._steps) > _KEPT_STEPS:
+                del self._steps[next(iter(self._steps))]
+        return step
 
 
-class _PartSession:
-    def __init__(self, session: Any, part: Part, bundle: Bundle) -> None:
-        self.session = session
-        self.part = part
-        self.inputs, self.outputs = ports(bundle.config, part, GraphStyle.HOST, kv_dtype=bundle.kv_dtype)
-
-
-class _Step:
-    """Buffers and bindings of one number of tokens S and wanted rows R, made once and written in place."""
-
-    def __init__(self, runner: HostRunner, length: int, rows: int) -> None:
-        batch = runner.batch
-        self.ids = np.zeros((batch, length), np.int64)
-        self.last_position = np.zeros(batch, np.int32)
-        self.total_length = np.zeros((), np.int32)
-        self.rows = np.zeros(rows, np.int64)
-        self.logits = np.zeros((batch, rows, runner.vocab_size), np.float32)
-        self._own: dict[str, Any] = {
-            "input_ids": self.ids,
-            "last_position": self.last_position,
-            "total_length": self.total_length,
-            "rows": self.rows,
-            "logits": self.logits,
-        }
-        for number in range(1, len(runner._parts)):
-            self._own[f"hidden_{number}"] = np.zeros((batch, length, runner._hidden), np.float32)
-        values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self._own.items()} | runner._tables
-        self._bound = []
-        # Without wanted rows the last part's head would still run on nothing; its layers must run for their cache.
-        for part in runner._parts:
-            binding = part.session.io_binding()
-            for port in part.inputs:
-                binding.bind_ortvalue_input(port.name, _value(port.name, values, runner._cache))
-            for port in part.outputs:
-                binding.bind_ortvalue_output(port.name, _value(port.name, values, runner._cache))
-            self._bound.append((part.session, binding))
-        self._values: Sequence[Any] = list(values.values())
-
-    def run(self, ids: NDArray[np.int64], starts: NDArray[np.int64], wanted: NDArray[np.int64]) -> Logits:
-        self.ids[:] = ids
-        self.last_position[:] = starts + ids.shape[1] - 1
-        self.total_length[...] = int(starts.max()) + ids.shape[1]
-        self.rows[:] = wanted
-        for session, binding in self._bound:
-            session.run_with_iobinding(binding)
-        return self.logits.copy()
-
-
-def _value(name: str, values: dict[str, Any], cache: dict[str, Any]) -> Any:
-    """The buffer behind a port; a cache's past and present are one buffer."""
-    return values[name] if name in values else cache[name.removesuffix("_in").removesuffix("_out")]
+def _batches(spans: Sequence[Span]) -> Iterator[list[int]]:
+    """Numbers of the spans that run together: single tokens of neighbouring slots; every other span alone."""
+    singles = sorted((i for i, span in enumerate(spans) if len(span.ids) == 1), key=lambda i: spans[i].slot)
+    together: list[int] = []
+    for i in singles:
+        if together and spans[i].slot != spans[together[-1]].slot + 1:
+            yield together
+            together = []
+        together.append(i)
+    if together:
+        yield together
+    yield from ([i] for i, span in enumerate(spans) if len(span.ids) > 1)

@@ -11,11 +11,12 @@ import pytest
 import headrace
 from headrace.bundle.folder import open_bundle
 from headrace.cli.main import _run
+from headrace.errors import TargetError
 from headrace.exporter.snapdragon import beside, emulate
-from headrace.genie_model import GenieModel, load_genie
 from headrace.language_model import LanguageModel
 from headrace.measure.device_parity import emulated_loop
-from headrace.runtime.generate import Limits, Token
+from headrace.runtime.answer import Limits, Token
+from headrace.runtime.runner import Span
 from headrace.runtime.sampling import SamplingOptions
 from headrace.targets.device import DeviceRunner
 from headrace.targets.device_loop import DeviceLoop
@@ -34,7 +35,6 @@ def test_chat_through_the_device_graphs_is_greedy_over_them(
     assert _run(["chat", str(path), "--runner", "device", "--greedy", "-n", str(COUNT), "-p", ASK]) == 0
     said = capfd.readouterr().out
     with headrace.load(path, runner="device") as model:
-        assert isinstance(model, LanguageModel)
         ids = model.turns.render([Message("user", ASK)], model.context)
         stop_ids = model.turns.stop_ids
         decode = model.tokenizer.decode
@@ -43,11 +43,11 @@ def test_chat_through_the_device_graphs_is_greedy_over_them(
     at, row = 0, np.empty(0)
     for start in range(0, len(ids), runner.prompt_length):
         chunk = np.array(ids[start : start + runner.prompt_length])
-        row = runner.step(chunk, start, np.array([len(chunk) - 1]))[0]
+        row = runner.run([Span(0, start, tuple(chunk.tolist()), (len(chunk) - 1,))])[0]
         at = start + len(chunk)
     while len(expected) < COUNT and (token := int(row.argmax())) not in stop_ids:
         expected.append(token)
-        row = runner.step(np.array([token]), at, np.array([0]))[0]
+        row = runner.run([Span(0, at, (token,), (0,))])[0]
         at += 1
     runner.close()
     assert expected and said == decode(expected) + "\n"
@@ -62,13 +62,13 @@ def phone(exports: Exports) -> Path:
 
 
 @pytest.fixture(scope="module")
-def genie(phone: Path) -> Iterator[GenieModel]:
-    with load_genie(phone) as model:
+def genie(phone: Path) -> Iterator[LanguageModel]:
+    with headrace.load(phone, runner="genie") as model:
         yield model
 
 
 @pytest.fixture(scope="module")
-def loop(genie: GenieModel, phone: Path) -> Iterator[DeviceLoop]:
+def loop(genie: LanguageModel, phone: Path) -> Iterator[DeviceLoop]:
     """headrace's own loop over the very binaries that Genie runs."""
     bundle = open_bundle(phone)
     with emulated_loop(emulate(bundle, beside(bundle, "emulation"))) as opened:
@@ -93,7 +93,7 @@ def ids_of(tokens: list[Token]) -> list[int]:
 
 @pytest.mark.qnn
 @pytest.mark.parametrize("text", [ASK, "百川东到海，何时复西归？", "a hundred rivers 12345 " * 5])
-def test_greedy_is_the_likeliest_token_every_time(genie: GenieModel, loop: DeviceLoop, text: str) -> None:
+def test_greedy_is_the_likeliest_token_every_time(genie: LanguageModel, loop: DeviceLoop, text: str) -> None:
     # Temperature 0 once sampled over the whole vocabulary: Genie reads over `"greedy": true`.
     ids = genie.turns.render([Message("user", text)], genie.context)
     stop_ids = genie.turns.stop_ids
@@ -103,7 +103,7 @@ def test_greedy_is_the_likeliest_token_every_time(genie: GenieModel, loop: Devic
 
 
 @pytest.mark.qnn
-def test_a_second_turn_rewinds_and_no_end_token_comes_between(genie: GenieModel, loop: DeviceLoop) -> None:
+def test_a_second_turn_rewinds_and_no_end_token_comes_between(genie: LanguageModel, loop: DeviceLoop) -> None:
     chat = genie.chat()
     first = list(chat.say(ASK, max_tokens=5, options=GREEDY))
     second = list(chat.say("何时复西归？", max_tokens=5, options=GREEDY))
@@ -115,7 +115,7 @@ def test_a_second_turn_rewinds_and_no_end_token_comes_between(genie: GenieModel,
 
 
 @pytest.mark.qnn
-def test_an_end_token_ends_the_answer(genie: GenieModel, loop: DeviceLoop) -> None:
+def test_an_end_token_ends_the_answer(genie: LanguageModel, loop: DeviceLoop) -> None:
     ids = genie.turns.render([Message("user", ASK)], genie.context)
     tokens = list(genie.answer(ids, GREEDY, Limits(COUNT)))
     stop = tokens[2].id
@@ -127,7 +127,7 @@ def test_an_end_token_ends_the_answer(genie: GenieModel, loop: DeviceLoop) -> No
 
 
 @pytest.mark.qnn
-def test_a_stop_string_ends_the_answer(genie: GenieModel) -> None:
+def test_a_stop_string_ends_the_answer(genie: LanguageModel) -> None:
     whole = "".join(t.text for t in genie.chat().say(ASK, max_tokens=COUNT, options=GREEDY))
     stop = whole[3:5]
     tokens = list(genie.chat().say(ASK, max_tokens=COUNT, stop=[stop], options=GREEDY))
@@ -137,7 +137,7 @@ def test_a_stop_string_ends_the_answer(genie: GenieModel) -> None:
 
 @pytest.mark.qnn
 @pytest.mark.parametrize("how", ["closed", "Ctrl-C"])
-def test_a_stopped_answer_leaves_a_usable_model(genie: GenieModel, how: str) -> None:
+def test_a_stopped_answer_leaves_a_usable_model(genie: LanguageModel, how: str) -> None:
     expected = ids_of(list(genie.chat().say(ASK, max_tokens=COUNT, options=GREEDY)))
     chat = genie.chat()
     answer = chat.say(ASK, max_tokens=100, options=GREEDY)
@@ -153,7 +153,18 @@ def test_a_stopped_answer_leaves_a_usable_model(genie: GenieModel, how: str) -> 
 
 
 @pytest.mark.qnn
-def test_sampling_is_genies_own_and_repeatable(genie: GenieModel) -> None:
+def test_what_genie_cannot_do_is_said(genie: LanguageModel) -> None:
+    with pytest.raises(TargetError, match="Genie chooses tokens by itself and gives no logits"):
+        genie.logits([1, 2])
+    first, second = genie.generate(ASK, max_tokens=4), genie.generate(ASK, max_tokens=4, temperature=0)
+    next(first)
+    with pytest.raises(TargetError, match="Genie is still giving another answer"):
+        next(second)
+    assert len(list(first)) == 3, "the first answer goes on"
+
+
+@pytest.mark.qnn
+def test_sampling_is_genies_own_and_repeatable(genie: LanguageModel) -> None:
     def say(**options: float) -> list[int]:
         chosen = genie.sampling_options(**options)
         return ids_of(list(genie.chat(raw=True).say(ASK, max_tokens=COUNT, options=chosen)))
@@ -166,7 +177,7 @@ def test_sampling_is_genies_own_and_repeatable(genie: GenieModel) -> None:
 
 
 @pytest.mark.qnn
-def test_chat_on_the_command_line(genie: GenieModel, phone: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_chat_on_the_command_line(genie: LanguageModel, phone: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = beside(open_bundle(phone), "emulation")
     made = (folder / "complete").stat().st_mtime_ns
     expected = "".join(t.text for t in genie.chat().say(ASK, max_tokens=4, options=GREEDY))

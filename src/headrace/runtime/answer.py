@@ -1,0 +1,119 @@
+"""Answer: from chosen tokens to text and a reason to end; the same for every runner, also one that samples by itself.
+
+    chosen ids ─► Answer.take ─► Token(id, text, finish)
+                    stop ids · stop strings · max_tokens · whole characters
+
+Knows no model and no turn format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from headrace.runtime.sampling import SamplingOptions
+from headrace.text.streaming import TextStream
+from headrace.text.tokenizer import Tokenizer
+
+__all__ = ["Answer", "Answerer", "Limits", "Token"]
+
+
+@dataclass(frozen=True)
+class Token:
+    """One step of an answer.
+
+    Attributes:
+        id: the token.
+        text: text that became certain with it; may be empty. All texts joined are the answer.
+        finish: on the last one, why: "stop" (an end token or stop string), "length" (max_tokens) or "context".
+    """
+
+    id: int
+    text: str
+    finish: str | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where an answer ends.
+
+    Attributes:
+        max_tokens: after so many tokens.
+        stop_ids: at any of these tokens.
+        stops: at any of these strings, which are not part of it.
+    """
+
+    max_tokens: int
+    stop_ids: Collection[int] = ()
+    stops: Sequence[str] = ()
+
+
+class Answer:
+    """One answer, token by token.
+
+    Args:
+        tokenizer: turns tokens to text.
+        limits: where the answer ends.
+        continues: the answer goes on from the prompt's text (see `Tokenizer.decode`).
+
+    Attributes:
+        limits: as given.
+        count: tokens taken.
+        finish: why it has ended, or None.
+
+    Raises:
+        UserError: a stop string is empty.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, limits: Limits, *, continues: bool = False) -> None:
+        self.limits = limits
+        self.count = 0
+        self.finish: str | None = None
+        self._stream = TextStream(tokenizer, limits.stops, continues=continues)
+
+    def take(self, token: int) -> Token:
+        """The next chosen token. An end token gives its Token too, without text of its own.
+
+        Raises:
+            ValueError: the answer has ended.
+        """
+        if self.finish is not None:
+            raise ValueError(f"the answer has ended ({self.finish}); it takes no more tokens")
+        self.count += 1
+        if token in self.limits.stop_ids:
+            return self.end(Token(token, ""), "stop")
+        made = Token(token, self._stream.push(token))
+        if self._stream.stopped:
+            return self.end(made, "stop")
+        return self.end(made, "length") if self.count >= self.limits.max_tokens else made
+
+    def end(self, token: Token, finish: str) -> Token:
+        """End with this token, for a reason that only the caller knows, such as "context"; what of the text was held
+        back comes with it."""
+        self.finish = finish
+        return Token(token.id, token.text + self._stream.finish(), finish)
+
+
+class Answerer(Protocol):
+    """Who answers prompts of token ids: an Engine over any runner, or one that chooses tokens by itself (Genie).
+
+    Attributes:
+        context: tokens of a prompt and its answer that there is room for.
+    """
+
+    @property
+    def context(self) -> int: ...
+
+    def answer(self, ids: Sequence[int], options: SamplingOptions, answer: Answer) -> Iterator[Token]:
+        """Continue token ids; the prompt is computed when the first token is asked for. Closing the iterator stops
+        the answer.
+
+        Raises:
+            ContextFull: the prompt leaves no room for an answer.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back memory and processes."""
+        ...

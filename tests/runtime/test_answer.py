@@ -1,0 +1,197 @@
+"""Answers: why they end, what of them is text, and that those read in turns are what each is alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from headrace.errors import ContextFull
+from headrace.runtime.answer import Answer, Limits, Token
+from headrace.runtime.engine import Engine
+from headrace.runtime.runner import Logits
+from headrace.runtime.sampling import SamplingOptions
+from headrace.testing import ScriptedRunner, prefix_logits
+from headrace.text.tokenizer import Tokenizer
+from tests.text.vocabularies import sentencepiece_tokenizer
+
+GREEDY = SamplingOptions.from_generation_config({}, {"temperature": 0.0})
+PROMPT = [5, 6, 7]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return sentencepiece_tokenizer(tmp_path_factory.mktemp("vocabulary"))
+
+
+def answer(tokenizer: Tokenizer, tokens: Sequence[int], **options: object) -> list[Token]:
+    context = int(options.pop("context", 64))  # type: ignore[call-overload]
+    limits = Limits(**{"max_tokens": 20, "stop_ids": (2,), **options})  # type: ignore[arg-type]
+    return list(Engine(saying(tokens, tokenizer, context)).answer(PROMPT, GREEDY, Answer(tokenizer, limits)))
+
+
+def saying(tokens: Sequence[int], tokenizer: Tokenizer, context: int = 64) -> ScriptedRunner:
+    return ScriptedRunner.saying(tokens, prompt=len(PROMPT), vocab_size=tokenizer.vocab_size, context=context)
+
+
+def text(tokens: Sequence[Token]) -> str:
+    return "".join(t.text for t in tokens)
+
+
+@pytest.mark.parametrize(
+    "words", ["The river runs to the sea.", "百川东到海，何时复西归？", "a😀b🏞️c", "  two  spaces "]
+)
+def test_texts_joined_are_the_answer(tokenizer: Tokenizer, words: str) -> None:
+    ids = tokenizer.encode(words)
+    tokens = answer(tokenizer, [*ids, 2], max_tokens=200, context=300)
+    assert [t.id for t in tokens] == [*ids, 2]
+    assert text(tokens) == words
+    assert "�" not in text(tokens)
+    assert [t.finish for t in tokens] == [None] * len(ids) + ["stop"]
+    assert tokens[-1].text == ""
+
+
+def test_length(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("The river runs to the sea.")
+    tokens = answer(tokenizer, ids, max_tokens=3)
+    assert [t.id for t in tokens] == ids[:3]
+    assert [t.finish for t in tokens] == [None, None, "length"]
+    assert text(tokens) == tokenizer.decode(ids[:3])
+    assert answer(tokenizer, ids, max_tokens=0) == []
+
+
+def test_a_cut_character_is_shown_as_such_only_at_the_end(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("🏞")
+    assert len(ids) >= 4, "spelled in bytes"
+    tokens = answer(tokenizer, ids, max_tokens=len(ids) - 1)
+    assert text(tokens[:-1]).strip("🏞") == ""
+    assert text(tokens).endswith("�")
+
+
+def test_context(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("The river runs to the sea, and the sea is not full") * 3
+    tokens = answer(tokenizer, ids, context=10, max_tokens=100)
+    # Seven places behind the prompt; the token sampled from the last place needs none.
+    assert [t.id for t in tokens] == ids[:8]
+    assert tokens[-1].finish == "context"
+
+
+@pytest.mark.parametrize("stop", ["to the", "sea.", "T", "runs"])
+def test_stop_strings(tokenizer: Tokenizer, stop: str) -> None:
+    words = "The river runs to the sea. The end"
+    tokens = answer(tokenizer, tokenizer.encode(words), stops=[stop], max_tokens=100)
+    assert text(tokens) == words[: words.index(stop)]
+    assert tokens[-1].finish == "stop"
+
+
+def test_the_prompt_is_computed_when_the_first_token_is_asked_for(tokenizer: Tokenizer) -> None:
+    runner = saying([9, 2], tokenizer)
+    stream = Engine(runner).answer(PROMPT, GREEDY, Answer(tokenizer, Limits(5, (2,))))
+    assert not runner.calls
+    next(stream)
+    assert len(runner.calls) == 1, "one token, one step: the answer's next token is not computed ahead"
+
+
+def test_a_prompt_that_leaves_no_room(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ContextFull, match="the prompt has 3 tokens, but the context holds 3"):
+        answer(tokenizer, [9], context=3)
+
+
+def test_no_prompt_has_no_answer(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="an empty prompt has no logits"):
+        list(Engine(saying([9], tokenizer)).answer([], GREEDY, Answer(tokenizer, Limits(5))))
+
+
+def test_an_ended_answer_takes_no_more(tokenizer: Tokenizer) -> None:
+    made = Answer(tokenizer, Limits(5, (2,)))
+    assert made.take(2) == Token(2, "", "stop")
+    with pytest.raises(ValueError, match=r"the answer has ended \(stop\); it takes no more tokens"):
+        made.take(9)
+
+
+def test_the_repetition_penalty_sees_prompt_and_answer(tokenizer: Tokenizer) -> None:
+    def flat(ids: Sequence[int]) -> Logits:
+        logits = np.full(tokenizer.vocab_size, 1.0, np.float32)
+        logits[PROMPT] = 1.5  # without a penalty the prompt's tokens would come again
+        logits[100] = 1.4
+        return logits
+
+    options = SamplingOptions.from_generation_config({}, {"temperature": 0.0, "repetition_penalty": 2.0})
+    engine = Engine(ScriptedRunner(flat, vocab_size=tokenizer.vocab_size))
+    tokens = list(engine.answer(PROMPT, options, Answer(tokenizer, Limits(3))))
+    assert tokens[0].id == 100
+    assert tokens[1].id not in (*PROMPT, 100)
+
+
+def test_nothing_is_left_of_the_last_answer(tokenizer: Tokenizer) -> None:
+    runner = saying([9, 10, 2], tokenizer)
+    engine = Engine(runner)
+
+    def say() -> list[Token]:
+        return list(engine.answer(PROMPT, GREEDY, Answer(tokenizer, Limits(5, (2,)))))
+
+    first = say()
+    assert runner.cache[0] == [*PROMPT, 9, 10], "the end token is not part of the sequence"
+    computed = runner.computed
+    assert say() == first
+    assert runner.computed == computed + 3, "of the prompt only the last token, for its logits"
+
+
+# In turns
+
+
+def random_model(tokenizer: Tokenizer, slots: int) -> ScriptedRunner:
+    return ScriptedRunner(prefix_logits(tokenizer.vocab_size), vocab_size=tokenizer.vocab_size, slots=slots)
+
+
+PROMPTS = ([5, 6, 7], [5, 6, 7, 8, 9, 10, 11, 12, 13], [30] * 20)
+SAMPLED = SamplingOptions(temperature=1.0, seed=3)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED])
+def test_answers_read_in_turns_are_what_each_is_alone(
+    tokenizer: Tokenizer, slots: int, options: SamplingOptions
+) -> None:
+    alone = [
+        list(Engine(random_model(tokenizer, 1)).answer(ids, options, Answer(tokenizer, Limits(6)))) for ids in PROMPTS
+    ]
+    engine = Engine(random_model(tokenizer, slots))
+    streams = [engine.answer(ids, options, Answer(tokenizer, Limits(6))) for ids in PROMPTS]
+    found: list[list[Token]] = [[] for _ in PROMPTS]
+    for turn in range(6):
+        for stream, tokens in zip(streams, found):
+            tokens.append(next(stream))
+        if turn == 2:
+            engine.score([1, 2, 3])
+    assert found == alone
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5])
+def test_steps_take_every_answer_further(tokenizer: Tokenizer, slots: int) -> None:
+    runner = random_model(tokenizer, slots)
+    engine = Engine(runner)
+    requests = [engine.submit(ids, SAMPLED, Answer(tokenizer, Limits(6))) for ids in PROMPTS]
+    found: dict[int, list[Token]] = {id(request): [] for request in requests}
+    while not all(request.done for request in requests):
+        calls = len(runner.calls)
+        for request, token in engine.step():
+            found[id(request)].append(token)
+        assert len(runner.calls) == calls + 1, "a step is one call"
+        assert sum(len(span.ids) > 1 for span in runner.calls[-1]) <= 1, "and computes one chunk of one prompt at most"
+    assert engine.step() == []
+    for request, ids in zip(requests, PROMPTS):
+        alone = Engine(random_model(tokenizer, 1)).answer(ids, SAMPLED, Answer(tokenizer, Limits(6)))
+        assert found[id(request)] == list(alone)
+
+
+def test_a_cancelled_request_frees_its_slot_at_once(tokenizer: Tokenizer) -> None:
+    engine = Engine(random_model(tokenizer, 1))
+    first = engine.submit([5, 6, 7], GREEDY, Answer(tokenizer, Limits(50)))
+    second = engine.submit([8, 9], GREEDY, Answer(tokenizer, Limits(50)))
+    assert [request for request, _ in engine.step()] == [first]
+    assert [request for request, _ in engine.step()] == [first], "no slot for the second"
+    first.cancel()
+    assert [request for request, _ in engine.step()] == [second]
+    assert first.done
