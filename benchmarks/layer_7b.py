@@ -16,11 +16,11 @@ from dataclasses import replace
 import numpy as np
 
 from headrace.bundle.recipe import load_recipe
-from headrace.bundle.weights import linear_shape, quantized_names
 from headrace.checkpoint.tensor import LazyTensor
 from headrace.config import ModelConfig
 from headrace.exporter.estimate import estimate_export
-from headrace.quantize.pipeline import linear_names, quantize_layers
+from headrace.model.weights import linears, quantized_weights, weight_table
+from headrace.quantize.pipeline import quantize_layers
 
 SHAPE = ModelConfig(
     architecture="baichuan", vocab_size=125696, hidden_size=4096, intermediate_size=11008, num_layers=32,
@@ -38,7 +38,7 @@ class RandomLayer:
     def tensor(self, name: str) -> LazyTensor:
         if name.endswith("norm.weight"):
             return LazyTensor((SHAPE.hidden_size,), "float32", lambda a, b: np.ones(b - a, np.float32))
-        rows, columns = linear_shape(self.config, name)
+        rows, columns = weight_table(self.config)[name].matrix
 
         def read(start: int, stop: int) -> np.ndarray:
             seed = zlib.crc32(f"{name} {start}".encode())
@@ -52,14 +52,14 @@ def main() -> None:
     count, length = (int(a) for a in (sys.argv[2:4] if len(sys.argv) > 3 else ("64", "512")))
     source = RandomLayer()
     recipe = load_recipe("w4a16").with_linears(method=method)
-    rules = recipe.resolve(quantized_names(source.config))
+    rules = recipe.resolve(quantized_weights(source.config))
     windows = np.random.default_rng(0).integers(0, source.config.vocab_size, (count, length))
     started, worked = time.perf_counter(), time.process_time()
-    quantize_layers(source, {n: rules[n] for n in linear_names(source.config)}, windows, lambda layer: None)
+    quantize_layers(source, {n: rules[n] for n in linears(source.config)}, windows, lambda layer: None)
     seconds = time.perf_counter() - started
     worked = time.process_time() - worked
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    estimate = estimate_export(SHAPE, recipe.resolve(quantized_names(SHAPE)), tokens=count * length)
+    estimate = estimate_export(SHAPE, recipe.resolve(quantized_weights(SHAPE)), tokens=count * length)
     print(f"one layer, {method}, {count * length} tokens: {seconds:.0f} s, peak {peak / 1e9:.2f} GB")
     print(f"on a busy computer: {worked:.0f} s of work, at best half of it on two cores")
     print(f"{SHAPE.num_layers} layers of that: {seconds * SHAPE.num_layers / 3600:.2f} h")

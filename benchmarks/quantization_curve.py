@@ -19,10 +19,11 @@ import numpy as np
 
 import headrace
 from headrace.bundle.folder import open_bundle
-from headrace.bundle.weights import WeightStore, quantized_names
+from headrace.bundle.weights import WeightStore
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.measure.evaluate import evaluate_text, first_windows, follow, read_text
 from headrace.model.reference import eager_logits
+from headrace.model.weights import quantized_weights
 from headrace.quantize.budget import average_bits
 
 WINDOW = 512
@@ -75,7 +76,7 @@ def report(point: str, source: Checkpoint, out: Path, text: Path, exported: floa
     """Score a bundle on a text and print its line."""
     bundle = open_bundle(out)
     config, recipe = bundle.config, bundle.recipe
-    rules = recipe.resolve(quantized_names(config))
+    rules = recipe.resolve(quantized_weights(config))
     store = WeightStore.open(out, config, bundle.parts, recipe)
     with headrace.load(out) as model:
         windows = first_windows(model.tokenizer.encode(read_text(text)), text.name, WINDOW)

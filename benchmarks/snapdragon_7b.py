@@ -24,7 +24,7 @@ from headrace.bundle.encodings import OUTLIERS, Encoding, port_encodings
 from headrace.bundle.grid import Grid, QuantizedTensor
 from headrace.config import ModelConfig
 from headrace.graph.emit_device import write_device_graphs
-from headrace.model.decoder import EMBEDDING, HEAD
+from headrace.model.weights import EMBEDDING, HEAD
 from headrace.plan import plan_parts
 from headrace.targets.qualcomm.binary_check import check_binary
 from headrace.targets.qualcomm.compiler import GraphFile, compile_shared

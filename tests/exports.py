@@ -23,7 +23,7 @@ from headrace.graph.emit_host import INT8_ACTIVATIONS, HostWeights, emit_host
 from headrace.plan import plan_parts
 from headrace.text.tokenizer import save_tokenizer
 from tests.text.vocabularies import TEXT, byte_level_metadata, sentencepiece_model
-from tests.tiny import write_baichuan, write_llama
+from tests.tiny import write_baichuan, write_llama, write_qwen2
 
 LAYERS = 4  # so that five parts are possible
 VOCAB = 420
@@ -51,6 +51,7 @@ class Exports:
     mha     Baichuan2: W_pack, NormHead, SentencePiece, turn ids
     wide    llama with rows that 256 divides
     phone   mha with two layers and calm's weights: small enough for Qualcomm's compiler and emulator
+    qwen2   biases on q, k and v
     calm    gqa with smaller weights: attention and logits are not sharper than a trained model's
     """
 
@@ -87,6 +88,8 @@ def write_checkpoint(folder: Path, kind: str = "gqa", **shape: Any) -> Path:
     if kind in ("mha", "phone"):
         layers = 2 if kind == "phone" else LAYERS
         write_baichuan(folder, 2, **{"layers": layers, "vocab": VOCAB, **shape})
+    elif kind == "qwen2":
+        write_qwen2(folder, **{"layers": LAYERS, "vocab": VOCAB, **shape})
     elif kind == "wide":
         write_llama(folder, **{"layers": 2, "vocab": VOCAB, "hidden": 256, "head_dim": 64, "ffn": 512, **shape})
     else:

@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": set(),
     "plan": {"config"},
     "model": {"config"},
-    "architectures": {"config"},
+    "architectures": {"config", "model"},
     "checkpoint": {"architectures", "config"},
     "bundle": {"config", "model", "plan"},
     "quantize": {"bundle", "checkpoint", "config", "model", "plan"},

@@ -1,7 +1,8 @@
 """Seeded tiny decoders, written as real checkpoint folders and files.
 
-    write_llama, write_baichuan    a Hugging Face folder: config.json, generation_config.json, safetensors or torch .bin
-    write_gguf                     a llama GGUF, q and k permuted as llama.cpp's converter does
+    write_llama, write_baichuan,   a Hugging Face folder: config.json, generation_config.json, safetensors or torch .bin
+    write_qwen2, write_mistral
+    write_gguf                     a GGUF, rows in the order llama.cpp's converter gives them
     write_torch                    one .bin file as torch.save lays it out, without torch
     rewrite_as_baichuan            any open llama checkpoint as a Baichuan (v1) folder
 
@@ -48,8 +49,11 @@ class Shape:
     vocab: int = 160
 
 
-def llama_tensors(seed: int, shape: Shape, tied: bool) -> Tensors:
-    """Random weights under Hugging Face's Llama names, float32."""
+QKV, OUTPUT, MLP = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj", "down_proj")  # with a bias
+
+
+def llama_tensors(seed: int, shape: Shape, tied: bool, biases: Sequence[str] = ()) -> Tensors:
+    """Random weights under Hugging Face's Llama names, float32; linears named in `biases` have one."""
     rng = np.random.default_rng(seed)
 
     def matrix(rows: int, columns: int) -> NDArray[np.float32]:
@@ -75,6 +79,9 @@ def llama_tensors(seed: int, shape: Shape, tied: bool) -> Tensors:
     tensors["model.norm.weight"] = gains()
     if not tied:
         tensors["lm_head.weight"] = matrix(shape.vocab, shape.hidden)
+    for name in [name for name in tensors if name.split(".")[-2] in biases]:
+        size = len(tensors[name])
+        tensors[name.replace(".weight", ".bias")] = rng.normal(0, 1, size).astype(np.float32)
     return tensors
 
 
@@ -94,8 +101,11 @@ def write_llama(
     shards: int = 1,
     format: str = "safetensors",
     rope_scaling: Mapping[str, Any] | None = None,
+    attention_bias: bool = False,
+    mlp_bias: bool = False,
 ) -> Path:
     """A Llama folder."""
+    biases = ((*QKV, *OUTPUT) if attention_bias else ()) + (MLP if mlp_bias else ())
     shape = Shape(layers, hidden, heads, kv_heads, head_dim, ffn, vocab)
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -114,8 +124,46 @@ def write_llama(
         "vocab_size": vocab,
         "hidden_act": "silu",
         "torch_dtype": dtype,
+        "attention_bias": attention_bias,
+        "mlp_bias": mlp_bias,
     }
-    return write_folder(folder, config, llama_tensors(seed, shape, tied), dtype=dtype, shards=shards, format=format)
+    tensors = llama_tensors(seed, shape, tied, biases)
+    return write_folder(folder, config, tensors, dtype=dtype, shards=shards, format=format)
+
+
+def write_qwen2(folder: Path, *, tied: bool = False, seed: int = 0, dtype: str = "float32", **changes: Any) -> Path:
+    """A Qwen2 folder: biases on q, k and v; `changes` to config.json (its own names), or to `Shape`."""
+    shape = Shape(**{name: changes.pop(name) for name in list(changes) if name in Shape.__dataclass_fields__})
+    config = _shared_config(shape, tied, dtype) | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+    config |= {"use_sliding_window": False, "sliding_window": 32, "max_window_layers": 21} | changes
+    tensors = llama_tensors(seed, shape, tied, QKV)
+    return write_folder(folder, config, tensors, dtype=dtype, shards=1, format="safetensors")
+
+
+def write_mistral(folder: Path, *, tied: bool = False, seed: int = 0, dtype: str = "float32", **changes: Any) -> Path:
+    """A Mistral folder without a sliding window; `changes` to config.json (its own names), or to `Shape`."""
+    shape = Shape(**{name: changes.pop(name) for name in list(changes) if name in Shape.__dataclass_fields__})
+    config = _shared_config(shape, tied, dtype) | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    config |= {"head_dim": shape.head_dim, "sliding_window": None} | changes
+    tensors = llama_tensors(seed, shape, tied)
+    return write_folder(folder, config, tensors, dtype=dtype, shards=1, format="safetensors")
+
+
+def _shared_config(shape: Shape, tied: bool, dtype: str) -> dict[str, Any]:
+    return {
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.ffn,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 20000.0,
+        "max_position_embeddings": MAX_POSITIONS,
+        "tie_word_embeddings": tied,
+        "vocab_size": shape.vocab,
+        "hidden_act": "silu",
+        "torch_dtype": dtype,
+    }
 
 
 def write_baichuan(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from headrace.errors import ConfigError, did_you_mean, shown
@@ -53,6 +53,11 @@ class ModelConfig:
         max_context: longest context the model was made for, tokens.
         tied_head: the head is the embedding's table.
         rope_scaling: stretched frequencies, or None.
+        qkv_bias: q, k and v have a bias.
+        output_bias: the attention's output has one.
+        mlp_bias: gate, up and down have one.
+        sliding_window: how far back the model's attention was made to see, tokens, where that is less than what
+            max_context would be otherwise; attention here sees everything, so max_context is no more than this.
 
     Raises:
         ConfigError: a number is out of range or two contradict each other.
@@ -71,6 +76,10 @@ class ModelConfig:
     max_context: int
     tied_head: bool
     rope_scaling: RopeScaling | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -81,6 +90,10 @@ class ModelConfig:
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_attention_heads {self.num_heads} is not a multiple of num_key_value_heads {self.num_kv_heads}"
+            )
+        if self.sliding_window is not None and positive_int("sliding_window", self.sliding_window) < self.max_context:
+            raise ConfigError(
+                f"sliding_window {self.sliding_window} is less than the context of {self.max_context}; expected no less"
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim {self.head_dim} is odd; rotary embedding needs pairs")
@@ -113,13 +126,13 @@ class ModelConfig:
         """The inverse of `to_dict`.
 
         Raises:
-            ConfigError: a key is unknown or missing.
+            ConfigError: a key is unknown or missing. Those with a default may be: older bundles lack them.
         """
-        known = [f.name for f in fields(cls)]
+        known = {f.name: f.default is MISSING for f in fields(cls)}  # and whether it must be there
         for key in raw:
             if key not in known:
                 raise ConfigError(f"unknown geometry key {key!r}{did_you_mean(key, known)}")
-        missing = [k for k in known if k not in raw and k != "rope_scaling"]
+        missing = [key for key, needed in known.items() if needed and key not in raw]
         if missing:
             raise ConfigError(f"geometry lacks {', '.join(missing)}")
         values = dict(raw)

@@ -12,10 +12,10 @@ import pytest
 
 from headrace.architectures import ARCHITECTURES
 from headrace.checkpoint import Checkpoint, open_checkpoint
-from headrace.model.decoder import EMBEDDING, FINAL_NORM, HEAD, layer_weights
 from headrace.model.reference import eager_logits
+from headrace.model.weights import weight_table
 from tests.oracle import baichuan as baichuan_oracle
-from tests.tiny import rewrite_as_baichuan, write_baichuan, write_gguf, write_llama
+from tests.tiny import rewrite_as_baichuan, write_baichuan, write_gguf, write_llama, write_mistral, write_qwen2
 
 LOGIT_TOLERANCE = 1e-4  # float32 against float64 over a few layers, logits of a few units
 SAME_WEIGHTS_TOLERANCE = 1e-4  # the same float32 weights multiplied in another order
@@ -36,6 +36,21 @@ VARIANTS: dict[str, dict[str, Callable[[Path], Path]]] = {
         "llama3": lambda folder: write_llama(folder, rope_scaling=LLAMA3),
         "linear": lambda folder: write_llama(folder, rope_scaling={"type": "linear", "factor": 2.0}),
         "bfloat16": lambda folder: write_llama(folder, dtype="bfloat16", shards=3),
+        "attention_bias": lambda folder: write_llama(folder, attention_bias=True),
+        "mlp_bias": lambda folder: write_llama(folder, mlp_bias=True),
+    },
+    "qwen2": {
+        "untied": write_qwen2,
+        "tied": lambda folder: write_qwen2(folder, tied=True),
+        "one_kv_head": lambda folder: write_qwen2(folder, kv_heads=1),
+        "window": lambda folder: write_qwen2(folder, use_sliding_window=True),  # of 32 tokens: it does not act
+        "float16": lambda folder: write_qwen2(folder, dtype="float16"),
+    },
+    "mistral": {
+        "no_window": write_mistral,
+        "window": lambda folder: write_mistral(folder, sliding_window=len(IDS)),  # the last token still sees the first
+        "wide_heads": lambda folder: write_mistral(folder, head_dim=24, kv_heads=1),
+        "tied": lambda folder: write_mistral(folder, tied=True),
     },
     "baichuan": {
         "v1": lambda folder: write_baichuan(folder, 1),
@@ -94,8 +109,7 @@ def test_each_weight_is_asked_for_once(tmp_path: Path) -> None:
 def test_canonical_names_are_the_decoders(model_type: str, tmp_path: Path) -> None:
     name, write = next(iter(VARIANTS[model_type].items()))
     checkpoint = open_checkpoint(write(tmp_path / name))
-    layers = [weight for i in range(checkpoint.config.num_layers) for weight in layer_weights(i)]
-    assert sorted(checkpoint.names) == sorted([EMBEDDING, *layers, FINAL_NORM, HEAD])
+    assert list(checkpoint.names) == list(weight_table(checkpoint.config))
 
 
 def test_llama_rewritten_as_baichuan_is_the_same_model(tmp_path: Path) -> None:

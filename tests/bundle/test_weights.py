@@ -10,10 +10,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from headrace.bundle.grid import Grid, QuantizedTensor, dequantize, pack, quantize_nearest
-from headrace.bundle.weights import WeightStore, layouts, linear_shape, part_weights, quantized_names
+from headrace.bundle.weights import WeightStore, layouts, part_weights
 from headrace.config import ModelConfig
 from headrace.errors import RecipeError
-from headrace.model.decoder import EMBEDDING, HEAD
+from headrace.model.weights import EMBEDDING, HEAD, quantized_weights, weight_table
 from headrace.plan import plan_parts
 
 UNTIED = ModelConfig("llama", 31, 64, 96, 3, 4, 2, 16, 1e-5, 10000.0, 512, False)
@@ -22,7 +22,7 @@ TIED = ModelConfig("llama", 31, 64, 96, 3, 4, 2, 16, 1e-5, 10000.0, 512, True)
 
 def grids_of(config: ModelConfig) -> dict[str, Grid]:
     """int8 tables, int4 linears, one linear in blocks and one in 8 bits."""
-    grids = {name: Grid(4) for name in quantized_names(config)}
+    grids = {name: Grid(4) for name in quantized_weights(config)}
     grids |= {name: Grid(8) for name in grids if name in (EMBEDDING, HEAD)}
     return grids | {"layers.0.mlp.up_proj.weight": Grid(4, 32), "layers.1.mlp.down_proj.weight": Grid(8, 16)}
 
@@ -34,7 +34,8 @@ def filled(root: Path, config: ModelConfig, parts: int) -> tuple[WeightStore, di
     values: dict[str, QuantizedTensor | np.ndarray] = {}
     for name in reversed(store.names):  # any order
         if name in grids:
-            values[name] = quantize_nearest(rng.normal(size=linear_shape(config, name)).astype(np.float32), grids[name])
+            shape = weight_table(config)[name].shape
+            values[name] = quantize_nearest(rng.normal(size=shape).astype(np.float32), grids[name])
         else:
             values[name] = rng.normal(size=config.hidden_size).astype(np.float32)
         store.write(name, values[name])
@@ -71,7 +72,7 @@ def test_anyone_can_open_the_files(tmp_path: Path, config: ModelConfig) -> None:
             assert file.metadata() == {"format": "headrace"}
         tensors = load_file(path)
         expected = {key.removesuffix("_packed").removesuffix("_scale") for key in tensors}
-        assert expected == set(part_weights(config, part))
+        assert expected == {name for name, row in part_weights(config, part).items() if row.stored_as == name}
         found |= tensors
     for name, value in values.items():
         if isinstance(value, QuantizedTensor):
@@ -102,13 +103,13 @@ def test_layouts_know_sizes_before_weights(tmp_path: Path) -> None:
 
 
 def test_every_linear_has_a_shape() -> None:
-    shapes = {name: linear_shape(UNTIED, name) for name in quantized_names(UNTIED)}
+    shapes = {name: weight_table(UNTIED)[name].matrix for name in quantized_weights(UNTIED)}
     assert shapes[EMBEDDING] == shapes[HEAD] == (31, 64)
     assert shapes["layers.2.self_attn.q_proj.weight"] == (64, 64)
     assert shapes["layers.2.self_attn.k_proj.weight"] == shapes["layers.2.self_attn.v_proj.weight"] == (32, 64)
     assert shapes["layers.2.mlp.down_proj.weight"] == (64, 96)
     assert len(shapes) == 2 + 3 * 7
-    assert HEAD not in quantized_names(TIED)
+    assert HEAD not in quantized_weights(TIED)
 
 
 def test_a_wrong_shape_is_refused(tmp_path: Path) -> None:

@@ -9,12 +9,12 @@ import pytest
 
 from headrace.bundle.folder import open_bundle
 from headrace.bundle.recipe import Recipe, Rule, load_recipe
-from headrace.bundle.weights import quantized_names
 from headrace.config import ModelConfig
 from headrace.errors import RecipeError
 from headrace.exporter.estimate import _EFFICIENCY, BANDWIDTHS, estimate_export, plan_export, plan_model
 from headrace.exporter.options import ExportOptions
 from headrace.exporter.settings import settle
+from headrace.model.weights import quantized_weights
 from headrace.plan import plan_parts
 from headrace.quantize.methods import METHODS
 from headrace.targets.qualcomm.compile_cost import estimate_compile
@@ -94,7 +94,7 @@ def speed(monkeypatch: pytest.MonkeyPatch) -> float:
 
 
 def rules(method: str) -> dict[str, Rule]:
-    return load_recipe("w4a16").with_linears(method=method).resolve(quantized_names(BAICHUAN2))
+    return load_recipe("w4a16").with_linears(method=method).resolve(quantized_weights(BAICHUAN2))
 
 
 MOMENTS = 32768 * (4 * H**2 + F**2)  # T·K² for five moments

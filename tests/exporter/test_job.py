@@ -21,7 +21,7 @@ from headrace.bundle.recipe import Recipe, Rule
 from headrace.checkpoint import open_checkpoint
 from headrace.errors import BundleError, CalibrationError, ConfigError, RecipeError, UserError
 from headrace.exporter.job import export
-from headrace.quantize.pipeline import linear_names
+from headrace.model.weights import linears
 from tests.exports import CONTEXT, LAYERS, PHONE, SMALL, VOCAB, Exports, opened_store, write_checkpoint
 from tests.oracle.quantized import stored_weights
 from tests.tiny import MAX_POSITIONS, rewrite_as_baichuan
@@ -410,7 +410,7 @@ def test_weights_on_their_grid_are_kept_under_a_budget_and_for_other_tools(expor
     bundle = open_bundle(export(folder, tmp_path / "out", **options, keep_grid=True, bits=5, keep_onnx=True))
     store = opened_store(bundle)
     assert not bundle.recipe.rotate and (bundle.root / "device").exists()
-    for name in linear_names(bundle.config):
+    for name in linears(bundle.config):
         np.testing.assert_array_equal(store.read(name), tensors[f"model.{name}"])
 
 

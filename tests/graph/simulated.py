@@ -17,9 +17,10 @@ from headrace.bundle.weights import part_weights
 from headrace.checkpoint import open_checkpoint
 from headrace.config import ModelConfig
 from headrace.measure.fidelity import FidelityMeter, no_target
-from headrace.model.decoder import EMBEDDING, HEAD, Residual, block, embed, head
+from headrace.model.decoder import Residual, block, embed, head
 from headrace.model.ops import Array, Eager, Positions
 from headrace.model.rope import rope_angles
+from headrace.model.weights import EMBEDDING, HEAD
 from headrace.plan import MASK_DEPTH, plan_parts
 from headrace.quantize.device_encodings import device_encodings
 from headrace.quantize.outliers import SplitEager
@@ -105,8 +106,8 @@ class SimulatedDevice(SplitEager):
 
 
 def apart(model: QuantizedModel, name: str) -> tuple[int, ...]:
-    """Outlier channels of a gated product."""
-    encoding = model.encodings.get(f"{name.removesuffix('gated')}{GATED_OUTLIERS}")
+    """Outlier channels of a feed-forward's gated product."""
+    encoding = model.encodings.get(f"{name}.{GATED_OUTLIERS}")
     return encoding.channels if encoding else ()
 
 
@@ -128,10 +129,13 @@ def simulated_logits(model: QuantizedModel, ids: NDArray[np.int64], ops: Eager |
 
 
 def tiny_model(folder: Path, kind: str, **shape: int) -> QuantizedModel:
-    """A random decoder: "gqa", "mha" (Baichuan2: W_pack, NormHead), "tied" (GQA, the head is the embedding) or
-    "outliers" (gqa with two huge channels in the gated product of the second layer, one in the third's)."""
+    """A random decoder: "gqa", "mha" (Baichuan2: W_pack, NormHead), "tied" (GQA, the head is the embedding), "outliers"
+    (gqa with two huge channels in the gated product of the second layer, one in the third's), "biased" (the same, and
+    every linear has a bias)."""
     if kind == "mha":
         written = write_baichuan(folder, **shape)
+    elif kind == "biased":
+        written = write_llama(folder, attention_bias=True, mlp_bias=True, **shape)
     else:
         written = write_llama(folder, tied=kind == "tied", **shape)
     checkpoint = open_checkpoint(written)
@@ -139,9 +143,9 @@ def tiny_model(folder: Path, kind: str, **shape: int) -> QuantizedModel:
 
     def load(name: str) -> Array:
         value = checkpoint.tensor(name).load()
-        if kind == "outliers":
+        if kind in ("outliers", "biased"):
             for layer, channels in OUTLIERS.items():
-                if name == f"layers.{layer}.mlp.up_proj.weight":
+                if name in (f"layers.{layer}.mlp.up_proj.weight", f"layers.{layer}.mlp.up_proj.bias"):
                     value[list(channels)] *= HUGE
                 if name == f"layers.{layer}.mlp.down_proj.weight":
                     value[:, list(channels)] /= HUGE

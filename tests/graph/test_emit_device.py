@@ -22,9 +22,9 @@ from headrace.graph import emit_device as emitter
 from headrace.graph.device_weights import EmbeddingForm, _Writer, derive_weights
 from headrace.graph.emit_device import DeviceGraph, emit_device, write_device_graphs
 from headrace.model import decoder
-from headrace.model.decoder import EMBEDDING
 from headrace.model.ops import Array, Eager, Positions
 from headrace.model.rope import rope_angles
+from headrace.model.weights import EMBEDDING
 from headrace.plan import GraphStyle, plan_parts, ports
 from headrace.quantize.outliers import SplitEager
 from tests.graph.simulated import (
@@ -50,7 +50,7 @@ LAYERS_LSB = 200
 KL = 1e-3  # three layers with spread-out random weights; 1e-4 measured
 CORRELATION = 0.9998
 
-KINDS = ("gqa", "mha", "tied", "outliers")
+KINDS = ("gqa", "mha", "tied", "outliers", "biased")
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +113,10 @@ class Forced(SplitEager):
 
     def tap(self, name: str, value: Array) -> Array:
         e, have = self.encodings[name], self.codes[name].reshape(value.shape)
-        if name.endswith(".gated") and apart(self.model, name):  # what the fine grid makes of outliers is not used
+        channels = apart(self.model, name.removesuffix(".gated"))
+        if channels:  # what the fine grid makes of outliers is not used
             have = have.copy()
-            have[..., apart(self.model, name)] = e.zero_point
+            have[..., channels] = e.zero_point
         self.worst[name] = int(np.abs(e.quantize(value).astype(int) - have.astype(int)).max())
         return e.dequantize(have)
 
@@ -141,7 +142,7 @@ def test_every_result_follows_from_those_before(models: dict[str, QuantizedModel
 def test_outliers_have_a_grid_of_their_own(models: dict[str, QuantizedModel], tmp_path: Path) -> None:
     model = models["outliers"]
     for layer in range(3):
-        found = apart(model, f"layers.{layer}.mlp.gated")
+        found = apart(model, f"layers.{layer}.mlp")
         assert set(OUTLIERS.get(layer, ())) <= set(found)
         assert len(found) == (2 if layer in OUTLIERS else 0)  # never one alone: the compiler does not come back
     few, rest = (model.encodings[f"layers.1.mlp.{name}"] for name in ("gated_outliers", "gated"))

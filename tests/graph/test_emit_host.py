@@ -17,8 +17,8 @@ from headrace.bundle.grid import Grid
 from headrace.errors import RecipeError
 from headrace.graph.check import check_graph
 from headrace.graph.emit_host import HostWeights, emit_host, kernel_block
-from headrace.model.decoder import EMBEDDING
 from headrace.model.reference import eager_logits
+from headrace.model.weights import EMBEDDING
 from headrace.plan import GraphStyle, plan_parts, ports
 from headrace.runtime.engine import Engine
 from headrace.targets.host.runner import HostRunner
@@ -26,7 +26,7 @@ from tests.exports import INT8_ACTIVATIONS, LAYERS, VOCAB, Exports, opened_store
 from tests.oracle.quantized import forward
 
 IDS = np.random.default_rng(3).integers(0, VOCAB, 150).tolist()
-KINDS = ["gqa", "tied", "mha", "wide"]
+KINDS = ["gqa", "tied", "mha", "wide", "qwen2"]
 
 # Logits of these models reach 20 to 60. float32 sums in another order, through a few layers.
 FLOAT_TOLERANCE = 1e-3
@@ -112,7 +112,7 @@ def test_int8_activations_stay_near_float(exports: Exports, tmp_path: Path, kind
     assert 0 < share(plain, rounded) <= INT8_ACTIVATIONS_SHARE
 
 
-@pytest.mark.parametrize("kind", ["gqa", "mha"])
+@pytest.mark.parametrize("kind", ["gqa", "mha", "qwen2"])
 @pytest.mark.parametrize("chunk", [1, 40, 128])
 def test_the_int8_cache_holds_rounded_keys_and_values(exports: Exports, tmp_path: Path, kind: str, chunk: int) -> None:
     """Codes against an own float64 forward pass over the stored weights: equal but for ties."""

@@ -26,9 +26,16 @@ def interpreter(program: Program) -> Interpreter:
 
 
 @pytest.fixture(
-    params=[("gqa", {}), ("gqa", {"recipe": "w4b32"}), ("mha", {}), ("tied", {}), ("wide", {"parts": 1})],
-    ids=["gqa", "blocks", "mha", "tied", "one-part"],
-)
+    params=[
+        ("gqa", {}),
+        ("gqa", {"recipe": "w4b32"}),
+        ("mha", {}),
+        ("tied", {}),
+        ("wide", {"parts": 1}),
+        ("qwen2", {}),
+    ],
+    ids=["gqa", "blocks", "mha", "tied", "one-part", "biases"],
+)  # fmt: skip
 def bundle(request: pytest.FixtureRequest, exports: Exports) -> Bundle:
     kind, options = request.param
     options_of_kind: dict[str, Any] = {"kv": "float32", **options}

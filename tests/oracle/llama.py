@@ -36,24 +36,25 @@ def logits(folder: Path, ids: Sequence[int], tensors: Mapping[str, NDArray[Any]]
     def w(name: str) -> Matrix:
         return stored[name].astype(np.float64)
 
+    def linear(y: Matrix, module: str) -> Matrix:
+        return y @ w(f"{module}.weight").T + (w(f"{module}.bias") if f"{module}.bias" in stored else 0)
+
     x = w("model.embed_tokens.weight")[list(ids)]
     for i in range(config["num_hidden_layers"]):
         p = f"model.layers.{i}"
         y = rms(x, w(f"{p}.input_layernorm.weight"), eps)
-        q = y @ w(f"{p}.self_attn.q_proj.weight").T
-        k = y @ w(f"{p}.self_attn.k_proj.weight").T
-        v = y @ w(f"{p}.self_attn.v_proj.weight").T
+        q, k, v = (linear(y, f"{p}.self_attn.{part}_proj") for part in "qkv")
         outputs = []
         for head in range(heads):
             group = head * groups // heads
             mine = slice(head * width, (head + 1) * width)
             theirs = slice(group * width, (group + 1) * width)
             outputs.append(attend(turn(q[:, mine], angles), turn(k[:, theirs], angles), v[:, theirs]))
-        x = x + np.concatenate(outputs, 1) @ w(f"{p}.self_attn.o_proj.weight").T
+        x = x + linear(np.concatenate(outputs, 1), f"{p}.self_attn.o_proj")
         y = rms(x, w(f"{p}.post_attention_layernorm.weight"), eps)
-        gate = y @ w(f"{p}.mlp.gate_proj.weight").T
+        gate = linear(y, f"{p}.mlp.gate_proj")
         gate = gate / (1 + np.exp(-gate))
-        x = x + (gate * (y @ w(f"{p}.mlp.up_proj.weight").T)) @ w(f"{p}.mlp.down_proj.weight").T
+        x = x + linear(gate * linear(y, f"{p}.mlp.up_proj"), f"{p}.mlp.down_proj")
     tied = config.get("tie_word_embeddings", False)
     table = w("model.embed_tokens.weight") if tied else w("lm_head.weight")
     return rms(x, w("model.norm.weight"), eps) @ table.T

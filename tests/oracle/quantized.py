@@ -63,22 +63,25 @@ def forward(bundle: Path, ids: Sequence[int], *, int8_cache: bool) -> Forward:
         caches[name] = x / scale
         return np.clip(np.rint(x / scale), -128, 127) * scale if int8_cache else x
 
+    def linear(y: Matrix, module: str) -> Matrix:
+        return y @ w[f"{module}.weight"].T + w.get(f"{module}.bias", 0)
+
     x = w["embed_tokens.weight"][list(ids)]
     for i in range(g["num_layers"]):
         p = f"layers.{i}"
         key_scale, value_scale = manifest["kv_scales"][i] if int8_cache else (1.0, 1.0)
         y = rms(x, w[f"{p}.input_layernorm.weight"], eps)
         q, k, v = (
-            (y @ w[f"{p}.self_attn.{part}_proj.weight"].T).reshape(len(ids), -1, width).swapaxes(0, 1) for part in "qkv"
+            linear(y, f"{p}.self_attn.{part}_proj").reshape(len(ids), -1, width).swapaxes(0, 1) for part in "qkv"
         )
         k = through_cache(np.stack([turn(head, angles) for head in k]), f"past_key_{i}", key_scale)
         v = through_cache(v, f"past_value_{i}", value_scale)
         mixed = [attend(turn(q[h], angles), k[h * kv_heads // heads], v[h * kv_heads // heads]) for h in range(heads)]
-        x = x + np.concatenate(mixed, 1) @ w[f"{p}.self_attn.o_proj.weight"].T
+        x = x + linear(np.concatenate(mixed, 1), f"{p}.self_attn.o_proj")
         y = rms(x, w[f"{p}.post_attention_layernorm.weight"], eps)
-        gate = y @ w[f"{p}.mlp.gate_proj.weight"].T
+        gate = linear(y, f"{p}.mlp.gate_proj")
         gate = gate / (1 + np.exp(-gate))
-        x = x + (gate * (y @ w[f"{p}.mlp.up_proj.weight"].T)) @ w[f"{p}.mlp.down_proj.weight"].T
+        x = x + linear(gate * linear(y, f"{p}.mlp.up_proj"), f"{p}.mlp.down_proj")
     table = w["embed_tokens.weight" if g["tied_head"] else "lm_head.weight"]
     return Forward(rms(x, w["norm.weight"], eps) @ table.T, caches)
 

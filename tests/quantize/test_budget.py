@@ -5,24 +5,23 @@ from __future__ import annotations
 import pytest
 
 from headrace.bundle.recipe import Recipe, Rule
-from headrace.bundle.weights import linear_shape, quantized_names
 from headrace.config import ModelConfig
 from headrace.errors import RecipeError
+from headrace.model.weights import linears, quantized_weights, weight_table
 from headrace.plan import plan_parts
 from headrace.quantize.budget import average_bits, spend, weight_bytes
-from headrace.quantize.pipeline import linear_names
 
 CONFIG = ModelConfig("llama", 160, 64, 96, 12, 4, 2, 16, 1e-5, 1e4, 512, True)
 RECIPE = Recipe("plain", (Rule("embed_tokens|lm_head", 8, None, "nearest"), Rule("_proj", 4, 32, "gptq")))
-COSTS = {name: 1.0 / (i + 1) for i, name in enumerate(linear_names(CONFIG))}
+COSTS = {name: 1.0 / (i + 1) for i, name in enumerate(linears(CONFIG))}
 
 
 def test_bits_are_spent_and_not_passed() -> None:
     spent = spend(RECIPE, CONFIG, COSTS, bits=5.0)
-    smallest = min(r * c for r, c in (linear_shape(CONFIG, n) for n in COSTS)) * 4
-    total = sum(r * c for r, c in (linear_shape(CONFIG, n) for n in COSTS))
+    smallest = min(r * c for r, c in (weight_table(CONFIG)[n].matrix for n in COSTS)) * 4
+    total = sum(r * c for r, c in (weight_table(CONFIG)[n].matrix for n in COSTS))
     assert 5.0 - smallest / total < spent.bits <= 5.0 + 1e-9
-    rules = spent.recipe.resolve(quantized_names(CONFIG))
+    rules = spent.recipe.resolve(quantized_weights(CONFIG))
     assert {n for n in COSTS if rules[n].bits == 8} == set(spent.eight)
     assert average_bits(CONFIG, rules) == spent.bits
     assert spent.cost == pytest.approx(sum(COSTS[n] for n in COSTS if rules[n].bits == 4))
@@ -30,10 +29,10 @@ def test_bits_are_spent_and_not_passed() -> None:
 
 def test_bytes_are_spent_and_not_passed() -> None:
     parts = plan_parts(CONFIG, 5)
-    least = weight_bytes(CONFIG, RECIPE.resolve(quantized_names(CONFIG)), parts)
+    least = weight_bytes(CONFIG, RECIPE.resolve(quantized_weights(CONFIG)), parts)
     spent = spend(RECIPE, CONFIG, COSTS, size=least + 20_000, parts=parts)
     assert least + 15_000 < spent.nbytes <= least + 20_000
-    assert weight_bytes(CONFIG, spent.recipe.resolve(quantized_names(CONFIG)), parts) == spent.nbytes
+    assert weight_bytes(CONFIG, spent.recipe.resolve(quantized_weights(CONFIG)), parts) == spent.nbytes
 
 
 def test_the_most_gain_for_a_byte_comes_first() -> None:
@@ -47,9 +46,9 @@ def test_the_most_gain_for_a_byte_comes_first() -> None:
 def test_layer_1_is_not_layer_11() -> None:
     costs = dict.fromkeys(COSTS, 0.0)
     costs["layers.1.mlp.down_proj.weight"] = 1.0
-    elements = sum(r * c for r, c in (linear_shape(CONFIG, n) for n in COSTS))
+    elements = sum(r * c for r, c in (weight_table(CONFIG)[n].matrix for n in COSTS))
     one = 64 * 96 * 4 / elements
-    rules = spend(RECIPE, CONFIG, costs, bits=4 + one).recipe.resolve(quantized_names(CONFIG))
+    rules = spend(RECIPE, CONFIG, costs, bits=4 + one).recipe.resolve(quantized_weights(CONFIG))
     assert [n for n in COSTS if rules[n].bits == 8] == ["layers.1.mlp.down_proj.weight"]
 
 
@@ -61,7 +60,7 @@ def test_everything_may_become_eight_bits() -> None:
 def test_what_cannot_be_met_says_what_can() -> None:
     with pytest.raises(RecipeError, match=r"--bits 3.5 cannot be met: recipe 'plain' needs 4 without"):
         spend(RECIPE, CONFIG, COSTS, bits=3.5)
-    least = weight_bytes(CONFIG, RECIPE.resolve(quantized_names(CONFIG)))
+    least = weight_bytes(CONFIG, RECIPE.resolve(quantized_weights(CONFIG)))
     with pytest.raises(RecipeError, match=rf"--size 1000 bytes cannot be met: recipe 'plain' needs {least} bytes"):
         spend(RECIPE, CONFIG, COSTS, size=1000)
     for both in ({}, {"bits": 5.0, "size": 10**9}):

@@ -19,13 +19,19 @@ def projections(seed: int, bits: int, spread: float) -> tuple[QuantizedTensor, Q
     rng = np.random.default_rng(seed)
     sizes = np.exp(rng.normal(0, spread, (KV_HEADS, 1, WIDTH // 2))).astype(np.float32)
     both = np.concatenate([sizes, sizes], 2)
+    biases = rng.normal(0, 1, KV_HEADS * GROUP * WIDTH), rng.normal(0, 1, KV_HEADS * WIDTH) * both.reshape(-1)
     key = rng.normal(0, 1, (KV_HEADS * WIDTH, HIDDEN)).astype(np.float32) * both.reshape(-1, 1)
     query = rng.normal(0, 1, (KV_HEADS * GROUP * WIDTH, HIDDEN)).astype(np.float32)
-    return quantize_nearest(query, Grid(bits)), quantize_nearest(key, Grid(bits)), rng.normal(0, 1, (40, HIDDEN))
+    q, k = (
+        replace(quantize_nearest(weight, Grid(bits)), bias=bias.astype(np.float32))
+        for weight, bias in zip((query, key), biases, strict=True)
+    )
+    return q, k, rng.normal(0, 1, (40, HIDDEN))
 
 
 def heads(x: np.ndarray, weight: QuantizedTensor) -> np.ndarray:
-    return (x.astype(np.float32) @ dequantize(weight).T).reshape(len(x), -1, WIDTH)
+    assert weight.bias is not None
+    return (x.astype(np.float32) @ dequantize(weight).T + weight.bias).reshape(len(x), -1, WIDTH)
 
 
 def turned(x: np.ndarray) -> np.ndarray:

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from headrace.bundle.grid import Grid, dequantize
 from headrace.bundle.recipe import load_recipe
-from headrace.bundle.weights import quantized_names
 from headrace.checkpoint import open_checkpoint
+from headrace.model.weights import quantized_weights
 from headrace.quantize.exact import keep_grid
 from headrace.quantize.pipeline import QuantizedLayer, quantize_layers
 from tests.tiny import write_gguf
@@ -51,7 +51,7 @@ def test_a_larger_block_is_refused() -> None:
 def test_export_keeps_what_it_can(tmp_path: Path) -> None:
     checkpoint = write_gguf(tmp_path / "model.gguf", type="Q4_0")
     source = open_checkpoint(checkpoint)
-    rules = load_recipe("w4b32").resolve(quantized_names(source.config))
+    rules = load_recipe("w4b32").resolve(quantized_weights(source.config))
     windows = np.random.default_rng(0).integers(0, source.config.vocab_size, (1, 8))
     for keep in (True, False):
         layers: list[QuantizedLayer] = []

@@ -13,8 +13,9 @@ from headrace.bundle.recipe import Rule
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.checkpoint.tensor import LazyTensor
 from headrace.errors import CalibrationError, CheckpointError, RecipeError
-from headrace.model.decoder import EMBEDDING, Residual, block, embed, layer_linears, layer_weights
+from headrace.model.decoder import Residual, block, embed
 from headrace.model.ops import Eager
+from headrace.model.weights import EMBEDDING, input_groups, layer_weights, linears
 from headrace.quantize import calibrate
 from headrace.quantize.calibrate import (
     Follower,
@@ -25,7 +26,7 @@ from headrace.quantize.calibrate import (
     embed_windows,
     evenly,
 )
-from headrace.quantize.pipeline import QuantizedLayer, linear_names, quantize_layers, quantize_table
+from headrace.quantize.pipeline import QuantizedLayer, quantize_layers, quantize_table
 from tests.tiny import write_llama
 
 # The follower sums scores in another order than the plain decoder.
@@ -42,7 +43,7 @@ def windows(source: Checkpoint, count: int = 3, length: int = 40) -> np.ndarray:
 
 
 def run(source: Checkpoint, method: str = "gptq", **options: object) -> list[QuantizedLayer]:
-    rules = {name: Rule("proj", 4, 16, method) for name in linear_names(source.config)}
+    rules = {name: Rule("proj", 4, 16, method) for name in linears(source.config)}
     layers: list[QuantizedLayer] = []
     quantize_layers(source, rules, windows(source), layers.append, **options)  # type: ignore[arg-type]
     return layers
@@ -67,7 +68,7 @@ def test_every_layer_is_handed_over_in_order(source: Checkpoint, method: str) ->
     assert [layer.number for layer in layers] == [0, 1, 2]
     assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
     for layer in layers:
-        assert set(layer.weights()) == set(layer_weights(layer.number))
+        assert set(layer.weights(source.config)) == set(layer_weights(source.config, layer.number))
         assert layer.key_peak > 0 and layer.value_peak > 0
 
 
@@ -88,7 +89,7 @@ def test_a_linear_is_calibrated_on_the_quantized_ones_before_it(source: Checkpoi
     layers = run(source)
     weights = {
         EMBEDDING: source.tensor(EMBEDDING).load(),
-        **{k: v for layer in layers for k, v in layer.weights().items()},
+        **{k: v for layer in layers for k, v in layer.weights(source.config).items()},
     }
     ids = windows(source)
     inputs = []
@@ -108,7 +109,7 @@ def test_a_linear_is_calibrated_on_the_quantized_ones_before_it(source: Checkpoi
     while names := steps.advance():
         groups.append(names)
         last = np.concatenate(steps.inputs)
-    assert groups == list(layer_linears(1))
+    assert groups == [tuple(row.name for row in group) for group in input_groups(source.config, 1)]
     assert np.allclose(last, inputs[0], atol=ORDER_NOISE * np.abs(inputs[0]).max())
 
 
@@ -117,7 +118,7 @@ def test_windows_that_walk_together_do_not_matter(
     source: Checkpoint, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = windows(source, count=5)
-    weights = {name: source.tensor(name).load() for name in layer_weights(0)}
+    weights = {name: source.tensor(name).load() for name in layer_weights(source.config, 0)}
     at = causal_positions(source.config, ids.shape[1])
     whole = embed_windows(source.config, source.tensor(EMBEDDING).load(), ids)
     stream, (keys, values) = block(Eager(source.config, weights.__getitem__), 0, Residual(whole), at, None)
@@ -161,7 +162,7 @@ def test_weights_that_no_scale_can_hold_are_one_line(source: Checkpoint, value: 
             found = source.tensor(wanted)
             return replace(found, read=lambda start, stop: broken[start:stop]) if wanted == name else found
 
-    rules = {name: Rule("proj", 4, None, "nearest") for name in linear_names(source.config)}
+    rules = {name: Rule("proj", 4, None, "nearest") for name in linears(source.config)}
     with pytest.raises(
         CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight has a value that is no number or beyond"
     ):
@@ -175,7 +176,7 @@ def test_jobs_do_not_matter(source: Checkpoint, method: str) -> None:
 
 def test_follower_computes_what_the_decoder_says(source: Checkpoint) -> None:
     ids = np.random.default_rng(2).integers(0, source.config.vocab_size, (2, 150))  # more than one run of queries
-    weights = {name: source.tensor(name).load() for name in [EMBEDDING, *layer_weights(0)]}
+    weights = {name: source.tensor(name).load() for name in [EMBEDDING, *layer_weights(source.config, 0)]}
     at = causal_positions(source.config, ids.shape[1])
     results = []
     for ops in (Eager(source.config, weights.__getitem__), Follower(source.config, weights)):
@@ -194,7 +195,7 @@ def test_table_is_rounded(source: Checkpoint) -> None:
 def test_unknown_method_and_block_are_refused(source: Checkpoint) -> None:
     with pytest.raises(RecipeError, match="method 'gtpq' is unknown"):
         run(source, "gtpq")
-    rules = {name: Rule("proj", 4, 64, "nearest") for name in linear_names(source.config)}
+    rules = {name: Rule("proj", 4, 64, "nearest") for name in linears(source.config)}
     with pytest.raises(RecipeError, match="block 64 does not divide"):
         quantize_layers(source, rules, windows(source), lambda layer: None)
 
@@ -210,7 +211,7 @@ def test_windows_are_spread_and_short_text_is_refused() -> None:
 
 def test_attention_energy_is_the_squared_shares_in_proportion_to_the_stream(source: Checkpoint) -> None:
     ids = windows(source, length=150)  # more than one run of queries
-    weights = {name: source.tensor(name).load() for name in [EMBEDDING, *layer_weights(0)]}
+    weights = {name: source.tensor(name).load() for name in [EMBEDDING, *layer_weights(source.config, 0)]}
     at = causal_positions(source.config, ids.shape[1])
     shares = []
 

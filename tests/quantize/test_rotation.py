@@ -26,9 +26,10 @@ def test_orthogonal(size: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("residual", [True, False])
-@pytest.mark.parametrize("kind", ["gqa", "tied", "mha", "odd"])
+@pytest.mark.parametrize("kind", ["gqa", "tied", "mha", "odd", "biased"])
 def test_logits_stay(tmp_path: Path, kind: str, residual: bool) -> None:
     shape = {"hidden": 72, "heads": 3, "kv_heads": 1, "head_dim": 24} if kind == "odd" else {}
+    shape |= {"attention_bias": True, "mlp_bias": True} if kind == "biased" else {}
     folder = (
         write_baichuan(tmp_path / "m") if kind == "mha" else write_llama(tmp_path / "m", tied=kind == "tied", **shape)
     )  # type: ignore[arg-type]

@@ -12,10 +12,10 @@ from headrace.bundle.recipe import Rule
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.checkpoint.tensor import LazyTensor
 from headrace.measure.fidelity import FidelityMeter, log_softmax, no_target
-from headrace.model.decoder import EMBEDDING, FINAL_NORM, HEAD, Residual, head, layer_weights
+from headrace.model.decoder import Residual, head
 from headrace.model.ops import Eager
 from headrace.model.reference import eager_logits
-from headrace.quantize.pipeline import linear_names
+from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD, layer_weights, linears
 from headrace.quantize.sensitivity import fisher_gradient, measure_sensitivity
 from tests.tiny import write_llama
 
@@ -33,13 +33,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def test_proxy_predicts_the_divergence_of_one_linear_alone(source: Checkpoint) -> None:
     config = source.config
     windows = np.random.default_rng(1).integers(0, config.vocab_size, (6, 64))
-    names = linear_names(config)
+    names = linears(config)
     rules = {name: Rule("proj", 8, None, "nearest") for name in names}
     steps: list[tuple[int, int]] = []
     costs = measure_sensitivity(source, rules, windows, progress=lambda done, total: steps.append((done, total)))
     assert set(costs) == set(names) and steps[-1] == (4, 4)
     weights = {n: source.tensor(n).load() for n in [EMBEDDING, FINAL_NORM, HEAD, *names]}
-    weights |= {n: source.tensor(n).load() for layer in range(2) for n in layer_weights(layer)}
+    weights |= {n: source.tensor(n).load() for layer in range(2) for n in layer_weights(config, layer)}
     reference = eager_logits(config, weights.__getitem__, windows)
     for name in ("layers.0.self_attn.v_proj.weight", "layers.1.mlp.down_proj.weight", "layers.0.mlp.gate_proj.weight"):
         changed = {**weights, name: dequantize(quantize_nearest(weights[name], rules[name].grid))}
@@ -70,7 +70,7 @@ class UnlikeKeys:
 def test_errors_are_held_against_the_checkpoints_own_weights(source: Checkpoint) -> None:
     """Export scales keys to a like size afterwards; that is not an error of k_proj."""
     windows = np.random.default_rng(1).integers(0, source.config.vocab_size, (2, 64))
-    rules = {name: Rule("proj", 8, None, "nearest") for name in linear_names(source.config)}
+    rules = {name: Rule("proj", 8, None, "nearest") for name in linears(source.config)}
     costs = measure_sensitivity(source, rules, windows)
     unlike = measure_sensitivity(UnlikeKeys(source), rules, windows)
     assert unlike == pytest.approx(costs, rel=1e-3)
@@ -78,7 +78,7 @@ def test_errors_are_held_against_the_checkpoints_own_weights(source: Checkpoint)
 
 def test_same_seed_same_costs(source: Checkpoint) -> None:
     windows = np.random.default_rng(2).integers(0, 160, (2, 32))
-    rules = {name: Rule("proj", 4, 32, "gptq") for name in linear_names(source.config)}
+    rules = {name: Rule("proj", 4, 32, "gptq") for name in linears(source.config)}
     first = measure_sensitivity(source, rules, windows, seed=4)
     assert first == measure_sensitivity(source, rules, windows, seed=4)
     assert first != measure_sensitivity(source, rules, windows, seed=5)

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from headrace.checkpoint import open_checkpoint
-from headrace.model.decoder import EMBEDDING, FINAL_NORM, HEAD, Residual, block, head, layer_weights
+from headrace.model.decoder import Residual, block, head
 from headrace.model.ops import Array, Eager
+from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD, layer_weights
 from headrace.quantize.calibrate import causal_positions
 from headrace.quantize.tape import Node, Tape
 from tests.tiny import write_llama
@@ -20,7 +21,7 @@ STEP = 1e-5
 
 def test_gradient_is_the_slope(tmp_path: Path) -> None:
     source = open_checkpoint(write_llama(tmp_path / "m", layers=2))
-    names = [EMBEDDING, FINAL_NORM, HEAD, *(n for layer in range(2) for n in layer_weights(layer))]
+    names = [EMBEDDING, FINAL_NORM, HEAD, *(n for layer in range(2) for n in layer_weights(source.config, layer))]
     weights = {name: source.tensor(name).load().astype(np.float64) for name in names}
     rng = np.random.default_rng(5)
     x = weights[EMBEDDING][rng.integers(0, 160, (2, 9))]

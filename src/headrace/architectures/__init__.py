@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from headrace.architectures import baichuan, llama
+from headrace.architectures import baichuan, llama, mistral, qwen2
 from headrace.architectures.source import Source
 from headrace.config import ModelConfig
 from headrace.errors import ConfigError, did_you_mean, shown
@@ -30,6 +30,8 @@ class Architecture(Protocol):
 ARCHITECTURES: dict[str, Architecture] = {
     "baichuan": baichuan,
     "llama": llama,
+    "mistral": mistral,
+    "qwen2": qwen2,
 }
 
 

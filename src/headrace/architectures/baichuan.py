@@ -16,6 +16,7 @@ from headrace.architectures.fields import boolean, context, integer, number, req
 from headrace.architectures.source import Source, llama_sources
 from headrace.config import ModelConfig
 from headrace.errors import ConfigError, did_you_mean
+from headrace.model.weights import HEAD, Role, find_weight
 
 __all__ = ["config", "sources"]
 
@@ -71,12 +72,12 @@ def sources(config: ModelConfig, raw: Mapping[str, Any]) -> dict[str, Source]:
         raise ConfigError("tie_word_embeddings is true, but NormHead is never the embedding; expected false")
     table = llama_sources(config)
     h = config.hidden_size
-    for i in range(config.num_layers):
-        for third, part in enumerate("qkv"):
-            table[f"layers.{i}.self_attn.{part}_proj.weight"] = Source(
-                f"model.layers.{i}.self_attn.W_pack.weight", (3 * h, h), rows=(third * h, (third + 1) * h)
-            )
-    table["lm_head.weight"] = replace(table["lm_head.weight"], unit_rows=norm_head)
+    for layer in range(config.num_layers):
+        packed = f"model.layers.{layer}.self_attn.W_pack.weight"
+        for third, role in enumerate((Role.QUERY, Role.KEY, Role.VALUE)):
+            rows = (third * h, (third + 1) * h)
+            table[find_weight(config, role, layer).name] = Source(packed, (3 * h, h), rows)
+    table[HEAD] = replace(table[HEAD], unit_rows=norm_head)
     return table
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from headrace.config import RopeScaling, positive_int
 from headrace.errors import ConfigError, shown
 
-__all__ = ["boolean", "context", "integer", "number", "require_silu", "rope"]
+__all__ = ["DEFAULT_CONTEXT", "boolean", "context", "integer", "number", "require_silu", "rope"]
 
 DEFAULT_ROPE_THETA = 10000.0  # RoFormer's base, what every model that names none was trained with
 DEFAULT_CONTEXT = 2048  # LlamaConfig's max_position_embeddings

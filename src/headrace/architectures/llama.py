@@ -1,4 +1,4 @@
-"""Llama: grouped-query attention, tied or untied head, linear or llama3 rope scaling.
+"""Llama: grouped-query attention, tied or untied head, linear or llama3 rope scaling, biases where the config has them.
 
 Source: Touvron et al. 2023 (LLaMA), and Hugging Face's LlamaConfig for the names. Knows nothing about files; a GGUF
 arrives here translated to the same keys and names.
@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from headrace.architectures.fields import boolean, context, integer, number, require_silu, rope
+from headrace.architectures.fields import boolean
+from headrace.architectures.geometry import llama_geometry
 from headrace.architectures.source import Source, llama_sources
 from headrace.config import ModelConfig
-from headrace.errors import ConfigError
 
 __all__ = ["config", "sources"]
-
-DEFAULT_RMS_NORM_EPS = 1e-6  # LlamaConfig's
 
 
 def config(raw: Mapping[str, Any]) -> ModelConfig:
@@ -25,31 +23,8 @@ def config(raw: Mapping[str, Any]) -> ModelConfig:
     Raises:
         ConfigError: a key is missing or out of range, or asks for something the decoder does not have.
     """
-    require_silu(raw)
-    for key in ("attention_bias", "mlp_bias"):
-        if boolean(raw, key, False):
-            raise ConfigError(f"{key} is true, which is not supported; expected linears without bias")
-    hidden, heads = integer(raw, "hidden_size"), integer(raw, "num_attention_heads")
-    if raw.get("head_dim") is None and hidden % heads:
-        raise ConfigError(
-            f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and there is no head_dim"
-        )
-    theta, scaling = rope(raw)
-    return ModelConfig(
-        architecture="llama",
-        vocab_size=integer(raw, "vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=integer(raw, "intermediate_size"),
-        num_layers=integer(raw, "num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=integer(raw, "num_key_value_heads", default=heads),
-        head_dim=integer(raw, "head_dim", default=max(hidden // heads, 1)),
-        rms_norm_eps=number(raw, "rms_norm_eps", DEFAULT_RMS_NORM_EPS),
-        rope_theta=theta,
-        max_context=context(raw),
-        tied_head=boolean(raw, "tie_word_embeddings", False),
-        rope_scaling=scaling,
-    )
+    attention, mlp = boolean(raw, "attention_bias", False), boolean(raw, "mlp_bias", False)
+    return llama_geometry(raw, "llama", qkv_bias=attention, output_bias=attention, mlp_bias=mlp)
 
 
 def sources(config: ModelConfig, raw: Mapping[str, Any]) -> dict[str, Source]:

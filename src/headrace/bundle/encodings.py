@@ -20,6 +20,9 @@ from numpy.typing import NDArray
 
 from headrace.errors import BundleError, CalibrationError
 from headrace.files import read_json, write_file
+from headrace.model.decoder import residual_names
+from headrace.model.ops import attention_name
+from headrace.model.weights import Role
 from headrace.plan import MASK_DEPTH, Part
 
 __all__ = [
@@ -131,9 +134,9 @@ def port_encodings(parts: Sequence[Part], encodings: Mapping[str, Encoding]) -> 
         for layer in part.layers:
             for kind, cache in (("key", "k_cache"), ("value", "v_cache")):
                 for side in ("in", "out"):
-                    wanted[f"past_{kind}_{layer}_{side}"] = f"layers.{layer}.self_attn.{cache}"
-        last = f"layers.{part.stop - 1}.residual" if part.layers else "embed_tokens"
-        wanted["logits" if part.heads else f"hidden_{part.number}"] = "lm_head" if part.heads else last
+                    wanted[f"past_{kind}_{layer}_{side}"] = f"{attention_name(layer)}.{cache}"
+        last = residual_names(part.stop - 1)[1] if part.layers else Role.EMBEDDING.value
+        wanted["logits" if part.heads else f"hidden_{part.number}"] = Role.HEAD.value if part.heads else last
     for port, name in wanted.items():
         if name not in encodings:
             raise CalibrationError(f"the encodings lack {name!r} (port {port}); calibrate and export again")

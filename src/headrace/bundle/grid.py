@@ -8,7 +8,7 @@ along K with the low nibble first, which is what MatMulNBits reads; scales are f
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,16 +93,28 @@ class QuantizedTensor:
         codes: int8 (N, K), signed.
         scales: float16 (N, blocks).
         grid: bits and block.
+        bias: float32 (N,), what is added to a linear's result, or None.
     """
 
     codes: NDArray[np.int8]
     scales: NDArray[np.float16]
     grid: Grid
+    bias: NDArray[np.float32] | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes on disk."""
-        return self.grid.nbytes(*self.codes.shape)
+        return self.grid.nbytes(*self.codes.shape) + (0 if self.bias is None else self.bias.nbytes)
+
+    def scaled(self, factors: NDArray[np.floating]) -> QuantizedTensor:
+        """The linear whose results are `factors` (N,) > 0 times as large: scales and bias change, codes stay.
+
+        Exact for powers of two, as long as no scale leaves the range of float16.
+        """
+        wide = self.scales.astype(np.float32) * factors.astype(np.float32)[:, None]
+        scales = np.copysign(storable(np.abs(wide)), wide).astype(np.float16)  # a kept grid can have negative ones
+        bias = None if self.bias is None else (self.bias * factors).astype(np.float32)
+        return replace(self, scales=scales, bias=bias)
 
 
 def storable(scales: NDArray[np.float32]) -> NDArray[np.float16]:

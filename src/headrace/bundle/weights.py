@@ -5,6 +5,7 @@ graphs can point into it. Knows nothing about how codes were found.
 
     <weight>_packed   uint8 (N, K·bits/8)   codes + zero point; int4: two a byte, low nibble first
     <weight>_scale    float16 (N, blocks)
+    <module>.bias     float32 (N,)          of a linear that has one
     <norm>.weight     float32 (H,)
 """
 
@@ -23,46 +24,21 @@ from numpy.typing import NDArray
 from headrace.bundle.grid import Grid, QuantizedTensor, dequantize, pack, unpack
 from headrace.bundle.recipe import Recipe
 from headrace.config import ModelConfig
-from headrace.model.decoder import EMBEDDING, FINAL_NORM, HEAD, layer_linears, layer_weights
+from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD, Weight, layer_weights, quantized_weights, weight_table
 from headrace.plan import Part
 
-__all__ = ["Layout", "StoredTensor", "WeightStore", "layouts", "linear_shape", "part_weights", "quantized_names"]
+__all__ = ["Layout", "StoredTensor", "WeightStore", "layouts", "part_weights"]
 
 _DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype(np.uint8), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
 
 
-def linear_shape(config: ModelConfig, weight: str) -> tuple[int, int]:
-    """(N, K) of a quantized weight."""
-    h, f = config.hidden_size, config.intermediate_size
-    if weight in (EMBEDDING, HEAD):
-        return config.vocab_size, h
-    return {
-        "q_proj": (config.query_size, h),
-        "k_proj": (config.kv_size, h),
-        "v_proj": (config.kv_size, h),
-        "o_proj": (h, config.query_size),
-        "gate_proj": (f, h),
-        "up_proj": (f, h),
-        "down_proj": (h, f),
-    }[weight.split(".")[-2]]
-
-
-def quantized_names(config: ModelConfig) -> list[str]:
-    """Every weight that is quantized, in the order of computation; a tied head is not listed, the embedding is."""
-    names = [EMBEDDING]
-    for layer in range(config.num_layers):
-        names += [name for group in layer_linears(layer) for name in group]
-    return names if config.tied_head else [*names, HEAD]
-
-
-def part_weights(config: ModelConfig, part: Part) -> list[str]:
-    """Canonical names of the weights a part's file holds."""
-    names = [EMBEDDING] if part.embeds else []
+def part_weights(config: ModelConfig, part: Part) -> Mapping[str, Weight]:
+    """The rows of the weights that a part's graphs use; a tied head is one, wherever its bytes are."""
+    table = weight_table(config)
+    rows = {EMBEDDING: table[EMBEDDING]} if part.embeds else {}
     for layer in part.layers:
-        names += layer_weights(layer)
-    if part.heads:
-        names += [FINAL_NORM] if config.tied_head else [FINAL_NORM, HEAD]
-    return names
+        rows |= layer_weights(config, layer)
+    return rows | ({FINAL_NORM: table[FINAL_NORM], HEAD: table[HEAD]} if part.heads else {})
 
 
 @dataclass(frozen=True)
@@ -95,13 +71,18 @@ def layouts(config: ModelConfig, parts: Sequence[Part], grids: Mapping[str, Grid
     return [_layout(config, part, grids) for part in parts]
 
 
+def _stored(config: ModelConfig, part: Part) -> Mapping[str, Weight]:
+    """What the part's file holds: all that its graphs use but a tied head."""
+    return {name: row for name, row in part_weights(config, part).items() if row.stored_as == name}
+
+
 def _layout(config: ModelConfig, part: Part, grids: Mapping[str, Grid]) -> Layout:
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name in part_weights(config, part):
-        if name not in grids:
-            shapes[name] = ("F32", (config.hidden_size,))
+    for name, weight in _stored(config, part).items():
+        if not weight.quantized:
+            shapes[name] = ("F32", weight.shape)
             continue
-        (rows, columns), grid = linear_shape(config, name), grids[name]
+        (rows, columns), grid = weight.matrix, grids[name]
         shapes[f"{name}_packed"] = ("U8", (rows, columns * grid.bits // 8))
         shapes[f"{name}_scale"] = ("F16", (rows, grid.blocks(columns, name)))
     # float32 first, then float16, then bytes: everything is aligned without gaps, which safetensors forbids.
@@ -140,8 +121,8 @@ class WeightStore:
     ) -> None:
         self._root = root
         self.grids = grids
-        self._tied = config.tied_head
-        self.names = [name for part in parts for name in part_weights(config, part)]
+        self._table = weight_table(config)
+        self.names = [name for part in parts for name in _stored(config, part)]
         all_layouts = layouts(config, parts, grids)
         self.tensors: Mapping[str, StoredTensor] = {n: t for layout in all_layouts for n, t in layout.tensors.items()}
         if create:
@@ -155,33 +136,41 @@ class WeightStore:
     @classmethod
     def open(cls, root: Path, config: ModelConfig, parts: Sequence[Part], recipe: Recipe) -> WeightStore:
         """The files that are there, on the grids that a recipe gives."""
-        rules = recipe.resolve(quantized_names(config))
+        rules = recipe.resolve(quantized_weights(config))
         return cls(root, config, parts, {name: rule.grid for name, rule in rules.items()})
 
     def write(self, name: str, value: QuantizedTensor | NDArray[np.float32]) -> None:
-        """Store a weight."""
+        """Store a weight, with its bias when it has one."""
         if isinstance(value, QuantizedTensor):
             self._write(f"{name}_packed", pack(value.codes, value.grid.bits))
             self._write(f"{name}_scale", value.scales)
+            bias = self._table[name].bias
+            if (bias is None) != (value.bias is None):
+                raise ValueError(f"{name} comes {'without a' if value.bias is None else 'with a'} bias")
+            if bias is not None and value.bias is not None:
+                self._write(bias, value.bias)
         else:
             self._write(name, value)
 
     def read(self, name: str) -> NDArray[np.float32]:
         """A weight as float32, dequantized when it has a grid; a tied head is the embedding."""
-        name = EMBEDDING if name == HEAD and self._tied else name
-        if name in self.grids:
-            return dequantize(self.read_codes(name))
-        return np.array(self._view(name, "r"), np.float32)
+        value = self.read_stored(name)
+        return dequantize(value) if isinstance(value, QuantizedTensor) else value
 
     def read_codes(self, name: str) -> QuantizedTensor:
-        """A quantized weight."""
-        grid = self.grids[name]
+        """A quantized weight, with its bias when it has one."""
+        grid, bias = self.grids[name], self._table[name].bias
         codes = unpack(np.asarray(self._view(f"{name}_packed", "r")), grid.bits)
-        return QuantizedTensor(codes, np.array(self._view(f"{name}_scale", "r")), grid)
+        scales = np.array(self._view(f"{name}_scale", "r"))
+        return QuantizedTensor(codes, scales, grid, None if bias is None else self._float(bias))
 
     def read_stored(self, name: str) -> QuantizedTensor | NDArray[np.float32]:
-        """A weight as it is stored: codes and scales, or float32 for one without a grid."""
-        return self.read_codes(name) if name in self.grids else self.read(name)
+        """A weight as it is stored: codes and scales, or float32 for a norm or a bias; a tied head is the embedding."""
+        weight = self._table[name]
+        return self.read_codes(weight.stored_as) if weight.quantized else self._float(name)
+
+    def _float(self, name: str) -> NDArray[np.float32]:
+        return np.array(self._view(name, "r"), np.float32)
 
     def sync(self) -> None:
         """Everything written so far is on disk when this returns."""

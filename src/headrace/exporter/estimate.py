@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from headrace.bundle.recipe import Recipe, Rule
-from headrace.bundle.weights import layouts, linear_shape, quantized_names
+from headrace.bundle.weights import layouts
 from headrace.config import ModelConfig
 from headrace.exporter.settings import ExportSettings
-from headrace.model.decoder import EMBEDDING, HEAD, layer_linears
+from headrace.model.weights import EMBEDDING, HEAD, input_groups, linears, quantized_weights, weight_table
 from headrace.plan import Part
 from headrace.quantize.budget import spend
 from headrace.quantize.descent import SWEEPS
@@ -99,13 +99,14 @@ def plan_model(config: ModelConfig, recipe: Recipe, parts: Sequence[Part], conte
         parts: the plan.
         contexts: context lengths.
     """
-    grids = {name: rule.grid for name, rule in recipe.resolve(quantized_names(config)).items()}
+    table = quantized_weights(config)
+    grids = {name: rule.grid for name, rule in recipe.resolve(table).items()}
     sizes = [layout.nbytes for layout in layouts(config, parts, grids)]
     kv_width = 1 if recipe.kv == "int8" else 4
     kv_token = 2 * config.num_layers * config.kv_size * kv_width
     # A token reads every linear and the head; of the embedding only a row.
-    head = EMBEDDING if config.tied_head else HEAD
-    read = sum(grids[n].nbytes(*linear_shape(config, n)) for n in grids if n != EMBEDDING or n == head)
+    head = weight_table(config)[HEAD].stored_as
+    read = sum(grids[n].nbytes(*weight.matrix) for n, weight in table.items() if n == head or n != EMBEDDING)
     return {
         "parts": [
             {"name": part.name, "layers": len(part.layers), "weight_bytes": size} for part, size in zip(parts, sizes)
@@ -140,10 +141,10 @@ def estimate_export(
     """
     operations = 0.0
     for layer in range(config.num_layers):
-        for number, group in enumerate(layer_linears(layer)):
-            shapes = {name: linear_shape(config, name) for name in group}
-            columns = shapes[group[0]][1]
-            methods = {name: find_method(rules[name].method) for name in group}
+        for number, group in enumerate(input_groups(config, layer)):
+            shapes = {linear.name: linear.matrix for linear in group}
+            columns = group[0].matrix[1]
+            methods = {name: find_method(rules[name].method) for name in shapes}
             moments = (2 if number == 0 else 1) * any(method.calibrated for method in methods.values())
             moments += any(method.follows for method in methods.values())
             operations += tokens * moments * columns**2 + ranked * columns**2
@@ -152,7 +153,7 @@ def estimate_export(
                 operations += 2 * n * k * (walks * tokens + _RANKING_PASSES * ranked)
                 operations += _SOLVING[rules[name].method] * n * k**2 + methods[name].calibrated * k**3 / 3
                 operations += bool(ranked) * (n * k**2 + k**3 / 3)
-    weights = sum(n * k for group in layer_linears(0) for n, k in (linear_shape(config, name) for name in group))
+    weights = sum(linear.size for linear in linears(config, 0).values())
     widest = max(config.intermediate_size, config.query_size, config.hidden_size)
     # float32 values: the layer, and its codes in a byte; hidden states and the widest input; its second moment, that
     # damped, and the factor. benchmarks/layer_7b.py measures all but the embedding's codes.

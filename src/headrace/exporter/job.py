@@ -31,7 +31,7 @@ from headrace.exporter.settings import ExportSettings, settle
 from headrace.exporter.snapdragon import compile_target, device_graphs
 from headrace.files import read_json, write_file
 from headrace.graph.emit_host import HostWeights, emit_host
-from headrace.model.decoder import EMBEDDING, FINAL_NORM, HEAD, layer_weights
+from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD, layer_weights
 from headrace.progress import Progress, silent
 from headrace.quantize.budget import spend
 from headrace.quantize.calibrate import evenly
@@ -178,9 +178,9 @@ def _quantize(
         peaks = state["layers"].get(str(number))
         if peaks is None:
             return None
-        names = layer_weights(number)
-        linears = {name: store.read_codes(name) for name in names if name in rules}
-        norms = {name: store.read(name) for name in names if name not in rules}
+        rows = layer_weights(config, number).values()
+        linears = {row.name: store.read_codes(row.name) for row in rows if row.quantized}
+        norms = {row.name: store.read(row.name) for row in rows if row.role.is_norm}
         return QuantizedLayer(number, linears, norms, *peaks)
 
     quantize_layers(

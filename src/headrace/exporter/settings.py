@@ -15,13 +15,13 @@ from typing import Any
 from headrace import __version__
 from headrace.bundle.grid import Grid
 from headrace.bundle.recipe import Recipe, Rule, load_recipe, parse_block
-from headrace.bundle.weights import layouts, quantized_names
+from headrace.bundle.weights import layouts
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.config import ModelConfig
 from headrace.errors import CalibrationError, ConfigError, RecipeError
 from headrace.exporter.options import ExportOptions
 from headrace.exporter.snapdragon import refuse_blocks, refuse_contexts
-from headrace.model.decoder import EMBEDDING, HEAD
+from headrace.model.weights import EMBEDDING, HEAD, quantized_weights, weight_table
 from headrace.plan import Part, plan_parts
 from headrace.quantize.budget import spend
 from headrace.quantize.methods import find_method
@@ -70,7 +70,7 @@ class ExportSettings:
     @property
     def rules(self) -> Mapping[str, Rule]:
         """Each weight's rule, by canonical name."""
-        return self.recipe.resolve(quantized_names(self.config))
+        return self.recipe.resolve(quantized_weights(self.config))
 
     @property
     def grids(self) -> dict[str, Grid]:
@@ -146,7 +146,8 @@ def settle(checkpoint: Path, options: ExportOptions) -> ExportSettings:
 
 def _check(settings: ExportSettings) -> None:
     options, recipe, rules = settings.options, settings.recipe, settings.rules
-    if rules[EMBEDDING].bits != 8 or rules.get(HEAD, rules[EMBEDDING]).bits != 8:
+    head = weight_table(settings.config)[HEAD].stored_as
+    if rules[EMBEDDING].bits != 8 or rules[head].bits != 8:
         raise RecipeError(
             f"recipe {recipe.name!r} gives embedding or head less than 8 bits; expected 8, change its rule"
         )
@@ -193,6 +194,7 @@ def _refuse_beyond(option: str, lengths: Sequence[int], config: ModelConfig) -> 
         if length > config.max_context:
             raise ConfigError(
                 f"{option} {length} is not possible; this model was made for 1 to {config.max_context} tokens"
+                + (", where its sliding window ends, which is not supported" if config.sliding_window else "")
             )
 
 

@@ -20,10 +20,10 @@ from typing import Any
 from headrace.bundle.encodings import port_encodings, read_encodings
 from headrace.bundle.folder import Bundle
 from headrace.bundle.recipe import Rule
-from headrace.bundle.weights import quantized_names
 from headrace.errors import RecipeError, TargetError
 from headrace.files import read_json, write_file
 from headrace.graph.emit_device import DeviceGraph, write_device_graphs
+from headrace.model.weights import quantized_weights
 from headrace.progress import Progress, silent
 from headrace.runtime.sampling import SamplingOptions
 from headrace.targets.qualcomm.binary_check import check_binary
@@ -237,7 +237,7 @@ def device_graphs(bundle: Bundle, folder: Path) -> list[DeviceGraph]:
         RecipeError: linears are quantized in blocks.
     """
     recipe = bundle.recipe
-    refuse_blocks(recipe.resolve(quantized_names(bundle.config)))
+    refuse_blocks(recipe.resolve(quantized_weights(bundle.config)))
     store = bundle.weights()
     return write_device_graphs(
         bundle.config,

@@ -5,7 +5,8 @@ the HTP compiler takes, not what graphs look like.
 
     <weight>.codes   int4 or int8 (K, N), transposed for MatMul      <weight>.scale   float32 (N,)
     <down_proj>.outliers.codes, .scale   the columns of outlier channels, zero in the linear itself (see outliers.py)
-    <norm>.codes     uint16 (H,), one scale                          embed_tokens     see EmbeddingForm
+    <norm>.codes     uint16 (H,), one scale                          <bias>.codes     the same, (N,)
+    embed_tokens     see EmbeddingForm
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from headrace.bundle.weights import part_weights
 from headrace.config import ModelConfig
 from headrace.errors import RecipeError
 from headrace.files import whole_file
-from headrace.model.decoder import EMBEDDING, HEAD
+from headrace.model.ops import mlp_name
+from headrace.model.weights import EMBEDDING, Role
 from headrace.plan import Part
 
 __all__ = ["DeviceTensor", "DeviceWeights", "EmbeddingForm", "ReadWeight", "derive_weights"]
 
 ReadWeight = Callable[[str], QuantizedTensor | NDArray[np.float32]]
-"""Gives a weight by canonical name: quantized, or float32 for a norm."""
+"""Gives a weight by canonical name: quantized, or float32 for a norm or a bias; a tied head is the embedding."""
 
 _ALIGNMENT = 64
 _AT_ONCE = 1 << 24  # codes unpacked at a time
@@ -92,7 +94,7 @@ def derive_weights(
     Args:
         config: the geometry.
         part: which part.
-        read: gives the bundle's weights; a tied head is read as the embedding.
+        read: gives the bundle's weights.
         encodings: of the results (the embedding's own grid is needed for WIDE).
         folder: exists.
         embedding: the table's form.
@@ -104,20 +106,19 @@ def derive_weights(
     bits: dict[str, int] = {}
     with whole_file(path) as file:
         writer = _Writer(file, path.name)
-        names = part_weights(config, part)
-        if part.heads and config.tied_head:
-            names.append(HEAD)
-        for name in names:
-            value = read(EMBEDDING if name == HEAD and config.tied_head else name)
+        for name, weight in part_weights(config, part).items():
+            value = read(name)
             if not isinstance(value, QuantizedTensor):
                 e = Encoding.of_range(float(value.min()), float(value.max()))
                 writer.add(f"{name}.codes", e.quantize(value), encoding=e)
-            elif name == EMBEDDING:
+            elif weight.role is Role.EMBEDDING:
                 _write_table(writer, value, encodings["embed_tokens"], embedding)
             else:
                 bits[name] = value.grid.bits
-                apart = encodings.get(name.replace("down_proj.weight", GATED_OUTLIERS))
-                if name.endswith("down_proj.weight") and apart is not None:
+                apart = None
+                if weight.role is Role.DOWN and weight.layer is not None:
+                    apart = encodings.get(f"{mlp_name(weight.layer)}.{GATED_OUTLIERS}")
+                if apart is not None:
                     value = _write_apart(writer, name, value, list(apart.channels))
                     bits[f"{name}.outliers"] = 8
                 _write_linear(writer, name, value)

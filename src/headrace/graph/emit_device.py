@@ -29,8 +29,9 @@ from headrace.graph.check import check_graph
 from headrace.graph.device_weights import DeviceWeights, EmbeddingForm, ReadWeight, derive_weights
 from headrace.graph.record import Recorder
 from headrace.model import decoder
-from headrace.model.decoder import EMBEDDING, Residual
-from headrace.model.ops import Positions
+from headrace.model.decoder import Residual, residual_names
+from headrace.model.ops import Positions, attention_name, mlp_name
+from headrace.model.weights import Role, find_weight, weight_table
 from headrace.plan import GraphStyle, Part, graph_name, ports
 
 __all__ = ["FUSED_KV_LIMIT", "DeviceGraph", "emit_device", "write_device_graphs"]
@@ -108,7 +109,7 @@ class _DeviceOps(Recorder):
         return self.dequantized(self._external(name), encoding)
 
     def embed(self, ids: ir.Value, weight: str) -> ir.Value:
-        name = weight.removesuffix(".weight")
+        name = weight_table(self.config)[weight].module
         table = self._table(f"{weight}.codes")
         assert table.name is not None
         grid = self._grids[table.name]
@@ -132,8 +133,10 @@ class _DeviceOps(Recorder):
         raw = self.graph.one("Mul", [picked, self.reshape(step, (0, 0, blocks, 1))], name=f"{name}.raw")
         return self.reshape(self._on_grid(raw, name), (0, 0, columns))
 
-    def linear(self, x: ir.Value, weight: str) -> ir.Value:
-        name = weight.removesuffix(".weight")
+    def bias(self, weight: str) -> ir.Value:
+        return self._table(f"{weight}.codes")
+
+    def product(self, x: ir.Value, weight: str, name: str) -> ir.Value:
         few = self._apart.get(x.name or "")
         if few is None:
             return self._product(x, weight, name)
@@ -150,11 +153,12 @@ class _DeviceOps(Recorder):
         real = self.graph.one("DequantizeLinear", [codes, scale, zero], axis=1, name=f"{weight}.real")
         return self._on_grid(self.graph.one("MatMul", [x, real], name=f"{name}.raw"), name)
 
-    def gated(self, gate: ir.Value, up: ir.Value, name: str) -> ir.Value:
+    def gated(self, gate: ir.Value, up: ir.Value, layer: int) -> ir.Value:
         """As `Ops.gated`; the outlier channels are kept apart for the linear that follows."""
+        name = mlp_name(layer)
         apart = self.encodings.get(f"{name}.{GATED_OUTLIERS}")
         if apart is None:
-            return super().gated(gate, up, name)
+            return super().gated(gate, up, layer)
         silu = self.silu(gate, f"{name}.silu")
         gated = self.multiply(silu, up, f"{name}.gated")
         assert gated.name is not None
@@ -168,7 +172,7 @@ class _DeviceOps(Recorder):
         return self._moved("Gather", x, [wanted], "outliers", axis=2)
 
     def rms_norm(self, x: ir.Value, weight: str) -> ir.Value:
-        name = weight.removesuffix(".weight")
+        name = weight_table(self.config)[weight].module
         gain = self._table(f"{weight}.codes")
         eps = self.config.rms_norm_eps
         raw = self.graph.one("RMSNormalization", [x, gain], axis=-1, epsilon=eps, stash_type=1, name=f"{name}.raw")
@@ -228,13 +232,13 @@ class _DeviceOps(Recorder):
         v: ir.Value,
         at: Positions[ir.Value],
         past: tuple[ir.Value, ir.Value] | None,
-        name: str,
+        layer: int,
     ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
         assert past is not None
         if self.split_heads:
-            return self._attention_by_head(q, k, v, at, past, name)
+            return self._attention_by_head(q, k, v, at, past, attention_name(layer))
         turned = self.transpose(past[0], (1, 0, 2, 3)), self.transpose(past[1], (1, 0, 2, 3))
-        mixed, (new_k, new_v) = super().attention(q, k, v, at, turned, name)
+        mixed, (new_k, new_v) = super().attention(q, k, v, at, turned, layer)
         return mixed, (self.transpose(new_k, (1, 0, 2, 3)), self.transpose(new_v, (1, 0, 2, 3)))
 
     def _attention_by_head(
@@ -289,7 +293,7 @@ def emit_device(
     inputs, outputs = ports(config, part, GraphStyle.DEVICE, length=length, context=context)
     grids = port_encodings([part], encodings)
     if not part.embeds:
-        grids[f"hidden_{part.number - 1}"] = _incoming(part, encodings)
+        grids[f"hidden_{part.number - 1}"] = _incoming(config, part, encodings)
     graph = GraphBuilder(graph_name(part, length, context), {"": OPSET})
     ops = _DeviceOps(config, graph, weights, encodings)
     ops.split_heads = config.num_kv_heads * context * config.head_dim > FUSED_KV_LIMIT
@@ -311,9 +315,9 @@ def emit_device(
     return graph
 
 
-def _incoming(part: Part, encodings: Mapping[str, Encoding]) -> Encoding:
+def _incoming(config: ModelConfig, part: Part, encodings: Mapping[str, Encoding]) -> Encoding:
     """The grid of the hidden state a part reads: its predecessor's last result."""
-    name = f"layers.{part.start - 1}.residual" if part.start else EMBEDDING.removesuffix(".weight")
+    name = residual_names(part.start - 1)[1] if part.start else find_weight(config, Role.EMBEDDING).module
     if name not in encodings:
         raise CalibrationError(f"the encodings lack {name!r}; calibrate and export again")
     return encodings[name]

@@ -20,14 +20,15 @@ import numpy as np
 import onnx_ir as ir
 
 from headrace.bundle.grid import Grid
-from headrace.bundle.weights import StoredTensor, linear_shape
+from headrace.bundle.weights import StoredTensor
 from headrace.config import ModelConfig
 from headrace.errors import RecipeError
 from headrace.graph.build import GraphBuilder
 from headrace.graph.record import Recorder
 from headrace.model import decoder
-from headrace.model.decoder import EMBEDDING, HEAD, Residual
-from headrace.model.ops import Positions
+from headrace.model.decoder import Residual
+from headrace.model.ops import Positions, attention_name
+from headrace.model.weights import Weight, weight_table
 from headrace.plan import GraphStyle, Part, Port, ports
 
 __all__ = ["HostWeights", "emit_host", "kernel_block"]
@@ -69,7 +70,6 @@ class _HostOps(Recorder):
         super().__init__(config, graph)
         self.weights = weights
         self.accuracy_level = accuracy_level
-        self._joined: dict[int, ir.Value] = {}  # a split q → the product that holds q, k and v
         self.last_position: ir.Value | None = None
         self.total_length: ir.Value | None = None
 
@@ -77,7 +77,8 @@ class _HostOps(Recorder):
         """(codes[ids] − 128) · scales[ids], in blocks when the table has any."""
         g = self.graph
         grid = self.weights.grids[weight]
-        _, columns = linear_shape(self.config, weight)
+        row = weight_table(self.config)[weight]
+        _, columns = row.matrix
         blocks = grid.blocks(columns, weight)
         codes, scales = self._stored(f"{weight}_packed"), self._stored(f"{weight}_scale")
         if grid.bits != 8:
@@ -92,43 +93,48 @@ class _HostOps(Recorder):
             values = self.reshape(values, (0, 0, blocks, columns // blocks))
             step = self.reshape(step, (0, 0, blocks, 1))
             return self.reshape(g.one("Mul", [values, step], name=f"{weight}.scaled"), (0, 0, columns))
-        return g.one("Mul", [values, step], name="embed_tokens")
+        return g.one("Mul", [values, step], name=row.module)
 
     def linear(self, x: ir.Value, weight: str) -> ir.Value:
-        return self._matmul(x, (weight,), weight.removesuffix(".weight"))
+        row = weight_table(self.config)[weight]
+        return self._matmul(x, (row,), row.module)
+
+    def product(self, x: ir.Value, weight: str, name: str) -> ir.Value:
+        return self._matmul(x, (replace(weight_table(self.config)[weight], bias=None),), name)
+
+    def bias(self, weight: str) -> ir.Value:
+        return self._stored(weight)
 
     def linears(self, x: ir.Value, weights: Sequence[str]) -> tuple[ir.Value, ...]:
         """One MatMulNBits for neighbours of one input and one grid: their rows stand behind each other in the file, and
         a small model's token is mostly threads coming together after each product."""
         made: list[ir.Value] = []
-        for _, run in groupby(weights, lambda weight: self.weights.grids[weight]):
+        rows = (weight_table(self.config)[weight] for weight in weights)
+        for _, run in groupby(rows, lambda row: (self.weights.grids[row.name], row.bias is None)):
             made += self._joined_linears(x, list(run))
         return tuple(made)
 
-    def _joined_linears(self, x: ir.Value, weights: Sequence[str]) -> list[ir.Value]:
+    def _joined_linears(self, x: ir.Value, weights: Sequence[Weight]) -> list[ir.Value]:
         if len(weights) == 1:
-            return [self.linear(x, weights[0])]
-        joined = self._matmul(x, weights, "+".join(weight.removesuffix(".weight") for weight in weights))
-        rows = np.array([linear_shape(self.config, weight)[0] for weight in weights], np.int64)
+            return [self.linear(x, weights[0].name)]
+        joined = self._matmul(x, weights, "+".join(weight.module for weight in weights))
+        rows = np.array([weight.shape[0] for weight in weights], np.int64)
         sizes = self.graph.constant("sizes_" + "_".join(map(str, rows)), rows)
-        parts = self.graph.node("Split", [joined, sizes], {"axis": -1}, name=f"{joined.name}.split", outputs=len(rows))
-        if len(weights) == 3:
-            self._joined[id(parts[0])] = joined
-        return parts
+        return self.graph.node("Split", [joined, sizes], {"axis": -1}, name=f"{joined.name}.split", outputs=len(rows))
 
-    def _matmul(self, x: ir.Value, weights: Sequence[str], name: str) -> ir.Value:
-        """MatMulNBits. Stored scales are float16, a channel's or a block's; the kernel wants float32 for each of its
-        blocks: Cast and Expand are folded when the session is made, so neither disk nor steps pay for it."""
-        tied = weights[0] == HEAD and self.config.tied_head
-        source = EMBEDDING if tied else weights[0]
-        grid, columns = self.weights.grids[source], linear_shape(self.config, source)[1]
-        rows = sum(linear_shape(self.config, weight)[0] for weight in weights)
+    def _matmul(self, x: ir.Value, weights: Sequence[Weight], name: str) -> ir.Value:
+        """MatMulNBits, with a bias where the weights have one. Stored scales are float16, a channel's or a block's; the
+        kernel wants float32 for each of its blocks: Cast and Expand are folded when the session is made, so neither
+        disk nor steps pay for it."""
+        sources = [weight.stored_as for weight in weights]
+        source, columns = sources[0], weights[0].matrix[1]
+        grid, rows = self.weights.grids[source], sum(weight.shape[0] for weight in weights)
         block = kernel_block(columns, grid.block)
         blocks = -(-columns // block)
         stored_blocks = grid.blocks(columns, source)
-        packed = _behind(self.weights.tensors, [f"{EMBEDDING if tied else w}_packed" for w in weights])
+        packed = _behind(self.weights.tensors, [f"{s}_packed" for s in sources])
         data = self.graph.stored(f"{name}_packed.blocks", packed, (rows, blocks, block * grid.bits // 8))
-        stored = _behind(self.weights.tensors, [f"{EMBEDDING if tied else w}_scale" for w in weights])
+        stored = _behind(self.weights.tensors, [f"{s}_scale" for s in sources])
         scales = self.graph.stored(f"{name}_scale", stored)
         scales = self.graph.one("Cast", [scales], to=ir.DataType.FLOAT.value, name=f"{name}_scale.float")
         if stored_blocks != blocks:
@@ -140,12 +146,16 @@ class _HostOps(Recorder):
             "block_size": block,
             "accuracy_level": self.accuracy_level,
         }
-        return self.graph.node("MatMulNBits", [x, data, scales], attributes, domain=MICROSOFT, name=name)[0]
+        inputs: list[ir.Value | None] = [x, data, scales]
+        biases = [weight.bias for weight in weights if weight.bias is not None]
+        if biases:
+            inputs += [None, None, self.graph.stored(f"{name}.bias", _behind(self.weights.tensors, biases))]
+        return self.graph.node("MatMulNBits", inputs, attributes, domain=MICROSOFT, name=name)[0]
 
     def rms_norm(self, x: ir.Value, weight: str) -> ir.Value:
         attributes = {"epsilon": self.config.rms_norm_eps, "axis": -1, "stash_type": 1}
-        inputs = [x, self._stored(weight)]
-        return self.graph.one("SimplifiedLayerNormalization", inputs, name=weight.removesuffix(".weight"), **attributes)
+        inputs, name = [x, self._stored(weight)], weight_table(self.config)[weight].module
+        return self.graph.one("SimplifiedLayerNormalization", inputs, name=name, **attributes)
 
     def add_norm(self, x: ir.Value, update: ir.Value, weight: str, name: str) -> tuple[ir.Value, ir.Value]:
         normed, _, _, total = self.graph.node(
@@ -153,7 +163,7 @@ class _HostOps(Recorder):
             [x, update, self._stored(weight)],
             {"epsilon": self.config.rms_norm_eps},
             domain=MICROSOFT,
-            name=weight.removesuffix(".weight"),
+            name=weight_table(self.config)[weight].module,
             outputs=4,
         )
         return normed, total
@@ -165,7 +175,7 @@ class _HostOps(Recorder):
         v: ir.Value,
         at: Positions[ir.Value],
         past: tuple[ir.Value, ir.Value] | None,
-        name: str,
+        layer: int,
     ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
         assert past is not None
         c = self.config
@@ -176,11 +186,12 @@ class _HostOps(Recorder):
             "rotary_interleaved": 0,
         }
         # The operator splits a joined product itself.
-        joined = self._joined.get(id(q))
-        heads = [q, k, v] if joined is None else [joined, None, None]
+        heads: list[ir.Value | None] = [q, k, v]
+        split, name = q.producer(), attention_name(layer)
+        if split is not None and split.op_type == "Split" and tuple(split.outputs) == (q, k, v):
+            heads = [split.inputs[0], None, None]
         inputs = [*heads, *past, self.last_position, self.total_length, at.cos, at.sin]
         if self.weights.kv_scales:
-            layer = int(name.split(".")[1])
             key_scale, value_scale = self.weights.kv_scales[layer]
             inputs += [None, None, None]
             inputs.append(self.graph.constant(f"{name}.key_scale", np.array([key_scale], np.float32)))

@@ -15,7 +15,7 @@ __all__ = ["Recorder"]
 
 
 class Recorder(PrimitiveOps[ir.Value]):
-    """Records float ONNX operators into a graph; `embed`, `linear` and `rms_norm` are the emitters' own."""
+    """Records float ONNX operators into a graph; `embed`, `product`, `bias` and `rms_norm` are the emitters' own."""
 
     def __init__(self, config: ModelConfig, graph: GraphBuilder) -> None:
         super().__init__(config)

@@ -117,11 +117,9 @@ def _simulate(
     bundle: Bundle, store: WeightStore, encodings: Mapping[str, Encoding], ids: Sequence[int], seen: dict[str, Array]
 ) -> Array:
     class Watched(Simulated):
-        def tap(self, name: str, value: Array) -> Array:
-            value = super().tap(name, value)
-            if name.endswith(".residual"):
-                seen[name] = value
-            return value
+        def add_update(self, x: Array, update: Array, name: str) -> Array:
+            seen[name] = super().add_update(x, update, name)
+            return seen[name]
 
     run = Watched(bundle.config, store.read, encodings)
     return simulated_logits(run, np.asarray(ids), np.arange(len(ids)))

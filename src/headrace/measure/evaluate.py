@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from headrace.config import ModelConfig
 from headrace.errors import CalibrationError, UserError, did_you_mean
 from headrace.measure.fidelity import Fidelity, FidelityMeter, log_softmax, no_target
-from headrace.model.decoder import EMBEDDING, FINAL_NORM, HEAD, Residual, block, embed, head, layer_weights
+from headrace.model.decoder import Residual, block, embed, head
 from headrace.model.ops import Array
+from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD, layer_weights
 from headrace.progress import Progress, silent
 from headrace.quantize.calibrate import Follower, causal_positions
 
@@ -111,7 +112,7 @@ def follow(
     del table
     for layer in range(config.num_layers):
         progress("reference", layer, config.num_layers)
-        ops = Follower(config, {name: weights(name) for name in layer_weights(layer)})
+        ops = Follower(config, {name: weights(name) for name in layer_weights(config, layer)})
         stream, _ = block(ops, layer, stream, at, None)
         stream = Residual(stream.settle(ops))
     progress("reference", config.num_layers, config.num_layers)

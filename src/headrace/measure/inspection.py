@@ -9,6 +9,7 @@ from typing import Any
 
 from headrace.bundle.folder import is_bundle, open_bundle
 from headrace.config import ModelConfig
+from headrace.model.weights import quantized_weights, weight_table
 
 __all__ = ["inspect_path"]
 
@@ -50,7 +51,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
     tensors, parameters = [], 0
     for name in checkpoint.names:
         tensor = checkpoint.tensor(name)
-        if name == "lm_head.weight" and config.tied_head:
+        if weight_table(config)[name].stored_as != name:
             continue
         elements = math.prod(tensor.shape)
         parameters += elements
@@ -63,16 +64,15 @@ def _checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _bundle(path: Path) -> dict[str, Any]:
-    from headrace.bundle.weights import linear_shape, quantized_names
-
     bundle = open_bundle(path)
     config = bundle.config
-    rules = bundle.recipe.resolve(quantized_names(config))
+    weights = quantized_weights(config)
+    rules = bundle.recipe.resolve(weights)
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     tensors = []
     for name, rule in rules.items():
-        shape = linear_shape(config, name)
+        shape = weights[name].matrix
         precision = f"int{rule.bits} {f'block {rule.block}' if rule.block else 'channel'}"
         counts[precision] += 1
         sizes[precision] += rule.grid.nbytes(*shape)

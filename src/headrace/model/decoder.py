@@ -1,7 +1,7 @@
 """The decoder, once: what a Llama-family model computes, over whatever `Ops` interprets it.
 
-Canonical weight names are Hugging Face's without the leading "model.". This file does not know which
-interpretation runs it, how layers are split into parts, nor where the cache lives.
+Which weights there are says weights.py. This file does not know which interpretation runs it, how layers are split into
+parts, nor where the cache lives.
 
     ids ─ embed ─► block 0 ─► … ─► block L−1 ─► head ─► logits
                      │ ▲
@@ -13,30 +13,16 @@ may change their weights.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Generic, TypeVar, cast
 
 from headrace.model.ops import Ops, Positions
+from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD, Role, find_weight, input_groups
 
-__all__ = [
-    "EMBEDDING",
-    "FINAL_NORM",
-    "HEAD",
-    "Residual",
-    "block",
-    "embed",
-    "head",
-    "layer_linears",
-    "layer_weights",
-    "walk",
-]
+__all__ = ["Residual", "block", "embed", "head", "residual_names", "walk"]
 
 T = TypeVar("T")
-
-EMBEDDING = "embed_tokens.weight"
-FINAL_NORM = "norm.weight"
-HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -50,7 +36,7 @@ class Residual(Generic[T]):
 
     def settle(self, ops: Ops[T]) -> T:
         """The stream as one value (B, S, H)."""
-        return self.x if self.update is None else ops.add(self.x, self.update, self.name)
+        return self.x if self.update is None else ops.add_update(self.x, self.update, self.name)
 
     def norm(self, ops: Ops[T], weight: str) -> tuple[T, T]:
         """(normed, settled)."""
@@ -94,25 +80,27 @@ def walk(
 
     What is not needed after a pause is let go before it: many may wait there at once.
     """
-    p = f"layers.{layer}"
-    projections, output, gate_up, down = layer_linears(layer)
-    normed, x = stream.norm(ops, f"{p}.input_layernorm.weight")
+    groups = input_groups(ops.config, layer)
+    projections, output, gate_up, down = (tuple(weight.name for weight in group) for group in groups)
+    before, after = (find_weight(ops.config, r, layer).name for r in (Role.ATTENTION_NORM, Role.FEED_FORWARD_NORM))
+    middle, end = residual_names(layer)
+    normed, x = stream.norm(ops, before)
     yield projections, normed
     q, k, v = ops.linears(normed, projections)
-    mixed, new = ops.attention(q, k, v, at, past, f"{p}.self_attn")
+    mixed, new = ops.attention(q, k, v, at, past, layer)
     if wanted is not None:
         mixed, x = ops.rows(mixed, wanted), ops.rows(x, wanted)
     del stream, normed, q, k, v
     yield output, mixed
     update = ops.linear(mixed, output[0])
-    normed, x = ops.add_norm(x, update, f"{p}.post_attention_layernorm.weight", f"{p}.attn_residual")
+    normed, x = ops.add_norm(x, update, after, middle)
     del mixed, update
     yield gate_up, normed
     gate, up = ops.linears(normed, gate_up)
-    gated = ops.gated(gate, up, f"{p}.mlp")
+    gated = ops.gated(gate, up, layer)
     del normed, gate, up
     yield down, gated
-    return Residual(x, ops.linear(gated, down[0]), f"{p}.residual"), new
+    return Residual(x, ops.linear(gated, down[0]), end), new
 
 
 def head(ops: Ops[T], stream: Residual[T], wanted: T | None = None) -> T:
@@ -123,18 +111,6 @@ def head(ops: Ops[T], stream: Residual[T], wanted: T | None = None) -> T:
     return ops.linear(normed, HEAD)
 
 
-def layer_linears(layer: int) -> tuple[tuple[str, ...], ...]:
-    """A layer's linears, those that share an input together, in the order they are computed."""
-    p = f"layers.{layer}"
-    return (
-        (f"{p}.self_attn.q_proj.weight", f"{p}.self_attn.k_proj.weight", f"{p}.self_attn.v_proj.weight"),
-        (f"{p}.self_attn.o_proj.weight",),
-        (f"{p}.mlp.gate_proj.weight", f"{p}.mlp.up_proj.weight"),
-        (f"{p}.mlp.down_proj.weight",),
-    )
-
-
-def layer_weights(layer: int) -> Sequence[str]:
-    """All weights of a layer."""
-    norms = (f"layers.{layer}.input_layernorm.weight", f"layers.{layer}.post_attention_layernorm.weight")
-    return [*norms, *(name for group in layer_linears(layer) for name in group)]
+def residual_names(layer: int) -> tuple[str, str]:
+    """What the residual stream is called after a layer's attention, and after the layer."""
+    return f"layers.{layer}.attn_residual", f"layers.{layer}.residual"

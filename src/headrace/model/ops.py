@@ -5,8 +5,8 @@ a program being recorded. `PrimitiveOps` builds attention and the gate of primit
 replace by a fused operator; one that knows only the fused operations (native/program.py) is an `Ops` itself.
 
 Every primitive whose result a fixed-point device must represent takes the result's `name`; `linear`, `embed` and
-`rms_norm` are named after their weight. Eager shows each named result to `tap`, the place where calibration looks
-and where simulated quantization changes values.
+`rms_norm` are named after their weight's module. Eager shows each named result to `tap`, the place where calibration
+looks and where simulated quantization changes values.
 
 This file does not know the decoder's structure, nor where weights come from.
 """
@@ -22,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.config import ModelConfig
+from headrace.model.weights import weight_table
 
-__all__ = ["Array", "Eager", "Ops", "Positions", "PrimitiveOps"]
+__all__ = ["Array", "Eager", "Ops", "Positions", "PrimitiveOps", "attention_name", "mlp_name"]
 
 T = TypeVar("T")
 Array = NDArray[np.float32]
@@ -55,7 +56,7 @@ class Ops(ABC, Generic[T]):
 
     @abstractmethod
     def linear(self, x: T, weight: str) -> T:
-        """x (…, K) by a weight (N, K), transposed → (…, N)."""
+        """x (…, K) by a weight (N, K), transposed, and its bias where it has one → (…, N)."""
 
     def linears(self, x: T, weights: Sequence[str]) -> tuple[T, ...]:
         """Several linears of one input."""
@@ -71,20 +72,24 @@ class Ops(ABC, Generic[T]):
 
     def add_norm(self, x: T, update: T, weight: str, name: str) -> tuple[T, T]:
         """The residual sum, and its RMSNorm: (rms_norm(x + update), x + update)."""
-        total = self.add(x, update, name)
+        total = self.add_update(x, update, name)
         return self.rms_norm(total, weight), total
+
+    def add_update(self, x: T, update: T, name: str) -> T:
+        """The residual sum."""
+        return self.add(x, update, name)
 
     @abstractmethod
     def rows(self, x: T, wanted: T) -> T:
         """The wanted tokens of x (B, S, H) → (B, R, H)."""
 
     @abstractmethod
-    def gated(self, gate: T, up: T, name: str) -> T:
-        """silu(gate) · up; `name` is the prefix of the results' names."""
+    def gated(self, gate: T, up: T, layer: int) -> T:
+        """silu(gate) · up, in the feed-forward of a layer."""
 
     @abstractmethod
     def attention(
-        self, q: T, k: T, v: T, at: Positions[T], past: tuple[T, T] | None, name: str
+        self, q: T, k: T, v: T, at: Positions[T], past: tuple[T, T] | None, layer: int
     ) -> tuple[T, tuple[T, T]]:
         """Causal grouped-query attention with a KV cache.
 
@@ -92,7 +97,7 @@ class Ops(ABC, Generic[T]):
             q: (B, S, heads·D); k, v: (B, S, kv_heads·D), before rope.
             at: positions of the S tokens.
             past: keys (B, kv_heads, D, P), after rope, and values (B, kv_heads, P, D); None when there are none.
-            name: prefix of the results' names.
+            layer: which layer's attention it is; the results are named after it.
 
         Returns:
             (B, S, heads·D) and the step's own keys (B, kv_heads, D, S) and values (B, kv_heads, S, D).
@@ -103,6 +108,14 @@ class PrimitiveOps(Ops[T]):
     """Single products, sums and shapes, and the decoder's composites made of them."""
 
     # Primitives.
+
+    @abstractmethod
+    def product(self, x: T, weight: str, name: str) -> T:
+        """x (…, K) by a weight (N, K), transposed → (…, N)."""
+
+    @abstractmethod
+    def bias(self, weight: str) -> T:
+        """A bias (N,) as a value, by its own canonical name."""
 
     @abstractmethod
     def matmul(self, a: T, b: T, name: str) -> T:
@@ -150,11 +163,18 @@ class PrimitiveOps(Ops[T]):
 
     # Composites.
 
+    def linear(self, x: T, weight: str) -> T:
+        row = weight_table(self.config)[weight]
+        if row.bias is None:
+            return self.product(x, weight, row.module)
+        return self.add(self.product(x, weight, f"{row.module}.product"), self.bias(row.bias), row.module)
+
     def silu(self, x: T, name: str) -> T:
         """x · sigmoid(x)."""
         return self.multiply(x, self.sigmoid(x, f"{name}.sigmoid"), name)
 
-    def gated(self, gate: T, up: T, name: str) -> T:
+    def gated(self, gate: T, up: T, layer: int) -> T:
+        name = mlp_name(layer)
         return self.multiply(self.silu(gate, f"{name}.silu"), up, f"{name}.gated")
 
     def rope(self, x: T, at: Positions[T], name: str) -> T:
@@ -174,8 +194,9 @@ class PrimitiveOps(Ops[T]):
         return self.concat([turned_low, turned_high], 3, name)
 
     def attention(
-        self, q: T, k: T, v: T, at: Positions[T], past: tuple[T, T] | None, name: str
+        self, q: T, k: T, v: T, at: Positions[T], past: tuple[T, T] | None, layer: int
     ) -> tuple[T, tuple[T, T]]:
+        name = attention_name(layer)
         q, new_k, new_v = self.rotated(q, k, v, at, name)
         keys = new_k if past is None else self.concat([past[0], new_k], 3, f"{name}.k_cache")
         values = new_v if past is None else self.concat([past[1], new_v], 2, f"{name}.v_cache")
@@ -201,12 +222,16 @@ class PrimitiveOps(Ops[T]):
         q = self.reshape(q, (0, c.num_kv_heads, -1, 0))  # (B, kvH, G·S, D)
         scores = self.matmul(q, keys, f"{name}.scores")  # (B, kvH, G·S, C)
         scores = self.reshape(scores, (0, c.num_heads, -1, 0))  # (B, H, S, C)
-        scores = self.add(scores, mask, f"{name}.masked_scores")
+        scores = self.masked(scores, mask, f"{name}.masked_scores")
         weights = self.softmax(scores, f"{name}.weights")
         weights = self.reshape(weights, (0, c.num_kv_heads, -1, 0))  # (B, kvH, G·S, C)
         mixed = self.matmul(weights, values, f"{name}.mixed")  # (B, kvH, G·S, D)
         mixed = self.reshape(mixed, (0, c.num_heads, -1, 0))  # (B, H, S, D)
         return self.reshape(self.transpose(mixed, (0, 2, 1, 3)), (0, 0, c.query_size))
+
+    def masked(self, scores: T, mask: T, name: str) -> T:
+        """Scores with the mask added."""
+        return self.add(scores, mask, name)
 
     def _split_heads(self, x: T, heads: int) -> T:
         """(B, S, heads·D) → (B, heads, S, D)."""
@@ -234,16 +259,19 @@ class Eager(PrimitiveOps[Array]):
         """Called with the input of every linear, before it is computed."""
 
     def embed(self, ids: Array, weight: str) -> Array:
-        return self.tap(_module(weight), self.weights(weight)[ids])
+        return self.tap(self._module(weight), self.weights(weight)[ids])
 
-    def linear(self, x: Array, weight: str) -> Array:
+    def product(self, x: Array, weight: str, name: str) -> Array:
         self.tap_linear(weight, x)
-        return self.tap(_module(weight), x @ self.weights(weight).T)
+        return self.tap(name, x @ self.weights(weight).T)
+
+    def bias(self, weight: str) -> Array:
+        return self.weights(weight)
 
     def rms_norm(self, x: Array, weight: str) -> Array:
         mean_square = np.mean(np.square(x), axis=-1, keepdims=True)
         normed = x / np.sqrt(mean_square + np.float32(self.config.rms_norm_eps))
-        return self.tap(_module(weight), normed * self.weights(weight))
+        return self.tap(self._module(weight), normed * self.weights(weight))
 
     def matmul(self, a: Array, b: Array, name: str) -> Array:
         return self.tap(name, a @ b)
@@ -288,7 +316,15 @@ class Eager(PrimitiveOps[Array]):
     def to_cache(self, x: Array, name: str) -> Array:
         return self.tap(name, x)
 
+    def _module(self, weight: str) -> str:
+        return weight_table(self.config)[weight].module
 
-def _module(weight: str) -> str:
-    """A weight's result is named after the module: without the trailing ".weight"."""
-    return weight.removesuffix(".weight")
+
+def attention_name(layer: int) -> str:
+    """What the names of the results of a layer's attention begin with."""
+    return f"layers.{layer}.self_attn"
+
+
+def mlp_name(layer: int) -> str:
+    """What the names of the results of a layer's feed-forward begin with."""
+    return f"layers.{layer}.mlp"

@@ -19,8 +19,8 @@ from headrace.bundle.folder import Bundle
 from headrace.bundle.weights import StoredTensor, WeightStore
 from headrace.config import ModelConfig
 from headrace.model import decoder
-from headrace.model.decoder import EMBEDDING, HEAD
 from headrace.model.ops import Ops, Positions
+from headrace.model.weights import Role, weight_table
 
 __all__ = ["COSINES", "READ", "SINES", "WRITTEN", "Instruction", "Program", "record_program"]
 
@@ -81,8 +81,12 @@ class Program:
 
     def bytes_read(self, instruction: Instruction) -> int:
         """Bytes of weights that an instruction reads for one token: all of them, but one row of the embedding."""
-        names = [n for w in instruction.weights for n in ((f"{w}_packed", f"{w}_scale") if w in self.weights else (w,))]
-        size = sum(self.tensors[name].nbytes for name in names)
+        table = weight_table(self.config)
+        size = 0
+        for name in instruction.weights:
+            bias = table[name].bias
+            parts = (f"{name}_packed", f"{name}_scale", *([bias] if bias else ())) if name in self.weights else (name,)
+            size += sum(self.tensors[part].nbytes for part in parts)
         return size // self.config.vocab_size if instruction.op == "embed" else size
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,7 +115,12 @@ class Program:
                 for name, t in self.tensors.items()
             },
             "weights": {
-                name: {"bits": bits, "packed": f"{name}_packed", "scale": f"{name}_scale", "bias": None}
+                name: {
+                    "bits": bits,
+                    "packed": f"{name}_packed",
+                    "scale": f"{name}_scale",
+                    "bias": weight_table(c)[name].bias,
+                }
                 for name, bits in self.weights.items()
             },
             "registers": list(self.registers),
@@ -173,9 +182,9 @@ class _Recorder(Ops[Result]):
         return self.linears(x, [weight])[0]
 
     def linears(self, x: Result, weights: Sequence[str]) -> tuple[Result, ...]:
-        if weights[0] == HEAD:
-            head = EMBEDDING if self.config.tied_head else HEAD
-            self.instructions.append(Instruction("head", {"in": x, "weight": self._weight(head)}))
+        row = weight_table(self.config)[weights[0]]
+        if row.role is Role.HEAD:
+            self.instructions.append(Instruction("head", {"in": x, "weight": self._weight(row.stored_as)}))
             return (Result(self.config.vocab_size),)
         names = [self._weight(weight) for weight in weights]
         made = [Result(self._store.tensors[f"{name}_scale"].shape[0]) for name in names]
@@ -196,7 +205,7 @@ class _Recorder(Ops[Result]):
     def rows(self, x: Result, wanted: Result) -> Result:
         return self._record("rows", x.width, **{"in": x})
 
-    def gated(self, gate: Result, up: Result, name: str) -> Result:
+    def gated(self, gate: Result, up: Result, layer: int) -> Result:
         return self._record("silu_mul", gate.width, gate=gate, up=up)
 
     def attention(
@@ -206,9 +215,8 @@ class _Recorder(Ops[Result]):
         v: Result,
         at: Positions[Result],
         past: tuple[Result, Result] | None,
-        name: str,
+        layer: int,
     ) -> tuple[Result, tuple[Result, Result]]:
-        layer = sum(i.op == "rope_cache" for i in self.instructions)
         fields = {"layer": layer, "q": q, "k": k, "v": v, "cos": COSINES, "sin": SINES}
         self.instructions.append(Instruction("rope_cache", fields))
         return self._record("attention", q.width, layer=layer, q=q), (k, v)
@@ -220,7 +228,8 @@ class _Recorder(Ops[Result]):
 
     def _weight(self, name: str) -> str:
         self.weights.add(name)
-        self.tensors |= {f"{name}_packed", f"{name}_scale"}
+        bias = weight_table(self.config)[name].bias
+        self.tensors |= {f"{name}_packed", f"{name}_scale", *([bias] if bias else ())}
         return name
 
     def _tensor(self, name: str) -> str:

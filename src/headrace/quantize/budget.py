@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 
 from headrace.bundle.grid import Grid
 from headrace.bundle.recipe import Recipe, Rule
-from headrace.bundle.weights import layouts, linear_shape, quantized_names
+from headrace.bundle.weights import layouts
 from headrace.config import ModelConfig
 from headrace.errors import RecipeError
-from headrace.model.decoder import EMBEDDING, HEAD
+from headrace.model.weights import Role, Weight, linears, quantized_weights, weight_table
 from headrace.plan import Part, plan_parts
 
 __all__ = ["Spending", "average_bits", "spend", "weight_bytes"]
@@ -46,10 +46,9 @@ class Spending:
 def average_bits(config: ModelConfig, rules: Mapping[str, Rule]) -> float:
     """Code bits averaged over the weights of the linears, embedding and head not counted."""
     total = weights = 0
-    for name in _linears(config):
-        rows, columns = linear_shape(config, name)
-        total += rows * columns * rules[name].bits
-        weights += rows * columns
+    for name, linear in linears(config).items():
+        total += linear.size * rules[name].bits
+        weights += linear.size
     return total / weights
 
 
@@ -83,8 +82,8 @@ def spend(
     """
     if (bits is None) == (size is None):
         raise RecipeError("give either --bits or --size, not both and not neither")
-    rules = recipe.resolve(quantized_names(config))
-    candidates = [name for name in _linears(config) if rules[name].bits == 4 and costs[name] > 0]
+    rules = recipe.resolve(quantized_weights(config))
+    candidates = [name for name in linears(config) if rules[name].bits == 4 and costs[name] > 0]
     least_bits, least_bytes = average_bits(config, rules), weight_bytes(config, rules, parts)
     if bits is not None and bits < least_bits:
         raise RecipeError(
@@ -95,9 +94,10 @@ def spend(
             f"--size {size} bytes cannot be met: recipe {recipe.name!r} needs {least_bytes} bytes "
             f"({least_bytes / 1e6:.1f} MB) without any 8-bit layer; give more or use larger blocks"
         )
-    extra = {name: _extra(config, name, rules[name].grid, count_scales=size is not None) for name in candidates}
+    table = weight_table(config)
+    extra = {name: _extra(table[name], rules[name].grid, count_scales=size is not None) for name in candidates}
     if bits is not None:
-        elements = sum(r * c for r, c in (linear_shape(config, name) for name in _linears(config)))
+        elements = sum(linear.size for linear in linears(config).values())
         left = (bits - least_bits) * elements / 8 + _ROUNDING
     else:
         left = float((size or 0) - least_bytes)
@@ -106,8 +106,8 @@ def spend(
         if extra[name] <= left:
             chosen.append(name)
             left -= extra[name]
-    mixed = _with_eight(recipe, rules, chosen)
-    final = mixed.resolve(quantized_names(config))
+    mixed = _with_eight(recipe, rules, [table[name] for name in chosen])
+    final = mixed.resolve(quantized_weights(config))
     return Spending(
         mixed,
         tuple(chosen),
@@ -117,30 +117,26 @@ def spend(
     )
 
 
-def _linears(config: ModelConfig) -> list[str]:
-    return [name for name in quantized_names(config) if name not in (EMBEDDING, HEAD)]
-
-
-def _extra(config: ModelConfig, name: str, grid: Grid, *, count_scales: bool) -> int:
+def _extra(weight: Weight, grid: Grid, *, count_scales: bool) -> int:
     """Bytes that 8 bits take beyond what the weight has now."""
-    rows, columns = linear_shape(config, name)
+    rows, columns = weight.matrix
     if count_scales:
         return _EIGHT.nbytes(rows, columns) - grid.nbytes(rows, columns)
-    return rows * columns * (8 - grid.bits) // 8
+    return weight.size * (8 - grid.bits) // 8
 
 
-def _with_eight(recipe: Recipe, rules: Mapping[str, Rule], chosen: Sequence[str]) -> Recipe:
+def _with_eight(recipe: Recipe, rules: Mapping[str, Rule], chosen: Sequence[Weight]) -> Recipe:
     """Rules for the chosen linears, one for each kind, in front of the recipe's; rules left without a name go."""
-    kinds: dict[str, list[int]] = defaultdict(list)
-    for name in chosen:
-        _, layer, kind = name.removesuffix(".weight").split(".", 2)
-        kinds[kind].append(int(layer))
+    kinds: dict[Role, list[int]] = defaultdict(list)
+    for weight in chosen:
+        kinds[weight.role].append(weight.layer or 0)
     # What is left to round at 8 bits is not worth a longer search, but it can take a whole correction.
-    methods = {rules[name].method for name in chosen}
+    names = {weight.name for weight in chosen}
+    methods = {rules[name].method for name in names}
     method = "best" if methods == {"best"} else "gptq"
     front = [
-        Rule(rf"layers\.({'|'.join(map(str, sorted(layers)))})\.{re.escape(kind)}", 8, None, method)
-        for kind, layers in kinds.items()
+        Rule(rf"layers\.({'|'.join(map(str, sorted(layers)))})\.{re.escape(role.value)}", 8, None, method)
+        for role, layers in kinds.items()
     ]
-    left = {rule for name, rule in rules.items() if name not in set(chosen)}
+    left = {rule for name, rule in rules.items() if name not in names}
     return replace(recipe, rules=(*front, *(rule for rule in recipe.rules if rule in left)))

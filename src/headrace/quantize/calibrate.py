@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from headrace.config import ModelConfig
 from headrace.errors import CalibrationError
-from headrace.model.decoder import EMBEDDING, Residual, layer_linears, walk
+from headrace.model.decoder import Residual, walk
 from headrace.model.ops import Array, Eager, Positions
 from headrace.model.reference import causal_mask
 from headrace.model.rope import rope_tables
+from headrace.model.weights import EMBEDDING, Role, Weight, find_weight
 from headrace.quantize.parallel import spread
 
 __all__ = ["Follower", "Walk", "attention_energy", "causal_positions", "cut_windows", "embed_windows", "pieces"]
@@ -115,38 +116,30 @@ class Follower(Eager):
         self.key_peaks = np.zeros((config.num_kv_heads, config.head_dim), np.float32)
         self.value_peaks = np.zeros((config.num_kv_heads, config.head_dim), np.float32)
 
-    def add(self, a: Array, b: Array, name: str) -> Array:
-        """As `Ops.add`; the residual stream, as its name says, in a's own memory."""
-        if name.endswith("residual"):
-            a += b
-            return a
-        return super().add(a, b, name)
+    def add_update(self, x: Array, update: Array, name: str) -> Array:
+        """As `Ops.add_update`, in x's own memory."""
+        x += update
+        return x
 
     def attention(
-        self, q: Array, k: Array, v: Array, at: Positions[Array], past: tuple[Array, Array] | None, name: str
+        self, q: Array, k: Array, v: Array, at: Positions[Array], past: tuple[Array, Array] | None, layer: int
     ) -> tuple[Array, tuple[Array, Array]]:
         """As `Ops.attention`, but empty keys and values are returned."""
-        mixed, (keys, values) = super().attention(q, k, v, at, past, name)
+        mixed, (keys, values) = super().attention(q, k, v, at, past, layer)
         if keys.size:
             np.maximum(self.key_peaks, np.abs(keys).max((0, 3)), out=self.key_peaks)
             np.maximum(self.value_peaks, np.abs(values).max((0, 2)), out=self.value_peaks)
         return mixed, (keys[..., :0].copy(), values[:, :, :0].copy())
 
-    def silu(self, x: Array, name: str) -> Array:
-        """As `Ops.silu`, in x's own memory: these arrays are the largest of all, and nobody reads x again."""
-        e = np.negative(x)
+    def gated(self, gate: Array, up: Array, layer: int) -> Array:
+        """As `Ops.gated`, in the gate's own memory: these arrays are the largest of all, and nobody reads it again."""
+        e = np.negative(gate)
         np.minimum(e, _STEEP, out=e)  # exp must not overflow
         np.exp(e, out=e)
         e += 1
-        x /= e
-        return x
-
-    def multiply(self, a: Array, b: Array, name: str) -> Array:
-        """As `Ops.multiply`; the gated product takes the place of the gate, which `silu` gave."""
-        if name.endswith(".gated"):
-            a *= b
-            return a
-        return super().multiply(a, b, name)
+        gate /= e
+        gate *= up
+        return gate
 
     def weighted_values(self, q: Array, keys: Array, values: Array, mask: Array, name: str) -> Array:
         """As `Ops.weighted_values` for windows without a past."""
@@ -242,7 +235,8 @@ def attention_energy(
         (windows, length) float32.
     """
     energy = np.zeros(states.shape[:2], np.float32)
-    config, weights = _some_heads(config, weights, layer)
+    query, key = (find_weight(config, role, layer) for role in (Role.QUERY, Role.KEY))
+    config, weights = _some_heads(config, weights, [query, key])
 
     class Watch(Follower):
         """Computes queries and keys, and how they meet."""
@@ -253,7 +247,7 @@ def attention_energy(
             self.energy = energy
 
         def linears(self, x: Array, weights: Sequence[str]) -> tuple[Array, ...]:
-            q, k = (self.linear(x, weight) for weight in weights[:2])
+            q, k = self.linear(x, query.name), self.linear(x, key.name)
             return q, k, k  # values play no part
 
         def weighted_values(self, q: Array, keys: Array, values: Array, mask: Array, name: str) -> Array:
@@ -272,14 +266,17 @@ def attention_energy(
 
 
 def _some_heads(
-    config: ModelConfig, weights: Mapping[str, Array], layer: int
+    config: ModelConfig, weights: Mapping[str, Array], projections: Sequence[Weight]
 ) -> tuple[ModelConfig, Mapping[str, Array]]:
     """A layer with a few of its KV heads, and the query heads that share them: they speak for all."""
-    every = max(1, config.num_kv_heads // _HEADS)
-    queries, keys = (
-        weights[name].reshape(config.num_kv_heads, -1, config.hidden_size)[::every]
-        for name in layer_linears(layer)[0][:2]
-    )
-    few = replace(config, num_kv_heads=len(keys), num_heads=len(keys) * config.group_size)
-    chosen = (some.reshape(-1, config.hidden_size) for some in (queries, keys))
-    return few, {**weights, **dict(zip(layer_linears(layer)[0], chosen))}
+    kv_heads = config.num_kv_heads
+    chosen = range(0, kv_heads, max(1, kv_heads // _HEADS))
+    few = replace(config, num_kv_heads=len(chosen), num_heads=len(chosen) * config.group_size)
+    names = [name for weight in projections for name in (weight.name, weight.bias) if name is not None]
+
+    def cut(whole: Array) -> Array:
+        """Rows of the chosen heads, of a linear or of a bias."""
+        by_head = whole.reshape(kv_heads, -1, *whole.shape[1:])
+        return np.asarray(by_head[chosen].reshape(-1, *whole.shape[1:]), np.float32)
+
+    return few, {**weights, **{name: cut(weights[name]) for name in names}}

@@ -11,6 +11,9 @@ import numpy as np
 from headrace.bundle.encodings import GATED_OUTLIERS, Encoding
 from headrace.config import ModelConfig
 from headrace.errors import CalibrationError
+from headrace.model.decoder import residual_names
+from headrace.model.ops import attention_name, mlp_name
+from headrace.model.weights import Role, find_weight, weight_table
 from headrace.plan import MASK_DEPTH
 from headrace.quantize.ranges import Ranges
 
@@ -19,10 +22,6 @@ __all__ = ["HEADROOM", "device_encodings"]
 HEADROOM = 1.25
 """How much wider than calibration saw a range is made: 16 bits have steps to spare, and a value that is clipped costs
 more than a coarser step. tiny-baichuan2, Chinese: KL 2.3e-4 at 1, 1.1e-4 at 1.2, 0.8e-4 at 1.4."""
-
-# What is added to the residual stream, and the stream: one token a thousand times larger than the rest leaves these no
-# steps to spare (SmolLM2: KL 0.017 without, 0.023 with a headroom of 1.2). The table's range is its own, exactly.
-_TIGHT = ("residual", "o_proj", "down_proj", "embed_tokens")
 
 _UNIT = Encoding.of_range(0, 1)
 
@@ -51,16 +50,17 @@ def device_encodings(
             f"the cache has scales for {len(kv_scales)} layers; expected {config.num_layers}, one pair a layer: "
             "device graphs need an int8 KV cache, export with a recipe whose kv is int8"
         )
+    tight = _of_the_stream(config)
     ranges = {
-        name: (low, high) if name.endswith(_TIGHT) else (HEADROOM * low, HEADROOM * high)
+        name: (low, high) if name in tight else (HEADROOM * low, HEADROOM * high)
         for name, (low, high) in calibrated.seen.items()
     }
     found = {name: Encoding.of_range(low, high) for name, (low, high) in ranges.items()}
-    for gated, channels in calibrated.outliers.items():
-        apart = f"{gated.removesuffix('gated')}{GATED_OUTLIERS}"
+    for feed_forward, channels in calibrated.outliers.items():
+        apart = f"{feed_forward}.{GATED_OUTLIERS}"
         found[apart] = replace(found[apart], channels=channels)
     for layer, (key_scale, value_scale) in enumerate(kv_scales):
-        attention, mlp = f"layers.{layer}.self_attn", f"layers.{layer}.mlp"
+        attention, mlp = attention_name(layer), mlp_name(layer)
         for rope in (f"{attention}.q_rope", f"{attention}.k_rope"):
             low, high = _union(ranges, f"{rope}.low", f"{rope}.high")
             found[rope] = found[f"{rope}.low"] = found[f"{rope}.high"] = Encoding.of_range(low, high)
@@ -72,6 +72,17 @@ def device_encodings(
         found[f"{attention}.k_cache"] = Encoding(float(np.float32(key_scale)), 128, 8)
         found[f"{attention}.v_cache"] = Encoding(float(np.float32(value_scale)), 128, 8)
     return found
+
+
+def _of_the_stream(config: ModelConfig) -> set[str]:
+    """What is added to the residual stream, and the stream, by name.
+
+    One token a thousand times larger than the rest leaves these no steps to spare (SmolLM2: KL 0.017 without, 0.023
+    with a headroom of 1.2). The table's range is its own, exactly.
+    """
+    modules = {row.module for row in weight_table(config).values() if row.role.writes_stream}
+    sums = {name for layer in range(config.num_layers) for name in residual_names(layer)}
+    return {find_weight(config, Role.EMBEDDING).module} | modules | sums
 
 
 def _union(ranges: Mapping[str, tuple[float, float]], *names: str) -> tuple[float, float]:

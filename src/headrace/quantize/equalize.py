@@ -1,15 +1,13 @@
 """Keys of a like size: one 8-bit scale serves all keys of a layer, and should not be decided by a few of them.
 
 A rotary pair (channels i and i + D/2 of a head) of the keys may be any number of times larger, if that of the queries
-is as many times smaller: scores stay, and rotation does not notice. Powers of two move through the float16 scales of
-q_proj and k_proj unrounded, so that codes stay too.
+is as many times smaller: scores stay, and rotation does not notice. Powers of two move through the float16 scales and
+the biases of q_proj and k_proj unrounded, so that codes stay too.
 
 Source: the idea of Xiao et al. 2023 (SmoothQuant), between two linears. Knows no cache and no text.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,8 +44,8 @@ def equalize_keys(
     grow = np.exp2(np.concatenate([exponent, exponent], 1)).astype(np.float16)  # (kv_heads, D)
     shrink = np.repeat(1 / grow, len(q.scales) // len(k.scales), axis=0)
     return (
-        replace(q, scales=q.scales * shrink.reshape(-1, 1)),
-        replace(k, scales=k.scales * grow.reshape(-1, 1)),
+        q.scaled(shrink.reshape(-1)),
+        k.scaled(grow.reshape(-1)),
         float((peaks * grow).max()),
     )
 

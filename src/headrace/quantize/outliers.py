@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from headrace.bundle.encodings import GATED_OUTLIERS
 from headrace.config import ModelConfig
-from headrace.model.ops import Array, Eager
+from headrace.model.ops import Array, Eager, mlp_name
 
 __all__ = ["SplitEager", "find_outliers"]
 
@@ -53,21 +53,22 @@ class SplitEager(Eager):
 
     @abstractmethod
     def outliers(self, name: str, gated: Array) -> Sequence[int]:
-        """The outlier channels of the product `name`, (…, I); none leaves it whole."""
+        """The outlier channels of the gated product (…, I) of the feed-forward `name`; none leaves it whole."""
 
-    def gated(self, gate: Array, up: Array, name: str) -> Array:
+    def gated(self, gate: Array, up: Array, layer: int) -> Array:
+        name = mlp_name(layer)
         gated = self.silu(gate, f"{name}.silu") * up
-        channels = list(self.outliers(f"{name}.gated", gated))
+        channels = list(self.outliers(name, gated))
         if channels:
             self._apart = channels, self.tap(f"{name}.{GATED_OUTLIERS}", gated[..., channels])
             gated[..., channels] = 0
         return self.tap(f"{name}.gated", gated)
 
-    def linear(self, x: Array, weight: str) -> Array:
+    def product(self, x: Array, weight: str, name: str) -> Array:
         if self._apart is None:
-            return super().linear(x, weight)
+            return super().product(x, weight, name)
         channels, few = self._apart
         self._apart = None
-        table, module = self.weights(weight), weight.removesuffix(".weight")
-        inliers = self.tap(f"{module}.inliers", x @ table.T)
-        return self.tap(module, inliers + self.tap(f"{module}.outliers", few @ table[:, channels].T))
+        table = self.weights(weight)
+        inliers = self.tap(f"{name}.inliers", x @ table.T)
+        return self.tap(name, inliers + self.tap(f"{name}.outliers", few @ table[:, channels].T))

@@ -17,13 +17,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.bundle.grid import QuantizedTensor, dequantize, storable
+from headrace.bundle.grid import QuantizedTensor, dequantize
 from headrace.bundle.recipe import Rule
 from headrace.checkpoint.tensor import LazyTensor
 from headrace.config import ModelConfig
 from headrace.errors import CheckpointError
-from headrace.model.decoder import EMBEDDING, layer_linears, layer_weights
 from headrace.model.ops import Array, Positions
+from headrace.model.weights import EMBEDDING, Role, find_weight, layer_weights, linears, weight_table
 from headrace.quantize.awq import find_scale
 from headrace.quantize.calibrate import Walk, attention_energy, causal_positions, embed_windows
 from headrace.quantize.equalize import equalize_keys
@@ -35,7 +35,7 @@ from headrace.quantize.statistics import InputStatistics
 __all__ = [
     "QuantizedLayer",
     "Source",
-    "linear_names",
+    "load_layer",
     "load_weight",
     "quantize_layer",
     "quantize_layers",
@@ -46,9 +46,6 @@ __all__ = [
 _SMALL = 1 << 22  # elements of a linear that does not keep several cores busy
 _LARGEST = float(np.finfo(np.float16).max)  # of a weight: scales are float16
 _SKETCH = 512  # sums that tell a token's length to 6 %
-NORMS = ("input_layernorm", "post_attention_layernorm")
-PRODUCERS = {"q_proj": NORMS[0], "o_proj": "self_attn.v_proj", "gate_proj": NORMS[1], "down_proj": "mlp.up_proj"}
-"""First linear of a group → the operation whose result, channel by channel, is proportional to the group's input."""
 
 
 class Source(Protocol):
@@ -66,7 +63,7 @@ class QuantizedLayer:
 
     Attributes:
         number: the layer.
-        linears: canonical name → codes and scales.
+        linears: canonical name → codes and scales, and the bias.
         norms: canonical name → float32 gain.
         key_peak: the largest |key|, after rope, over the calibration windows; 0 without calibration.
         value_peak: the largest |value|.
@@ -78,9 +75,14 @@ class QuantizedLayer:
     key_peak: float = 0.0
     value_peak: float = 0.0
 
-    def weights(self) -> dict[str, Array]:
-        """What the layer computes with, float32."""
-        return {**{name: dequantize(q) for name, q in self.linears.items()}, **self.norms}
+    def weights(self, config: ModelConfig) -> dict[str, Array]:
+        """What the layer computes with, float32, by canonical name."""
+        found = dict(self.norms)
+        for name, linear in self.linears.items():
+            found[name] = dequantize(linear)
+            if (bias := weight_table(config)[name].bias) is not None and linear.bias is not None:
+                found[bias] = linear.bias
+        return found
 
 
 @dataclass
@@ -131,11 +133,15 @@ class _Pass:
                     latest = counts, InputStatistics.of(inputs, counts, exact)
                 seen[name] = latest[1] if scale is None else latest[1].scaled(scale)
 
-        def bring(name: str) -> QuantizedTensor:
+        def on_grid(name: str) -> QuantizedTensor:
             if self.keeps and (kept := keep_grid(self.weights[name], self.rules[name].grid, name)) is not None:
                 return kept
             weight = self.weights[name] if scale is None else self.weights[name] * scale
             return methods[name].quantize(weight, seen[name], self.rules[name].grid)  # type: ignore[arg-type]
+
+        def bring(name: str) -> QuantizedTensor:
+            bias = weight_table(self.config)[name].bias
+            return replace(on_grid(name), bias=None if bias is None else self.weights[bias])
 
         # Column loops of small linears leave the other cores idle, and do not depend on each other. A large one keeps
         # all busy by itself, and takes memory.
@@ -152,17 +158,22 @@ class _Pass:
         What reaches the residual stream counts in proportion to the stream there, since a norm follows: SmolLM2's
         first token is a thousand times larger than the others. Keys and values count as often as they are looked at.
         """
-        weight = self.weights[names[0]] if names[0].endswith(("o_proj.weight", "down_proj.weight")) else None
+        row = weight_table(self.config)[names[0]]
+        weight = self.weights[row.name] if row.role.writes_stream else None
+        bias = self.weights[row.bias] if weight is not None and row.bias is not None else None
         signs: Array | None = None
         if weight is not None and len(weight) > 2 * _SKETCH:
             # The length of the sum of stream and output, from a few sums of its channels with random signs.
             signs = np.random.default_rng(0).choice(np.array([-1, 1], np.float32), (_SKETCH, len(weight)))
             weight = signs @ weight
+            bias = None if bias is None else signs @ bias
 
         def energy(piece: tuple[Array, Array]) -> Array:
             x, residual = piece
             if weight is not None:
                 residual = (residual if signs is None else residual @ signs.T) + x @ weight.T
+                if bias is not None:
+                    residual += bias
             return np.asarray(np.einsum("tk,tk->t", residual, residual), np.float32)
 
         energies = np.concatenate(spread(energy, zip(inputs, stream, strict=True)))
@@ -170,37 +181,28 @@ class _Pass:
         share /= share.mean()
         found = dict.fromkeys(names, share)
         if self.looked_at is not None:
-            found.update({name: self.looked_at for name in names if name.endswith(("k_proj.weight", "v_proj.weight"))})
+            table = weight_table(self.config)
+            found.update({n: self.looked_at for n in names if table[n].role in (Role.KEY, Role.VALUE)})
         return found
 
     def _scale(self, names: tuple[str, ...], statistics: InputStatistics) -> Array:
         """The scale of a group's input channels, folded into the operation before."""
-        before = PRODUCERS[names[0].rsplit(".", 2)[1]]
-        prefix = ".".join(names[0].split(".")[:2])
-        c = self.config
-        heads = (
-            None
-            if before in NORMS
-            else (c.group_size, c.head_dim)
-            if before.endswith("v_proj")
-            else (1, c.intermediate_size)
-        )
+        c, table = self.config, weight_table(self.config)
+        before = table[names[0]].producer
+        assert before is not None, "every linear of a layer has one"
+        producer = table[before]
+        heads = None
+        if not producer.role.is_norm:
+            heads = (c.group_size, c.head_dim) if producer.role is Role.VALUE else (1, c.intermediate_size)
         scale = find_scale([self.weights[n] for n in names], [self.rules[n].grid for n in names], statistics, heads)
-        producer = f"{prefix}.{before}.weight"
         if heads is None:
-            self.gains[producer] = self.weights[producer] / scale
+            self.gains[producer.name] = self.weights[producer.name] / scale
             return scale
         rows = scale.reshape(-1, *heads)[:, 0].reshape(-1)
-        linear = self.done[producer]
-        self.done[producer] = replace(linear, scales=storable(linear.scales.astype(np.float32) / rows[:, None]))
-        if before.endswith("v_proj"):
+        self.done[producer.name] = self.done[producer.name].scaled(1 / rows)
+        if producer.role is Role.VALUE:
             self.value_scale = rows
         return scale
-
-
-def linear_names(config: ModelConfig) -> list[str]:
-    """Canonical names of all linears of all layers, in the order they are computed."""
-    return [name for layer in range(config.num_layers) for group in layer_linears(layer) for name in group]
 
 
 def load_weight(source: Source, name: str) -> Array:
@@ -215,6 +217,15 @@ def load_weight(source: Source, name: str) -> Array:
             f"{name} has a value that is no number or beyond {_LARGEST:g}; expected finite weights: fetch it again"
         )
     return weight
+
+
+def load_layer(source: Source, number: int) -> dict[str, Array]:
+    """All weights of a layer of the checkpoint by canonical name, float32.
+
+    Raises:
+        CheckpointError: as `load_weight`.
+    """
+    return {name: load_weight(source, name) for name in layer_weights(source.config, number)}
 
 
 def quantize_table(source: Source, name: str, rule: Rule, *, keep: bool = False) -> QuantizedTensor:
@@ -272,23 +283,25 @@ def quantize_layer(
     `reference` is the float model on its way through the same layer; it is led through. With `like_keys` q_proj and
     k_proj are scaled against each other at the end, so they no longer approximate the checkpoint's one by one.
     """
-    work = _Pass(source.config, rules, {name: load_weight(source, name) for name in layer_weights(number)}, keeps=keep)
-    looking = (rules[name] for name in layer_linears(number)[0] if not name.endswith("q_proj.weight"))
+    config = source.config
+    work = _Pass(config, rules, load_layer(source, number), keeps=keep)
+    query, key, value = (find_weight(config, r, number).name for r in (Role.QUERY, Role.KEY, Role.VALUE))
+    looking = (rules[name] for name in (key, value))
     if any(rule.bits == 4 and find_method(rule.method).calibrated for rule in looking):
-        energy = attention_energy(source.config, work.weights, number, states, at).reshape(-1)
+        energy = attention_energy(config, work.weights, number, states, at).reshape(-1)
         work.looked_at = (energy / energy.mean() + 1) / 2
-    steps = Walk(source.config, work.weights, number, states, at)
+    steps = Walk(config, work.weights, number, states, at)
     while names := steps.advance():
         if reference is not None:
             reference.advance()
         work.arrive(names, steps.inputs, steps.states, None if reference is None else reference.inputs)
     if reference is not None:
         reference.advance()
-    norms = {name: work.gains.get(name, value) for name, value in work.weights.items() if name not in work.done}
+    gains = (name for name, row in layer_weights(config, number).items() if row.role.is_norm)
+    norms = {name: work.gains.get(name, work.weights[name]) for name in gains}
     values = steps.value_peaks
     if work.value_scale is not None:
         values = values / work.value_scale.reshape(values.shape)
-    query, key, _ = layer_linears(number)[0]
     key_peak = float(steps.key_peaks.max())
     if like_keys:
         work.done[query], work.done[key], key_peak = equalize_keys(work.done[query], work.done[key], steps.key_peaks)
@@ -310,7 +323,7 @@ def _quantize_layers(
     table = source.tensor(EMBEDDING).load() if embedding is None else dequantize(embedding)
     states = embed_windows(config, table, windows)
     exact: Array | None = None
-    if any(find_method(rules[name].method).follows for name in linear_names(config)):
+    if any(find_method(rules[name].method).follows for name in linears(config)):
         exact = embed_windows(config, source.tensor(EMBEDDING).load(), windows)
     del table
     for number in range(config.num_layers):
@@ -318,14 +331,14 @@ def _quantize_layers(
             progress(number, config.num_layers)
         reference: Walk | None = None
         if exact is not None:
-            weights = {name: source.tensor(name).load() for name in layer_weights(number)}
+            weights = load_layer(source, number)
             reference = Walk(config, weights, number, exact, at)
             del weights
         known = finished(number)
         if known is None:
             emit(quantize_layer(source, rules, number, states, at, reference, keep=keep, like_keys=not keep))
             continue
-        Walk(config, known.weights(), number, states, at).finish()
+        Walk(config, known.weights(config), number, states, at).finish()
         if reference is not None:
             reference.finish()
     if progress is not None:

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.config import ModelConfig
-from headrace.model.decoder import EMBEDDING, FINAL_NORM, HEAD, Residual, block, embed, head, layer_weights
+from headrace.model.decoder import Residual, block, embed, head
 from headrace.model.ops import Array, Positions
+from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD, Role, find_weight, layer_weights
 from headrace.quantize.calibrate import causal_positions
 from headrace.quantize.outliers import SplitEager, find_outliers
 
@@ -34,7 +35,7 @@ class Ranges:
 
     Attributes:
         seen: (low, high) of each named result.
-        outliers: the outlier channels of each gated product that has some.
+        outliers: the outlier channels of each feed-forward's gated product that has some, by the feed-forward's name.
     """
 
     seen: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -49,7 +50,7 @@ class _Observer(SplitEager):
         self.seen, self.apart = found.seen, found.outliers
 
     def outliers(self, name: str, gated: Array) -> Sequence[int]:
-        if name not in self.seen:  # the first windows decide
+        if f"{name}.gated" not in self.seen:  # the first windows decide
             channels = find_outliers(np.abs(gated).reshape(-1, gated.shape[-1]).max(0))
             if channels:
                 self.apart[name] = channels
@@ -116,11 +117,11 @@ def collect_ranges(
     table = weights(EMBEDDING)
     ops = _Observer(config, {EMBEDDING: table}, found)
     streams = [cast(Residual[Array], embed(ops, cast(Array, ids))) for ids in groups]
-    found.seen["embed_tokens"] = (float(table.min()), float(table.max()))
+    found.seen[find_weight(config, Role.EMBEDDING).module] = (float(table.min()), float(table.max()))
     for layer in range(config.num_layers):
         if progress is not None:
             progress(layer, config.num_layers)
-        ops = _Observer(config, {name: weights(name) for name in layer_weights(layer)}, found)
+        ops = _Observer(config, {name: weights(name) for name in layer_weights(config, layer)}, found)
         after = [block(ops, layer, stream, at, None)[0] for stream, at in zip(streams, positions, strict=True)]
         streams = [Residual(stream.settle(ops)) for stream in after]
     last = {FINAL_NORM: weights(FINAL_NORM), HEAD: table if config.tied_head else weights(HEAD)}

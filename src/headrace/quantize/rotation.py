@@ -1,7 +1,7 @@
 """Rotation: the same model in another basis, exact in float, whose activations have no huge channels.
 
-    residual   x → x·R everywhere: norm gains move into the linears that follow, R into every weight that reads or
-               writes the stream; RMSNorm does not see a rotation. The head is no longer the embedding's table.
+    residual   x → x·R everywhere: norm gains move into the linears that follow, R into every weight and bias that reads
+               or writes the stream; RMSNorm does not see a rotation. The head is no longer the embedding's table.
     values     v → v·Hᵀ per head, o_proj reads it back through H
 
 R is a Hadamard matrix with random signs, so that the residual stream's few huge channels, which would decide the step
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from headrace.checkpoint.tensor import LazyTensor
 from headrace.config import ModelConfig
-from headrace.model.decoder import EMBEDDING, FINAL_NORM, HEAD
+from headrace.model.weights import FINAL_NORM, Role, Weight, weight_table
 from headrace.quantize.pipeline import Source
 
 __all__ = ["Rotated", "orthogonal"]
@@ -93,41 +93,41 @@ class Rotated:
 
     def tensor(self, name: str) -> LazyTensor:
         """A weight in the new basis; what mixes rows reads the whole weight once for each use."""
-        plain = self.source.tensor(name)
-        if name in (EMBEDDING, HEAD, FINAL_NORM) or name.endswith("layernorm.weight"):
-            if not self.residual:
-                return plain
-            return replace(plain, dtype="float32", read=lambda start, stop: self._stream_rows(name, plain, start, stop))
-        return replace(plain, dtype="float32", read=lambda start, stop: self._linear(name, plain.load())[start:stop])
+        plain, weight = self.source.tensor(name), weight_table(self.config)[name]
+        if weight.layer is not None and not weight.role.is_norm:
+            return replace(plain, dtype="float32", read=lambda start, stop: self._linear(weight, plain)[start:stop])
+        if not self.residual:
+            return plain
+        if weight.role.is_norm:
+            return replace(plain, dtype="float32", read=lambda start, stop: np.ones(stop - start, np.float32))
+        return replace(plain, dtype="float32", read=lambda start, stop: self._table(weight, plain.read(start, stop)))
 
-    def _stream_rows(self, name: str, plain: LazyTensor, start: int, stop: int) -> Array:
-        if len(plain.shape) == 1:
-            return np.ones(stop - start, np.float32)
-        rows = plain.read(start, stop)
-        if name == HEAD:
+    def _table(self, weight: Weight, rows: Array) -> Array:
+        """Rows of the embedding or the head."""
+        if weight.role is Role.HEAD:
             rows = rows * self.source.tensor(FINAL_NORM).load()
         return np.asarray(rows @ self._basis(), np.float32)
 
-    def _linear(self, name: str, weight: Array) -> Array:
-        prefix, kind, _ = name.rsplit(".", 2)
-        if self.values and kind == "v_proj":
-            weight = self._per_head(weight)
-        if self.values and kind == "o_proj":
-            weight = self._per_head(weight.T).T
-        if not self.residual:
-            return np.ascontiguousarray(weight)
-        if kind in ("o_proj", "down_proj"):
-            return np.ascontiguousarray(self._basis().T @ weight)
-        layer = prefix.rsplit(".", 1)[0]
-        norm = "input_layernorm" if prefix.endswith("self_attn") else "post_attention_layernorm"
-        gain = self.source.tensor(f"{layer}.{norm}.weight").load()
-        return np.asarray((weight * gain) @ self._basis(), np.float32)
+    def _linear(self, weight: Weight, plain: LazyTensor) -> Array:
+        """A linear (N, K) or its bias (N,): what it gives is turned in both, what it takes in the linear alone."""
+        values: NDArray[np.floating] = plain.load()
+        if self.values and weight.role is Role.VALUE:
+            values = self._per_head(values)
+        if self.residual and weight.role.writes_stream:
+            values = self._basis().T @ values
+        if weight.quantized and self.values and weight.role is Role.OUTPUT:
+            values = self._per_head(values.T).T
+        if weight.quantized and self.residual and weight.producer is not None:
+            before = weight_table(self.config)[weight.producer]
+            if before.role.is_norm:
+                values = (values * self.source.tensor(before.name).load()) @ self._basis()
+        return np.ascontiguousarray(values, np.float32)
 
-    def _per_head(self, weight: Array) -> Array:
-        """Each head's rows turned by one matrix: (heads·D, K) → the same."""
+    def _per_head(self, weight: NDArray[np.floating]) -> Array:
+        """Each head's rows turned by one matrix: (heads·D, K) or (heads·D,) → the same."""
         width = self.source.config.head_dim
         turn = orthogonal(width, self.seed + 1)
-        turned = turn @ weight.reshape(-1, width, weight.shape[1])
+        turned = turn @ weight.reshape(-1, width, weight.size // len(weight))
         return np.asarray(turned.reshape(weight.shape), np.float32)
 
     def _basis(self) -> Array:

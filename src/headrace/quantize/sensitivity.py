@@ -24,19 +24,12 @@ from numpy.typing import NDArray
 from headrace.bundle.grid import dequantize
 from headrace.bundle.recipe import Rule
 from headrace.config import ModelConfig
-from headrace.model.decoder import (
-    EMBEDDING,
-    FINAL_NORM,
-    HEAD,
-    Residual,
-    block,
-    head,
-    layer_weights,
-)
+from headrace.model.decoder import Residual, block, head
 from headrace.model.ops import Array, Positions
+from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD
 from headrace.quantize.calibrate import Walk, causal_positions, embed_windows, evenly
 from headrace.quantize.parallel import spread
-from headrace.quantize.pipeline import Source, load_weight, quantize_layer
+from headrace.quantize.pipeline import Source, load_layer, quantize_layer
 from headrace.quantize.tape import Node, Tape
 
 __all__ = ["RANKING_WINDOWS", "fisher_gradient", "measure_sensitivity"]
@@ -74,7 +67,7 @@ def measure_sensitivity(
     for number in range(config.num_layers - 1, -1, -1):
         if progress is not None:
             progress(2 * config.num_layers - 1 - number, 2 * config.num_layers)
-        weights = {name: load_weight(source, name) for name in layer_weights(number)}
+        weights = load_layer(source, number)
         x = inputs.pop()
         layer = quantize_layer(source, rules, number, x.copy(), at, keep=keep)
         errors = {name: weights[name] - dequantize(linear) for name, linear in layer.linears.items()}
@@ -124,7 +117,7 @@ def _forward(
         if progress is not None:
             progress(number, 2 * config.num_layers)
         inputs.append(inputs[-1].copy())
-        weights = {name: load_weight(source, name) for name in layer_weights(number)}
+        weights = load_layer(source, number)
         Walk(config, weights, number, inputs[-1], at).finish()
     return inputs
 

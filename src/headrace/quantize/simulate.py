@@ -24,8 +24,6 @@ from headrace.quantize.outliers import SplitEager
 
 __all__ = ["Simulated", "simulated_logits"]
 
-_CACHES = (".k_cache", ".v_cache")
-
 
 class Simulated(SplitEager):
     """Eager whose named results are rounded to their encodings.
@@ -53,13 +51,17 @@ class Simulated(SplitEager):
         self.cache = cache
 
     def tap(self, name: str, value: Array) -> Array:
-        wanted = self.cache if name.endswith(_CACHES) else self.activations
-        if not wanted or name.endswith(".masked_scores"):
-            return value  # the device's mask is shallower than the eager one, whose sums no grid could hold
-        return self.encodings[name].simulate(value)
+        return self.encodings[name].simulate(value) if self.activations else value
+
+    def to_cache(self, x: Array, name: str) -> Array:
+        return self.encodings[name].simulate(x) if self.cache else x
+
+    def masked(self, scores: Array, mask: Array, name: str) -> Array:
+        """As `Ops.masked`, unrounded: the device's mask is shallower than this one, whose sums no grid could hold."""
+        return scores + mask
 
     def outliers(self, name: str, gated: Array) -> Sequence[int]:
-        apart = self.encodings.get(f"{name.removesuffix('gated')}{GATED_OUTLIERS}")
+        apart = self.encodings.get(f"{name}.{GATED_OUTLIERS}")
         return apart.channels if apart is not None and self.activations else ()
 
 

@@ -81,7 +81,7 @@ class Tape(PrimitiveOps[Node]):
     def embed(self, ids: Node, weight: str) -> Node:
         return Node(self._plain.embed(ids.value, weight))
 
-    def linear(self, x: Node, weight: str) -> Node:
+    def product(self, x: Node, weight: str, name: str) -> Node:
         matrix = self._weights(weight)
 
         def pull(g: Array) -> None:
@@ -90,6 +90,9 @@ class Tape(PrimitiveOps[Node]):
             x.give(g @ matrix)
 
         return self._record(x.value @ matrix.T, pull)
+
+    def bias(self, weight: str) -> Node:
+        return Node(self._weights(weight), constant=True)
 
     def rms_norm(self, x: Node, weight: str) -> Node:
         gain = self._weights(weight)

@@ -23,6 +23,7 @@ from headrace.config import ModelConfig
 from headrace.model import decoder
 from headrace.model.ops import Array, Eager, Positions, PrimitiveOps
 from headrace.model.rope import rope_tables
+from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD
 from headrace.plan import MASK_DEPTH, GraphStyle, Part, graph_name, plan_parts, ports
 
 __all__ = [
@@ -94,7 +95,7 @@ def make(config: ModelConfig, parts: int, seed: int = 0, **options: object) -> T
     def matrix(rows: int, columns: int) -> Array:
         return rng.normal(0, columns**-0.5, (rows, columns)).astype(np.float32)
 
-    weights = {decoder.EMBEDDING: matrix(c.vocab_size, c.hidden_size) * np.float32(c.hidden_size**0.5)}
+    weights = {EMBEDDING: matrix(c.vocab_size, c.hidden_size) * np.float32(c.hidden_size**0.5)}
     for i in range(c.num_layers):
         p = f"layers.{i}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
@@ -106,8 +107,8 @@ def make(config: ModelConfig, parts: int, seed: int = 0, **options: object) -> T
         weights[f"{p}.mlp.gate_proj.weight"] = matrix(c.intermediate_size, c.hidden_size)
         weights[f"{p}.mlp.up_proj.weight"] = matrix(c.intermediate_size, c.hidden_size)
         weights[f"{p}.mlp.down_proj.weight"] = matrix(c.hidden_size, c.intermediate_size)
-    weights[decoder.FINAL_NORM] = rng.uniform(0.5, 1.5, c.hidden_size).astype(np.float32)
-    weights[decoder.HEAD] = matrix(c.vocab_size, c.hidden_size) * 2
+    weights[FINAL_NORM] = rng.uniform(0.5, 1.5, c.hidden_size).astype(np.float32)
+    weights[HEAD] = matrix(c.vocab_size, c.hidden_size) * 2
     return TinyModel(c, weights, _encodings(c, weights, plan_parts(c, parts), rng), **options)  # type: ignore[arg-type]
 
 
@@ -234,7 +235,7 @@ class QdqOps(PrimitiveOps[Value]):
 
     def weight(self, name: str, transposed: bool) -> str:
         """A linear's weight on a symmetric per-channel grid: int8 for the head, else int4."""
-        bits = 8 if name == decoder.HEAD else 4
+        bits = 8 if name == HEAD else 4
         value = self.model.weights[name]  # (N, K)
         top = 2 ** (bits - 1) - 1
         scale = (np.abs(value).max(axis=1) / top).astype(np.float32)
@@ -264,8 +265,10 @@ class QdqOps(PrimitiveOps[Value]):
         picked = self.on_grid(self.node("Gather", [rows, ids.name], axis=0), shape, e)
         return self.named("embed_tokens", picked.name, shape)
 
-    def linear(self, x: Value, weight: str) -> Value:
-        name = weight.removesuffix(".weight")
+    def bias(self, weight: str) -> Value:
+        raise NotImplementedError("this decoder has no biases")
+
+    def product(self, x: Value, weight: str, name: str) -> Value:
         outputs = self.model.weights[weight].shape[0]
         shape = (*x.shape[:-1], outputs)
         form = self.model.linear_form

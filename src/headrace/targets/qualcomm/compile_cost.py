@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from headrace.bundle.weights import linear_shape
 from headrace.config import ModelConfig
-from headrace.model.decoder import EMBEDDING, HEAD, layer_linears
+from headrace.model.weights import linears
 from headrace.plan import Part
 
 __all__ = ["CompileEstimate", "estimate_compile"]
@@ -42,15 +41,12 @@ def estimate_compile(config: ModelConfig, parts: Sequence[Part], contexts: int) 
         parts: the plan.
         contexts: how many context lengths.
     """
-
-    def elements(names: Sequence[str]) -> int:
-        return sum(rows * columns for rows, columns in (linear_shape(config, name) for name in names))
-
-    layer = elements([name for group in layer_linears(0) for name in group])
+    layer = sum(linear.size for linear in linears(config, 0).values())
+    table = config.vocab_size * config.hidden_size
     seconds = peak = 0.0
     for part in parts:
-        tables = elements([EMBEDDING] * part.embeds + [HEAD] * part.heads)
-        linears = layer * len(part.layers)
-        seconds += contexts * (_LAYER_SECONDS * len(part.layers) + _WEIGHT_SECONDS * (tables + linears))
-        peak = max(peak, _TABLE_BYTES * tables + (_LINEAR_BYTES + _CONTEXT_BYTES * contexts) * linears)
+        tables = table * (part.embeds + part.heads)
+        weights = layer * len(part.layers)
+        seconds += contexts * (_LAYER_SECONDS * len(part.layers) + _WEIGHT_SECONDS * (tables + weights))
+        peak = max(peak, _TABLE_BYTES * tables + (_LINEAR_BYTES + _CONTEXT_BYTES * contexts) * weights)
     return CompileEstimate(seconds, int(_COMPILER_BYTES + peak))
