@@ -74,7 +74,15 @@ BAD: dict[str, tuple[bytes, str]] = {
     "far offset": (header(tensors=1) + tensor("t", (4,), offset=HUGE) + bytes(64), "truncated"),
     "no rows": (header(tensors=1) + tensor("t", (4, 0)) + bytes(64), "cannot be cut"),
     "broken block": (header(tensors=1) + tensor("t", (33,), kind=2) + bytes(64), "q4_0 blocks of 32"),
-    "unknown tensor type": (header(tensors=1) + tensor("t", (32,), kind=19) + bytes(64), "type 19, which is not"),
+    "unknown tensor type": (
+        header(tensors=1) + tensor("t", (32,), kind=19) + bytes(64),
+        "type IQ1_S, which is not read",
+    ),
+    "unheard tensor type": (header(tensors=1) + tensor("t", (32,), kind=99) + bytes(64), "type 99, A NEWER ONE, which"),
+    "removed tensor type": (header(tensors=1) + tensor("t", (32,), kind=31) + bytes(64), "type Q4_0_4_4, which is not"),
+    "a name of two lines": (header(tensors=1) + tensor("t\nu", (32,), kind=31) + bytes(64), r"tensor 't\\nu' has"),
+    "a key of two lines": (header(values=1) + key("a\nb", 77, bytes(9)), r"a\\nb has value type 77"),
+    "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "run: git lfs pull"),
     "tensor twice": (header(tensors=2) + tensor("t", (1,)) * 2 + bytes(64), "tensor 't' twice"),
 }
 
@@ -139,8 +147,59 @@ def test_text_that_is_not_utf8_is_told_when_used(tmp_path: Path) -> None:
     path = tmp_path / "v.gguf"
     path.write_bytes(header(values=1) + key("a", 8, string(b"\xff")) + bytes(64))
     metadata = read_gguf(path).metadata
-    with pytest.raises(CheckpointError, match="a is not UTF-8"):
+    with pytest.raises(CheckpointError, match="'a' is not UTF-8"):
         metadata["a"]
+
+
+def split(path: Path, count: int) -> list[Path]:
+    """A GGUF in `count` files as llama.cpp's gguf-split writes it; the whole one goes."""
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=-(-len(reader.tensors) // count))
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name == "general.architecture":
+            continue
+        kind = field.types[0]
+        writer.add_key_value(field.name, field.contents(), kind, field.types[1] if len(field.types) > 1 else None)
+    for t in reader.tensors:
+        writer.add_tensor(t.name, t.data.copy(), raw_dtype=t.tensor_type)
+    path.unlink()
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return sorted(path.parent.glob(f"{path.stem}-*-of-*.gguf"))
+
+
+def test_a_split_model_is_read_whole_whichever_file_is_named(tmp_path: Path) -> None:
+    whole = open_checkpoint(write_gguf(tmp_path / "whole.gguf", type="Q8_0"))
+    (tmp_path / "parts").mkdir()
+    parts = split(write_gguf(tmp_path / "parts" / "model.gguf", type="Q8_0"), 3)
+    assert len(parts) == 3
+    for path in [*parts, tmp_path / "parts"]:
+        found = open_checkpoint(path)
+        assert found.files == tuple(parts)
+        assert found.metadata["tokenizer.ggml.tokens"] == whole.metadata["tokenizer.ggml.tokens"]
+        assert found.config == whole.config
+        for name in whole.names:
+            np.testing.assert_array_equal(found.tensor(name).load(), whole.tensor(name).load())
+    digest = open_checkpoint(parts[0]).digest()
+    parts[2].write_bytes(parts[2].read_bytes()[:-1] + b"\xff")
+    assert open_checkpoint(parts[0]).digest() != digest, "the digest covers every file"
+
+
+def test_a_split_model_with_a_file_that_is_not_its_own(tmp_path: Path) -> None:
+    parts = split(write_gguf(tmp_path / "model.gguf"), 3)
+    third = parts[2].read_bytes()
+    parts[2].write_bytes(parts[1].read_bytes())
+    with pytest.raises(CheckpointError, match="says that it is file 1 of 3; expected 2 of 3"):
+        open_checkpoint(parts[0])
+    parts[2].unlink()
+    with pytest.raises(CheckpointError, match=r"model-00003-of-00003\.gguf is missing, although"):
+        open_checkpoint(parts[1])
+    parts[2].write_bytes(third)
+    renamed = parts[0].rename(tmp_path / "renamed.gguf")
+    with pytest.raises(CheckpointError, match="is one of 3 files of a model; expected them beside it as NAME-00001-of"):
+        open_checkpoint(renamed)
 
 
 @pytest.mark.parametrize("type", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])

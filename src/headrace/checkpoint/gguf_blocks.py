@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BLOCK_TYPES", "BlockType"]
+__all__ = ["BLOCK_TYPES", "TYPE_NAMES", "BlockType"]
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -125,6 +125,54 @@ def _q6_k(blocks: Bytes) -> Floats:
     return (scales[:, :, None] * codes).reshape(len(blocks), 256)
 
 
+def _q2_k(blocks: Bytes) -> Floats:
+    scales, minima = _half(blocks, 80) * (blocks[:, :16] & 15), _half(blocks, 82) * (blocks[:, :16] >> 4)
+    return (scales[:, :, None] * _two_bits(blocks[:, 16:80]) - minima[:, :, None]).reshape(len(blocks), 256)
+
+
+def _q3_k(blocks: Bytes) -> Floats:
+    """Codes −4 … 3: two low bits, and a third one that is set where 4 need not be taken away."""
+    bits = np.arange(8, dtype=np.uint8)[None, :, None]
+    third = ((blocks[:, None, :32] >> bits) & np.uint8(1)).reshape(-1, 16, 16) << np.uint8(2)
+    codes = (_two_bits(blocks[:, 32:96]) | third).view(np.int8) - np.int8(4)
+    packed = blocks[:, 96:108]  # sixteen 6-bit scales: low halves in 8 bytes, then the four groups of upper bits
+    low = np.concatenate([packed[:, :8] & 15, packed[:, :8] >> 4], axis=1)
+    high = np.concatenate([(packed[:, 8:] >> np.uint8(shift)) & 3 for shift in (0, 2, 4, 6)], axis=1)
+    scales = _half(blocks, 108) * ((low | high << np.uint8(4)).view(np.int8) - np.int8(32))
+    return (scales[:, :, None] * codes).reshape(len(blocks), 256)
+
+
+def _two_bits(packed: Bytes) -> Bytes:
+    """64 bytes in two runs of 32, each read at bits 0, 2, 4 and 6: (N, 16, 16)."""
+    shifts = np.array([0, 2, 4, 6], np.uint8).reshape(1, 1, 4, 1)
+    return ((packed.reshape(-1, 2, 1, 32) >> shifts) & np.uint8(3)).reshape(-1, 16, 16)
+
+
+# Codes of 4 bits that mean values of a table, not steps of a line.
+IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
+FP4_VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)  # e2m1, doubled
+
+
+def _iq4_nl(blocks: Bytes) -> Floats:
+    return _line(_half(blocks, 0), IQ4_VALUES[_nibbles(blocks[:, 2:18])])
+
+
+def _iq4_xs(blocks: Bytes) -> Floats:
+    runs = np.arange(8, dtype=np.uint16)
+    low = np.repeat(blocks[:, 4:8], 2, axis=1) >> (4 * (runs % 2)).astype(np.uint8) & np.uint8(15)
+    upper = np.ascontiguousarray(blocks[:, 2:4]).view(np.uint16) >> (2 * runs) & np.uint16(3)
+    scales = _half(blocks, 0) * ((low | upper.astype(np.uint8) << np.uint8(4)).view(np.int8) - np.int8(32))
+    codes = _nibbles(blocks[:, 8:136].reshape(-1, 16)).reshape(-1, 8, 32)
+    return (scales[:, :, None] * IQ4_VALUES[codes]).reshape(len(blocks), 256)
+
+
+def _mxfp4(blocks: Bytes) -> Floats:
+    scale = np.ldexp(
+        np.float32(1), blocks[:, :1].astype(np.int32) - 128
+    )  # half of e8m0's 2^(e−127): values are doubled
+    return _line(scale.astype(np.float32), FP4_VALUES[_nibbles(blocks[:, 1:17])])
+
+
 def _float32(blocks: Bytes) -> Floats:
     return np.ascontiguousarray(blocks).view(np.float32)
 
@@ -137,6 +185,11 @@ def _bfloat16(blocks: Bytes) -> Floats:
     return (np.ascontiguousarray(blocks).view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
+def _float64(blocks: Bytes) -> Floats:
+    with np.errstate(over="ignore"):  # beyond float32 becomes infinite
+        return np.ascontiguousarray(blocks).view(np.float64).astype(np.float32)
+
+
 # By ggml's number for the type.
 BLOCK_TYPES = {
     0: BlockType("float32", 1, 4, _float32),
@@ -146,8 +199,23 @@ BLOCK_TYPES = {
     6: BlockType("q5_0", 32, 22, _q5_0),
     7: BlockType("q5_1", 32, 24, _q5_1),
     8: BlockType("q8_0", 32, 34, _q8_0),
+    10: BlockType("q2_k", 256, 84, _q2_k),
+    11: BlockType("q3_k", 256, 110, _q3_k),
     12: BlockType("q4_k", 256, 144, _q4_k),
     13: BlockType("q5_k", 256, 176, _q5_k),
     14: BlockType("q6_k", 256, 210, _q6_k),
+    20: BlockType("iq4_nl", 32, 18, _iq4_nl),
+    23: BlockType("iq4_xs", 256, 136, _iq4_xs),
+    28: BlockType("float64", 1, 8, _float64),
     30: BlockType("bfloat16", 1, 2, _bfloat16),
+    39: BlockType("mxfp4", 32, 17, _mxfp4),
 }
+
+# Types that are not read: codes of large codebooks, integers, what only arithmetic in flight uses, and what ggml has
+# taken out again.
+TYPE_NAMES = {number: kind.name for number, kind in BLOCK_TYPES.items()} | {
+    4: "q4_2", 5: "q4_3", 9: "q8_1", 15: "q8_k", 16: "iq2_xxs", 17: "iq2_xs", 18: "iq3_xxs", 19: "iq1_s",
+    21: "iq3_s", 22: "iq2_s", 24: "int8", 25: "int16", 26: "int32", 27: "int64", 29: "iq1_m", 31: "q4_0_4_4",
+    32: "q4_0_4_8", 33: "q4_0_8_8", 34: "tq1_0", 35: "tq2_0", 36: "iq4_nl_4_4", 37: "iq4_nl_4_8",
+    38: "iq4_nl_8_8", 40: "nvfp4", 41: "q1_0",
+}  # fmt: skip

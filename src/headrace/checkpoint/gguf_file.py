@@ -1,6 +1,7 @@
-"""One GGUF file, mapped: key-values, tensor descriptions, blocks. Knows nothing about models.
+"""A GGUF, mapped: key-values, tensor descriptions, blocks. Knows nothing about models.
 
-Every count and length is checked against the bytes that are left before anything of that size is made.
+A model split over several files (NAME-00001-of-00003.gguf) is read whole, whichever of them is named. Every count and
+length is checked against the bytes that are left before anything of that size is made.
 Source: the format's description in ggml's docs/gguf.md, versions 2 and 3, little-endian.
 """
 
@@ -16,9 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.checkpoint.gguf_blocks import BLOCK_TYPES, BlockType
+from headrace.checkpoint.gguf_blocks import BLOCK_TYPES, TYPE_NAMES, BlockType
+from headrace.checkpoint.layout import shard_set
 from headrace.checkpoint.tensor import LazyTensor, map_file
-from headrace.errors import CheckpointError
+from headrace.errors import CheckpointError, shown
 
 __all__ = ["GgufFile", "GgufTensor", "Metadata", "read_gguf"]
 
@@ -83,7 +85,9 @@ class Metadata(Mapping[str, Any]):
                 strings.append(str(self._data[at + 8 : at + 8 + length], "utf-8"))
                 at += 8 + length
         except UnicodeDecodeError as error:
-            raise CheckpointError(f"{self._path}: {key} is not UTF-8; the file is damaged; fetch it again") from error
+            raise CheckpointError(
+                f"{self._path}: {shown(key)} is not UTF-8; the file is damaged; fetch it again"
+            ) from error
         return strings
 
 
@@ -106,16 +110,18 @@ class GgufTensor:
         return LazyTensor(self.shape, self.kind.name, read)
 
     def _decode(self, rows: NDArray[np.uint8]) -> NDArray[np.float32]:
-        values = self.kind.decode(rows.reshape(-1, self.kind.size))
+        with np.errstate(over="ignore", invalid="ignore"):  # a scale may be infinite or no number
+            values = self.kind.decode(rows.reshape(-1, self.kind.size))
         return values.reshape((len(rows), *self.shape[1:]) if len(self.shape) > 1 else self.shape)
 
 
 @dataclass(frozen=True)
 class GgufFile:
-    """An open GGUF."""
+    """An open GGUF: the first file's key-values, the tensors of all, and the files."""
 
     metadata: Metadata
     tensors: Mapping[str, GgufTensor]
+    files: tuple[Path, ...]
 
 
 class _Cursor:
@@ -158,6 +164,7 @@ class _Cursor:
             raise CheckpointError(f"{self.path}: {what} is not UTF-8; the file is damaged; fetch it again") from error
 
     def value(self, key: str) -> _Value:
+        """A key's value, passed over. `key` is for messages."""
         kind = self.number("<I", key)
         if kind != ARRAY:
             start = self.at
@@ -180,11 +187,40 @@ class _Cursor:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Read the header and map the rest.
+    """Read the header, of each file of a split model, and map the rest.
 
     Raises:
-        CheckpointError: the file is truncated, damaged, of another version, or has a type that is not supported.
+        CheckpointError: a file is missing, truncated, damaged, of another version, or has a type that is not supported.
     """
+    first, tensors = _read_file(path)
+    count = first.get("split.count", 1)
+    if not isinstance(count, int) or count <= 1:
+        return GgufFile(first, tensors, (path,))
+    paths = shard_set(path)
+    if len(paths) != count:
+        raise CheckpointError(
+            f"{path} is one of {count} files of a model; expected them beside it as NAME-00001-of-{count:05}.gguf"
+        )
+    tensors, metadata = {}, None
+    for number, shard in enumerate(paths):
+        values, part = _read_file(shard)
+        if values.get("split.no") != number or values.get("split.count") != count:
+            raise CheckpointError(
+                f"{shard} says that it is file {shown(values.get('split.no'))} of {shown(values.get('split.count'))}; "
+                f"expected {number} of {count}; fetch the model again"
+            )
+        if twice := sorted(tensors.keys() & part.keys()):
+            raise CheckpointError(f"{shard} repeats the tensor {shown(twice[0])}; fetch the model again")
+        tensors |= part
+        metadata = metadata or values
+    stated = first.get("split.tensors.count", len(tensors))
+    if metadata is None or stated != len(tensors):
+        raise CheckpointError(f"{path} states {shown(stated)} tensors in all, but its files have {len(tensors)}")
+    return GgufFile(metadata, tensors, paths)
+
+
+def _read_file(path: Path) -> tuple[Metadata, dict[str, GgufTensor]]:
+    """One file."""
     data = map_file(path)
     cursor = _Cursor(path, data.data)
     if bytes(cursor.data[:4]) != b"GGUF":
@@ -198,32 +234,33 @@ def read_gguf(path: Path) -> GgufFile:
     for _ in range(cursor.count(SMALLEST_KEY_VALUE, "key-values")):
         key = cursor.string("a key")
         if key in values:
-            raise CheckpointError(f"{path} has the key {key!r} twice; the file is damaged; fetch it again")
-        values[key] = cursor.value(key)
+            raise CheckpointError(f"{path} has the key {shown(key)} twice; the file is damaged; fetch it again")
+        values[key] = cursor.value(shown(key).strip("'"))
     described = [_description(cursor) for _ in range(tensor_count)]
     metadata = Metadata(cursor.data, values, path)
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-        raise CheckpointError(f"{path}: general.alignment is {alignment!r}; expected a power of two")
+        raise CheckpointError(f"{path}: general.alignment is {shown(alignment)}; expected a power of two")
     start = (cursor.at + alignment - 1) // alignment * alignment
     tensors: dict[str, GgufTensor] = {}
     for name, shape, kind, offset in described:
         if name in tensors:
-            raise CheckpointError(f"{path} has the tensor {name!r} twice; the file is damaged; fetch it again")
+            raise CheckpointError(f"{path} has the tensor {shown(name)} twice; the file is damaged; fetch it again")
         tensors[name] = _tensor(path, name, shape, kind, data, start + offset)
-    return GgufFile(metadata, tensors)
+    return metadata, tensors
 
 
 def _description(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     """(name, shape with the columns last, type, offset)."""
     name = cursor.string("a tensor's name")
-    dimensions = cursor.number("<I", name)
+    title = shown(name)
+    dimensions = cursor.number("<I", title)
     if not 0 < dimensions <= DIMENSIONS_LIMIT:
         raise CheckpointError(
-            f"{cursor.path}: tensor {name!r} has {dimensions} dimensions; expected 1 to {DIMENSIONS_LIMIT}"
+            f"{cursor.path}: tensor {title} has {dimensions} dimensions; expected 1 to {DIMENSIONS_LIMIT}"
         )
-    sizes = [cursor.number("<Q", name) for _ in range(dimensions)]
-    return name, tuple(reversed(sizes)), cursor.number("<I", name), cursor.number("<Q", name)
+    sizes = [cursor.number("<Q", title) for _ in range(dimensions)]
+    return name, tuple(reversed(sizes)), cursor.number("<I", title), cursor.number("<Q", title)
 
 
 def _tensor(
@@ -232,18 +269,20 @@ def _tensor(
     """A tensor whose bytes are all there."""
     if number not in BLOCK_TYPES:
         names = ", ".join(t.name for t in BLOCK_TYPES.values())
+        kind_name = TYPE_NAMES.get(number, f"{number}, a newer one").upper()
         raise CheckpointError(
-            f"{path}: tensor {name!r} has type {number}, which is not supported; expected one of {names}"
+            f"{path}: tensor {shown(name)} has type {kind_name}, which is not read; expected one of {names}; fetch the "
+            "model in one of these"
         )
     kind = BLOCK_TYPES[number]
     if shape[-1] % kind.values or not all(shape):
         raise CheckpointError(
-            f"{path}: tensor {name!r} {list(shape)} cannot be cut into {kind.name} blocks of {kind.values}"
+            f"{path}: tensor {shown(name)} {list(shape)} cannot be cut into {kind.name} blocks of {kind.values}"
         )
     rows, row_size = math.prod(shape[:-1]), shape[-1] // kind.values * kind.size
     if start + rows * row_size > len(data):
         raise CheckpointError(
-            f"{path} is truncated: tensor {name!r} ends at byte {start + rows * row_size} of {len(data)}; "
+            f"{path} is truncated: tensor {shown(name)} ends at byte {start + rows * row_size} of {len(data)}; "
             "fetch it again"
         )
     return GgufTensor(shape, kind, data[start : start + rows * row_size].reshape(rows, row_size))

@@ -66,7 +66,7 @@ def read_gguf_model(path: Path) -> RawModel:
             continue
         theirs = _hugging_face_name(ours)
         tensors[theirs] = _in_order(path, theirs, tensor, config)
-    return RawModel(config, tensors, (path,), metadata=file.metadata)
+    return RawModel(config, tensors, file.files, metadata=file.metadata)
 
 
 def _config(path: Path, file: GgufFile) -> dict[str, Any]:

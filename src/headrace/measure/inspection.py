@@ -13,9 +13,6 @@ from headrace.model.weights import quantized_weights, weight_table
 
 __all__ = ["inspect_path"]
 
-_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "q8_0": 8.5, "q4_0": 4.5, "q4_1": 5, "q5_0": 5.5, "q5_1": 6,
-         "q4_k": 4.5, "q5_k": 5.5, "q6_k": 6.5625}  # fmt: skip
-
 
 def inspect_path(path: Path) -> dict[str, Any]:
     """A report: `summary` (name → value), `precisions` [(name, tensors, bytes)], `tensors` [{name, precision, shape}].
@@ -42,7 +39,7 @@ def _geometry(config: ModelConfig) -> dict[str, Any]:
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
-    from headrace.checkpoint import open_checkpoint
+    from headrace.checkpoint import BITS, open_checkpoint
 
     checkpoint = open_checkpoint(path)
     config = checkpoint.config
@@ -56,7 +53,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         elements = math.prod(tensor.shape)
         parameters += elements
         counts[tensor.dtype] += 1
-        sizes[tensor.dtype] += int(elements * _BITS.get(tensor.dtype, 32) / 8)
+        sizes[tensor.dtype] += int(elements * BITS[tensor.dtype] / 8)
         tensors.append({"name": name, "precision": tensor.dtype, "shape": list(tensor.shape)})
     summary = {"kind": "checkpoint", "path": str(checkpoint.path), **_geometry(config), "parameters": parameters}
     precisions = [(dtype, counts[dtype], sizes[dtype]) for dtype in sorted(counts)]
