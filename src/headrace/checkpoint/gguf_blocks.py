@@ -126,8 +126,9 @@ def _q6_k(blocks: Bytes) -> Floats:
 
 
 def _q2_k(blocks: Bytes) -> Floats:
-    scales, minima = _half(blocks, 80) * (blocks[:, :16] & 15), _half(blocks, 82) * (blocks[:, :16] >> 4)
-    return (scales[:, :, None] * _two_bits(blocks[:, 16:80]) - minima[:, :, None]).reshape(len(blocks), 256)
+    scales, minima = _line(_half(blocks, 80), blocks[:, :16] & 15), _line(_half(blocks, 82), blocks[:, :16] >> 4)
+    values = _line(scales[:, :, None], _two_bits(blocks[:, 16:80]), -minima[:, :, None])
+    return values.reshape(len(blocks), 256)
 
 
 def _q3_k(blocks: Bytes) -> Floats:
@@ -138,8 +139,8 @@ def _q3_k(blocks: Bytes) -> Floats:
     packed = blocks[:, 96:108]  # sixteen 6-bit scales: low halves in 8 bytes, then the four groups of upper bits
     low = np.concatenate([packed[:, :8] & 15, packed[:, :8] >> 4], axis=1)
     high = np.concatenate([(packed[:, 8:] >> np.uint8(shift)) & 3 for shift in (0, 2, 4, 6)], axis=1)
-    scales = _half(blocks, 108) * ((low | high << np.uint8(4)).view(np.int8) - np.int8(32))
-    return (scales[:, :, None] * codes).reshape(len(blocks), 256)
+    scales = _line(_half(blocks, 108), (low | high << np.uint8(4)).view(np.int8) - np.int8(32))
+    return _line(scales[:, :, None], codes).reshape(len(blocks), 256)
 
 
 def _two_bits(packed: Bytes) -> Bytes:
@@ -161,16 +162,14 @@ def _iq4_xs(blocks: Bytes) -> Floats:
     runs = np.arange(8, dtype=np.uint16)
     low = np.repeat(blocks[:, 4:8], 2, axis=1) >> (4 * (runs % 2)).astype(np.uint8) & np.uint8(15)
     upper = np.ascontiguousarray(blocks[:, 2:4]).view(np.uint16) >> (2 * runs) & np.uint16(3)
-    scales = _half(blocks, 0) * ((low | upper.astype(np.uint8) << np.uint8(4)).view(np.int8) - np.int8(32))
+    scales = _line(_half(blocks, 0), (low | upper.astype(np.uint8) << np.uint8(4)).view(np.int8) - np.int8(32))
     codes = _nibbles(blocks[:, 8:136].reshape(-1, 16)).reshape(-1, 8, 32)
-    return (scales[:, :, None] * IQ4_VALUES[codes]).reshape(len(blocks), 256)
+    return _line(scales[:, :, None], IQ4_VALUES[codes]).reshape(len(blocks), 256)
 
 
 def _mxfp4(blocks: Bytes) -> Floats:
-    scale = np.ldexp(
-        np.float32(1), blocks[:, :1].astype(np.int32) - 128
-    )  # half of e8m0's 2^(e−127): values are doubled
-    return _line(scale.astype(np.float32), FP4_VALUES[_nibbles(blocks[:, 1:17])])
+    halved = np.ldexp(1.0, blocks[:, :1].astype(np.int32) - 128)  # e8m0 is 2^(e−127); the table's values are doubled
+    return _line(halved.astype(np.float32), FP4_VALUES[_nibbles(blocks[:, 1:17])])
 
 
 def _float32(blocks: Bytes) -> Floats:
