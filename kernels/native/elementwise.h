@@ -1,0 +1,128 @@
+// Norms, sums, silu, rotation and quantization of single rows, for any vector V.
+#pragma once
+#include "kernels.h"
+
+#if defined(__clang__)
+#define HEADRACE_UNROLL _Pragma("unroll")
+#else
+#define HEADRACE_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+namespace headrace {
+namespace {
+
+template <int N> struct Number { static constexpr int value = N; };
+
+// 2^x: the whole part by the exponent, the rest by a polynomial (Taylor of 2^r on -0.5 … 0.5, error below 2e-7).
+template <class V>
+inline typename V::F exp2(typename V::F x) {
+  x = V::max(V::min(x, V::setf(127)), V::setf(-127));
+  const auto whole = V::round(x), r = V::sub(x, whole);
+  auto y = V::setf(1.540353e-4f);
+  y = V::fma(y, r, V::setf(1.3333558e-3f));
+  y = V::fma(y, r, V::setf(9.6181291e-3f));
+  y = V::fma(y, r, V::setf(5.5504109e-2f));
+  y = V::fma(y, r, V::setf(2.4022651e-1f));
+  y = V::fma(y, r, V::setf(6.9314718e-1f));
+  y = V::fma(y, r, V::setf(1.0f));
+  return V::scalef(y, whole);
+}
+
+// The largest magnitude. Magnitudes are compared as bits, where infinity and then NaN are above all numbers.
+template <class V>
+inline float largest(const float* x, int k) {
+  const auto magnitude = V::set32(0x7fffffff);
+  auto tops = V::zero();
+  int i = 0;
+  for (; i + V::lanes <= k; i += V::lanes) tops = V::max_unsigned(tops, V::and_bits(V::bits(V::loadf(x + i)), magnitude));
+  uint32_t all[V::lanes], top = 0;
+  V::store(all, tops);
+  for (const uint32_t one : all) top = one > top ? one : top;
+  for (; i < k; i++) {
+    uint32_t one;
+    __builtin_memcpy(&one, x + i, 4);
+    one &= 0x7fffffff;
+    top = one > top ? one : top;
+  }
+  float value;
+  __builtin_memcpy(&value, &top, 4);
+  return value;
+}
+
+inline int rounded(float x, int limit) {  // NaN gives 0: the scale carries it
+  const float r = __builtin_nearbyintf(x);
+  return r >= float(limit) ? limit : r <= float(-limit) ? -limit : r == r ? int(r) : 0;
+}
+
+template <class V>
+float quantize(const float* x, int k, int16_t* codes) {
+  const float top = largest<V>(x, k), inverse = top > 0 ? 32767 / top : 0;
+  int i = 0;
+  for (; i + V::lanes <= k; i += V::lanes) V::store16(codes + i, V::to_int(V::mul(V::loadf(x + i), V::setf(inverse))));
+  for (; i < k; i++) codes[i] = int16_t(rounded(x[i] * inverse, 32767));
+  return top / 32767;
+}
+
+template <class V>
+void rms_norm(const float* x, const float* weight, float eps, int k, float* y) {
+  auto a = V::zerof(), b = V::zerof();
+  int i = 0;
+  for (; i + 2 * V::lanes <= k; i += 2 * V::lanes) {
+    const auto u = V::loadf(x + i), v = V::loadf(x + i + V::lanes);
+    a = V::fma(u, u, a), b = V::fma(v, v, b);
+  }
+  float squares = V::sum(V::add(a, b));
+  for (; i < k; i++) squares += x[i] * x[i];
+  const float factor = 1 / __builtin_sqrtf(squares / float(k) + eps);
+  for (i = 0; i + V::lanes <= k; i += V::lanes)
+    V::storef(y + i, V::mul(V::mul(V::loadf(x + i), V::setf(factor)), V::loadf(weight + i)));
+  for (; i < k; i++) y[i] = x[i] * factor * weight[i];
+}
+
+template <class V>
+void add(const float* a, const float* b, int k, float* y) {
+  int i = 0;
+  for (; i + V::lanes <= k; i += V::lanes) V::storef(y + i, V::add(V::loadf(a + i), V::loadf(b + i)));
+  for (; i < k; i++) y[i] = a[i] + b[i];
+}
+
+template <class V>
+void silu_mul(const float* gate, const float* up, int k, float* y) {
+  constexpr float log2e = 1.44269504088896340736f;
+  for (int i = 0; i < k; i += V::lanes) {
+    const int n = k - i < V::lanes ? k - i : V::lanes;
+    float g[V::lanes] = {}, u[V::lanes] = {}, part[V::lanes];
+    const float *from = gate + i, *with = up + i;
+    if (n < V::lanes) {
+      for (int j = 0; j < n; j++) g[j] = from[j], u[j] = with[j];
+      from = g, with = u;
+    }
+    const auto x = V::loadf(from);
+    const auto e = exp2<V>(V::mul(x, V::setf(-log2e)));
+    const auto r = V::mul(V::div(x, V::add(V::setf(1), e)), V::loadf(with));
+    if (n == V::lanes) {
+      V::storef(y + i, r);
+    } else {
+      V::storef(part, r);
+      for (int j = 0; j < n; j++) y[i + j] = part[j];
+    }
+  }
+}
+
+template <class V>
+void rope(float* x, const float* cos, const float* sin, int half) {
+  int i = 0;
+  for (; i + V::lanes <= half; i += V::lanes) {
+    const auto low = V::loadf(x + i), high = V::loadf(x + i + half), c = V::loadf(cos + i), s = V::loadf(sin + i);
+    V::storef(x + i, V::sub(V::mul(low, c), V::mul(high, s)));
+    V::storef(x + i + half, V::fma(high, c, V::mul(low, s)));
+  }
+  for (; i < half; i++) {
+    const float low = x[i], high = x[i + half];
+    x[i] = low * cos[i] - high * sin[i];
+    x[i + half] = high * cos[i] + low * sin[i];
+  }
+}
+
+}  // namespace
+}  // namespace headrace

@@ -1,0 +1,21 @@
+// float16 to float32, exactly, in integers: for machines without the instruction and for single values.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace headrace {
+
+static inline float half_to_float(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 1023;
+  uint32_t bits = sign | (exponent + 112) << 23 | fraction << 13;
+  if (exponent == 31) bits = sign | 0x7f800000 | fraction << 13;
+  if (exponent == 0) {  // zero or subnormal: fraction * 2^-24
+    const float value = float(fraction) * 5.9604644775390625e-08f;
+    return sign ? -value : value;
+  }
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+}  // namespace headrace

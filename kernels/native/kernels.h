@@ -1,0 +1,101 @@
+// What a variant of the arithmetic offers to the engine: one table of functions an instruction set.
+//
+// Linears have two forms, chosen by how many tokens of one sequence are computed together:
+//
+//   fine    int16 activations, one scale a token. For decoding, which waits for the weights' bytes anyway.
+//   coarse  int8 activations, one scale a token and 64 columns. For prompts, which are bound by multiplications.
+//
+// Attention works on int16 queries and probabilities over the int8 cache, whatever the number of tokens.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace headrace {
+
+constexpr int kGroup = 64;      // columns that share a scale of coarse activations
+constexpr int kColumns = 256;   // columns of coarse activations that lie together, and of weights unpacked at a time
+constexpr int kSegment = 2048;  // columns whose products are summed in int32 before they become float
+constexpr int kTile = 16;       // positions of a tile of keys
+constexpr int kBlock = 64;      // positions whose probabilities share a maximum
+constexpr int kPad = 128;       // rows of activations are padded with zeros to a multiple of this
+
+constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+// A weight (n, k) as it lies in the file. Code = unsigned code - zero point (8 or 128).
+struct Weight {
+  int n, k, bits;
+  int block;               // columns that share a scale; 0: the whole row
+  const uint8_t* packed;   // (n, k * bits / 8), low nibble first
+  const uint16_t* scale;   // float16 (n, 1 or k / block)
+  const float* bias;       // (n) or null
+  size_t row_bytes() const { return size_t(k) * bits / 8; }
+  int blocks() const { return block ? k / block : 1; }
+};
+
+// One token's fine activations. The order of codes and the starts are the variant's own. A start is what the zero point
+// takes from a sum: minus zero point times the sum of the codes, a lane at a time, so that sums begin with it.
+struct Fine {
+  float scale;
+  int16_t* natural;              // codes in their own order, padded with zeros to kPad
+  int16_t *codes4, *codes8;      // the same for 4-bit and for 8-bit weights
+  int32_t *steps4, *steps8;      // starts of each step of a row
+  int32_t *segments4, *segments8;  // starts of each kSegment columns
+};
+
+// Coarse activations of m tokens: codes [k / kColumns][m][kColumns], in every eight columns the even ones first;
+// scales and sums of codes [k / kGroup][m]; sums of every 16 columns [k / 16][m].
+struct Coarse {
+  int m, k;
+  int8_t* codes;
+  float* scales;
+  int32_t* sums;
+  int32_t* sums16;
+};
+
+// Where results go: row i of the activations to y + rows[i] * stride, columns from `column` on.
+struct Out {
+  float* y;
+  size_t stride;
+  const int* rows;
+};
+
+// A head's queries against a stretch of its cache. rows x head_dim codes; row r looks at positions below limit[r].
+// Result of a row: maximum m (base 2 logarithm), sum l of 2^(score - m) and the values weighted with it, not yet divided.
+struct Attend {
+  int rows, head_dim, padded;    // padded: head_dim rounded up to kTile
+  const int16_t* q;              // (rows, head_dim)
+  const float* q_scale;          // (rows): what makes a score a base 2 logarithm
+  const int* limit;              // (rows)
+  const int8_t* keys;            // [tiles][head_dim / 2][kTile][2]
+  const int8_t* values;          // [positions / 2][padded][2]
+  int begin, end;                // positions; begin is a multiple of kBlock
+  float *m, *l, *sum;            // (rows), (rows), (rows, padded); values without their scale
+  int16_t* p;                    // scratch (rows, kBlock)
+  int32_t* s;                    // scratch (rows, max(kBlock, padded))
+};
+
+struct Kernels {
+  const char* name;
+  // int16 codes of x (k) in natural order; gives the scale. NaN and infinity make the scale so.
+  float (*quantize)(const float* x, int k, int16_t* codes);
+  void (*fine)(const float* x, int k, bool four, bool eight, Fine& out);
+  void (*decode)(const Weight& w, const Fine* x, int m, int begin, int end, const Out& out, int column);
+  void (*coarse)(const float* x, int row, const Coarse& out);
+  void (*prompt)(const Weight& w, const Coarse& x, int begin, int end, const Out& out, int column, void* scratch);
+  size_t (*prompt_scratch)(int m);
+  int panel;  // output channels that prompt likes to do at a time
+  void (*rms_norm)(const float* x, const float* weight, float eps, int k, float* y);
+  void (*add)(const float* a, const float* b, int k, float* y);
+  void (*silu_mul)(const float* gate, const float* up, int k, float* y);
+  void (*rope)(float* x, const float* cos, const float* sin, int half);
+  void (*attend)(const Attend& a);
+  // The same with a float32 cache: keys and values (positions, head_dim), q float (rows, head_dim), sum (rows, head_dim).
+  void (*attend_float)(const Attend& a, const float* q, const float* keys, const float* values);
+};
+
+extern const Kernels plain_kernels;
+#if defined(__x86_64__)
+extern const Kernels avx2_kernels, avx512vnni_kernels;
+#endif
+
+}  // namespace headrace

@@ -1,0 +1,172 @@
+// Linears of many tokens, for any vector V: a panel of channels by kColumns columns is unpacked once into scratch memory,
+// four columns of a channel to a lane, and every token runs over it with int8 activations. Sums are int32 within a group of
+// columns that shares a scale, float from group to group.
+#pragma once
+#include "elementwise.h"
+
+namespace headrace {
+namespace {
+
+template <class V>
+void coarse(const float* x, int row, const Coarse& out) {
+  const int groups = int(round_up(out.k, kColumns)) / kGroup;
+  for (int g = 0; g < groups; g++) {
+    const int from = g * kGroup;
+    int8_t* codes = out.codes + size_t(from / kColumns) * out.m * kColumns + size_t(row) * kColumns + from % kColumns;
+    const int n = out.k - from < 0 ? 0 : out.k - from < kGroup ? out.k - from : kGroup;
+    int8_t natural[kGroup] = {};
+    const float top = largest<V>(x + from, n), inverse = top > 0 ? 127 / top : 0;
+    int i = 0;
+    for (; i + V::lanes <= n; i += V::lanes)
+      V::store8(natural + i, V::to_int(V::mul(V::loadf(x + from + i), V::setf(inverse))));
+    for (; i < n; i++) natural[i] = int8_t(rounded(x[from + i] * inverse, 127));
+    int total = 0;
+    for (int s = 0; s < 4; s++) {
+      int sum = 0;
+      for (int j = 0; j < 16; j++) sum += natural[16 * s + j];
+      out.sums16[size_t(g * 4 + s) * out.m + row] = sum;
+      total += sum;
+    }
+    for (int j = 0; j < kGroup; j += V::bytes) V::store(codes + j, V::evens_first(V::load(natural + j)));
+    out.scales[size_t(g) * out.m + row] = top / 127;
+    out.sums[size_t(g) * out.m + row] = total;
+  }
+}
+
+// Codes of up to panels * lanes channels from n on, columns from `from` on: scratch[4 columns][panel][lane][4].
+template <class V, int Bits>
+inline void unpack(const Weight& w, int n, int end, int from, int columns, uint8_t* scratch) {
+  using I = typename V::I;
+  constexpr int width = Bits == 4 ? 2 * V::bytes : V::bytes;  // columns of a load
+  constexpr size_t step = V::panels * V::bytes;
+  const int last = w.k - from < columns ? w.k - from : columns;
+  for (int p = 0; p < V::panels; p++)
+    for (int c = 0; c < last; c += width) {
+      const int there = int((size_t(last - c) * Bits) / 8);
+      I low[V::lanes], high[V::lanes];
+      for (int r = 0; r < V::lanes; r++) {
+        const int channel = n + p * V::lanes + r;
+        const uint8_t* at = w.packed + channel * w.row_bytes() + size_t(from + c) * Bits / 8;
+        const I codes = channel >= end ? V::zero() : there >= V::bytes ? V::load(at) : V::load_part(at, there);
+        if (channel < end) __builtin_prefetch(at + kColumns * Bits / 8);
+        if constexpr (Bits == 4) low[r] = V::low_nibbles(codes), high[r] = V::high_nibbles(codes);
+        else low[r] = V::evens_first(codes);
+      }
+      V::transpose(low);
+      if constexpr (Bits == 4) V::transpose(high);
+      uint8_t* to = scratch + size_t(c / 4) * step + p * V::bytes;
+      for (int i = 0; i < V::lanes; i++) {
+        if constexpr (Bits == 4) {
+          V::store(to + size_t(2 * i) * step, low[i]);
+          V::store(to + size_t(2 * i + 1) * step, high[i]);
+        } else {
+          V::store(to + size_t(i) * step, low[i]);
+        }
+      }
+    }
+}
+
+// T tokens by a panel, the groups of one piece of kColumns. scales: [block][channel], with blocks; sums: [token][channel].
+template <class V, int Bits, bool Blocks, int T>
+inline void multiply(const Weight& w, const Coarse& x, int from, int groups, int token, const uint8_t* scratch,
+                     const float* scales, float* sums) {
+  using I = typename V::I;
+  using F = typename V::F;
+  constexpr int P = V::panels, zero_point = Bits == 4 ? 8 : 128;
+  constexpr size_t step = P * V::bytes;
+  const int8_t* codes = x.codes + size_t(from / kColumns) * x.m * kColumns + size_t(token) * kColumns;
+  F f[T][P];
+  HEADRACE_UNROLL for (int t = 0; t < T; t++) HEADRACE_UNROLL for (int p = 0; p < P; p++)
+      f[t][p] = from ? V::loadf(sums + (t * P + p) * V::lanes) : V::zerof();
+  const int parts = Blocks && w.block < kGroup ? kGroup / w.block : 1;  // of a group
+  for (int g = 0; g < groups; g++) {
+    const size_t group = size_t(from / kGroup + g) * x.m + token;
+    for (int part = 0; part < parts; part++) {
+      I sum[T][P];
+      HEADRACE_UNROLL for (int t = 0; t < T; t++) {
+        int total = 0;
+        if (parts == 1) total = x.sums[group + t];
+        else
+          for (int s = part * 4 / parts; s < (part + 1) * 4 / parts; s++)
+            total += x.sums16[(size_t(from / kGroup + g) * 4 + s) * x.m + token + t];
+        HEADRACE_UNROLL for (int p = 0; p < P; p++) sum[t][p] = V::set32(-zero_point * total);
+      }
+      const int first = g * kGroup / 4 + part * (kGroup / 4 / parts);
+      for (int s = first; s < first + kGroup / 4 / parts; s++) {
+        I columns[P];
+        HEADRACE_UNROLL for (int p = 0; p < P; p++) columns[p] = V::load(scratch + s * step + p * V::bytes);
+        HEADRACE_UNROLL for (int t = 0; t < T; t++) {
+          const I one = V::broadcast32(codes + t * kColumns + 4 * s);
+          HEADRACE_UNROLL for (int p = 0; p < P; p++) sum[t][p] = V::template dot8<Bits>(sum[t][p], columns[p], one);
+        }
+      }
+      HEADRACE_UNROLL for (int p = 0; p < P; p++) {
+        F scale;
+        if constexpr (Blocks)
+          scale = V::loadf(scales + (size_t(g * kGroup + part * (kGroup / parts)) / w.block * P + p) * V::lanes);
+        HEADRACE_UNROLL for (int t = 0; t < T; t++) {
+          const F one = V::setf(x.scales[group + t]), total = V::to_float(sum[t][p]);
+          f[t][p] = V::fma(Blocks ? V::mul(total, scale) : total, one, f[t][p]);
+        }
+      }
+    }
+  }
+  HEADRACE_UNROLL for (int t = 0; t < T; t++) HEADRACE_UNROLL for (int p = 0; p < P; p++)
+      V::storef(sums + (t * P + p) * V::lanes, f[t][p]);
+}
+
+template <class V, int Bits, bool Blocks>
+inline void prompt_panel(const Weight& w, const Coarse& x, int n, int end, const Out& out, int column, uint8_t* scratch) {
+  constexpr int width = V::panels * V::lanes;
+  float* scales = reinterpret_cast<float*>(scratch + size_t(kColumns / 4) * V::panels * V::bytes);
+  float* sums = scales + (kColumns / 16) * width;
+  for (int from = 0; from < w.k; from += kColumns) {
+    const int columns = w.k - from < kColumns ? w.k - from : kColumns, groups = (columns + kGroup - 1) / kGroup;
+    unpack<V, Bits>(w, n, end, from, int(round_up(columns, kGroup)), scratch);
+    if constexpr (Blocks)
+      for (int b = 0; b * w.block < groups * kGroup; b++)  // also blocks of a last group that the row does not have
+        for (int c = 0; c < width; c++)
+          scales[b * width + c] = n + c < end && b * w.block < columns
+                                      ? V::half(w.scale[size_t(n + c) * w.blocks() + from / w.block + b])
+                                      : 0;
+    int t = 0;
+    for (; t + V::tokens <= x.m; t += V::tokens)
+      multiply<V, Bits, Blocks, V::tokens>(w, x, from, groups, t, scratch, scales, sums + t * width);
+    for (; t < x.m; t++) multiply<V, Bits, Blocks, 1>(w, x, from, groups, t, scratch, scales, sums + t * width);
+  }
+  float factor[width], bias[width];
+  for (int c = 0; c < width; c++) {
+    factor[c] = Blocks ? 1 : n + c < end ? V::half(w.scale[n + c]) : 0;
+    bias[c] = w.bias && n + c < end ? w.bias[n + c] : 0;
+  }
+  const int count = end - n < width ? end - n : width;
+  for (int t = 0; t < x.m; t++) {
+    float *y = out.y + out.rows[t] * out.stride + column, *sum = sums + t * width;
+    int c = 0;
+    for (; c + V::lanes <= count; c += V::lanes)
+      V::storef(y + c, V::fma(V::loadf(sum + c), V::loadf(factor + c), V::loadf(bias + c)));
+    for (; c < count; c++) y[c] = sum[c] * factor[c] + bias[c];
+  }
+}
+
+template <class V, int Bits, bool Blocks>
+inline void prompt_panels(const Weight& w, const Coarse& x, int begin, int end, const Out& out, int column, void* scratch) {
+  for (int n = begin; n < end; n += V::panels * V::lanes)
+    prompt_panel<V, Bits, Blocks>(w, x, n, end, out, column + n - begin, static_cast<uint8_t*>(scratch));
+}
+
+template <class V>
+void prompt(const Weight& w, const Coarse& x, int begin, int end, const Out& out, int column, void* scratch) {
+  if (w.bits == 4 && !w.block) prompt_panels<V, 4, false>(w, x, begin, end, out, column, scratch);
+  else if (w.bits == 4) prompt_panels<V, 4, true>(w, x, begin, end, out, column, scratch);
+  else if (!w.block) prompt_panels<V, 8, false>(w, x, begin, end, out, column, scratch);
+  else prompt_panels<V, 8, true>(w, x, begin, end, out, column, scratch);
+}
+
+template <class V>
+size_t prompt_scratch(int m) {
+  return size_t(kColumns / 4) * V::panels * V::bytes + (size_t(kColumns / 16) + m) * V::panels * V::lanes * sizeof(float);
+}
+
+}  // namespace
+}  // namespace headrace

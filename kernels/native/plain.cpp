@@ -1,0 +1,162 @@
+// The reference: every kernel in the plainest C++ that says what it computes. The variants are checked against it.
+#include <cmath>
+#include <cstring>
+
+#include "half.h"
+#include "kernels.h"
+
+namespace headrace {
+namespace {
+
+float largest(const float* x, int k) {  // NaN when there is one
+  float top = 0;
+  for (int i = 0; i < k; i++) top = std::isnan(x[i]) || std::fabs(x[i]) > top ? std::fabs(x[i]) : top;
+  for (int i = 0; i < k; i++)
+    if (std::isnan(x[i])) return x[i];
+  return top;
+}
+
+int rounded(float x, int limit) {  // NaN gives 0: the scale carries it
+  if (!(x > float(-limit))) return x <= float(-limit) ? -limit : 0;
+  return x > float(limit) ? limit : int(std::nearbyintf(x));
+}
+
+float quantize(const float* x, int k, int16_t* codes) {
+  const float top = largest(x, k), inverse = top > 0 ? 32767 / top : 0;
+  for (int i = 0; i < k; i++) codes[i] = int16_t(rounded(x[i] * inverse, 32767));
+  return top / 32767;
+}
+
+void fine(const float* x, int k, bool, bool, Fine& out) { out.scale = quantize(x, k, out.natural); }
+
+int code(const Weight& w, int n, int k) {
+  const uint8_t* row = w.packed + n * w.row_bytes();
+  if (w.bits == 8) return row[k] - 128;
+  return (k % 2 ? row[k / 2] >> 4 : row[k / 2] & 15) - 8;
+}
+
+float scale(const Weight& w, int n, int block) { return half_to_float(w.scale[size_t(n) * w.blocks() + block]); }
+
+void decode(const Weight& w, const Fine* x, int m, int begin, int end, const Out& out, int column) {
+  const int block = w.block ? w.block : w.k;
+  for (int n = begin; n < end; n++)
+    for (int i = 0; i < m; i++) {
+      double total = 0;
+      for (int b = 0; b < w.blocks(); b++) {
+        int64_t sum = 0;
+        for (int k = b * block; k < (b + 1) * block; k++) sum += int64_t(code(w, n, k)) * x[i].natural[k];
+        total += double(sum) * scale(w, n, b);
+      }
+      out.y[out.rows[i] * out.stride + column + n - begin] = float(total * x[i].scale) + (w.bias ? w.bias[n] : 0);
+    }
+}
+
+int place(int k) { return k / 8 * 8 + k % 2 * 4 + k % 8 / 2; }  // in every eight columns the even ones first
+
+void coarse(const float* x, int row, const Coarse& out) {
+  for (int c = 0; c < out.k; c += kColumns) std::memset(out.codes + (size_t(c) * out.m + size_t(row) * kColumns), 0, kColumns);
+  for (int g = 0; g * kGroup < out.k; g++) {
+    const int from = g * kGroup, n = out.k - from < kGroup ? out.k - from : kGroup;
+    const float top = largest(x + from, n), inverse = top > 0 ? 127 / top : 0;
+    int8_t* codes = out.codes + size_t(from / kColumns) * out.m * kColumns + size_t(row) * kColumns + from % kColumns;
+    int sums[kGroup / 16] = {};
+    for (int k = 0; k < n; k++) {
+      codes[place(k)] = int8_t(rounded(x[from + k] * inverse, 127));
+      sums[k / 16] += codes[place(k)];
+    }
+    out.scales[size_t(g) * out.m + row] = top / 127;
+    out.sums[size_t(g) * out.m + row] = sums[0] + sums[1] + sums[2] + sums[3];
+    for (int s = 0; s < 4; s++) out.sums16[size_t(g * 4 + s) * out.m + row] = sums[s];
+  }
+}
+
+void prompt(const Weight& w, const Coarse& x, int begin, int end, const Out& out, int column, void*) {
+  const int block = w.block ? w.block : w.k, group = block < kGroup ? block : kGroup;
+  for (int n = begin; n < end; n++)
+    for (int i = 0; i < x.m; i++) {
+      double total = 0;
+      for (int from = 0; from < w.k; from += group) {
+        const int8_t* codes = x.codes + size_t(from / kColumns) * x.m * kColumns + size_t(i) * kColumns;
+        int sum = 0;
+        for (int k = from; k < from + group && k < w.k; k++) sum += code(w, n, k) * codes[place(k % kColumns)];
+        total += double(sum) * x.scales[size_t(from / kGroup) * x.m + i] * scale(w, n, from / block);
+      }
+      out.y[out.rows[i] * out.stride + column + n - begin] = float(total) + (w.bias ? w.bias[n] : 0);
+    }
+}
+
+size_t prompt_scratch(int) { return 0; }
+
+void rms_norm(const float* x, const float* weight, float eps, int k, float* y) {
+  double squares = 0;
+  for (int i = 0; i < k; i++) squares += double(x[i]) * x[i];
+  const float factor = float(1 / std::sqrt(squares / k + eps));
+  for (int i = 0; i < k; i++) y[i] = x[i] * factor * weight[i];
+}
+
+void add(const float* a, const float* b, int k, float* y) {
+  for (int i = 0; i < k; i++) y[i] = a[i] + b[i];
+}
+
+void silu_mul(const float* gate, const float* up, int k, float* y) {
+  for (int i = 0; i < k; i++) y[i] = gate[i] / (1 + std::exp(-gate[i])) * up[i];
+}
+
+void rope(float* x, const float* cos, const float* sin, int half) {
+  for (int i = 0; i < half; i++) {
+    const float low = x[i], high = x[i + half];
+    x[i] = low * cos[i] - high * sin[i];
+    x[i + half] = high * cos[i] + low * sin[i];
+  }
+}
+
+// One block of the online softmax of a row: scores (base 2 logarithms) become int16 probabilities; the row's maximum and
+// sum move on. Gives the factor that turns sums over the codes into sums on the row's new scale.
+float softmax_block(float* scores, int n, int16_t* p, float& m, float& l, float* sum, int width) {
+  float top = scores[0];
+  for (int j = 1; j < n; j++) top = scores[j] > top || std::isnan(scores[j]) ? scores[j] : top;
+  int total = 0;
+  for (int j = 0; j < n; j++) total += p[j] = int16_t(rounded(std::exp2(scores[j] - top) * 32767, 32767));
+  for (int j = n; j < kBlock; j++) p[j] = 0;
+  const float next = top > m || std::isnan(top) ? top : m;
+  const float old = std::exp2(m - next), unit = std::exp2(top - next) / 32767;
+  for (int d = 0; d < width; d++) sum[d] *= old;
+  l = l * old + float(total) * unit;
+  m = next;
+  return unit;
+}
+
+void attend(const Attend& a) {
+  for (int r = 0; r < a.rows; r++) {
+    const int16_t* q = a.q + size_t(r) * a.head_dim;
+    float* sum = a.sum + size_t(r) * a.padded;
+    a.m[r] = -INFINITY, a.l[r] = 0;
+    std::memset(sum, 0, sizeof(float) * a.padded);
+    const int end = a.limit[r] < a.end ? a.limit[r] : a.end;
+    for (int from = a.begin; from < end; from += kBlock) {
+      const int n = end - from < kBlock ? end - from : kBlock;
+      float scores[kBlock];
+      for (int j = 0; j < n; j++) {
+        const int8_t* tile = a.keys + size_t((from + j) / kTile) * kTile * a.head_dim + (from + j) % kTile * 2;
+        int dot = 0;
+        for (int d = 0; d < a.head_dim; d++) dot += q[d] * tile[d / 2 * kTile * 2 + d % 2];
+        scores[j] = float(dot) * a.q_scale[r];
+      }
+      const float unit = softmax_block(scores, n, a.p, a.m[r], a.l[r], sum, a.padded);
+      for (int d = 0; d < a.padded; d++) {
+        int dot = 0;
+        for (int j = 0; j < n; j++) dot += a.p[j] * a.values[size_t((from + j) / 2) * a.padded * 2 + d * 2 + j % 2];
+        sum[d] += float(dot) * unit;
+      }
+    }
+  }
+}
+
+#include "attend_float.h"
+
+}  // namespace
+
+const Kernels plain_kernels = {"plain", quantize, fine,     decode, coarse,   prompt, prompt_scratch, 16,
+                               rms_norm, add,     silu_mul, rope,   attend, attend_float};
+
+}  // namespace headrace

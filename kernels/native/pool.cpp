@@ -1,0 +1,92 @@
+#include "pool.h"
+
+#include <chrono>
+
+namespace headrace {
+namespace {
+
+constexpr int kSpins = 4000;                             // looks before the processor is yielded, about 50 to 100 us
+constexpr auto kAwake = std::chrono::milliseconds(3);    // how long a worker waits for the next run before it sleeps
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+}  // namespace
+
+Pool::Pool(int threads) : threads_(threads) {
+  for (int i = 1; i < threads; i++) workers_.emplace_back([this, i] { serve(i); });
+}
+
+Pool::~Pool() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stop_ = true;
+    job_.fetch_add(1, std::memory_order_release);
+  }
+  wake_.notify_all();
+  for (auto& worker : workers_) worker.join();
+}
+
+void Pool::run(const std::function<void(int)>& work) {
+  next_.store(0, std::memory_order_relaxed);
+  meetings_ = 0;
+  bool sleepers;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    work_ = &work;
+    job_.fetch_add(1, std::memory_order_release);
+    sleepers = asleep_ > 0;
+  }
+  if (sleepers) wake_.notify_all();
+  work(0);
+  meet();  // nobody is inside work any more
+}
+
+void Pool::meet() {
+  if (threads_ == 1) {
+    next_.store(0, std::memory_order_relaxed);
+    meetings_++;
+    return;
+  }
+  const uint32_t now = meeting_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
+    arrived_.store(0, std::memory_order_relaxed);
+    next_.store(0, std::memory_order_relaxed);
+    meetings_++;
+    meeting_.store(now + 1, std::memory_order_release);
+    return;
+  }
+  for (int looks = 0; meeting_.load(std::memory_order_acquire) == now; looks++)
+    if (looks < kSpins) pause();
+    else std::this_thread::yield();
+}
+
+void Pool::serve(int thread) {
+  uint32_t seen = 0;
+  for (;;) {
+    const auto until = std::chrono::steady_clock::now() + kAwake;
+    for (int looks = 0; job_.load(std::memory_order_acquire) == seen; looks++) {
+      if (looks < kSpins) {
+        pause();
+        continue;
+      }
+      std::this_thread::yield();
+      if (std::chrono::steady_clock::now() < until) continue;
+      std::unique_lock<std::mutex> lock(mutex_);
+      asleep_++;
+      wake_.wait(lock, [&] { return job_.load(std::memory_order_acquire) != seen; });
+      asleep_--;
+    }
+    seen++;
+    if (stop_) return;
+    (*work_)(thread);
+    meet();
+  }
+}
+
+}  // namespace headrace

@@ -1,0 +1,50 @@
+// Threads that run one function together and meet inside it.
+//
+// A thread that waits spins for a bounded time, then yields its processor at every look; between runs it sleeps after that.
+// Work inside a phase is taken from a counter, which the last thread to arrive at a meeting sets back.
+#pragma once
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace headrace {
+
+class Pool {
+ public:
+  explicit Pool(int threads);
+  ~Pool();
+  int threads() const { return threads_; }
+
+  // Calls work(thread) on every thread, on the caller as thread 0; returns when all are done.
+  void run(const std::function<void(int)>& work);
+
+  // Waits until all threads have arrived. The counter is 0 afterwards.
+  void meet();
+
+  // The next piece of work of this phase: 0, 1, 2, …
+  int take() { return next_.fetch_add(1, std::memory_order_relaxed); }
+
+  int64_t meetings() const { return meetings_; }
+
+ private:
+  void serve(int thread);
+
+  const int threads_;
+  alignas(64) std::atomic<int> next_{0};
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<uint32_t> meeting_{0};
+  alignas(64) std::atomic<uint32_t> job_{0};
+  int64_t meetings_ = 0;
+  bool stop_ = false;
+  int asleep_ = 0;
+  const std::function<void(int)>* work_ = nullptr;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::vector<std::thread> workers_;
+};
+
+}  // namespace headrace

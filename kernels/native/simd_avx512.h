@@ -1,0 +1,131 @@
+// Vectors of 64 bytes: what the kernels' templates ask of AVX512 (F, BW, DQ, VL) with VNNI.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace headrace {
+namespace {
+
+struct Avx512 {
+  using I = __m512i;
+  using F = __m512;
+  static constexpr int bytes = 64, lanes = 16;
+  static constexpr int panels = 4;  // vectors of channels that prompt does at a time
+  static constexpr int tokens = 3;  // tokens that prompt does at a time
+  static constexpr int attend_rows = 6, most_rows = 32;  // queries in registers, queries of a block together
+
+  static I load(const void* p) { return _mm512_loadu_si512(p); }
+  static I load_part(const void* p, int n) { return _mm512_maskz_loadu_epi8(n >= 64 ? ~0ull : (1ull << n) - 1, p); }
+  static void store(void* p, I v) { _mm512_storeu_si512(p, v); }
+  static I zero() { return _mm512_setzero_si512(); }
+  static I set16(int v) { return _mm512_set1_epi16(short(v)); }
+  static I set32(int v) { return _mm512_set1_epi32(v); }
+  static I add32(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I broadcast32(const void* p) {
+    int v;
+    std::memcpy(&v, p, 4);
+    return _mm512_set1_epi32(v);
+  }
+
+  // The j-th four bits of every 16, and every other byte, as 16-bit numbers.
+  template <int J> static I nibble(I w) {
+    const I moved = J == 0 ? w : _mm512_srli_epi16(w, 4 * J);
+    return J == 3 ? moved : _mm512_and_si512(moved, _mm512_set1_epi16(15));
+  }
+  static I even_bytes(I w) { return _mm512_and_si512(w, _mm512_set1_epi16(255)); }
+  static I odd_bytes(I w) { return _mm512_srli_epi16(w, 8); }
+  static I low_nibbles(I w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); }
+  static I high_nibbles(I w) { return _mm512_and_si512(_mm512_srli_epi16(w, 4), _mm512_set1_epi8(15)); }
+  // In every eight bytes the even ones first.
+  static I evens_first(I w) {
+    return _mm512_shuffle_epi8(w, _mm512_broadcast_i32x4(_mm_set_epi8(15, 13, 11, 9, 14, 12, 10, 8, 7, 5, 3, 1, 6, 4, 2, 0)));
+  }
+
+  // Sums of products of neighbours: two int16, or four of a byte (unsigned) by a byte (signed), to each int32.
+  static I dot16(I sum, I a, I b) { return _mm512_dpwssd_epi32(sum, a, b); }
+  template <int Bits> static I dot8(I sum, I a, I b) { return _mm512_dpbusd_epi32(sum, a, b); }
+  static I widen(const int8_t* p) {  // as many bytes as there are int16
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+
+  static F loadf(const float* p) { return _mm512_loadu_ps(p); }
+  static void storef(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static F zerof() { return _mm512_setzero_ps(); }
+  static F setf(float v) { return _mm512_set1_ps(v); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
+  static I to_int(F v) { return _mm512_cvtps_epi32(v); }
+  static I bits(F v) { return _mm512_castps_si512(v); }
+  static I and_bits(I a, I b) { return _mm512_and_si512(a, b); }
+  static I max_unsigned(I a, I b) { return _mm512_max_epu32(a, b); }
+  static float sum(F v) { return _mm512_reduce_add_ps(v); }
+  static float top(F v) { return _mm512_reduce_max_ps(v); }
+  static int sum32(I v) { return _mm512_reduce_add_epi32(v); }
+  static F scalef(F a, F whole) { return _mm512_scalef_ps(a, whole); }  // a * 2^whole
+  static void store16(int16_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(v)); }
+  static void store8(int8_t* p, I v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(v)); }
+
+  static F load_halves(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static float half(uint16_t h) { return _cvtsh_ss(h); }
+  // The first scales of p, each for `lanes / n` neighbouring lanes, n a power of two; only `there` of them exist.
+  static F spread(const uint16_t* p, int n, int there) {
+    const F v = _mm512_cvtph_ps(_mm256_castsi128_si256(_mm_maskz_loadu_epi16(__mmask8((1u << (there < n ? there : n)) - 1), p)));
+    const I lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(lane, n == 8 ? 1 : n == 4 ? 2 : n == 2 ? 3 : 4), v);
+  }
+
+  // Sums over the lanes of 16 vectors, which lie one after the other.
+  static F sums(const float* p) {
+    F v[16];
+    for (int i = 0; i < 16; i++) v[i] = loadf(p + 16 * i);
+    F a[8], b[4];
+    // Every step adds halves of two vectors: neighbours, pairs, quarters, halves.
+    for (int i = 0; i < 8; i++) a[i] = add(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+    for (int i = 0; i < 4; i++)
+      b[i] = add(_mm512_shuffle_ps(a[2 * i], a[2 * i + 1], 0x44), _mm512_shuffle_ps(a[2 * i], a[2 * i + 1], 0xee));
+    const F c = add(_mm512_shuffle_f32x4(b[0], b[1], 0x88), _mm512_shuffle_f32x4(b[0], b[1], 0xdd));
+    const F d = add(_mm512_shuffle_f32x4(b[2], b[3], 0x88), _mm512_shuffle_f32x4(b[2], b[3], 0xdd));
+    return add(_mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd));
+  }
+
+  // Rows and columns of a square of int32 change places.
+  static void transpose(I* r) {
+    I t[16];
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+      t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+      r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+      r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+      r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+      r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+      t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+      t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+      t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+      t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+      r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+      r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+      r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+      r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace headrace

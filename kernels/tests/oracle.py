@@ -1,0 +1,145 @@
+"""What the engine should compute, in NumPy and from the definitions of docs/kernels.md alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+GROUP = 64  # columns that share a scale of coarse activations
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Signed codes (N, K), float16 scales (N, blocks), perhaps a bias (N,)."""
+
+    codes: NDArray[np.int8]
+    scale: NDArray[np.float16]
+    bits: int
+    bias: NDArray[np.float32] | None = None
+
+    @property
+    def block(self) -> int:
+        return self.codes.shape[1] // self.scale.shape[1]
+
+    def packed(self) -> NDArray[np.uint8]:
+        unsigned = (self.codes.astype(np.int16) + (8 if self.bits == 4 else 128)).astype(np.uint8)
+        if self.bits == 8:
+            return unsigned
+        return np.ascontiguousarray(unsigned[:, 0::2] | (unsigned[:, 1::2] << 4))
+
+    def values(self) -> NDArray[np.float64]:
+        return self.codes * np.repeat(self.scale.astype(np.float64), self.block, axis=1)
+
+
+def random_weight(rng: np.random.Generator, n: int, k: int, bits: int, block: int | None, bias: bool = False) -> Weight:
+    low, high = (-8, 8) if bits == 4 else (-128, 128)
+    codes = rng.integers(low, high, (n, k)).astype(np.int8)
+    blocks = 1 if block is None else k // block
+    scale = rng.uniform(0.5, 1.5, (n, blocks)).astype(np.float16) * np.float16(1 / (high * np.sqrt(k / 4)))
+    return Weight(codes, scale.astype(np.float16), bits, rng.normal(size=n).astype(np.float32) if bias else None)
+
+
+def fine(x: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """int16 codes of rows (M, K) and their scales (M, 1)."""
+    top = np.abs(x).max(axis=1, keepdims=True)
+    inverse = np.divide(np.float32(32767), top, out=np.zeros_like(top), where=top > 0)
+    return np.rint(x * inverse).astype(np.int64), (top / np.float32(32767)).astype(np.float64)
+
+
+def coarse(x: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """int8 codes of rows (M, K) and the scales of each column (M, K)."""
+    codes, scales = np.zeros(x.shape, np.int64), np.zeros(x.shape)
+    for g in range(0, x.shape[1], GROUP):
+        part = x[:, g : g + GROUP]
+        top = np.abs(part).max(axis=1, keepdims=True)
+        inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 0)
+        codes[:, g : g + GROUP] = np.rint(part * inverse)
+        scales[:, g : g + GROUP] = top / np.float32(127)
+    return codes, scales
+
+
+def linear(x: NDArray[np.float32], w: Weight, quantize: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The result over quantized activations, and the sum of magnitudes that rounding errors grow with."""
+    codes, scales = quantize(x)
+    values = codes * scales
+    bias = 0 if w.bias is None else w.bias.astype(np.float64)
+    return values @ w.values().T + bias, np.abs(values) @ np.abs(w.values()).T + np.abs(bias)
+
+
+def rms_norm(x: NDArray[np.float64], weight: NDArray[np.float32], eps: float) -> NDArray[np.float64]:
+    return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * weight
+
+
+@dataclass
+class Decoder:
+    """A whole model in float64 over dequantized weights, one sequence at a time; its cache is as the engine's."""
+
+    program: dict[str, Any]
+    weights: dict[str, Weight]
+    arrays: dict[str, NDArray[Any]]
+
+    def logits(self, ids: list[int], keep: NDArray[np.int64] | None = None) -> NDArray[np.float64]:
+        """Logits of every token (T, vocab), computed one instruction after the other."""
+        g = self.program["geometry"]
+        registers: dict[int, NDArray[np.float64]] = {}
+        cache: dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
+        for i in self.program["instructions"]:
+            match i["op"]:
+                case "embed":
+                    registers[i["out"]] = self.weights[i["weight"]].values()[ids]
+                case "rms_norm":
+                    registers[i["out"]] = rms_norm(registers[i["in"]], self.arrays[i["weight"]], g["eps"])
+                case "add_norm":
+                    total = registers[i["in"]] + registers[i["update"]]
+                    registers[i["sum"]], registers[i["out"]] = (
+                        total,
+                        rms_norm(total, self.arrays[i["weight"]], g["eps"]),
+                    )
+                case "add":
+                    registers[i["out"]] = registers[i["in"]] + registers[i["update"]]
+                case "linear":
+                    for name, out in zip(i["weights"], i["out"]):
+                        w = self.weights[name]
+                        registers[out] = registers[i["in"]] @ w.values().T + (0 if w.bias is None else w.bias)
+                case "rope_cache":
+                    q, k = (self._turned(registers[i[name]], i) for name in ("q", "k"))
+                    registers[i["q"]] = q.reshape(len(ids), -1)
+                    v = registers[i["v"]].reshape(len(ids), g["kv_heads"], g["head_dim"])
+                    cache[i["layer"]] = self._quantized(k, i["layer"], 0), self._quantized(v, i["layer"], 1)
+                case "attention":
+                    registers[i["out"]] = self._attention(registers[i["q"]], *cache[i["layer"]])
+                case "silu_mul":
+                    gate = registers[i["gate"]]
+                    registers[i["out"]] = gate / (1 + np.exp(-gate)) * registers[i["up"]]
+                case "rows":
+                    registers[i["out"]] = registers[i["in"]]
+                case "head":
+                    return registers[i["in"]] @ self.weights[i["weight"]].values().T
+        raise AssertionError("no head")
+
+    def _turned(self, x: NDArray[np.float64], i: dict[str, Any]) -> NDArray[np.float64]:
+        d = self.program["geometry"]["head_dim"]
+        x = x.reshape(len(x), -1, d)
+        cos, sin = (self.arrays[i[name]][: len(x), None, :].astype(np.float64) for name in ("cos", "sin"))
+        low, high = x[..., : d // 2], x[..., d // 2 :]
+        return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+
+    def _quantized(self, x: NDArray[np.float64], layer: int, which: int) -> NDArray[np.float64]:
+        if self.program["cache"]["dtype"] == "float32":
+            return x
+        scale = self.program["cache"]["scales"][layer][which]
+        return np.clip(np.rint(x / scale), -128, 127) * scale
+
+    def _attention(self, q: NDArray[np.float64], k: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.float64]:
+        g = self.program["geometry"]
+        t, group = len(q), g["heads"] // g["kv_heads"]
+        q = q.reshape(t, g["heads"], g["head_dim"])
+        k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
+        scores = np.einsum("thd,shd->hts", q, k) / np.sqrt(g["head_dim"])
+        scores[:, np.triu(np.ones((t, t), bool), 1)] = -np.inf
+        p = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        p /= p.sum(axis=-1, keepdims=True)
+        return np.einsum("hts,shd->thd", p, v).reshape(t, -1)

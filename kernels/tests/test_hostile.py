@@ -1,0 +1,260 @@
+"""Programs, spans and slots that do not fit are exceptions before anything is computed; an engine survives them."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import headrace_kernels as hk
+import numpy as np
+import pytest
+from programs import decoder
+
+Change = Callable[[dict[str, Any], dict[str, Any]], Any]
+MODEL = decoder(0)
+
+
+def _at(which: str, **fields: Any) -> Change:
+    def change(p: dict[str, Any], _: dict[str, Any]) -> None:
+        next(i for i in p["instructions"] if i["op"] == which).update(fields)
+
+    return change
+
+
+def _set(*path: Any, to: Any) -> Change:
+    def change(p: dict[str, Any], _: dict[str, Any]) -> None:
+        for key in path[:-1]:
+            p = p[key]
+        p[path[-1]] = to
+
+    return change
+
+
+BROKEN: list[Change] = [
+    *(
+        _set("geometry", key, to=bad)
+        for key in ("layers", "heads", "head_dim", "vocab", "context")
+        for bad in (0, -1, 1 << 40)
+    ),
+    *(_set("geometry", key, to=bad) for key in ("layers", "eps") for bad in ("2", None, True)),
+    _set("geometry", "kv_heads", to=4),
+    _set("geometry", "head_dim", to=63),
+    _set("geometry", "eps", to=float("nan")),
+    _set("geometry", "vocab", to=132),
+    _set("geometry", "context", to=321),
+    _set("geometry", "layers", to=1),
+    _set("format", to=2),
+    _set("more", to=1),
+    _set("cache", to={"dtype": "int4"}),
+    _set("cache", to={"dtype": "int8"}),
+    _set("cache", "scales", to=[[0.1, 0.1]]),
+    _set("cache", "scales", to=[[0.1, 0.0]] * 2),
+    _set("cache", "scales", to=[[0.1, float("nan")]] * 2),
+    _set("cache", "scales", to=[[0.1]] * 2),
+    _set("files", to=["no such file"]),
+    _set("tensors", to={"t": {"file": 0, "offset": 0, "dtype": "U8", "shape": [1]}}),
+    _set("tensors", to={"t": {"file": 0, "offset": 0, "dtype": "U8"}}),
+    _set("weights", "0.q", "bits", to=8),
+    _set("weights", "0.q", "bits", to=5),
+    _set("weights", "0.q", "packed", to="nothing"),
+    _set("weights", "0.q", "scale", to="embed_packed"),
+    _set("weights", "0.q", "scale", to="embed_scale"),
+    _set("weights", "0.q", "bias", to="n0"),
+    _set("registers", 2, to=383),
+    _set("registers", 2, to=0),
+    _set("registers", to=[]),
+    _set("instructions", to=[]),
+    _at("embed", op="jump"),
+    _at("embed", out=12),
+    _at("embed", out=-1),
+    _at("embed", out=None),
+    _at("embed", out=2),
+    _at("embed", weight="0.o"),
+    _at("rms_norm", weight="cos"),
+    _at("rms_norm", weight="missing"),
+    _at("rms_norm", **{"in": 5}),
+    _at("add_norm", sum=1),
+    _at("linear", weights=["0.q", "0.k"]),
+    _at("linear", weights=["0.q", "0.k", "0.gate"]),
+    _at("linear", out=[2, 3, 3]),
+    _at("linear", out=[2, 3, 1]),
+    _at("linear", weights=[], out=[]),
+    _at("rope_cache", layer=2),
+    _at("rope_cache", layer=-1),
+    _at("rope_cache", layer=1),
+    _at("rope_cache", cos="n0"),
+    _at("rope_cache", q=3),
+    _at("rope_cache", k=2),
+    _at("attention", out=2),
+    _at("attention", layer=1),
+    _at("silu_mul", up=2),
+    _at("rows", out=1),
+    _at("head", **{"in": 1}),
+    _at("head", weight="0.q"),
+    lambda p, _: p["instructions"].pop(),
+    lambda p, _: p["instructions"].append(p["instructions"][-1]),
+    lambda p, _: p["instructions"].pop(1),
+    lambda p, _: p["instructions"].reverse(),
+    lambda _, a: a.update(cos=a["cos"][:100]),
+    lambda _, a: a.update(cos=a["cos"].astype(np.float64)),
+    lambda _, a: a.update(cos=a["cos"][:, ::2]),
+    lambda _, a: a.update({"0.q_packed": a["0.q_packed"][:-1]}),
+    lambda _, a: a.update({"0.q_scale": a["0.q_scale"][:-1]}),
+    lambda _, a: a.update({"0.q_scale": np.ones((384, 5), np.float16)}),
+]
+
+
+@pytest.mark.parametrize("change", BROKEN, ids=range(len(BROKEN)))
+def test_broken_program_is_an_error(change: Change) -> None:
+    program, arrays = copy.deepcopy(MODEL.program), dict(MODEL.arrays)
+    change(program, arrays)
+    with pytest.raises(hk.ProgramError):
+        hk.Engine(program, arrays)
+
+
+@pytest.mark.parametrize(
+    "options", [{"slots": 0}, {"slots": -1}, {"slots": 1 << 31}, {"context": 0}, {"context": 321}, {"threads": -1},
+                {"threads": 5000}, {"isa": "no such"}, {"slots": True}],
+    ids=str,
+)  # fmt: skip
+def test_broken_options_are_errors(options: dict[str, Any]) -> None:
+    with pytest.raises(hk.ProgramError):
+        hk.Engine(MODEL.program, MODEL.arrays, **options)
+
+
+SPANS: list[Any] = [
+    [],
+    [(2, 0, [1], [0])],
+    [(-1, 0, [1], [0])],
+    [(0, 4, [1], [0])],
+    [(1, 1, [1], [0])],
+    [(0, -1, [1], [0])],
+    [(0, 0, [], [])],
+    [(0, 0, [131], [0])],
+    [(0, 0, [-1], [0])],
+    [(0, 0, [1] * 321, [0])],
+    [(0, 0, [1], [1])],
+    [(0, 0, [1], [-1])],
+    [(0, 0, [1], [0]), (0, 0, [1], [0])],
+    [(0, 0, [1], [0]), (1, 0, [1], [5])],
+    [(0, 0, [1.5], [0])],
+    [(0, 0, [[1]], [0])],
+    [(0, 0, [1 << 40], [0])],
+    [(0, 1 << 40, [1], [0])],
+    [(None, 0, [1], [0])],
+]
+
+
+def test_broken_spans_are_errors_and_the_engine_goes_on(isa: str) -> None:
+    with hk.Engine(MODEL.program, MODEL.arrays, slots=2, isa=isa) as engine:
+        before = engine.run([(0, 0, [1, 2, 3], [2])])
+        for spans in SPANS:
+            with pytest.raises(hk.SpanError):
+                engine.run(spans)
+            assert engine.length(0) == 3 and engine.length(1) == 0
+        np.testing.assert_array_equal(engine.run([(0, 0, [1, 2, 3], [2])]), before)
+        engine.run([(0, 0, [1] * 320, [])])  # the whole context
+        with pytest.raises(hk.SpanError):
+            engine.run([(0, 320, [1], [0])])
+
+
+def test_broken_moves_are_errors(isa: str) -> None:
+    with hk.Engine(MODEL.program, MODEL.arrays, slots=2, isa=isa) as engine:
+        engine.run([(0, 0, [1, 2, 3], [])])
+        data = engine.read(0, 0, 3)
+        for call in (
+            lambda: engine.copy(0, 2, 1), lambda: engine.copy(-1, 0, 1), lambda: engine.copy(0, 1, 4),
+            lambda: engine.copy(0, 1, -1), lambda: engine.read(0, 0, 4), lambda: engine.read(0, 2, 1),
+            lambda: engine.read(3, 0, 1), lambda: engine.write(1, 1, 4, data), lambda: engine.write(1, 0, 3, data[:-1]),
+            lambda: engine.write(1, 0, 2, data), lambda: engine.write(1, 0, 321, data), lambda: engine.length(2),
+            lambda: engine.write(1, -1, 2, data),
+        ):  # fmt: skip
+            with pytest.raises(hk.SpanError):
+                call()
+        engine.write(1, 0, 3, data)
+        assert engine.read(1, 0, 3) == data
+
+
+def test_files_are_mapped_and_short_ones_refused(tmp_path: Path) -> None:
+    program, arrays = copy.deepcopy(MODEL.program), dict(MODEL.arrays)
+    blob = b"x" * 64
+    for name in [n for n in arrays if n.endswith("_packed")]:
+        array = arrays.pop(name)
+        program["tensors"][name] = {"file": 0, "offset": len(blob), "dtype": "U8", "shape": list(array.shape)}
+        blob += array.tobytes()
+    path = tmp_path / "weights"
+    path.write_bytes(blob)
+    program["files"] = [str(path)]
+    with hk.Engine(program, arrays) as mapped, hk.Engine(MODEL.program, MODEL.arrays) as in_memory:
+        np.testing.assert_array_equal(mapped.run([(0, 0, [5, 6], [0, 1])]), in_memory.run([(0, 0, [5, 6], [0, 1])]))
+    path.write_bytes(blob[:-1])
+    with pytest.raises(hk.ProgramError, match="bytes"):
+        hk.Engine(program, arrays)
+    path.write_bytes(b"")
+    with pytest.raises(hk.ProgramError, match="empty"):
+        hk.Engine(program, arrays)
+
+
+def test_cancel_stops_between_steps_and_a_second_caller_is_told(isa: str) -> None:
+    model = decoder(1, layers=24, context=320)
+    with hk.Engine(model.program, model.arrays, threads=2, isa=isa) as engine:
+        outcome: list[Exception] = []
+
+        def run() -> None:
+            try:
+                while True:
+                    engine.run([(0, 0, [1] * 320, [])])
+            except hk.Cancelled as error:
+                outcome.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        busy = False
+        while not busy:
+            try:
+                engine.length(0)
+            except RuntimeError as error:
+                busy = "another thread" in str(error)
+        while thread.is_alive():
+            engine.cancel()
+            time.sleep(0.001)
+        thread.join()
+        assert len(outcome) == 1
+        assert engine.length(0) == 0
+        assert engine.run([(0, 0, [1], [0])]).shape == (1, 131)
+
+
+def test_a_closed_engine_says_so() -> None:
+    engine = hk.Engine(MODEL.program, MODEL.arrays)
+    engine.close()
+    engine.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.run([(0, 0, [1], [0])])
+
+
+def test_stats_count() -> None:
+    with hk.Engine(MODEL.program, MODEL.arrays, threads=2) as engine:
+        engine.run([(0, 0, [1, 2], [0])])
+        stats = engine.stats
+        assert stats["runs"] == 1 and stats["tokens"] == 2 and stats["meetings"] > 10
+        assert stats["seconds"]["linear"] > 0
+
+
+def test_environment_forces_a_variant() -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import headrace_kernels as hk; from programs import decoder;"
+        "m = decoder(0); print(hk.Engine(m.program, m.arrays).isa)"
+    )
+    for isa in hk.available_isas():
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(Path(__file__).parent)],
+            env={**os.environ, "HEADRACE_ISA": isa}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert done.stdout.strip() == isa
