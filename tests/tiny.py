@@ -227,10 +227,15 @@ def write_gguf(
     type: str = "F32",
     linear_scaling: float | None = None,
     rope_factors: NDArray[np.float32] | None = None,
+    architecture: str = "llama",
+    biases: Sequence[str] = (),
 ) -> Path:
-    """The weights of `write_llama` of the same seed as a GGUF; `type`: F32, F16, BF16, Q4_0 … Q8_0 for matrices."""
-    tensors = llama_tensors(seed, Shape(layers, hidden, heads, kv_heads, head_dim, ffn, vocab), tied)
-    writer = gguf.GGUFWriter(path, "llama")
+    """The weights of `write_llama` (`write_baichuan`, `write_qwen2`) of the same seed and shape as a GGUF.
+
+    `type`: F32, F16, BF16, Q4_0 … Q8_0 for matrices; `biases`: as for `llama_tensors`.
+    """
+    tensors = llama_tensors(seed, Shape(layers, hidden, heads, kv_heads, head_dim, ffn, vocab), tied, biases)
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(layers)
     writer.add_context_length(MAX_POSITIONS)
     writer.add_embedding_length(hidden)
@@ -252,9 +257,9 @@ def write_gguf(
     writer.add_token_list([f"<{i}>" for i in range(vocab)])
     kind = gguf.GGMLQuantizationType[type]
     for name, tensor in tensors.items():
-        if name.endswith("q_proj.weight"):
+        if architecture != "qwen2" and "q_proj" in name:
             tensor = permute(tensor, heads)
-        elif name.endswith("k_proj.weight"):
+        elif architecture != "qwen2" and "k_proj" in name:
             tensor = permute(tensor, kv_heads)
         if tensor.ndim == 2:
             writer.add_tensor(_gguf_name(name), gguf.quants.quantize(tensor, kind), raw_dtype=kind)
@@ -268,9 +273,9 @@ def write_gguf(
 
 
 def permute(weight: NDArray[Any], heads: int) -> NDArray[Any]:
-    """llama.cpp's order of a q or k matrix's rows: the halves of a head interleaved."""
-    rows, columns = weight.shape
-    return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+    """llama.cpp's order of a q or k matrix's rows, or of a bias: the halves of a head interleaved."""
+    by_half = weight.reshape(heads, 2, len(weight) // heads // 2, *weight.shape[1:])
+    return by_half.swapaxes(1, 2).reshape(weight.shape)
 
 
 @dataclass(frozen=True)

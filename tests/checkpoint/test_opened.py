@@ -6,15 +6,27 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from headrace.checkpoint import open_checkpoint
 from headrace.errors import CheckpointError, ConfigError, UserError
-from tests.tiny import write_baichuan, write_gguf, write_llama
+from tests.tiny import (
+    MAX_POSITIONS,
+    MLP,
+    OUTPUT,
+    QKV,
+    write_baichuan,
+    write_gguf,
+    write_llama,
+    write_mistral,
+    write_qwen2,
+)
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
@@ -94,6 +106,55 @@ def test_tied_head_is_the_embedding(tmp_path: Path) -> None:
 def test_folder_and_gguf_state_the_same_geometry(tmp_path: Path) -> None:
     folder, file = write_llama(tmp_path / "a"), write_gguf(tmp_path / "b.gguf")
     assert open_checkpoint(folder).config == open_checkpoint(file).config
+
+
+BAICHUAN2 = {"vocab": 125_696, "hidden": 16, "heads": 2, "ffn": 24, "layers": 1}  # what tells the generation
+
+
+@pytest.mark.parametrize("kind", ["llama with biases", "qwen2", "baichuan", "baichuan2"])
+def test_a_gguf_of_any_architecture_is_its_folder(tmp_path: Path, kind: str) -> None:
+    """The converter interleaves q and k of some, takes W_pack apart, and leaves Baichuan2's head as it was."""
+    folder, file = tmp_path / "folder", tmp_path / "model.gguf"
+    if kind == "llama with biases":
+        write_llama(folder, attention_bias=True, mlp_bias=True)
+        write_gguf(file, biases=(*QKV, *OUTPUT, *MLP))
+    elif kind == "qwen2":
+        write_qwen2(folder)
+        write_gguf(file, architecture="qwen2", biases=QKV)
+    else:
+        shape = BAICHUAN2 if kind == "baichuan2" else {"hidden": 64, "heads": 4}
+        write_baichuan(folder, 2 if kind == "baichuan2" else 1, **shape)
+        heads = {"kv_heads": shape["heads"], "head_dim": shape["hidden"] // shape["heads"]}
+        write_gguf(file, architecture="baichuan", **shape, **heads)
+    ours, theirs = open_checkpoint(file).config, open_checkpoint(folder).config
+    assert replace(ours, rope_theta=theirs.rope_theta, rms_norm_eps=theirs.rms_norm_eps) == theirs
+    expected = all_weights(folder)
+    for name, weight in all_weights(file).items():
+        np.testing.assert_array_equal(weight, expected[name], err_msg=name)
+
+
+def test_a_head_that_is_normalised_already_stays(tmp_path: Path) -> None:
+    """Some converters wrote Baichuan2's head normalised: dividing by 1 changes nothing that float32 would show."""
+    folder = write_baichuan(tmp_path, 2)
+    once = all_weights(folder)["lm_head.weight"]
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "lm_head.weight": once}, folder / "model.safetensors")
+    np.testing.assert_allclose(all_weights(folder)["lm_head.weight"], once, rtol=1e-6)
+
+
+def test_a_window_ends_the_context(tmp_path: Path) -> None:
+    """Attention has no window here: up to its length it is the same, so the context is no longer."""
+    windowed = open_checkpoint(write_mistral(tmp_path / "m", sliding_window=128)).config
+    assert (windowed.max_context, windowed.sliding_window) == (128, 128)
+    wide = open_checkpoint(write_mistral(tmp_path / "w", sliding_window=MAX_POSITIONS)).config
+    assert (wide.max_context, wide.sliding_window) == (MAX_POSITIONS, None)
+    assert open_checkpoint(write_mistral(tmp_path / "n")).config.max_context == MAX_POSITIONS
+    folder = write_mistral(tmp_path / "d", max_position_embeddings=32768)
+    edit_config(folder, sliding_window=...)
+    assert open_checkpoint(folder).config.max_context == 4096, "MistralConfig's default window"
+    assert open_checkpoint(write_qwen2(tmp_path / "q")).config.max_context == MAX_POSITIONS
+    sliding = open_checkpoint(write_qwen2(tmp_path / "s", use_sliding_window=True)).config
+    assert (sliding.max_context, sliding.sliding_window) == (32, 32)
 
 
 def test_provenance(tmp_path: Path) -> None:

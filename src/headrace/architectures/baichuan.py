@@ -2,8 +2,8 @@
 
 `BaiChuanForCausalLM` (v1) has a plain head; `BaichuanForCausalLM` (v2) has NormHead, a head whose rows are divided by
 their L2 norm, folded here so that nobody after the checkpoint knows of it. The 13B models replace rotary positions by
-ALiBi and are refused. Source: Baichuan2 technical report (2309.10305) and its modeling_baichuan.py. Knows nothing
-about files.
+ALiBi and are refused. A GGUF has q, k and v apart and its head as it was, which its reader says with the key w_pack:
+false. Source: Baichuan2 technical report (2309.10305) and its modeling_baichuan.py. Knows nothing about files.
 """
 
 from __future__ import annotations
@@ -71,13 +71,15 @@ def sources(config: ModelConfig, raw: Mapping[str, Any]) -> dict[str, Source]:
     if norm_head and config.tied_head:
         raise ConfigError("tie_word_embeddings is true, but NormHead is never the embedding; expected false")
     table = llama_sources(config)
+    table[HEAD] = replace(table[HEAD], unit_rows=norm_head)
+    if not boolean(raw, "w_pack", True):
+        return table
     h = config.hidden_size
     for layer in range(config.num_layers):
         packed = f"model.layers.{layer}.self_attn.W_pack.weight"
         for third, role in enumerate((Role.QUERY, Role.KEY, Role.VALUE)):
             rows = (third * h, (third + 1) * h)
             table[find_weight(config, role, layer).name] = Source(packed, (3 * h, h), rows)
-    table[HEAD] = replace(table[HEAD], unit_rows=norm_head)
     return table
 
 

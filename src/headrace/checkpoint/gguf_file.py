@@ -100,11 +100,12 @@ class GgufTensor:
     blocks: NDArray[np.uint8]
 
     def lazy(self, order: NDArray[np.intp] | None = None) -> LazyTensor:
-        """As float32 rows; row i is row order[i] of the file where an order is given."""
+        """As float32 rows (of a vector: values); row i is row order[i] of the file where an order is given."""
 
         def read(start: int, stop: int) -> NDArray[np.float32]:
             if len(self.shape) == 1:  # one row of blocks; its values are the tensor's rows
-                return self._decode(self.blocks)[start:stop]
+                values = self._decode(self.blocks)
+                return values[start:stop] if order is None else values[order[start:stop]]
             return self._decode(self.blocks[start:stop] if order is None else self.blocks[order[start:stop]])
 
         return LazyTensor(self.shape, self.kind.name, read)

@@ -1,7 +1,8 @@
-"""A llama GGUF under Hugging Face's keys and names, so that architectures/ see one kind of model.
+"""A GGUF under Hugging Face's keys and names, so that architectures/ see one kind of model.
 
-llama.cpp's converter interleaves the two halves of each q and k head (its rotary pairs are neighbours); the rows are
-put back here. Source: llama.cpp's convert_hf_to_gguf.py (`LlamaModel.permute`) and gguf-py's constants.
+llama.cpp's converter interleaves the two halves of each q and k head of some architectures (their rotary pairs become
+neighbours); the rows are put back here. It takes Baichuan's W_pack apart and stores the head as it was.
+Source: llama.cpp's convert_hf_to_gguf.py (`LlamaModel.permute`, `BaichuanModel`) and gguf-py's constants.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from numpy.typing import NDArray
 
 from headrace.checkpoint.gguf_file import GgufFile, GgufTensor, read_gguf
 from headrace.checkpoint.raw import RawModel
-from headrace.checkpoint.tensor import LazyTensor
 from headrace.errors import CheckpointError, ConfigError, did_you_mean
 
 __all__ = ["read_gguf_model"]
 
-KNOWN = ("llama",)
+BAICHUAN2_VOCABULARY = 125_696  # of all models of the second generation; the first one's have 64,000
+
+# Architectures, and whether the converter interleaves the halves of their q and k heads.
+INTERLEAVED = {"llama": True, "baichuan": True, "qwen2": False}
 
 OUTER = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -34,17 +37,43 @@ INNER = {
     "attn_q.weight": "self_attn.q_proj.weight",
     "attn_k.weight": "self_attn.k_proj.weight",
     "attn_v.weight": "self_attn.v_proj.weight",
+    "attn_q.bias": "self_attn.q_proj.bias",
+    "attn_k.bias": "self_attn.k_proj.bias",
+    "attn_v.bias": "self_attn.v_proj.bias",
     "attn_output.weight": "self_attn.o_proj.weight",
+    "attn_output.bias": "self_attn.o_proj.bias",
     "ffn_norm.weight": "post_attention_layernorm.weight",
     "ffn_gate.weight": "mlp.gate_proj.weight",
+    "ffn_gate.bias": "mlp.gate_proj.bias",
     "ffn_up.weight": "mlp.up_proj.weight",
+    "ffn_up.bias": "mlp.up_proj.bias",
     "ffn_down.weight": "mlp.down_proj.weight",
+    "ffn_down.bias": "mlp.down_proj.bias",
+}
+# Tensors of a layer whose rows come in heads, and the key that says how many.
+BY_HEAD = {
+    "attn_q.weight": "num_attention_heads",
+    "attn_q.bias": "num_attention_heads",
+    "attn_k.weight": "num_key_value_heads",
+    "attn_k.bias": "num_key_value_heads",
 }
 ROPE_FACTORS = "rope_freqs.weight"
+# config.json's keys and the header's, without the architecture in front.
+KEYS = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+    "max_position_embeddings": "context_length",
+}
 
 
 def read_gguf_model(path: Path) -> RawModel:
-    """Open a GGUF of a llama model; only its header is read.
+    """Open a GGUF of a known architecture; only its header is read.
 
     Raises:
         CheckpointError: the file is damaged, or has no tensors.
@@ -52,84 +81,86 @@ def read_gguf_model(path: Path) -> RawModel:
     """
     file = read_gguf(path)
     name = file.metadata.get("general.architecture")
-    if name not in KNOWN:
+    if name not in INTERLEAVED:
         raise ConfigError(
-            f"{path} is of GGUF architecture {name!r}, which is not known; known is {', '.join(KNOWN)}"
-            f"{did_you_mean(str(name), KNOWN)}"
+            f"{path} is of GGUF architecture {name!r}, which is not known; known are {', '.join(INTERLEAVED)}"
+            f"{did_you_mean(str(name), INTERLEAVED)}"
         )
     if not file.tensors:
         raise CheckpointError(f"{path} has no tensors (a vocabulary alone); expected a whole model")
-    config = _config(path, file)
+    config = _config(path, file, name)
     tensors = {}
     for ours, tensor in file.tensors.items():
         if ours == ROPE_FACTORS:
             continue
-        theirs = _hugging_face_name(ours)
-        tensors[theirs] = _in_order(path, theirs, tensor, config)
+        layer = LAYER.fullmatch(ours)
+        heads = BY_HEAD.get(layer[2]) if layer is not None and INTERLEAVED[name] else None
+        order = None if heads is None else _order(path, ours, tensor, config, heads)
+        tensors[_hugging_face_name(ours)] = tensor.lazy(order)
     return RawModel(config, tensors, file.files, metadata=file.metadata)
 
 
-def _config(path: Path, file: GgufFile) -> dict[str, Any]:
-    """The header's llama.* keys as a config.json."""
+def _config(path: Path, file: GgufFile, architecture: str) -> dict[str, Any]:
+    """The header's keys, which begin with the architecture's name, as a config.json."""
     meta: Mapping[str, Any] = file.metadata
-    if meta.get("llama.expert_count"):
-        raise ConfigError(f"{path} is a mixture of {meta['llama.expert_count']} experts, which is not supported")
+    if meta.get(f"{architecture}.expert_count"):
+        experts = meta[f"{architecture}.expert_count"]
+        raise ConfigError(f"{path} is a mixture of {experts} experts, which is not supported")
     for key in ("embedding_length", "attention.head_count"):
-        if f"llama.{key}" not in meta:
-            raise ConfigError(f"{path} has no llama.{key}; expected a whole llama model's header")
+        if f"{architecture}.{key}" not in meta:
+            raise ConfigError(f"{path} has no {architecture}.{key}; expected a whole model's header")
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         raise CheckpointError(f"{path} lacks tensor 'token_embd.weight'; expected a whole model")
+    said = {theirs: meta.get(f"{architecture}.{ours}") for theirs, ours in KEYS.items()}
     config = {
-        "model_type": "llama",
-        "hidden_size": meta["llama.embedding_length"],
-        "intermediate_size": meta.get("llama.feed_forward_length"),
-        "num_hidden_layers": meta.get("llama.block_count"),
-        "num_attention_heads": meta["llama.attention.head_count"],
-        "num_key_value_heads": meta.get("llama.attention.head_count_kv"),
-        "head_dim": meta.get("llama.attention.key_length"),
-        "rms_norm_eps": meta.get("llama.attention.layer_norm_rms_epsilon"),
-        "rope_theta": meta.get("llama.rope.freq_base"),
-        "max_position_embeddings": meta.get("llama.context_length"),
-        "vocab_size": meta.get("llama.vocab_size", embedding.shape[0]),
+        **said,
+        "model_type": architecture,
+        "vocab_size": meta.get(f"{architecture}.vocab_size", embedding.shape[0]),
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "rope_scaling": _rope_scaling(path, file),
+        "rope_scaling": _rope_scaling(path, file, architecture),
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
+        "w_pack": False,
     }
+    if architecture == "baichuan":
+        second = config["vocab_size"] == BAICHUAN2_VOCABULARY
+        config["architectures"] = ["BaichuanForCausalLM" if second else "BaiChuanForCausalLM"]
     missing = [key for key in ("intermediate_size", "num_hidden_layers", "max_position_embeddings") if not config[key]]
     if missing:
-        raise ConfigError(f"{path} does not state {', '.join(missing)}; expected a whole llama model's header")
+        raise ConfigError(f"{path} does not state {', '.join(missing)}; expected a whole model's header")
     config["rms_norm_eps"] = _shortest(config["rms_norm_eps"])
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     if not isinstance(heads, int) or not isinstance(hidden, int) or heads < 1:
         raise ConfigError(f"{path}: head_count {heads!r} and embedding_length {hidden!r} are not whole numbers above 0")
     head_dim = config["head_dim"] or hidden // heads
-    turned = meta.get("llama.rope.dimension_count", head_dim)
-    if turned != head_dim or meta.get("llama.attention.value_length", head_dim) != head_dim:
+    turned = meta.get(f"{architecture}.rope.dimension_count", head_dim)
+    if turned != head_dim or meta.get(f"{architecture}.attention.value_length", head_dim) != head_dim:
         raise ConfigError(
             f"{path} turns {turned} of {head_dim} dimensions of a head; expected all, and values as wide as keys"
         )
     return config
 
 
-def _rope_scaling(path: Path, file: GgufFile) -> dict[str, Any] | None:
+def _rope_scaling(path: Path, file: GgufFile, architecture: str) -> dict[str, Any] | None:
     """Hugging Face's rope_scaling, from the header or from the table of frequency divisors.
 
     The table is how llama.cpp stores llama3's scaling; its parameters are the published ones, and the table must agree
     with them.
     """
     meta: Mapping[str, Any] = file.metadata
-    kind = meta.get("llama.rope.scaling.type", "none")
+    kind = meta.get(f"{architecture}.rope.scaling.type", "none")
     if kind == "linear":
-        return {"rope_type": "linear", "factor": meta.get("llama.rope.scaling.factor", 0.0)}
+        return {"rope_type": "linear", "factor": meta.get(f"{architecture}.rope.scaling.factor", 0.0)}
     if kind != "none":
         raise ConfigError(
             f"{path}: rope scaling {kind!r} is not supported; expected 'none', 'linear' or llama3's table"
         )
-    if "llama.rope.scale_linear" in meta:
-        return {"rope_type": "linear", "factor": meta["llama.rope.scale_linear"]}
+    if (stretched := meta.get(f"{architecture}.rope.scale_linear")) is not None:
+        return {"rope_type": "linear", "factor": stretched}
     if ROPE_FACTORS not in file.tensors:
         return None
-    base = meta.get("llama.rope.freq_base", 10000.0)
+    base = meta.get(f"{architecture}.rope.freq_base", 10000.0)
     factors = file.tensors[ROPE_FACTORS].lazy().load()
     if not isinstance(base, float) or base <= 1 or factors.ndim != 1 or not np.isfinite(factors).all():
         raise ConfigError(
@@ -162,20 +193,13 @@ def _hugging_face_name(name: str) -> str:
     return f"model.layers.{layer[1]}.{INNER.get(layer[2], layer[2])}"
 
 
-def _in_order(path: Path, name: str, tensor: GgufTensor, config: Mapping[str, Any]) -> LazyTensor:
-    """The tensor with Hugging Face's order of rows."""
-    if name.endswith("q_proj.weight"):
-        heads = config["num_attention_heads"]
-    elif name.endswith("k_proj.weight"):
-        heads = config["num_key_value_heads"] or config["num_attention_heads"]
-    else:
-        return tensor.lazy()
-    rows = tensor.shape[0]
+def _order(path: Path, name: str, tensor: GgufTensor, config: Mapping[str, Any], key: str) -> NDArray[np.intp]:
+    """Hugging Face's order of the rows of a tensor that has as many heads as `key` of the config says."""
+    heads, rows = config[key] or config["num_attention_heads"], tensor.shape[0]
     if not isinstance(heads, int) or heads < 1 or rows % (2 * heads):
         raise CheckpointError(f"{path}: {name!r} has {rows} rows; expected a multiple of twice its {heads} heads")
     # The file's row (head, pair, half) is Hugging Face's row (head, half, pair).
-    order = np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
-    return tensor.lazy(order)
+    return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
 
 
 def _shortest(value: Any) -> Any:
