@@ -59,6 +59,7 @@ class GenieAnswers:
         plan, runner = self._emulated.plan, self._open(options)
         if plan.bos is not None and ids and ids[0] == plan.bos:
             ids = ids[1:]  # Genie puts it there itself
+        answer.usage.prompt_tokens = len(ids)
         last: Token | None = None
         with closing(runner.query_tokens(ids, answer.limits.max_tokens, rewind=True)) as tokens:
             for made in tokens:

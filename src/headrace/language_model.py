@@ -16,7 +16,7 @@ from headrace.errors import ContextFull, TargetError
 from headrace.progress import Progress, silent
 from headrace.runners import Options, find_runner
 from headrace.runtime.answer import Answer, Answerer, Limits, Token
-from headrace.runtime.engine import Engine
+from headrace.runtime.engine import PREFIX_BYTES, Engine
 from headrace.runtime.runner import Runner
 from headrace.runtime.sampling import SamplingOptions
 from headrace.text.tokenizer import Tokenizer, load_tokenizer
@@ -212,6 +212,7 @@ def load(
     runner: str | None = None,
     threads: int | None = None,
     slots: int = SLOTS,
+    prefix_bytes: int = PREFIX_BYTES,
     progress: Progress = silent,
 ) -> LanguageModel:
     """Open a bundle and make it ready to run.
@@ -222,6 +223,7 @@ def load(
             "genie" (Qualcomm's Genie over binaries in HTP emulation); None takes the fastest that is installed.
         threads: size of the thread pool, physical cores by default.
         slots: conversations held at once; their cache takes memory only as it fills.
+        prefix_bytes: most bytes of caches kept of conversations whose slots were needed; see `Engine`.
         progress: told what is being made before the first use (emulation binaries).
 
     Raises:
@@ -231,4 +233,4 @@ def load(
     opener = find_runner(runner)
     opened = open_bundle(Path(bundle))
     made = opener(opened, Options(threads=threads, slots=slots, progress=progress))
-    return LanguageModel(opened, Engine(made) if isinstance(made, Runner) else made)
+    return LanguageModel(opened, Engine(made, prefix_bytes=prefix_bytes) if isinstance(made, Runner) else made)

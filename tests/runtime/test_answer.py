@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from headrace.errors import ContextFull
+from headrace.errors import ContextFull, UserError
 from headrace.runtime.answer import Answer, Limits, Token
 from headrace.runtime.engine import Engine
 from headrace.runtime.runner import Logits
@@ -195,3 +195,28 @@ def test_a_cancelled_request_frees_its_slot_at_once(tokenizer: Tokenizer) -> Non
     first.cancel()
     assert [request for request, _ in engine.step()] == [second]
     assert first.done
+
+
+def test_several_answers_of_one_prompt_need_one_prefill(tokenizer: Tokenizer) -> None:
+    """Each with random numbers of its own, as it would answer alone; one waits until the first has said something."""
+    prompt = [7] * 30
+    runner = random_model(tokenizer, 3)
+    engine = Engine(runner)
+    options = [SamplingOptions(temperature=1.0, seed=seed) for seed in range(3)]
+    first = engine.submit(prompt, options[0], Answer(tokenizer, Limits(5)))
+    others = [engine.submit(prompt, o, Answer(tokenizer, Limits(5)), after=first) for o in options[1:]]
+    found: dict[int, list[int]] = {}
+    while not engine.idle:
+        for request, token in engine.step():
+            found.setdefault(id(request), []).append(token.id)
+    for request, own in zip((first, *others), options):
+        alone = Engine(random_model(tokenizer, 1)).answer(prompt, own, Answer(tokenizer, Limits(5)))
+        assert found[id(request)] == [token.id for token in alone]
+    usage = [request.answer.usage for request in (first, *others)]
+    assert [(u.prompt_tokens, u.cached_tokens, u.tokens) for u in usage] == [(30, 0, 5), (30, 29, 5), (30, 29, 5)]
+    assert runner.computed == 30 + 2 * 1 + 3 * 4
+
+
+def test_no_tokens_are_no_request(tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match="max_tokens is 0; expected 1 or more"):
+        Engine(random_model(tokenizer, 1)).submit([5], GREEDY, Answer(tokenizer, Limits(0)))

@@ -34,21 +34,32 @@ def scripted(context: int = 32, slots: int = 1, prompt_length: int = 4) -> Scrip
 ids_of = st.lists(st.integers(0, 2), max_size=20)
 
 
-@given(sequences=st.lists(ids_of.filter(bool), min_size=1, max_size=6), size=st.integers(1, 9), slots=st.integers(1, 3))
+@given(
+    sequences=st.lists(ids_of.filter(bool), min_size=1, max_size=8),
+    size=st.integers(1, 9),
+    slots=st.integers(1, 3),
+    prefix_bytes=st.sampled_from([0, 80, 1 << 20]),
+)
 def test_whatever_was_said_before_logits_are_those_of_the_whole(
-    sequences: list[list[int]], size: int, slots: int
+    sequences: list[list[int]], size: int, slots: int, prefix_bytes: int
 ) -> None:
     runner = scripted(prompt_length=size, slots=slots)
-    engine = Engine(runner)
-    for ids in sequences:
-        before = runner.computed
+    engine = Engine(runner, prefix_bytes=prefix_bytes)
+    for number, ids in enumerate(sequences):
         sequence = engine.open(ids)
-        reused = sequence.held
         np.testing.assert_array_equal(engine.extend(sequence), expected(ids))
         assert sequence.slot is not None
         assert sequence.tokens == ids == runner.cache[sequence.slot]
-        assert runner.computed - before == len(ids) - reused
-        engine.release(sequence)
+        if number % 2:
+            engine.release(sequence)
+        engine.prefixes.check_integrity()
+
+
+def last_prompt(runner: ScriptedRunner) -> list[tuple[int, int, int]]:
+    """(slot, start, tokens) of what was computed since the last look."""
+    spans = [(span.slot, span.start, len(span.ids)) for span in runner.spans]
+    runner.calls.clear()
+    return spans
 
 
 def test_a_finished_conversation_is_gone_on_with() -> None:
@@ -77,21 +88,54 @@ def test_a_long_prefix_is_copied_when_its_owner_goes_on_or_has_more(released: bo
     engine.extend(one)
     if released:
         engine.release(one)
-    other = engine.open([*system, 2, 2])
-    assert (other.slot, other.held) == (1, 40)
-    np.testing.assert_array_equal(engine.extend(other), expected([*system, 2, 2]))
+    last_prompt(runner)
+    np.testing.assert_array_equal(engine.extend(engine.open([*system, 2, 2])), expected([*system, 2, 2]))
+    assert last_prompt(runner) == [(1, 40, 2)]
     assert runner.cache[0] == [*system, *[1] * 30], "the first conversation is still there"
 
 
 def test_a_short_prefix_is_not_worth_a_slot() -> None:
-    engine = Engine(scripted(context=128, slots=2, prompt_length=8))
+    runner = scripted(context=128, slots=2, prompt_length=8)
+    engine = Engine(runner)
     one = engine.open([1] * 40)
     engine.extend(one)
     engine.release(one)
-    other = engine.open([1] * 10 + [2] * 10)
-    assert (other.slot, other.held) == (None, 0)
-    engine.extend(other)
-    assert other.slot == 1, "an empty slot is taken before one that holds something"
+    last_prompt(runner)
+    engine.extend(engine.open([1] * 10 + [2] * 10))
+    assert last_prompt(runner)[0] == (1, 0, 8), "an empty slot is taken before one that holds something"
+
+
+@pytest.mark.parametrize("released", [False, True])
+@pytest.mark.parametrize("prefix_bytes", [0, 1 << 20])
+def test_conversations_outlive_their_slots(released: bool, prefix_bytes: int) -> None:
+    """With memory for it, a conversation that lost its slot goes on where it was; else it is computed again."""
+    runner = scripted(context=256, slots=1, prompt_length=256)
+    engine = Engine(runner, prefix_bytes=prefix_bytes)
+    talks = [[first, *([5] * 150)] for first in (1, 2)]
+    sequences = [engine.open(ids) for ids in talks]
+    for sequence in sequences:
+        engine.extend(sequence)
+        if released:
+            engine.release(sequence)
+    last_prompt(runner)
+    first = engine.open([*talks[0], 7]) if released else sequences[0]
+    if not released:
+        first.extend([7])
+    np.testing.assert_array_equal(engine.extend(first), expected([*talks[0], 7]))
+    assert last_prompt(runner) == [(0, 151, 1) if prefix_bytes else (0, 0, 152)]
+
+
+def test_what_is_not_reused_leaves_no_trace() -> None:
+    runner = scripted(slots=1, prompt_length=32)
+    engine = Engine(runner)
+    for _ in range(2):
+        sequence = engine.open([1] * 20, reuse=False)
+        engine.extend(sequence)
+        engine.release(sequence)
+    engine.score([1] * 20)
+    engine.extend(engine.open([1] * 20))
+    assert [(span.start, len(span.ids)) for span in runner.spans] == [(0, 20)] * 4
+    assert engine.prefixes.nbytes == 0
 
 
 def test_chunks_ask_only_for_the_last_token() -> None:
@@ -135,7 +179,7 @@ def test_score_gives_every_row(ids: list[int], chunk: int | None) -> None:
 
 
 def test_more_sequences_than_slots_take_turns() -> None:
-    """The one that waited longest gives its slot up, and is computed again when it goes on."""
+    """The one that waited longest gives its slot up."""
     runner = scripted(slots=2)
     engine = Engine(runner)
     said = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]

@@ -75,13 +75,13 @@ def bench_bundle(
     decode = []
     for _ in range(repeats):
         for length in prompts:
-            sequence = engine.open()  # without its tokens nothing is reused
+            sequence = engine.open(reuse=False)
             started = time.perf_counter()
             int(engine.extend(sequence, ids[:length]).argmax())
             first[length].append(time.perf_counter() - started)
             engine.release(sequence)
             advance()
-        sequence = engine.open()
+        sequence = engine.open(reuse=False)
         logits = engine.extend(sequence, ids[: max(depth, 1)])
         started = time.perf_counter()
         for _ in range(tokens):

@@ -9,14 +9,29 @@ Knows no model and no turn format.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from headrace.runtime.sampling import SamplingOptions
 from headrace.text.streaming import TextStream
 from headrace.text.tokenizer import Tokenizer
 
-__all__ = ["Answer", "Answerer", "Limits", "Token"]
+__all__ = ["Answer", "Answerer", "Limits", "Token", "Usage"]
+
+
+@dataclass
+class Usage:
+    """What an answer took, counted as it goes.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt.
+        cached_tokens: of these, how many were held already and needed no computing.
+        tokens: tokens of the answer, its end token included.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -27,11 +42,13 @@ class Token:
         id: the token.
         text: text that became certain with it; may be empty. All texts joined are the answer.
         finish: on the last one, why: "stop" (an end token or stop string), "length" (max_tokens) or "context".
+        usage: on the last one, what the answer took.
     """
 
     id: int
     text: str
     finish: str | None = None
+    usage: Usage | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -59,7 +76,7 @@ class Answer:
 
     Attributes:
         limits: as given.
-        count: tokens taken.
+        usage: what it took so far.
         finish: why it has ended, or None.
 
     Raises:
@@ -68,7 +85,7 @@ class Answer:
 
     def __init__(self, tokenizer: Tokenizer, limits: Limits, *, continues: bool = False) -> None:
         self.limits = limits
-        self.count = 0
+        self.usage = Usage()
         self.finish: str | None = None
         self._stream = TextStream(tokenizer, limits.stops, continues=continues)
 
@@ -80,19 +97,19 @@ class Answer:
         """
         if self.finish is not None:
             raise ValueError(f"the answer has ended ({self.finish}); it takes no more tokens")
-        self.count += 1
+        self.usage.tokens += 1
         if token in self.limits.stop_ids:
             return self.end(Token(token, ""), "stop")
         made = Token(token, self._stream.push(token))
         if self._stream.stopped:
             return self.end(made, "stop")
-        return self.end(made, "length") if self.count >= self.limits.max_tokens else made
+        return self.end(made, "length") if self.usage.tokens >= self.limits.max_tokens else made
 
     def end(self, token: Token, finish: str) -> Token:
         """End with this token, for a reason that only the caller knows, such as "context"; what of the text was held
         back comes with it."""
         self.finish = finish
-        return Token(token.id, token.text + self._stream.finish(), finish)
+        return replace(token, text=token.text + self._stream.finish(), finish=finish, usage=self.usage)
 
 
 class Answerer(Protocol):

@@ -1,7 +1,7 @@
 """Engine: who computes when, and in which slot; sequences in, logits or answers out.
 
-    sequences   A ── B ── C ── D          more of them than slots: the one that waited longest gives its slot up, and
-                │    │    │               is computed again when it goes on
+    sequences   A ── B ── C ── D          more of them than slots: the one that waited longest gives its slot up; its
+                │    │    │               cache is kept in memory (prefixes.py) or computed again when it goes on
     slots       0    1    2
 
 An engine belongs to one thread: the first that makes it work. Three ways to use it:
@@ -24,12 +24,15 @@ import numpy as np
 
 from headrace.errors import ContextFull
 from headrace.runtime.answer import Answer, Token
+from headrace.runtime.prefixes import BLOCK, Prefixes
 from headrace.runtime.request import Request
 from headrace.runtime.runner import Logits, Runner, Span
 from headrace.runtime.sampling import SamplingOptions
 from headrace.runtime.sequence import Sequence, common_prefix
 
-__all__ = ["Engine"]
+__all__ = ["PREFIX_BYTES", "Engine"]
+
+PREFIX_BYTES = 1 << 29  # of a 7B model 2,000 tokens, of SmolLM2 46,000
 
 # A finished conversation's slot is taken over by a prompt that shares all but so many of its tokens; where more would
 # be lost, what is shared is copied to another slot.
@@ -41,13 +44,17 @@ class Engine:
 
     Args:
         runner: computes.
+        prefix_bytes: most bytes of caches that are kept in memory when their slots are needed, so that a conversation
+            goes on, and prompts that begin alike start, where they can; 0 keeps none.
 
     Attributes:
         runner: as given.
+        prefixes: these caches.
     """
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, *, prefix_bytes: int = PREFIX_BYTES) -> None:
         self.runner = runner
+        self.prefixes = Prefixes(prefix_bytes)
         self._slots: list[Sequence | None] = [None] * runner.slots
         self._waited: list[int] = list(range(runner.slots))  # slots, the longest unused first
         self._requests: list[Request] = []
@@ -74,64 +81,82 @@ class Engine:
                 for _, token in self._advance([request]):
                     yield token
         finally:
-            if request.sequence is not None:
-                self.release(request.sequence)
+            self.release(request.sequence)
 
-    def submit(self, ids: Items[int], options: SamplingOptions, answer: Answer) -> Request:
+    def submit(
+        self, ids: Items[int], options: SamplingOptions, answer: Answer, *, after: Request | None = None
+    ) -> Request:
         """Queue an answer for `step`.
+
+        Args:
+            ids: the prompt.
+            options: how tokens are chosen; each request has random numbers of its own, whatever else runs.
+            answer: becomes text and reason to end.
+            after: an earlier request of the same prompt: this one waits until that prompt is computed, and takes over
+                its cache. So `n` answers need one prefill.
 
         Raises:
             ContextFull: the prompt leaves no room for an answer.
         """
         self._own()
-        request = Request(ids, options, answer, self.context)
+        request = Request(ids, options, answer, self.context, after)
         self._requests.append(request)
         return request
 
     def step(self) -> list[tuple[Request, Token]]:
         """One step of everything that was submitted: the tokens made, none while prompts are computed. A request that
         finds no free slot waits; they begin in the order they were submitted."""
+        self._own()
         for request in self._requests:
             request.done |= request.cancelled
+        self._sweep()
         try:
-            return self._advance([request for request in self._requests if not request.done])
+            return self._advance(self._requests)
         finally:
-            for request in self._requests:
-                if request.done and request.sequence is not None:
-                    self.release(request.sequence)
-            self._requests = [request for request in self._requests if not request.done]
+            self._sweep()
+
+    @property
+    def idle(self) -> bool:
+        """Nothing was submitted that is not done."""
+        return not self._requests
+
+    def _sweep(self) -> None:
+        """Free the slots of what is done."""
+        for request in self._requests:
+            if request.done:
+                self.release(request.sequence)
+        self._requests = [request for request in self._requests if not request.done]
 
     def _advance(self, requests: Items[Request]) -> list[tuple[Request, Token]]:
         """One step of these requests: each whose prompt is done, and one chunk of the first whose prompt is not."""
         self._own()
-        work: list[tuple[Request, Sequence]] = []
-        busy = {r.sequence.slot for r in requests if r.sequence is not None and r.sequence.slot is not None}
+        work: list[Request] = []
+        busy = {r.sequence.slot for r in requests if r.sequence.slot is not None}
         reading = False  # a prompt has a chunk in this step
         for request in requests:
             sequence = request.sequence
-            if sequence is None or sequence.slot is None:
-                if reading or len(busy) >= len(self._slots):
+            if sequence.slot is None:
+                if reading or request.waits or len(busy) >= len(self._slots):
                     continue  # its turn comes
-                if sequence is None:
-                    sequence = request.sequence = self.open(request.prompt, keep=busy)
-                    request.cached_tokens = sequence.held
                 busy.add(self._place(sequence, busy))
+                if not request.answer.usage.tokens:
+                    request.answer.usage.cached_tokens = sequence.held
             if sequence.pending > 1:
                 if reading:
                     continue
                 reading = True
-            work.append((request, sequence))
-        rows = self._run([sequence for _, sequence in work])
-        return [(request, request.take(row)) for (request, _), row in zip(work, rows) if row is not None]
+            work.append(request)
+        rows = self._run([request.sequence for request in work])
+        return [(request, request.take(row)) for request, row in zip(work, rows) if row is not None]
 
     # Sequences and logits
 
-    def open(self, ids: Items[int] = (), *, keep: Collection[int] = ()) -> Sequence:
-        """A new sequence that says `ids`; what another one has in common with it is not computed again.
+    def open(self, ids: Items[int] = (), *, reuse: bool = True) -> Sequence:
+        """A new sequence that says `ids`; it takes a slot when it is first computed.
 
         Args:
             ids: its first tokens.
-            keep: slots that are not to be taken from their sequences.
+            reuse: what another one has in common with it is not computed again.
 
         Raises:
             ContextFull: they do not fit.
@@ -139,30 +164,7 @@ class Engine:
         self._own()
         if len(ids) > self.context:
             raise ContextFull(len(ids), self.context)
-        made = Sequence()
-        made.extend(ids)
-        best, shared = None, 0
-        for slot, other in enumerate(self._slots):
-            if other is not None and (n := common_prefix(other.tokens[: other.held], ids)) > shared:
-                best, shared = slot, n
-        shared = min(shared, len(ids) - 1)  # the last token's logits have to be computed
-        if best is None or shared < 1:
-            return made
-        other = self._slots[best]
-        assert other is not None
-        target = best
-        if not other.released or other.held - shared > _LOST:
-            if shared < _LOST:
-                return made  # not worth a slot
-            free = [s for s in self._waited if s != best and s not in keep and self._free(s)]
-            if free:
-                target = free[0]
-                self.runner.copy(best, target, shared)
-            elif not other.released:
-                return made
-        self._give(target, made)
-        made.held = shared
-        return made
+        return Sequence(ids, reuses=reuse)
 
     def extend(self, sequence: Sequence, ids: Items[int] = ()) -> Logits:
         """Say more, and compute what is pending: logits (V,) after the last token.
@@ -200,7 +202,7 @@ class Engine:
             raise ContextFull(len(ids), self.context)
         size = min(chunk or self.runner.prompt_length, self.runner.prompt_length)
         out = np.empty((len(ids), self.runner.vocab_size), np.float32)
-        sequence = Sequence()
+        sequence = Sequence(reuses=False)
         try:
             for at in range(0, len(ids), size):
                 sequence.extend(ids[at : at + size])
@@ -244,28 +246,69 @@ class Engine:
         return out
 
     def _place(self, sequence: Sequence, keep: Collection[int]) -> int:
-        """The sequence's slot, the most recently used one from now on. Without one it gets a free one, or that of the
-        sequence that waited longest, but for the slots `keep`."""
+        """The sequence's slot, the most recently used one from now on. One without a slot is given one, but none of
+        `keep`, and in it what is held anywhere of its tokens."""
         if sequence.slot is None:
-            choices = [slot for slot in self._waited if slot not in keep]
-            if not choices:
-                raise ValueError(f"{len(self._slots)} slots are too few for so many sequences in one step")
-            self._give(next((slot for slot in choices if self._free(slot)), choices[0]), sequence)
+            self._settle(sequence, keep)
         assert sequence.slot is not None
         self._waited.remove(sequence.slot)
         self._waited.append(sequence.slot)
         return sequence.slot
 
-    def _free(self, slot: int) -> bool:
-        other = self._slots[slot]
-        return other is None or other.released
+    def _settle(self, sequence: Sequence, keep: Collection[int]) -> None:
+        ids = sequence.tokens
+        most = len(ids) - 1  # the last token's logits have to be computed
+        best, shared = None, 0
+        for slot, other in enumerate(self._slots if sequence.reuses else ()):
+            if other is not None and other.reuses and (n := common_prefix(other.tokens[: other.held], ids)) > shared:
+                best, shared = slot, n
+        stored = self.prefixes.match(ids) if sequence.reuses else 0
+        if best is not None and shared >= stored:
+            other = self._slots[best]
+            assert other is not None
+            if other.released and best not in keep and other.held - shared <= _LOST:
+                self._give(best, sequence, min(shared, most))
+                return
+            if shared >= _LOST and (another := self._vacant(keep, best)) is not None:
+                self.runner.copy(best, another, min(shared, most))
+                self._give(another, sequence, min(shared, most))
+                return
+        taken = self._vacant(keep)
+        if taken is None:  # all run: the one that waited longest makes room
+            taken = next((slot for slot in self._waited if slot not in keep), None)
+            if taken is None:
+                raise ValueError(f"{len(self._slots)} slots are too few for so many sequences in one step")
+            self._save(taken)
+        stored = self.prefixes.match(ids) if sequence.reuses else 0  # with what was just saved
+        if taken == best and shared >= stored:
+            stored = shared
+        else:
+            for number, content in enumerate(self.prefixes.take(ids[:stored])):
+                self.runner.write(taken, number * BLOCK, content)
+        self._give(taken, sequence, min(stored, most))
 
-    def _give(self, slot: int, sequence: Sequence) -> None:
+    def _vacant(self, keep: Collection[int], but: int | None = None) -> int | None:
+        """A slot that no running sequence needs, its cache saved: an empty one, else the one unused for longest."""
+        choices = [slot for slot in self._waited if slot != but and slot not in keep]
+        for slot in sorted(choices, key=lambda slot: self._slots[slot] is not None):  # stable: the longest unused first
+            other = self._slots[slot]
+            if other is None or other.released:
+                self._save(slot)
+                return slot
+        return None
+
+    def _save(self, slot: int) -> None:
+        """Keep what a slot holds before it is given to somebody else."""
+        other = self._slots[slot]
+        if other is not None and other.reuses and other.held:
+            self.prefixes.put(other.tokens[: other.held], lambda start, stop: self.runner.read(slot, start, stop))
+
+    def _give(self, slot: int, sequence: Sequence, held: int) -> None:
         other = self._slots[slot]
         if other is not None:
             other.slot, other.held, other.last = None, 0, None
         self._slots[slot] = sequence
-        sequence.slot = slot
+        sequence.slot, sequence.held = slot, held
 
     def _own(self) -> None:
         thread = threading.current_thread()

@@ -18,14 +18,16 @@ class Sequence:
         held: how many of the tokens the slot holds.
         last: logits (V,) after the last token, where they are known.
         released: the engine may give its slot away; it takes no part in any step again.
+        reuses: what others hold of it need not be computed again, and others may use what it holds.
     """
 
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
+    def __init__(self, ids: Items[int] = (), *, reuses: bool = True) -> None:
+        self.tokens = [int(i) for i in ids]
         self.slot: int | None = None
         self.held = 0
         self.last: Logits | None = None
         self.released = False
+        self.reuses = reuses
 
     @property
     def pending(self) -> int:
