@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": {"config"},
     "model": {"config"},
     "architectures": {"config", "model"},
-    "checkpoint": {"architectures", "config"},
+    "checkpoint": {"architectures", "config", "model"},
     "bundle": {"config", "model", "plan"},
     "quantize": {"bundle", "checkpoint", "config", "model", "plan"},
     "graph": {"bundle", "config", "model", "plan"},

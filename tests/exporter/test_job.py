@@ -19,12 +19,13 @@ from headrace.bundle.folder import MANIFEST, check_files, open_bundle
 from headrace.bundle.grid import Grid, dequantize, quantize_nearest
 from headrace.bundle.recipe import Recipe, Rule
 from headrace.checkpoint import open_checkpoint
-from headrace.errors import BundleError, CalibrationError, ConfigError, RecipeError, UserError
+from headrace.errors import BundleError, CalibrationError, CheckpointError, ConfigError, RecipeError, UserError
 from headrace.exporter.job import export
 from headrace.model.weights import linears
+from tests.checkpoint.test_lora import ALPHA, RANK, merge, write_adapter
 from tests.exports import CONTEXT, LAYERS, PHONE, SMALL, VOCAB, Exports, opened_store, write_checkpoint
 from tests.oracle.quantized import stored_weights
-from tests.tiny import MAX_POSITIONS, rewrite_as_baichuan
+from tests.tiny import MAX_POSITIONS, rewrite_as_baichuan, write_mistral
 
 # int4 with an MSE clip on normally distributed weights: relative error of a row.
 NEAR = {4: 0.2, 8: 0.02}
@@ -448,3 +449,31 @@ def test_rewritten_as_baichuan_it_is_the_same_model(exports: Exports, tmp_path: 
         expected, found = ours.logits(ids), theirs.logits(ids)
     spread = expected.std()
     assert np.abs(expected - found).mean() <= REWRITTEN_SHARE * spread
+
+
+def test_an_adapter_is_merged_before(exports: Exports, tmp_path: Path) -> None:
+    """The same weights as an export of the merged checkpoint; the manifest says which adapter it was."""
+    base, modules = exports.checkpoint(), [f"model.layers.{layer}.mlp.up_proj" for layer in range(LAYERS)]
+    products = write_adapter(tmp_path / "adapter", base, modules)
+    merged = merge(base, tmp_path / "merged", {m: p * np.float32(ALPHA / RANK) for m, p in products.items()})
+    (merged / "tokenizer.model").write_bytes((base / "tokenizer.model").read_bytes())
+    options = SMALL | {"calibration": [exports.text]}
+    one = export(base, tmp_path / "one", lora=tmp_path / "adapter", **options)
+    other = export(merged, tmp_path / "other", **options)
+    ours, theirs = contents(one), contents(other)
+    assert {n for n in theirs if ours[n] != theirs[n]} <= {"headrace.json", "tokenizer_config.json"}
+    assert contents(exports.bundle())["weights/part_2_of_5.safetensors"] != ours["weights/part_2_of_5.safetensors"]
+    (said,) = open_bundle(one).provenance["options"]["lora"]
+    assert said["name"] == "adapter" and len(said["sha256"]) == 64
+
+
+def test_a_missing_adapter_is_told_before_anything_is_made(exports: Exports, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"--lora .*nowhere has no adapter_config.json"):
+        export(exports.checkpoint(), tmp_path / "out", lora=tmp_path / "nowhere", **SMALL)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_context_beyond_the_sliding_window_is_refused(tmp_path: Path) -> None:
+    folder = write_mistral(tmp_path / "m", sliding_window=128)
+    with pytest.raises(ConfigError, match=r"--context 200 .* made for 1 to 128 tokens, where its sliding window ends"):
+        export(folder, tmp_path / "out", parts=2, context=200)

@@ -13,12 +13,19 @@ from headrace.architectures import baichuan, llama, mistral, qwen2
 from headrace.architectures.source import Source
 from headrace.config import ModelConfig
 from headrace.errors import ConfigError, did_you_mean, shown
+from headrace.model.weights import Role
 
 __all__ = ["ARCHITECTURES", "Architecture", "Source", "architecture_for"]
 
 
 class Architecture(Protocol):
-    """What a module of this package offers."""
+    """What a module of this package offers.
+
+    Attributes:
+        FUSED: modules of a layer that hold several linears, one after the other: name → roles. None for most.
+    """
+
+    FUSED: Mapping[str, tuple[Role, ...]]
 
     def config(self, raw: Mapping[str, Any]) -> ModelConfig:
         """The geometry a config.json states."""

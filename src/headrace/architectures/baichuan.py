@@ -18,8 +18,9 @@ from headrace.config import ModelConfig
 from headrace.errors import ConfigError, did_you_mean
 from headrace.model.weights import HEAD, Role, find_weight
 
-__all__ = ["config", "sources"]
+__all__ = ["FUSED", "config", "sources"]
 
+FUSED: Mapping[str, tuple[Role, ...]] = {"self_attn.W_pack": (Role.QUERY, Role.KEY, Role.VALUE)}
 DEFAULT_RMS_NORM_EPS = 1e-6  # BaichuanConfig's
 DEFAULT_CONTEXT = 4096  # BaichuanConfig's max_position_embeddings
 ALIBI_HIDDEN_SIZE = 5120  # the 13B models: some of their configs say nothing else about ALiBi
@@ -76,10 +77,11 @@ def sources(config: ModelConfig, raw: Mapping[str, Any]) -> dict[str, Source]:
         return table
     h = config.hidden_size
     for layer in range(config.num_layers):
-        packed = f"model.layers.{layer}.self_attn.W_pack.weight"
-        for third, role in enumerate((Role.QUERY, Role.KEY, Role.VALUE)):
-            rows = (third * h, (third + 1) * h)
-            table[find_weight(config, role, layer).name] = Source(packed, (3 * h, h), rows)
+        for module, roles in FUSED.items():
+            for third, role in enumerate(roles):
+                rows = (third * h, (third + 1) * h)
+                packed = Source(f"model.layers.{layer}.{module}.weight", (3 * h, h), rows)
+                table[find_weight(config, role, layer).name] = packed
     return table
 
 

@@ -13,8 +13,11 @@ from headrace.architectures.fields import boolean
 from headrace.architectures.geometry import llama_geometry
 from headrace.architectures.source import Source, llama_sources
 from headrace.config import ModelConfig
+from headrace.model.weights import Role
 
-__all__ = ["config", "sources"]
+__all__ = ["FUSED", "config", "sources"]
+
+FUSED: Mapping[str, tuple[Role, ...]] = {}
 
 
 def config(raw: Mapping[str, Any]) -> ModelConfig:

@@ -13,9 +13,11 @@ from headrace.architectures.fields import integer
 from headrace.architectures.geometry import llama_geometry
 from headrace.architectures.source import Source, llama_sources
 from headrace.config import ModelConfig
+from headrace.model.weights import Role
 
-__all__ = ["config", "sources"]
+__all__ = ["FUSED", "config", "sources"]
 
+FUSED: Mapping[str, tuple[Role, ...]] = {}
 # MistralConfig's. A config.json without sliding_window has this window; null means that there is none.
 DEFAULT_SLIDING_WINDOW = 4096
 DEFAULT_KV_HEADS = 8  # MistralConfig's

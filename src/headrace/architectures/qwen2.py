@@ -13,9 +13,11 @@ from headrace.architectures.fields import boolean, integer
 from headrace.architectures.geometry import llama_geometry
 from headrace.architectures.source import Source, llama_sources
 from headrace.config import ModelConfig
+from headrace.model.weights import Role
 
-__all__ = ["config", "sources"]
+__all__ = ["FUSED", "config", "sources"]
 
+FUSED: Mapping[str, tuple[Role, ...]] = {}
 DEFAULT_SLIDING_WINDOW = 4096  # Qwen2Config's; it is used only where use_sliding_window says so
 DEFAULT_CONTEXT = 32_768  # Qwen2Config's max_position_embeddings
 

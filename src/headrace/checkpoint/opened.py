@@ -41,6 +41,8 @@ class Checkpoint:
         path: the folder or GGUF file.
         config: the geometry.
         files: every file that was read, sorted; what `digest` covers.
+        tensors: by canonical name.
+        sources: where each comes from, by canonical name.
         generation_config: generation_config.json, or {}.
         metadata: a GGUF's key-values (tokenizer.* among them), each read when it is looked up; {} for a folder.
     """
@@ -49,6 +51,7 @@ class Checkpoint:
     config: ModelConfig
     files: tuple[Path, ...]
     tensors: Mapping[str, LazyTensor] = field(repr=False)
+    sources: Mapping[str, Source] = field(repr=False)
     generation_config: Mapping[str, Any] = field(repr=False, default_factory=dict)
     metadata: Mapping[str, Any] = field(repr=False, default_factory=dict)
 
@@ -107,7 +110,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 f"{path} has a tensor {shown(name)}, which a {config.architecture} decoder of {config.num_layers} "
                 "layers does not use; expected config.json and weights of one model"
             )
-    return Checkpoint(path, config, tuple(sorted(raw.files)), bound, raw.generation_config, raw.metadata)
+    return Checkpoint(path, config, tuple(sorted(raw.files)), bound, table, raw.generation_config, raw.metadata)
 
 
 def _model_of(path: Path) -> Path:

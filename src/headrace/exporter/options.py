@@ -142,6 +142,12 @@ class ExportOptions:
     recipe: str | Recipe = field(
         default="w4a16", metadata=_described(_recipe, "w4a16, w4b32, another shipped recipe, or a file.", "NAME")
     )
+    lora: tuple[Path, ...] = field(
+        default=(),
+        metadata=_described(
+            _paths, "An adapter's folder, as PEFT writes it, to merge before; repeatable.", "DIR", repeats=True
+        ),
+    )
     block: int | str | None = field(
         default=None,
         metadata=_described(_block, "4-bit weights that share a scale: channel, 16, 32, 64, 128 or 256.", "BLOCK"),

@@ -17,6 +17,7 @@ from headrace.bundle.grid import Grid
 from headrace.bundle.recipe import Recipe, Rule, load_recipe, parse_block
 from headrace.bundle.weights import layouts
 from headrace.checkpoint import Checkpoint, open_checkpoint
+from headrace.checkpoint.lora import adapted, adapter_digest
 from headrace.config import ModelConfig
 from headrace.errors import CalibrationError, ConfigError, RecipeError
 from headrace.exporter.options import ExportOptions
@@ -100,7 +101,8 @@ class ExportSettings:
         names = [file.name for file in self.options.calibration] or ["English topics of Python"]
         hashes = [hashlib.sha256(text.encode()).hexdigest() for text in self.texts]
         texts = [{"name": name, "sha256": digest} for name, digest in zip(names, hashes, strict=True)]
-        return values | {"recipe": recipe.to_dict(), "calibration": texts}
+        adapters = [{"name": folder.name, "sha256": adapter_digest(folder)} for folder in self.options.lora]
+        return values | {"recipe": recipe.to_dict(), "calibration": texts, "lora": adapters}
 
     def identity(self) -> dict[str, Any]:
         """What an interrupted export must still be to go on: the options, the program, the checkpoint's files."""
@@ -118,7 +120,7 @@ def settle(checkpoint: Path, options: ExportOptions) -> ExportSettings:
     Raises:
         UserError: they are not possible; the message says what and what to do.
     """
-    source = open_checkpoint(checkpoint)
+    source = adapted(open_checkpoint(checkpoint), options.lora)
     plan = plan_parts(source.config, options.parts)
     asked = load_recipe(options.recipe) if isinstance(options.recipe, str) else options.recipe
     if options.method is not None:

@@ -1,0 +1,120 @@
+"""KL and top-1 of llama.cpp's own quantizations of a GGUF, on the windows that `headrace evaluate` scores.
+
+    python benchmarks/llama_cpp_quality.py MODEL.gguf --text eval_en.txt --types Q4_0 IQ4_XS
+
+The GGUF is dequantized to F16, which is the reference, and quantized from there by llama.cpp's quantizer. Files are
+kept beside the GGUF and used again. Needs llama-cpp-python in the Python that LLAMA_PYTHON names, by default this one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from gguf import GGUFReader, GGUFValueType, GGUFWriter, quants
+
+from headrace.checkpoint import open_checkpoint
+from headrace.measure.evaluate import first_windows, read_text
+from headrace.measure.fidelity import FidelityMeter, no_target
+from headrace.text.tokenizer import load_tokenizer, save_tokenizer
+
+WINDOW = 512
+DERIVED = ("general.architecture", "general.file_type", "general.quantization_version")  # the writer's own
+F16 = 1  # general.file_type
+
+QUANTIZE = """
+import ctypes, sys, llama_cpp
+source, out, kind = sys.argv[1:]
+parameters = llama_cpp.llama_model_quantize_default_params()
+parameters.ftype, parameters.nthread = getattr(llama_cpp, "LLAMA_FTYPE_MOSTLY_" + kind), 2
+sys.exit(llama_cpp.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(parameters)))
+"""
+
+# Logits of the second half of each window, one window after the other, as float32 in a file.
+LOGITS = """
+import sys
+import numpy as np, llama_cpp
+path, windows, out = sys.argv[1:]
+windows = np.load(windows)
+length = windows.shape[1]
+model = llama_cpp.Llama(path, n_ctx=length, n_batch=length, logits_all=True, verbose=False, n_threads=2)
+with open(out, "wb") as file:
+    for window in windows:
+        model.reset()
+        model.eval(window.tolist())
+        file.write(np.asarray(model.scores[length // 2 : length], np.float32).tobytes())
+"""
+
+
+def main() -> int:
+    """Make the files and score them; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--text", type=Path, nargs="+", required=True)
+    parser.add_argument("--types", nargs="+", default=["Q4_0", "IQ4_XS"])
+    options = parser.parse_args()
+    exact = options.model.with_name(f"{options.model.stem}.f16.gguf")
+    if not exact.exists():
+        dequantize(options.model, exact)
+    files = {kind: options.model.with_name(f"{options.model.stem}.{kind.lower()}.gguf") for kind in options.types}
+    for kind, file in files.items():
+        if not file.exists():
+            _llama(QUANTIZE, exact, file, kind)
+    with tempfile.TemporaryDirectory() as scratch:
+        save_tokenizer(options.model, open_checkpoint(options.model).metadata, Path(scratch))
+        tokenizer = load_tokenizer(Path(scratch))
+        for text in options.text:
+            windows = first_windows(tokenizer.encode(read_text(text)), text.name, WINDOW)
+            np.save(f"{scratch}/windows.npy", windows)
+            reference = logits(exact, windows, scratch, "reference")
+            for kind, file in files.items():
+                meter = FidelityMeter()
+                for window, a, b in zip(windows, reference, logits(file, windows, scratch, "other"), strict=True):
+                    meter.add(np.array(a), np.array(b), np.append(window[WINDOW // 2 + 1 :], no_target))
+                found = meter.result()
+                report = {"type": kind, "text": text.name, "bytes": file.stat().st_size, "windows": len(windows)}
+                print(json.dumps({**report, "kl": round(found.kl, 5), "top1": round(found.top1, 4)}), flush=True)
+    return 0
+
+
+def dequantize(source: Path, out: Path) -> None:
+    """The GGUF with every matrix in float16; what float16 cannot hold of a format is lost in the reference too."""
+    reader = GGUFReader(source)
+    architecture = reader.fields["general.architecture"].contents()
+    writer = GGUFWriter(out, architecture)
+    for key, field in reader.fields.items():
+        if key.startswith("GGUF.") or key in DERIVED:
+            continue
+        kind = field.types[0]
+        inner = {"sub_type": field.types[-1]} if kind is GGUFValueType.ARRAY else {}
+        writer.add_key_value(key, field.contents(), kind, **inner)
+    writer.add_file_type(F16)
+    for tensor in reader.tensors:
+        values = quants.dequantize(tensor.data, tensor.tensor_type)
+        writer.add_tensor(tensor.name, values.astype(np.float32 if values.ndim == 1 else np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def logits(model: Path, windows: np.ndarray, scratch: str, name: str) -> np.ndarray:
+    """(windows, half a window, vocabulary), in a file."""
+    out = Path(scratch) / name
+    _llama(LOGITS, model, f"{scratch}/windows.npy", out)
+    return np.memmap(out, np.float32, "r").reshape(len(windows), windows.shape[1] // 2, -1)
+
+
+def _llama(code: str, *arguments: object) -> None:
+    python = os.environ.get("LLAMA_PYTHON", sys.executable)
+    subprocess.run([python, "-c", code, *map(str, arguments)], check=True, stderr=subprocess.DEVNULL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
