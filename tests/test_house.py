@@ -46,8 +46,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runners": {"bundle", "exporter", "genie_answers", "runtime", "targets"},
     "language_model": {"bundle", "runners", "runtime", "text"},
     "measure": {
-        "bundle", "checkpoint", "config", "exporter", "graph", "model", "plan", "quantize", "runners", "runtime",
-        "targets", "text",
+        "bundle", "checkpoint", "config", "exporter", "graph", "language_model", "model", "plan", "quantize",
+        "runners", "runtime", "targets", "text",
     },
     "cli": {"bundle", "checkpoint", "exporter", "language_model", "measure", "native", "runtime", "targets", "text"},
     "testing": {"runtime"},

@@ -1,0 +1,94 @@
+"""A bundle, and the checkpoint it was made of, on multiple-choice sets: binds files and models to choices.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.checkpoint import open_checkpoint
+from headrace.errors import UserError
+from headrace.language_model import LanguageModel, load
+from headrace.measure.choices import Choices, answer_subject, choices_report
+from headrace.measure.item_sets import SHOTS, open_set
+from headrace.measure.likelihood import NextLogits
+from headrace.measure.shared_prefix import next_logits
+from headrace.progress import Progress, silent
+
+__all__ = ["ask_bundle", "following"]
+
+
+def ask_bundle(
+    path: Path,
+    tasks: Sequence[str],
+    data: Path | None,
+    *,
+    checkpoint: Path | None = None,
+    shots: int = SHOTS,
+    runner: str | None = None,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> list[dict[str, Any]]:
+    """Ask a bundle the items of sets, each answer chosen by its likelihood.
+
+    Args:
+        path: the bundle.
+        tasks: names of `item_sets.SETS`.
+        data: a set's folder, or the folder that has one of each set's name.
+        checkpoint: what the bundle was made of: asked the same, for flips.
+        shots: worked examples before each question.
+        runner: who computes; the fastest that is installed by default.
+        threads: of the runner.
+        progress: told how many subjects are done.
+
+    Returns:
+        `choices_report` of each task.
+
+    Raises:
+        UserError: a folder is missing or has another layout.
+        ContextFull: an item does not fit the context.
+    """
+    if data is None:
+        raise UserError(f"{tasks[0]} needs its items; expected --data FOLDER in the set's published layout")
+    opened = [open_set(task, data) for task in tasks]  # all are read before the first is asked
+    source = None if checkpoint is None else open_checkpoint(checkpoint)
+    reports = []
+    with load(path, runner=runner, threads=threads) as model:
+        ask = following(model)
+        for chosen_set, subjects in opened:
+            found: list[Choices] = []
+            before: list[Choices] = []
+            for number, subject in enumerate(subjects):
+                progress(chosen_set.name, number, len(subjects))
+                common = (chosen_set, subject, model.encode_raw)
+                found.append(answer_subject(*common, ask, model.context - 1, shots=shots))
+                if source is not None:
+
+                    def weights(name: str) -> NDArray[np.float32]:
+                        return source.tensor(name).load()
+
+                    def reference(prompts: Sequence[Sequence[int]]) -> Iterator[NDArray[np.float32]]:
+                        return next_logits(source.config, weights, prompts)
+
+                    before.append(answer_subject(*common, reference, model.context - 1, shots=shots))
+            progress(chosen_set.name, len(subjects), len(subjects))
+            reports.append(choices_report(chosen_set.name, found, before or None, shots=shots))
+    return reports
+
+
+def following(model: LanguageModel) -> NextLogits:
+    """What may come next after prompts; what a prompt has in common with an earlier one is not computed again."""
+
+    def ask(prompts: Sequence[Sequence[int]]) -> Iterator[NDArray[np.float32]]:
+        engine = model.engine
+        for ids in prompts:
+            sequence = engine.open(ids)
+            try:
+                yield engine.extend(sequence)
+            finally:
+                engine.release(sequence)
+
+    return ask
