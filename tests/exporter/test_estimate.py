@@ -11,8 +11,9 @@ from headrace.bundle.folder import open_bundle
 from headrace.bundle.recipe import Recipe, Rule, load_recipe
 from headrace.config import ModelConfig
 from headrace.errors import RecipeError
-from headrace.exporter.estimate import _EFFICIENCY, BANDWIDTHS, estimate_export, plan_export, plan_model
+from headrace.exporter.estimate import _EFFICIENCY, estimate_export, plan_export, plan_model
 from headrace.exporter.options import ExportOptions
+from headrace.exporter.roofline import chips, published
 from headrace.exporter.settings import settle
 from headrace.model.weights import quantized_weights
 from headrace.plan import plan_parts
@@ -72,15 +73,33 @@ def test_the_cache_grows_with_the_context() -> None:
     assert planned(replace(BAICHUAN2, num_kv_heads=4))["contexts"][0]["kv_bytes"] == 1 << 27
 
 
-def test_decoding_is_bound_by_what_a_token_reads() -> None:
+def test_decoding_is_bound_by_what_a_token_moves() -> None:
     plan = planned()
-    read = 32 * (CODES + 4 * (5 * H + 2 * F)) + TABLE + (1 << 30)  # all linears, the head, the cache
-    for row in plan["decode"]:
-        assert row["tok_s"] == pytest.approx(BANDWIDTHS[row["device"]] / read, rel=0.01)
-    assert {row["device"] for row in plan["decode"]} == {soc.name for soc in SOCS}
+    moved = 32 * (CODES + 2 * (5 * H + 2 * F)) + TABLE + 3 * (1 << 30)  # all linears, the head, the cache thrice
+    shares = [row.share for row in published()]
+    assert {row["device"] for row in plan["phones"]} == set(chips()) >= {soc.name for soc in SOCS}
+    for row in plan["phones"]:
+        peak = chips()[row["device"]] / moved
+        assert row["tok_s"]["low"] == pytest.approx(peak * min(shares), rel=0.01)
+        assert row["tok_s"]["high"] == pytest.approx(peak * max(shares), rel=0.01)
+        assert row["tok_s"]["low"] < row["tok_s"]["estimated"] < row["tok_s"]["high"]
+        assert row["steps"] == 31
+    elite = plan["phones"][0]
+    assert elite["ttft_seconds"]["estimated"] == pytest.approx(31 * elite["step_seconds"]["estimated"], rel=0.01)
     tied = planned(replace(BAICHUAN2, tied_head=True))
-    assert tied["decode"][0]["tok_s"] == plan["decode"][0]["tok_s"]  # the table is read as the head
+    assert tied["phones"][0]["tok_s"] == elite["tok_s"]  # the table is read as the head
     assert tied["weight_bytes"] == pytest.approx(plan["weight_bytes"] - TABLE, rel=HEADER)
+
+
+def test_what_does_not_fit_has_a_change() -> None:
+    largest, memory = planned()["fits"]
+    assert largest["ok"] and memory["ok"]
+    recipe = replace(load_recipe("w4a16"), kv="float32")
+    assert planned(recipe=recipe)["fits"][1]["change"] == "--kv int8"
+    in_one = plan_model(BAICHUAN2, load_recipe("w4a16"), plan_parts(BAICHUAN2, 2), (4096,))["fits"][0]
+    assert in_one["change"] == "--parts 3"
+    split = plan_model(BAICHUAN2, load_recipe("w4a16"), plan_parts(BAICHUAN2, 3), (4096,))
+    assert max(p["weight_bytes"] for p in split["parts"]) <= in_one["limit"] < in_one["needed"]
 
 
 MEASURED_PEAK = 5.65e9  # benchmarks/layer_7b.py descent: one layer, 32,768 tokens, a vocabulary of nothing

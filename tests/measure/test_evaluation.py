@@ -124,3 +124,14 @@ def test_mistakes_come_before_any_work(bundle: Path, exports: Exports, tmp_path:
     with pytest.raises(CalibrationError, match="cannot be read"):
         evaluate_bundle(bundle, [tmp_path / "none.txt"])
     assert open_bundle(bundle).root == bundle
+
+
+def test_a_text_as_chat(exports: Exports) -> None:
+    bundle = exports.bundle("tied", context=512)
+    options = {"checkpoint": exports.checkpoint("tied"), "windows": 2, "length": 128}
+    plain, talk = evaluate_bundle(bundle, [exports.text], tasks="kl,chat", **options)
+    assert (plain.text, talk.text) == ("text.txt", "text.txt as chat")
+    assert talk.fidelity is not None and talk.fidelity.tokens == talk.windows * 64
+    assert talk.perplexity != plain.perplexity  # marks of turns are in between
+    with pytest.raises(UserError, match="chat needs a turn format"):
+        evaluate_bundle(exports.bundle(), [exports.text], tasks="chat", windows=2, length=64)

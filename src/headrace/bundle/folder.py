@@ -24,6 +24,7 @@ from headrace.plan import Part, plan_parts
 __all__ = [
     "FORMAT",
     "MANIFEST",
+    "MEASUREMENTS",
     "Bundle",
     "check_files",
     "is_bundle",
@@ -33,6 +34,7 @@ __all__ = [
 
 FORMAT = 1
 MANIFEST = "headrace.json"
+MEASUREMENTS = "measurements"  # what was measured of the finished bundle, and the card's pictures
 UNLISTED = ("README.md", MANIFEST)  # the card may be edited; the manifest has its own digest
 
 
@@ -150,7 +152,8 @@ def check_files(path: Path, progress: Callable[[str], None] | None = None) -> li
     found = list(_problems(path, raw, hashed=lambda _: True, progress=progress))
     listed = set(raw["files"]) | set(UNLISTED)
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        if (name := file.relative_to(path).as_posix()) not in listed:
+        name = file.relative_to(path).as_posix()
+        if name not in listed and not name.startswith(f"{MEASUREMENTS}/"):
             found.append((name, "is not in the manifest"))
     return found
 

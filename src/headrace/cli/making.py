@@ -62,14 +62,25 @@ def inspect(
         table([(t["name"], t["precision"], "×".join(map(str, t["shape"]))) for t in report["tensors"]])
 
 
+def _about(estimate: dict[str, float] | None, unit: str = "") -> str:
+    """ "~9.5 (8.1–11) s": never like a measured number."""
+    return "–" if estimate is None else f"~{estimate['estimated']:g} ({estimate['low']:g}–{estimate['high']:g}){unit}"
+
+
 @takes_export_options
-def plan(checkpoint: CheckpointPath, *, json: Json = False, **options: Any) -> None:
+def plan(
+    checkpoint: CheckpointPath,
+    *,
+    phone_memory: Annotated[str, typer.Option("--phone-memory", help="Of the phone it is for.")] = "12GB",
+    json: Json = False,
+    **options: Any,
+) -> None:
     """Say what an export with the same options and its bundle will need, before anything is made."""
     from headrace.exporter.estimate import plan_export
-    from headrace.exporter.options import ExportOptions
+    from headrace.exporter.options import ExportOptions, read_size
     from headrace.exporter.settings import settle
 
-    report = plan_export(settle(checkpoint, ExportOptions.of(options)))
+    report = plan_export(settle(checkpoint, ExportOptions.of(options)), read_size("--phone-memory", phone_memory))
     if json:
         print_json(report)
         return
@@ -79,8 +90,26 @@ def plan(checkpoint: CheckpointPath, *, json: Json = False, **options: Any) -> N
     rows = [(str(c["context"]), human_bytes(c["kv_bytes"]), human_bytes(c["run_bytes"])) for c in report["contexts"]]
     table(rows, ("context", "KV cache", "with weights"))
     typer.echo("")
-    rows = [(d["device"], str(d["context"]), f"{d['tok_s']:.1f} tok/s") for d in report["decode"]]
-    table(rows, ("decoding, at most", "context", "by bandwidth"))
+    phones = [
+        (
+            p["device"],
+            str(p["context"]),
+            _about(p["tok_s"], " tok/s"),
+            _about(p["step_seconds"], " s"),
+            _about(p["ttft_seconds"], f" s, {p['steps']} steps"),
+        )
+        for p in report["phones"]
+    ]
+    table(phones, ("estimated, not measured", "context", "response rate", "first token, one step", "longest prompt"))
+    off = [abs(row["error"]) for row in report["calibration"]]
+    small = report["weight_bytes"] < report["least_published_bytes"] / 2
+    typer.echo(
+        f"from {len(off)} published rows; each, left out, is estimated {min(off):.0%} to {max(off):.0%} off"
+        + ("; this model is far smaller than any of them: other costs than bytes will show" if small else "")
+    )
+    for fit in report["fits"]:
+        verdict = "fits" if fit["ok"] else f"does not fit; cheapest change: {fit['change']}"
+        typer.echo(f"{fit['what']}: {human_bytes(fit['needed'])} of {human_bytes(fit['limit'])}, {verdict}")
     need = report["export"]
     typer.echo(
         f"\nexport here: about {need['seconds'] / 60:.1f} min and {human_bytes(need['peak_bytes'])} of memory, "

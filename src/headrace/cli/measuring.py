@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from headrace.cli.console import human_bytes, print_json, progress_bars, table
-from headrace.cli.options import BundlePath, Json, RunnerName, Threads
-from headrace.errors import VerificationFailed
+from headrace.cli.options import BundlePath, Json, RunnerName, Save, Threads
+from headrace.errors import UserError, VerificationFailed
 from headrace.exporter.options import read_lengths
 
 __all__ = ["bench", "evaluate", "verify"]
@@ -85,13 +85,18 @@ def bench(
 
 def evaluate(
     bundle: BundlePath,
-    text: Annotated[list[Path], typer.Option("--text", help="A text file; repeatable, each told apart.")],
+    text: Annotated[list[Path] | None, typer.Option("--text", help="A text file; repeatable, each told apart.")] = None,
     tasks: Annotated[
-        str | None, typer.Option("--tasks", help="ppl, kl, or both: ppl,kl. By default kl where it can be told.")
+        str | None,
+        typer.Option("--tasks", help="Of texts ppl, kl, chat; of questions mmlu, ceval, cmmlu. Default: ppl, and kl."),
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option("--checkpoint", help="What it was made of; kl compares with it.")
+        Path | None, typer.Option("--checkpoint", help="What it was made of; kl and flips compare with it.")
     ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Questions in their published folder layout, or a folder of these.")
+    ] = None,
+    shots: Annotated[int, typer.Option("--shots", min=0, help="Worked examples before a question.")] = 5,
     windows: Annotated[int, typer.Option("--windows", min=1, help="Most windows of a text.")] = 8,
     length: Annotated[
         int, typer.Option("--length", min=4, help="Tokens of a window; its second half is scored.")
@@ -99,32 +104,78 @@ def evaluate(
     simulate: Annotated[
         str | None, typer.Option("--simulate", help="The bundle on a device's grids: a16, kv8 or both.")
     ] = None,
+    runner: Annotated[str, typer.Option("--runner", help="Who computes.")] = "host",
     threads: Threads = None,
+    save: Save = False,
     json: Json = False,
 ) -> None:
-    """Measure perplexity, and divergence from the checkpoint, on text."""
+    """Measure perplexity and divergence from the checkpoint on text, and right answers to questions."""
+    from headrace.bundle.folder import open_bundle
+    from headrace.measure.evaluate import TASKS, parse_tasks
     from headrace.measure.evaluation import evaluate_bundle
+    from headrace.measure.item_sets import SETS
+    from headrace.measure.questions import ask_bundle
+    from headrace.measure.record import make_record, save_record
 
+    wanted = () if tasks is None else parse_tasks(tasks, (*TASKS, *SETS))
+    on_text = [task for task in wanted if task in TASKS]
+    on_questions = [task for task in wanted if task in SETS]
+    if (on_text or not on_questions) and not text:
+        raise UserError(f"{on_text[0] if on_text else 'perplexity'} needs a text; expected --text FILE")
+    report: dict[str, Any] = {}
     with progress_bars() as progress:
-        scores = evaluate_bundle(
-            bundle,
-            text,
-            tasks=tasks,
-            checkpoint=checkpoint,
-            windows=windows,
-            length=length,
-            simulate=simulate,
-            threads=threads,
-            progress=progress,
-        )
+        if on_questions:
+            report["choices"] = ask_bundle(
+                bundle, on_questions, data, checkpoint=checkpoint, shots=shots, runner=runner, threads=threads,
+                progress=progress,
+            )  # fmt: skip
+        if on_text or not on_questions:
+            scores = evaluate_bundle(
+                bundle,
+                text or [],
+                tasks=",".join(on_text) or None,
+                checkpoint=checkpoint,
+                windows=windows,
+                length=length,
+                simulate=simulate,
+                runner=runner,
+                threads=threads,
+                progress=progress,
+            )
+            report["texts"] = [score.to_dict() for score in scores]
+    if save:
+        opened = open_bundle(bundle)
+        for one in report.get("choices", ()):
+            save_record(bundle, one["task"], make_record("choices", opened, runner, one))
+        if texts := report.get("texts"):
+            body = {"simulate": simulate, "texts": texts}
+            name = f"text-{simulate.replace(',', '-')}" if simulate else "text"
+            save_record(bundle, name, make_record("text", opened, runner, body))
     if json:
-        print_json({"texts": [score.to_dict() for score in scores]})
+        print_json(report)
         return
-    rows = []
-    for s in scores:
-        f = s.fidelity
-        kl = ["", "", "", ""] if f is None else [
-            f"{f.reference_perplexity:.3f}", f"{f.kl:.3g}", f"{f.kl_p99:.3g}", f"{f.top1:.3f}"
-        ]  # fmt: skip
-        rows.append((s.text, f"{s.perplexity:.3f}", *kl))
-    table(rows, ("text", "perplexity", "reference's", "KL", "KL p99", "top-1"))
+    if "texts" in report:
+        rows = [(t["text"], f"{t['perplexity']:.3f}", *_fidelity(t)) for t in report["texts"]]
+        table(rows, ("text", "perplexity", "reference's", "KL", "KL p99", "top-1"))
+    for one in report.get("choices", ()):
+        rows = [_answers(row["subject"], row) for row in one["subjects"]]
+        rows += [_answers("all items", one), (*_answers("mean of subjects", {**one, **one["macro"]})[:4], "", "")]
+        table(rows, (f"{one['task']}, {one['shots']} shots", "right", "accuracy", "95 %", "reference", "flips"))
+
+
+def _fidelity(text: dict[str, Any]) -> tuple[str, ...]:
+    if "kl" not in text:
+        return ("", "", "", "")
+    return f"{text['reference_perplexity']:.3f}", f"{text['kl']:.3g}", f"{text['kl_p99']:.3g}", f"{text['top1']:.3f}"
+
+
+def _answers(name: str, row: dict[str, Any]) -> tuple[str, ...]:
+    told = (name, f"{row['right']} of {row['items']}", f"{row['accuracy']:.1%}", f"{row['low']:.1%}–{row['high']:.1%}")
+    if "flips" not in row:
+        return (*told, "", "")
+    flips = row["flips"]
+    return (
+        *told,
+        f"{row['reference']['accuracy']:.1%}",
+        f"{flips['lost']} lost, {flips['gained']} gained, p {flips['p']:.2g}",
+    )

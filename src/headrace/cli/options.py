@@ -12,7 +12,7 @@ import typer
 
 from headrace.exporter.options import ExportOptions, flag, spelled
 
-__all__ = ["BundlePath", "CheckpointPath", "Json", "RunnerName", "Threads", "takes_export_options"]
+__all__ = ["BundlePath", "CheckpointPath", "Json", "RunnerName", "Save", "Threads", "takes_export_options"]
 
 Verb = TypeVar("Verb", bound=Callable[..., None])
 
@@ -23,6 +23,9 @@ Threads = Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Thr
 
 RunnerName = Annotated[
     str | None, typer.Option("--runner", help="host, device or genie; the fastest that is installed by default.")
+]
+Save = Annotated[
+    bool, typer.Option("--save", help="Keep the numbers with the bundle, in its folder measurements, for: card.")
 ]
 
 

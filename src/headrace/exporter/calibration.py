@@ -18,7 +18,7 @@ from headrace.quantize.calibrate import cut_windows
 from headrace.text.tokenizer import Tokenizer
 from headrace.text.turns import Message, TurnFormat
 
-__all__ = ["calibration_windows"]
+__all__ = ["calibration_windows", "conversation"]
 
 _TURNS = (("user", 24), ("assistant", 96))  # tokens of each, roughly
 
@@ -43,14 +43,20 @@ def calibration_windows(
     windows = np.concatenate(cut)[: max(count, len(cut))]
     if not turns.is_raw:
         for window in windows[1::2]:
-            talk = _conversation(tokenizer, turns, window.tolist())
+            talk = conversation(tokenizer, turns, window.tolist())
             if len(talk) >= length:
                 window[:] = talk[:length]
     return windows
 
 
-def _conversation(tokenizer: Tokenizer, turns: TurnFormat, ids: Sequence[int]) -> list[int]:
-    """The same text as a prompt: a question, an answer, a question, …; none where the template wants something else."""
+def conversation(tokenizer: Tokenizer, turns: TurnFormat, ids: Sequence[int]) -> list[int]:
+    """The same text as a prompt: a question, an answer, a question, …; none where the template wants something else.
+
+    Args:
+        tokenizer: the model's vocabulary.
+        turns: its turn format.
+        ids: the text's tokens.
+    """
     text = tokenizer.decode(ids)
     messages, start = [], 0
     for role, tokens in itertools.cycle(_TURNS):

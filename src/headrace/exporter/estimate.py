@@ -1,5 +1,5 @@
 """plan: what a model will need before anything is made: bytes a part, cache a context, time and memory of the export,
-and the speed that memory bandwidth allows.
+what phones will do with it (roofline.py) and whether it fits one (fit.py).
 
 Everything is derived from geometry and recipe; the one thing measured is how fast this computer multiplies matrices.
 """
@@ -17,25 +17,19 @@ import numpy as np
 from headrace.bundle.recipe import Recipe, Rule
 from headrace.bundle.weights import layouts
 from headrace.config import ModelConfig
+from headrace.exporter.fit import PHONE_MEMORY, memory_fit, part_fit
+from headrace.exporter.roofline import Workload, calibration, chips, estimate_decode, estimate_step, published
 from headrace.exporter.settings import ExportSettings
 from headrace.model.weights import EMBEDDING, HEAD, input_groups, linears, quantized_weights, weight_table
-from headrace.plan import Part
-from headrace.quantize.budget import spend
+from headrace.plan import Part, plan_parts
+from headrace.quantize.budget import average_bits, spend
 from headrace.quantize.descent import SWEEPS
 from headrace.quantize.methods import find_method
 from headrace.quantize.parallel import cores, spread
 from headrace.quantize.sensitivity import RANKING_WINDOWS
 from headrace.targets.qualcomm.compile_cost import estimate_compile
 
-__all__ = ["BANDWIDTHS", "ExportEstimate", "estimate_export", "plan_export", "plan_model"]
-
-# Peak memory bandwidth by the makers' data sheets, bytes a second: what a token's bytes can at best be read at.
-BANDWIDTHS: Mapping[str, float] = {
-    "snapdragon-8-elite": 84.8e9,  # LPDDR5X 5300 MHz, 64 bits
-    "snapdragon-8-gen3": 76.8e9,  # LPDDR5X 4800 MHz
-    "snapdragon-8-gen2": 67.2e9,  # LPDDR5X 4200 MHz
-    "snapdragon-x-elite": 135e9,  # LPDDR5X-8448, 128 bits
-}
+__all__ = ["ExportEstimate", "estimate_export", "plan_export", "plan_model"]
 
 _PROBE = 1024  # rows of the matrices that are multiplied to learn this computer's speed
 # Share of the plain matrix product's speed that a whole layer reaches; benchmarks/layer_7b.py measures it.
@@ -56,13 +50,20 @@ class ExportEstimate:
     peak_bytes: int
 
 
-def plan_export(settings: ExportSettings) -> dict[str, Any]:
+def plan_export(settings: ExportSettings, phone_memory: int = PHONE_MEMORY) -> dict[str, Any]:
     """What an export of these settings and its bundle will need.
+
+    Args:
+        settings: of the export.
+        phone_memory: of the phone it is for, bytes.
 
     Returns:
         parts [{name, layers, weight_bytes}]; weight_bytes; contexts [{context, kv_bytes, run_bytes}]; export
-        {seconds, peak_bytes, tokens}; compile {targets, seconds, peak_bytes} or None without a target; decode
-        [{device, context, tok_s}]: at most, by bandwidth.
+        {seconds, peak_bytes, tokens}; compile {targets, seconds, peak_bytes} or None without a target; phones [{device,
+        context, tok_s, step_seconds, steps, ttft_seconds}], of which tok_s, step_seconds (of one prompt step) and
+        ttft_seconds (of `steps` of them, the longest prompt) are {estimated, low, high} or None where nothing
+        published says it; calibration: how far such estimates were off;
+        least_published_bytes: of the smallest model among its rows; fits [{what, needed, limit, ok, change}].
 
     Raises:
         RecipeError: a rule does not fit.
@@ -74,7 +75,7 @@ def plan_export(settings: ExportSettings) -> dict[str, Any]:
         recipe = spend(recipe, config, _EQUAL, bits=options.bits, size=options.size, parts=settings.parts).recipe
         ranked = RANKING_WINDOWS * options.window_length
     tokens = options.windows * options.window_length
-    report = plan_model(config, recipe, settings.parts, settings.contexts)
+    report = plan_model(config, recipe, settings.parts, settings.contexts, settings.prompt_lengths[0], phone_memory)
     need = estimate_export(config, settings.rules, tokens, ranked=ranked, jobs=options.jobs)
     report["export"] = {"seconds": round(need.seconds, 1), "peak_bytes": need.peak_bytes, "tokens": tokens}
     report["compile"] = None
@@ -90,7 +91,14 @@ def plan_export(settings: ExportSettings) -> dict[str, Any]:
     return report
 
 
-def plan_model(config: ModelConfig, recipe: Recipe, parts: Sequence[Part], contexts: Sequence[int]) -> dict[str, Any]:
+def plan_model(
+    config: ModelConfig,
+    recipe: Recipe,
+    parts: Sequence[Part],
+    contexts: Sequence[int],
+    prompt_length: int = 128,
+    phone_memory: int = PHONE_MEMORY,
+) -> dict[str, Any]:
     """What a bundle of this geometry and recipe takes, on disk and when it runs: see `plan_export`.
 
     Args:
@@ -98,9 +106,16 @@ def plan_model(config: ModelConfig, recipe: Recipe, parts: Sequence[Part], conte
         recipe: grids and cache.
         parts: the plan.
         contexts: context lengths.
+        prompt_length: tokens of a prompt step.
+        phone_memory: of the phone it is for, bytes.
     """
     table = quantized_weights(config)
-    grids = {name: rule.grid for name, rule in recipe.resolve(table).items()}
+    rules = recipe.resolve(table)
+    grids = {name: rule.grid for name, rule in rules.items()}
+
+    def part_sizes(count: int) -> list[int]:
+        return [layout.nbytes for layout in layouts(config, plan_parts(config, count), grids)]
+
     sizes = [layout.nbytes for layout in layouts(config, parts, grids)]
     kv_width = 1 if recipe.kv == "int8" else 4
     kv_token = 2 * config.num_layers * config.kv_size * kv_width
@@ -115,11 +130,42 @@ def plan_model(config: ModelConfig, recipe: Recipe, parts: Sequence[Part], conte
         "contexts": [
             {"context": c, "kv_bytes": c * kv_token, "run_bytes": sum(sizes) + c * kv_token} for c in contexts
         ],
-        "decode": [
-            {"device": device, "context": c, "tok_s": round(bandwidth / (read + c * kv_token), 2)}
-            for device, bandwidth in BANDWIDTHS.items()
-            for c in contexts
+        "phones": [
+            _phone(device, config, c, read, c * kv_token, prompt_length) for device in chips() for c in contexts
         ],
+        "calibration": calibration(),
+        "least_published_bytes": int(min(row.workload.weight_bytes for row in published())),
+        "fits": [
+            part_fit(part_sizes, len(parts), config.num_layers + 1).to_dict(),
+            memory_fit(sum(sizes), kv_token, contexts, recipe.kv, average_bits(config, rules), phone_memory).to_dict(),
+        ],
+    }
+
+
+def _phone(device: str, config: ModelConfig, context: int, read: int, cache: int, prompt_length: int) -> dict[str, Any]:
+    """What a device will do with a context: an estimate, with its range."""
+    plain = Workload.of(
+        layers=config.num_layers,
+        hidden=config.hidden_size,
+        heads=config.num_heads,
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        feed_forward=config.intermediate_size,
+        vocabulary=config.vocab_size,
+        context=context,
+        step=prompt_length,
+    )
+    work = Workload(read, cache, plain.step_operations)
+    step = estimate_step(device, work)
+    # The longest prompt: its last step must end before the context does.
+    steps = max(1, -(-(context - prompt_length) // prompt_length))
+    return {
+        "device": device,
+        "context": context,
+        "tok_s": estimate_decode(device, work).to_dict(),
+        "step_seconds": None if step is None else step.to_dict(),
+        "steps": steps,
+        "ttft_seconds": None if step is None else step.times(steps).to_dict(),
     }
 
 

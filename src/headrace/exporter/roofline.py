@@ -49,7 +49,6 @@ class Workload:
         vocabulary: int,
         context: int,
         weight_bytes: float | None = None,
-        kv_bytes: float = 1,
         step: int = 128,
     ) -> Workload:
         """A decoder's workload from its geometry.
@@ -58,7 +57,6 @@ class Workload:
             layers, hidden, heads, kv_heads, head_dim, feed_forward, vocabulary: the geometry.
             context: positions of the cache.
             weight_bytes: what a token reads; None: linears at 4 bits, the head at 8.
-            kv_bytes: of an element of the cache.
             step: tokens of a prompt step.
         """
         linear = layers * (2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim + 3 * hidden * feed_forward)
@@ -66,7 +64,7 @@ class Workload:
         scores = layers * heads * head_dim * context
         return cls(
             linear / 2 + head if weight_bytes is None else weight_bytes,
-            2 * layers * kv_heads * head_dim * context * kv_bytes,
+            2.0 * layers * kv_heads * head_dim * context,  # a byte each
             2.0 * step * (linear + head + 2 * scores),
         )
 
@@ -109,6 +107,10 @@ class Estimate:
     middle: float
     low: float
     high: float
+
+    def times(self, factor: float) -> Estimate:
+        """As many times as much."""
+        return Estimate(self.middle * factor, self.low * factor, self.high * factor)
 
     def to_dict(self, digits: int = 3) -> dict[str, float]:
         """As plain JSON values, rounded to significant digits."""

@@ -36,7 +36,7 @@ __all__ = [
     "read_text",
 ]
 
-TASKS = ("ppl", "kl")
+TASKS = ("ppl", "kl", "chat")
 WINDOWS = 8
 LENGTH = 512
 
@@ -154,7 +154,7 @@ def evaluate_text(
     return TextScore(name, windows.shape[0], windows.shape[1], perplexity, fidelity)
 
 
-def parse_tasks(tasks: str) -> tuple[str, ...]:
+def parse_tasks(tasks: str, known: Sequence[str] = TASKS) -> tuple[str, ...]:
     """ "ppl,kl" → ("ppl", "kl").
 
     Raises:
@@ -162,10 +162,10 @@ def parse_tasks(tasks: str) -> tuple[str, ...]:
     """
     wanted = tuple(task.strip() for task in tasks.split(",") if task.strip())
     for task in wanted:
-        if task not in TASKS:
-            raise UserError(f"task {task!r} is unknown{did_you_mean(task, TASKS)}; expected {', '.join(TASKS)}")
+        if task not in known:
+            raise UserError(f"task {task!r} is unknown{did_you_mean(task, known)}; expected {', '.join(known)}")
     if not wanted:
-        raise UserError(f"--tasks is empty; expected {', '.join(TASKS)}")
+        raise UserError(f"--tasks is empty; expected {', '.join(known)}")
     return wanted
 
 

@@ -13,12 +13,14 @@ from headrace.bundle.folder import Bundle, open_bundle
 from headrace.bundle.weights import WeightStore
 from headrace.checkpoint import open_checkpoint
 from headrace.errors import UserError
+from headrace.exporter.calibration import conversation
 from headrace.measure.evaluate import TextScore, evaluate_text, first_windows, follow, parse_tasks, read_text
 from headrace.progress import Progress, silent
 from headrace.quantize.simulate import Simulated, simulated_logits
 from headrace.runners import Options, open_runner
 from headrace.runtime.engine import Engine
-from headrace.text.tokenizer import load_tokenizer
+from headrace.text.tokenizer import Tokenizer, load_tokenizer
+from headrace.text.turns import turn_format
 
 __all__ = ["evaluate_bundle"]
 
@@ -35,6 +37,7 @@ def evaluate_bundle(
     windows: int = 8,
     length: int = 512,
     simulate: str | None = None,
+    runner: str | None = "host",
     threads: int | None = None,
     progress: Progress = silent,
 ) -> list[TextScore]:
@@ -43,18 +46,21 @@ def evaluate_bundle(
     Args:
         path: the bundle.
         texts: UTF-8 files.
-        tasks: "ppl", "kl" or both; by default both where there is something to compare with, else "ppl".
+        tasks: of "ppl", "kl" and "chat"; by default the first two where there is something to compare with, else
+            "ppl". With "chat" each text is scored a second time, as conversations in the model's turn format.
         checkpoint: what it was made of; needed for "kl", unless there is something to simulate.
         windows: most windows of a text, from its beginning.
         length: tokens of a window; its second half is scored.
         simulate: "a16", "kv8" or "a16,kv8": instead of the host runtime, the bundle's weights in float arithmetic with
             results, or keys and values, on the device's static grids. Without a checkpoint they are compared with the
             same weights on no grid: what a16 and KV8 cost each on their own.
-        threads: of the host runtime.
+        runner: who computes.
+        threads: of the runner.
         progress: told how far it is.
 
     Raises:
-        UserError: a task or simulation is unknown, or has no reference; a text is missing or too short.
+        UserError: a task or simulation is unknown, or has no reference; a text is missing or too short; the model has
+            no turn format.
         BundleError: a simulation needs encodings and the bundle has none.
     """
     compares = checkpoint is not None or bool(simulate)
@@ -65,8 +71,10 @@ def evaluate_bundle(
     tokenizer = load_tokenizer(bundle.root)
     # All texts are read and cut before the first is scored.
     cut = [(file.name, first_windows(tokenizer.encode(read_text(file)), str(file), length, windows)) for file in texts]
+    if "chat" in wanted:
+        cut = [kind for name, ids in cut for kind in ((name, ids), (f"{name} as chat", _chats(bundle, tokenizer, ids)))]
     store = bundle.weights()
-    score = _simulated(bundle, store, simulate) if simulate else _host(bundle, threads)
+    score = _simulated(bundle, store, simulate) if simulate else _runs(bundle, runner, threads)
     config, weights = bundle.config, store.read
     if checkpoint is not None:
         source = open_checkpoint(checkpoint)
@@ -78,8 +86,21 @@ def evaluate_bundle(
     return scores
 
 
-def _host(bundle: Bundle, threads: int | None) -> Score:
-    return Engine(open_runner(bundle, "host", Options(threads=threads))).score
+def _runs(bundle: Bundle, runner: str | None, threads: int | None) -> Score:
+    return Engine(open_runner(bundle, runner, Options(threads=threads))).score
+
+
+def _chats(bundle: Bundle, tokenizer: Tokenizer, windows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The same windows as conversations, as long as before: turn marks push some text out."""
+    turns = turn_format(tokenizer, bundle.read_json("generation_config.json"), tokenizer.chat_template)
+    if turns.is_raw:
+        raise UserError(f"chat needs a turn format, and {bundle.root} has none; expected --tasks ppl,kl")
+    length = windows.shape[1]
+    talks = [conversation(tokenizer, turns, ids.tolist())[:length] for ids in windows]
+    kept = [talk for talk in talks if len(talk) == length]
+    if not kept:
+        raise UserError(f"the turn format of {bundle.root} takes no questions and answers in turns; leave chat out")
+    return np.array(kept)
 
 
 def _simulated(bundle: Bundle, store: WeightStore, kinds: str) -> Score:

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from headrace.config import ModelConfig
-from headrace.model.decoder import EMBEDDING, FINAL_NORM, HEAD, Residual, block, embed, head, layer_weights
+from headrace.model.decoder import Residual, block, embed, head
 from headrace.model.ops import Array, Eager, Positions
 from headrace.model.reference import causal_mask
 from headrace.model.rope import rope_tables
+from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD, layer_weights
 from headrace.progress import Progress, silent
 
 __all__ = ["next_logits"]
@@ -50,7 +51,7 @@ def next_logits(
     streams: list[Residual[Array]] = [embed(ops, np.array([span])) for span in spans]
     for layer in range(config.num_layers):
         progress("reference", layer, config.num_layers)
-        ops = Eager(config, {name: weights(name) for name in layer_weights(layer)}.__getitem__)
+        ops = Eager(config, {name: weights(name) for name in layer_weights(config, layer)}.__getitem__)
         past = None
         for i, (stream, place) in enumerate(zip(streams, at)):
             out, made = block(ops, layer, stream, place, past)

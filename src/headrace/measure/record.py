@@ -1,0 +1,100 @@
+"""A measurement as a file: which bundle, who computed, on what, when, and the numbers. See docs/bench-format.md.
+
+Measurements of a bundle are kept in its folder `measurements`, beside what the manifest lists; a file is one JSON
+object. Knows no measure.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from headrace.bundle.folder import MANIFEST, MEASUREMENTS, Bundle
+from headrace.errors import UserError
+from headrace.files import read_json, write_file
+from headrace.measure.machine import describe_machine, package_versions
+
+__all__ = ["KINDS", "VERSION", "kept_records", "make_record", "read_record", "save_record"]
+
+VERSION = 1
+KINDS = ("bench", "text", "choices")
+
+
+def make_record(kind: str, bundle: Bundle, runner: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    """A measurement's JSON object: {format, version, created, bundle, runner, machine, versions, …body}.
+
+    Args:
+        kind: one of `KINDS`.
+        bundle: that was measured.
+        runner: who computed.
+        body: the numbers.
+    """
+    return {
+        "format": f"headrace-{kind}",
+        "version": VERSION,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "bundle": {
+            "name": bundle.root.resolve().name,
+            "digest": bundle_digest(bundle.root),
+            "architecture": bundle.config.architecture,
+            "recipe": bundle.recipe.name,
+            "kv": bundle.kv_dtype,
+            "context": bundle.context,
+            "prompt_length": bundle.prompt_length,
+            "weight_bytes": bundle.weight_bytes,
+        },
+        "runner": runner,
+        "machine": describe_machine(),
+        "versions": package_versions(),
+        **body,
+    }
+
+
+def bundle_digest(root: Path) -> str:
+    """The manifest's own digest: what a bundle is known by."""
+    return str(read_json(root / MANIFEST)["digest"])
+
+
+def save_record(root: Path, name: str, record: Mapping[str, Any]) -> Path:
+    """Keep a measurement with its bundle, as `measurements/NAME.json`; one of the same name is replaced."""
+    folder = root / MEASUREMENTS
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
+    write_file(path, (json.dumps(record, ensure_ascii=False, indent=1) + "\n").encode())
+    return path
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A measurement from a file.
+
+    Raises:
+        UserError: it is missing, no measurement, or of a newer version.
+    """
+    record = read_json(path, error=UserError, advice="make it with: headrace bench BUNDLE --save")
+    kind = str(record.get("format", "")).removeprefix("headrace-")
+    if kind not in KINDS or not isinstance(record.get("version"), int):
+        raise UserError(f"{path} is no measurement of headrace; expected a file that bench or evaluate --save wrote")
+    if record["version"] > VERSION:
+        raise UserError(f"{path} has version {record['version']}; this headrace reads up to {VERSION}: update headrace")
+    return record
+
+
+def kept_records(root: Path) -> dict[str, dict[str, Any]]:
+    """All measurements in a bundle's folder, by file name.
+
+    Raises:
+        UserError: one of them is of another bundle, or cannot be read.
+    """
+    digest, found = bundle_digest(root), {}
+    for path in sorted((root / MEASUREMENTS).glob("*.json")):
+        record = read_record(path)
+        if record["bundle"]["digest"] != digest:
+            raise UserError(
+                f"{path} measured another bundle ({record['bundle']['digest'][:12]}…, this one is {digest[:12]}…); "
+                "measure again or remove it"
+            )
+        found[path.name] = record
+    return found
