@@ -156,6 +156,10 @@ def test_a_stopped_answer_leaves_a_usable_model(genie: LanguageModel, how: str) 
 def test_what_genie_cannot_do_is_said(genie: LanguageModel) -> None:
     with pytest.raises(TargetError, match="Genie chooses tokens by itself and gives no logits"):
         genie.logits([1, 2])
+    with pytest.raises(TargetError, match="Genie has no min_p"):
+        list(genie.generate(ASK, min_p=0.1))
+    with pytest.raises(TargetError, match="Genie tells no logprobs"):
+        list(genie.generate(ASK, logprobs=1))
     first, second = genie.generate(ASK, max_tokens=4), genie.generate(ASK, max_tokens=4, temperature=0)
     next(first)
     with pytest.raises(TargetError, match="Genie is still giving another answer"):

@@ -47,6 +47,13 @@ class GenieAnswers:
         """
         if answer.limits.max_tokens < 1:
             return
+        for name in ("min_p", "presence_penalty", "frequency_penalty", "logit_bias"):
+            if getattr(options, name) != getattr(SamplingOptions, name):
+                raise TargetError(
+                    f"Genie has no {name}; expected temperature, top_k, top_p, repetition_penalty and seed"
+                )
+        if answer.logprobs is not None:
+            raise TargetError("Genie tells no logprobs; expected another runner, such as host")
         if self._answering:  # one dialog, whose cache holds one conversation
             raise TargetError("Genie is still giving another answer; let it end, or close it")
         self._answering = True

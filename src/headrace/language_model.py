@@ -81,11 +81,8 @@ class LanguageModel:
         *,
         max_tokens: int = 256,
         stop: Sequence[str] = (),
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | None = None,
+        logprobs: int | None = None,
+        **sampling: Any,
     ) -> Iterator[Token]:
         """Continue a text or token ids, without a turn format.
 
@@ -93,24 +90,29 @@ class LanguageModel:
             prompt: text, or ids used as they are.
             max_tokens: most tokens of the answer.
             stop: strings that end it.
-            temperature, top_k, top_p, repetition_penalty: the model's own when None; temperature 0 is greedy.
-            seed: makes sampling repeatable.
+            logprobs: tell how likely each token was, and so many of the likeliest; None: tell nothing.
+            sampling: fields of `SamplingOptions`: temperature (0 is greedy), top_k, top_p, min_p, seed and so on; the
+                model's own where none is given.
 
         Yields:
             Tokens with their text.
 
         Raises:
             ContextFull: the prompt leaves no room.
-            UserError: a sampling value is out of range.
+            UserError: a sampling value is out of range, or there is no such field.
         """
         ids = self.encode_raw(prompt) if isinstance(prompt, str) else list(prompt)
-        options = self.sampling_options(
-            temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed
-        )
-        return self.answer(ids, options, Limits(max_tokens, self.tokenizer.eos_ids, stop), continues=True)
+        limits = Limits(max_tokens, self.tokenizer.eos_ids, stop)
+        return self.answer(ids, self.sampling_options(**sampling), limits, continues=True, logprobs=logprobs)
 
     def answer(
-        self, ids: Sequence[int], options: SamplingOptions, limits: Limits, *, continues: bool = False
+        self,
+        ids: Sequence[int],
+        options: SamplingOptions,
+        limits: Limits,
+        *,
+        continues: bool = False,
+        logprobs: int | None = None,
     ) -> Iterator[Token]:
         """Continue token ids.
 
@@ -122,11 +124,14 @@ class LanguageModel:
             options: how tokens are chosen; the repetition penalty sees prompt and answer.
             limits: where the answer ends.
             continues: the answer goes on from the prompt's text (see `Tokenizer.decode`).
+            logprobs: tell how likely each token was, and so many of the likeliest; None: tell nothing.
 
         Raises:
             ContextFull: the prompt leaves no room for an answer.
         """
-        return self._answerer.answer(ids, options, Answer(self.tokenizer, limits, continues=continues))
+        return self._answerer.answer(
+            ids, options, Answer(self.tokenizer, limits, continues=continues, logprobs=logprobs)
+        )
 
     def sampling_options(self, **overrides: Any) -> SamplingOptions:
         """The model's own sampling, changed where a value is given."""

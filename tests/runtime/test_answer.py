@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from headrace.errors import ContextFull, UserError
+from headrace.errors import ContextFull, HeadraceError, UserError
 from headrace.runtime.answer import Answer, Limits, Token
 from headrace.runtime.engine import Engine
 from headrace.runtime.runner import Logits
@@ -220,3 +220,47 @@ def test_several_answers_of_one_prompt_need_one_prefill(tokenizer: Tokenizer) ->
 def test_no_tokens_are_no_request(tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match="max_tokens is 0; expected 1 or more"):
         Engine(random_model(tokenizer, 1)).submit([5], GREEDY, Answer(tokenizer, Limits(0)))
+
+
+def test_likelihoods_are_the_models_own(tokenizer: Tokenizer) -> None:
+    """Whatever the sampling does to the logits, what is told is what the model found."""
+    model = prefix_logits(tokenizer.vocab_size)
+    options = SamplingOptions(temperature=2.0, seed=1, presence_penalty=1.0, logit_bias=((9, 5.0),))
+    stream = Engine(random_model(tokenizer, 1)).answer(PROMPT, options, Answer(tokenizer, Limits(5), logprobs=3))
+    ids = list(PROMPT)
+    for token in stream:
+        expected = np.log(np.exp(model(ids).astype(np.float64)) / np.exp(model(ids).astype(np.float64)).sum())
+        assert token.likelihood is not None
+        assert token.likelihood.logprob == pytest.approx(expected[token.id], abs=1e-9)
+        order = np.argsort(-expected)[:3]
+        assert [id for id, _ in token.likelihood.top] == order.tolist()
+        assert [p for _, p in token.likelihood.top] == pytest.approx(expected[order], abs=1e-9)
+        ids.append(token.id)
+    none = Engine(random_model(tokenizer, 1)).answer(PROMPT, options, Answer(tokenizer, Limits(2), logprobs=0))
+    assert all(token.likelihood is not None and token.likelihood.top == () for token in none)
+    silent = Engine(random_model(tokenizer, 1)).answer(PROMPT, options, Answer(tokenizer, Limits(2)))
+    assert all(token.likelihood is None for token in silent)
+
+
+def test_damaged_logits_end_their_own_request_only(tokenizer: Tokenizer) -> None:
+    model = prefix_logits(tokenizer.vocab_size)
+
+    def sometimes(ids: Sequence[int]) -> Logits:
+        return np.full(tokenizer.vocab_size, np.nan, np.float32) if ids[0] == 99 and len(ids) > 3 else model(ids)
+
+    engine = Engine(ScriptedRunner(sometimes, vocab_size=tokenizer.vocab_size, slots=2))
+    bad = engine.submit([99, 1], GREEDY, Answer(tokenizer, Limits(9)))
+    good = engine.submit([5, 1], GREEDY, Answer(tokenizer, Limits(9)))
+    said = 0
+    while not engine.idle:
+        said += sum(request is good for request, _ in engine.step())
+    assert said == 9 and good.error is None
+    assert bad.done and "the model or its cache is damaged" in str(bad.error)
+    with pytest.raises(HeadraceError, match="the model or its cache is damaged"):
+        list(engine.answer([99, 1], GREEDY, Answer(tokenizer, Limits(9))))
+
+
+def test_a_bias_on_no_token_is_refused_when_it_is_submitted(tokenizer: Tokenizer) -> None:
+    options = SamplingOptions(logit_bias=((tokenizer.vocab_size, 1.0),))
+    with pytest.raises(UserError, match="logit_bias names token"):
+        Engine(random_model(tokenizer, 1)).submit([5], options, Answer(tokenizer, Limits(1)))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from headrace.errors import HeadraceError, UserError
-from headrace.runtime.sampling import Sampler, SamplingOptions
+from headrace.runtime.sampling import Sampler, SamplingOptions, log_probabilities
 
 # A probability estimated from this many draws is off by less than 4 standard deviations: 4 * sqrt(0.25 / DRAWS).
 DRAWS = 8000
@@ -23,11 +23,18 @@ COUNT_TOLERANCE = 4 * (0.25 / DRAWS) ** 0.5
 EDGE = 1e-5
 
 
-def probabilities(logits: npt.NDArray[np.float32], options: SamplingOptions, seen: Sequence[int]) -> list[float]:
+def probabilities(
+    logits: npt.NDArray[np.float32], options: SamplingOptions, seen: Sequence[int], said: Sequence[int] = ()
+) -> list[float]:
     """The rules in the order of Hugging Face's processors, one token at a time, in float64."""
-    scores = [float(x) for x in logits]
+    bias = dict(options.logit_bias)
+    scores = [float(x) + bias.get(i, 0.0) for i, x in enumerate(logits)]
     for i in set(seen):
         scores[i] = scores[i] * options.repetition_penalty if scores[i] < 0 else scores[i] / options.repetition_penalty
+    for i in said:
+        scores[i] -= options.frequency_penalty
+    for i in set(said):
+        scores[i] -= options.presence_penalty
     scores = [s / options.temperature for s in scores]
     if 0 < options.top_k < len(scores):
         last = sorted(scores, reverse=True)[options.top_k - 1]
@@ -41,6 +48,7 @@ def probabilities(logits: npt.NDArray[np.float32], options: SamplingOptions, see
             break
         kept.append(i)
         reached += weights[i]
+    kept = [i for i in kept if weights[i] >= options.min_p * max(weights)]
     total = sum(weights[i] for i in kept)
     return [weights[i] / total if i in kept else 0.0 for i in range(len(scores))]
 
@@ -53,14 +61,19 @@ def probabilities(logits: npt.NDArray[np.float32], options: SamplingOptions, see
         SamplingOptions(temperature=1.0, top_k=3, seed=3),
         SamplingOptions(temperature=1.3, top_p=0.7, seed=4),
         SamplingOptions(temperature=0.7, top_k=5, top_p=0.8, repetition_penalty=1.3, seed=5),
+        SamplingOptions(temperature=1.0, min_p=0.5, seed=6),
+        SamplingOptions(temperature=1.2, top_k=6, min_p=0.2, top_p=0.9, seed=7),
+        SamplingOptions(temperature=1.0, presence_penalty=0.8, frequency_penalty=-0.5, seed=8),
+        SamplingOptions(temperature=1.0, logit_bias=((0, -100.0), (5, 4.5)), repetition_penalty=1.1, seed=9),
     ],
 )
 def test_tokens_come_as_often_as_the_rules_say(options: SamplingOptions) -> None:
     logits = np.array([1.5, -0.5, 2.0, 0.3, 2.2, -3.0, 1.49, 0.0], np.float32)
     seen = [4, 1, 4]
     sampler = Sampler(options)
-    counts = np.bincount([sampler.sample(logits, seen) for _ in range(DRAWS)], minlength=len(logits))
-    expected = probabilities(logits, options, seen)
+    said = [6, 6, 4]
+    counts = np.bincount([sampler.sample(logits, seen, said) for _ in range(DRAWS)], minlength=len(logits))
+    expected = probabilities(logits, options, seen, said)
     assert np.abs(counts / DRAWS - expected).max() < COUNT_TOLERANCE
     assert all(count == 0 for count, p in zip(counts, expected, strict=True) if p == 0)
 
@@ -151,6 +164,10 @@ def test_a_blocked_token_is_no_error() -> None:
         ({"top_k": -1}, "top_k"),
         ({"top_k": 2.5}, "top_k"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"frequency_penalty": None}, "frequency_penalty"),
+        ({"logit_bias": {3: 101}}, "logit_bias of token 3"),
         ({"seed": -3}, "seed"),
         ({"seed": "x"}, "seed"),
     ],
@@ -187,6 +204,31 @@ def test_a_models_own_sampling_and_what_changes_it(
 def test_an_unknown_option_gets_a_hint() -> None:
     with pytest.raises(UserError, match="did you mean 'temperature'"):
         SamplingOptions.from_generation_config({}, {"temprature": 1})
+
+
+def test_a_bias_names_tokens() -> None:
+    assert SamplingOptions(logit_bias={"7": 1, 3: -2.0}).logit_bias == ((3, -2.0), (7, 1))  # type: ignore[arg-type]
+    for wrong in ("x", "-1", 1.5, True):
+        with pytest.raises(UserError, match=r"logit_bias names token .*; expected a token id"):
+            SamplingOptions(logit_bias={wrong: 1})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="logit_bias names token 90; expected 0 to 89"):
+        SamplingOptions(logit_bias=((90, 1.0),)).check_vocabulary(90)
+    logits = np.array([0.0, 7.0, 3.0], np.float32)
+    assert Sampler(SamplingOptions(logit_bias=((1, -100.0),))).sample(logits) == 2
+
+
+def test_only_what_is_allowed_comes() -> None:
+    logits = np.array([0.0, 7.0, 3.0, 1.0], np.float32)
+    allowed = np.array([True, False, False, True])
+    assert Sampler(SamplingOptions()).sample(logits, allowed=allowed) == 3
+    sampler = Sampler(SamplingOptions(temperature=5.0, top_p=0.99, min_p=0.01, seed=0))
+    assert {sampler.sample(logits, allowed=allowed) for _ in range(200)} == {0, 3}
+
+
+def test_log_probabilities_are_log_softmax() -> None:
+    logits = np.random.default_rng(0).normal(scale=30, size=500).astype(np.float32)
+    weights = np.exp(logits.astype(np.longdouble) - logits.max())
+    np.testing.assert_allclose(log_probabilities(logits), np.log(weights / weights.sum()).astype(float), atol=1e-12)
 
 
 def test_a_step_of_baichuan2s_vocabulary_costs_little() -> None:

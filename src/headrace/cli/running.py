@@ -30,6 +30,13 @@ def chat(
     repeat_penalty: Annotated[
         float | None, typer.Option("--repeat-penalty", help="Above 1: fewer repetitions.")
     ] = None,
+    min_p: Annotated[float | None, typer.Option("--min-p", help="Only tokens of this share of the likeliest.")] = None,
+    presence_penalty: Annotated[
+        float | None, typer.Option("--presence-penalty", help="Above 0: fewer tokens that the answer has.")
+    ] = None,
+    frequency_penalty: Annotated[
+        float | None, typer.Option("--frequency-penalty", help="Above 0: fewer the more often the answer has them.")
+    ] = None,
     seed: Annotated[int | None, typer.Option("-s", "--seed", help="The same seed, the same answer.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
     system: Annotated[str | None, typer.Option("--system", help="What the model is told first.")] = None,
@@ -45,7 +52,10 @@ def chat(
             temperature=0.0 if greedy else temperature,
             top_k=top_k,
             top_p=top_p,
+            min_p=min_p,
             repetition_penalty=repeat_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
             seed=seed,
         )
         session = model.chat(system, raw=raw)

@@ -16,7 +16,7 @@ from headrace.runtime.sampling import SamplingOptions
 from headrace.text.streaming import TextStream
 from headrace.text.tokenizer import Tokenizer
 
-__all__ = ["Answer", "Answerer", "Limits", "Token", "Usage"]
+__all__ = ["Answer", "Answerer", "Likelihood", "Limits", "Token", "Usage"]
 
 
 @dataclass
@@ -35,6 +35,19 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class Likelihood:
+    """How likely the model found a token, before any penalty or temperature.
+
+    Attributes:
+        logprob: natural logarithm of its probability.
+        top: (id, logprob) of the likeliest tokens, the likeliest first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Token:
     """One step of an answer.
 
@@ -43,12 +56,14 @@ class Token:
         text: text that became certain with it; may be empty. All texts joined are the answer.
         finish: on the last one, why: "stop" (an end token or stop string), "length" (max_tokens) or "context".
         usage: on the last one, what the answer took.
+        likelihood: where it was asked for.
     """
 
     id: int
     text: str
     finish: str | None = None
     usage: Usage | None = field(default=None, compare=False)
+    likelihood: Likelihood | None = None
 
 
 @dataclass(frozen=True)
@@ -73,9 +88,10 @@ class Answer:
         tokenizer: turns tokens to text.
         limits: where the answer ends.
         continues: the answer goes on from the prompt's text (see `Tokenizer.decode`).
+        logprobs: tell how likely each token was, and so many of the likeliest at its place; None: tell nothing.
 
     Attributes:
-        limits: as given.
+        limits, logprobs: as given.
         usage: what it took so far.
         finish: why it has ended, or None.
 
@@ -83,13 +99,16 @@ class Answer:
         UserError: a stop string is empty.
     """
 
-    def __init__(self, tokenizer: Tokenizer, limits: Limits, *, continues: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, limits: Limits, *, continues: bool = False, logprobs: int | None = None
+    ) -> None:
         self.limits = limits
+        self.logprobs = logprobs
         self.usage = Usage()
         self.finish: str | None = None
         self._stream = TextStream(tokenizer, limits.stops, continues=continues)
 
-    def take(self, token: int) -> Token:
+    def take(self, token: int, likelihood: Likelihood | None = None) -> Token:
         """The next chosen token. An end token gives its Token too, without text of its own.
 
         Raises:
@@ -99,8 +118,8 @@ class Answer:
             raise ValueError(f"the answer has ended ({self.finish}); it takes no more tokens")
         self.usage.tokens += 1
         if token in self.limits.stop_ids:
-            return self.end(Token(token, ""), "stop")
-        made = Token(token, self._stream.push(token))
+            return self.end(Token(token, "", likelihood=likelihood), "stop")
+        made = Token(token, self._stream.push(token), likelihood=likelihood)
         if self._stream.stopped:
             return self.end(made, "stop")
         return self.end(made, "length") if self.usage.tokens >= self.limits.max_tokens else made

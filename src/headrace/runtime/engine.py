@@ -75,11 +75,13 @@ class Engine:
         """
         if answer.limits.max_tokens < 1:
             return
-        request = Request(ids, options, answer, self.context)
+        request = self._request(ids, options, answer)
         try:
             while not request.done:
                 for _, token in self._advance([request]):
                     yield token
+            if request.error is not None:
+                raise request.error
         finally:
             self.release(request.sequence)
 
@@ -97,11 +99,18 @@ class Engine:
 
         Raises:
             ContextFull: the prompt leaves no room for an answer.
+            UserError: max_tokens is below 1, or a bias is on a token that the model does not have.
         """
         self._own()
-        request = Request(ids, options, answer, self.context, after)
+        request = self._request(ids, options, answer, after)
         self._requests.append(request)
         return request
+
+    def _request(
+        self, ids: Items[int], options: SamplingOptions, answer: Answer, after: Request | None = None
+    ) -> Request:
+        sizes = {"context": self.context, "vocab_size": self.runner.vocab_size}
+        return Request(ids, options, answer, **sizes, after=after)
 
     def step(self) -> list[tuple[Request, Token]]:
         """One step of everything that was submitted: the tokens made, none while prompts are computed. A request that
@@ -147,7 +156,8 @@ class Engine:
                 reading = True
             work.append(request)
         rows = self._run([request.sequence for request in work])
-        return [(request, request.take(row)) for request, row in zip(work, rows) if row is not None]
+        made = [(request, request.take(row)) for request, row in zip(work, rows) if row is not None]
+        return [(request, token) for request, tokens in made for token in tokens]
 
     # Sequences and logits
 

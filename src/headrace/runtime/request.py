@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 
-from headrace.errors import ContextFull, UserError
-from headrace.runtime.answer import Answer, Token
+import numpy as np
+
+from headrace.errors import ContextFull, HeadraceError, UserError
+from headrace.runtime.answer import Answer, Likelihood, Token
 from headrace.runtime.runner import Logits
-from headrace.runtime.sampling import Sampler, SamplingOptions
+from headrace.runtime.sampling import Sampler, SamplingOptions, log_probabilities
 from headrace.runtime.sequence import Sequence
 
 __all__ = ["Request"]
@@ -20,7 +22,8 @@ class Request:
         sequence: prompt and answer so far.
         answer: text, why it ended (`answer.finish`), and what it took (`answer.usage`).
         after: a request of the same prompt, whose cache this one waits for.
-        done: it has ended or was cancelled; its slot is free.
+        done: it has ended, failed or was cancelled; its slot is free.
+        error: why it failed: the model's logits are damaged. Others go on.
     """
 
     def __init__(
@@ -28,7 +31,9 @@ class Request:
         prompt: Items[int],
         options: SamplingOptions,
         answer: Answer,
+        *,
         context: int,
+        vocab_size: int,
         after: Request | None = None,
     ) -> None:
         if not len(prompt):
@@ -37,12 +42,15 @@ class Request:
             raise ContextFull(len(prompt), context)
         if answer.limits.max_tokens < 1:
             raise UserError(f"max_tokens is {answer.limits.max_tokens}; expected 1 or more")
+        options.check_vocabulary(vocab_size)
         self.sequence = Sequence(prompt)
         self.answer = answer
         self.answer.usage.prompt_tokens = len(prompt)
         self.after = after
         self.cancelled = False
         self.done = False
+        self.error: HeadraceError | None = None
+        self._prompt_tokens = len(prompt)
         self._sampler = Sampler(options)
         self._context = context
 
@@ -55,14 +63,28 @@ class Request:
         """It has to wait for another request of the same prompt, which has not said anything yet."""
         return self.after is not None and not self.after.done and not self.after.answer.usage.tokens
 
-    def take(self, logits: Logits) -> Token:
+    def take(self, logits: Logits) -> list[Token]:
         """Choose the next token from logits (V,) of the last one. The end token is not part of the sequence."""
-        sequence = self.sequence
-        token = self.answer.take(self._sampler.sample(logits, sequence.tokens))
-        if token.finish is None and len(sequence.tokens) >= self._context:
+        tokens = self.sequence.tokens
+        try:
+            chosen = self._sampler.sample(logits, tokens, tokens[self._prompt_tokens :])
+        except HeadraceError as error:
+            self.error, self.done = error, True
+            return []
+        token = self.answer.take(chosen, self._likelihood(logits, chosen))
+        if token.finish is None and len(tokens) >= self._context:
             token = self.answer.end(token, "context")  # nothing can be computed behind the last place
         if token.finish is None:
-            sequence.extend([token.id])
+            self.sequence.extend([chosen])
         else:
             self.done = True
-        return token
+        return [token]
+
+    def _likelihood(self, logits: Logits, chosen: int) -> Likelihood | None:
+        count = self.answer.logprobs
+        if count is None:
+            return None
+        values = log_probabilities(logits)
+        count = min(count, len(values))
+        top = np.argpartition(-values, range(count))[:count] if count else ()
+        return Likelihood(float(values[chosen]), tuple((int(i), float(values[i])) for i in top))

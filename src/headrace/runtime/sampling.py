@@ -1,7 +1,8 @@
 """Sampler: the next token from one row of logits.
 
-The order is Hugging Face's (transformers, LogitsProcessorList of `generate`): repetition penalty, temperature, top-k,
-top-p. Knows nothing about text, models or when to stop.
+The order: logit bias, repetition penalty, presence and frequency penalties, what a grammar allows, temperature, top-k,
+top-p, min-p; where Hugging Face has them, it is theirs (transformers, LogitsProcessorList of `generate`). Knows nothing
+about text, models or when to stop.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 from headrace.errors import HeadraceError, UserError, did_you_mean
 
-__all__ = ["Sampler", "SamplingOptions"]
+__all__ = ["Sampler", "SamplingOptions", "log_probabilities"]
 
 LOOKS = (256, 4096, 0)  # candidates looked at for top-p, until they suffice; 0: the whole vocabulary
 ROW = 128  # logits looked at together when the largest are sought
@@ -31,8 +32,12 @@ class SamplingOptions:
         temperature: divides the logits; 0 takes the most likely token.
         top_k: only the k most likely tokens (and those as likely as the k-th); 0 for all.
         top_p: only the most likely tokens that together reach this probability; 1 for all.
-        repetition_penalty: above 1 makes tokens that were seen less likely (Keskar et al. 2019, CTRL).
+        repetition_penalty: above 1 makes tokens seen, in the prompt too, less likely (Keskar et al. 2019, CTRL).
         seed: the same seed gives the same choices; None takes a new one each time.
+        min_p: only tokens at least so likely as this share of the likeliest one (Nguyen et al. 2024); 0 for all.
+        presence_penalty: taken from the logit of every token that the answer has, −2 to 2 (OpenAI's API).
+        frequency_penalty: taken once for each time that the answer has the token, −2 to 2 (OpenAI's API).
+        logit_bias: (id, number added to its logit) pairs; a mapping is taken too. −100 never, 100 always, in practice.
 
     Raises:
         UserError: a value is out of range.
@@ -43,14 +48,31 @@ class SamplingOptions:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         _number("temperature", self.temperature, lambda v: 0 <= v < math.inf, "0 (greedy) or more")
         _number("top_p", self.top_p, lambda v: 0 < v <= 1, "above 0 and at most 1")
         _number("repetition_penalty", self.repetition_penalty, lambda v: 0 < v < math.inf, "above 0")
+        _number("min_p", self.min_p, lambda v: 0 <= v <= 1, "0 (all) to 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _number(name, getattr(self, name), lambda v: -2 <= v <= 2, "-2 to 2")
+        pairs = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias
+        object.__setattr__(self, "logit_bias", tuple(sorted((_token(id), bias) for id, bias in pairs)))
+        for token, bias in self.logit_bias:
+            _number(f"logit_bias of token {token}", bias, lambda v: -100 <= v <= 100, "-100 to 100")
         _whole("top_k", self.top_k, "a whole number, 0 (all) or more")
         if self.seed is not None:
             _whole("seed", self.seed, "a whole number, 0 or more")
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise UserError for a bias on a token that the model does not have."""
+        for token, _ in self.logit_bias:
+            if token >= vocab_size:
+                raise UserError(f"logit_bias names token {token}; expected 0 to {vocab_size - 1}")
 
     @property
     def greedy(self) -> bool:
@@ -105,12 +127,21 @@ class Sampler:
         self._scratch = np.empty(0, dtype=np.float32)
         self._random = np.random.Generator(np.random.PCG64(options.seed))
 
-    def sample(self, logits: npt.NDArray[np.float32], recent_ids: Iterable[int] = ()) -> int:
-        """The next token.
+    def sample(
+        self,
+        logits: npt.NDArray[np.float32],
+        recent_ids: Iterable[int] = (),
+        answer_ids: Iterable[int] = (),
+        allowed: npt.NDArray[np.bool_] | None = None,
+    ) -> int:
+        """The next token. One random number is drawn each time, so that choices depend on the seed and on what was
+        said, and on nothing else.
 
         Args:
-            logits: float32 [V]; not changed.
+            logits: float32 (V,); not changed.
             recent_ids: tokens seen so far, for the repetition penalty; Hugging Face counts the prompt's too.
+            answer_ids: the answer's own tokens so far, for the presence and frequency penalties.
+            allowed: bool (V,): the tokens that may come; None for all.
 
         Returns:
             The token's id; equally likely tokens go to the lowest id when greedy.
@@ -119,8 +150,7 @@ class Sampler:
             HeadraceError: the logits have no finite largest value.
         """
         options = self.options
-        if options.repetition_penalty != 1:
-            logits = _penalized(logits, recent_ids, options.repetition_penalty)
+        logits = self._changed(logits, recent_ids, answer_ids, allowed)
         best = int(np.argmax(logits))  # the first NaN, if there is one
         if not np.isfinite(logits[best]):
             raise HeadraceError(
@@ -137,14 +167,46 @@ class Sampler:
         if options.top_p < 1:
             places = _nucleus(weights, options.top_p)
             ids, weights = (places if ids is None else ids[places]), weights[places]
+        if options.min_p > 0:  # the likeliest one weighs 1
+            places = np.flatnonzero(weights >= options.min_p)
+            ids, weights = (places if ids is None else ids[places]), weights[places]
         at = _draw(weights, self._random.random())
         return at if ids is None else int(ids[at])
+
+    def _changed(
+        self,
+        logits: npt.NDArray[np.float32],
+        recent_ids: Iterable[int],
+        answer_ids: Iterable[int],
+        allowed: npt.NDArray[np.bool_] | None,
+    ) -> npt.NDArray[np.float32]:
+        """The logits with all that is added to, taken from or forbidden in them; a copy when anything is."""
+        options = self.options
+        if options.logit_bias:
+            logits = logits.copy()
+            for token, bias in options.logit_bias:
+                logits[token] += bias
+        if options.repetition_penalty != 1:
+            logits = _penalized(logits, recent_ids, options.repetition_penalty)
+        if options.presence_penalty or options.frequency_penalty:
+            ids, counts = np.unique(np.fromiter(answer_ids, dtype=np.int64), return_counts=True)
+            logits = logits.copy()
+            logits[ids] -= np.float32(options.presence_penalty) + np.float32(options.frequency_penalty) * counts
+        return logits if allowed is None else np.where(allowed, logits, np.float32(-np.inf))
 
     def _buffer(self, size: int) -> npt.NDArray[np.float32]:
         # Fresh pages for a vocabulary of weights would cost more than filling them.
         if len(self._scratch) < size:
             self._scratch = np.empty(size, dtype=np.float32)
         return self._scratch[:size]
+
+
+def log_probabilities(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """log softmax of one row of logits (V,), as the model gave them: nothing penalized, temperature 1."""
+    exact = logits.astype(np.float64)
+    exact -= exact.max()
+    exact -= np.log(np.exp(exact).sum())
+    return exact
 
 
 def _penalized(logits: npt.NDArray[np.float32], seen: Iterable[int], penalty: float) -> npt.NDArray[np.float32]:
@@ -223,6 +285,14 @@ def _number(name: str, value: float, valid: Callable[[float], bool], expected: s
     number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or not valid(value):
         raise UserError(f"{name} is {value!r}; expected {expected}")
+
+
+def _token(token: Any) -> int:
+    """A key of logit_bias as a token id; JSON has keys as text."""
+    text = str(token)
+    if isinstance(token, bool) or not text.isascii() or not text.isdecimal():
+        raise UserError(f"logit_bias names token {token!r}; expected a token id, 0 or more")
+    return int(text)
 
 
 def _whole(name: str, value: int, expected: str) -> None:
