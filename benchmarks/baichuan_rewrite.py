@@ -50,7 +50,7 @@ def main() -> None:
 def _logits(path: Path, graphs: Path, level: int) -> np.ndarray:
     from headrace.runtime.engine import Engine
     from headrace.targets.host.runner import HostRunner
-    from headrace.text.tokenizer import load_tokenizer
+    from headrace.text.tokenizer_folder import load_tokenizer
 
     engine = Engine(HostRunner(re_emitted(path, graphs, accuracy_level=level)))
     return engine.score(load_tokenizer(path).encode(TEXT))

@@ -33,7 +33,8 @@ from headrace.targets.device_loop import DeviceLoop
 from headrace.targets.host.runner import HostRunner
 from headrace.targets.qualcomm.context_binary import read_context_binaries
 from headrace.targets.qualcomm.genie_dialog import GenieRunner
-from headrace.text.tokenizer import Tokenizer, load_tokenizer
+from headrace.text.tokenizer import Tokenizer
+from headrace.text.tokenizer_folder import load_tokenizer
 
 LOOP_KL = 1e-6  # the same binaries on the same codes
 CPU_KL = 1e-3  # the same graphs, other rounding

@@ -21,7 +21,7 @@ from headrace.bundle.weights import WeightStore
 from headrace.exporter.job import export
 from headrace.graph.emit_host import INT8_ACTIVATIONS, HostWeights, emit_host
 from headrace.plan import plan_parts
-from headrace.text.tokenizer import save_tokenizer
+from headrace.text.tokenizer_folder import save_tokenizer
 from tests.text.vocabularies import TEXT, byte_level_metadata, sentencepiece_model
 from tests.tiny import write_baichuan, write_llama, write_qwen2
 

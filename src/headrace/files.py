@@ -19,6 +19,7 @@ from headrace.errors import BundleError, UserError
 __all__ = [
     "JSON_LIMIT",
     "read_json",
+    "read_text",
     "sha256_file",
     "stands_for",
     "sync",
@@ -74,6 +75,24 @@ def stands_for(beginning: bytes) -> str | None:
     if start.startswith((b"entry not found", b"repository not found", b"access to model", b"invalid username or")):
         return f"a hub's answer ({start[:15].decode('ascii', 'replace')!r} …), not the file; fetch it again"
     return None
+
+
+def read_text(path: Path, *, error: type[UserError] = UserError, limit: int = JSON_LIMIT) -> str:
+    """A text file in UTF-8, of at most `limit` bytes.
+
+    Raises:
+        UserError: the file cannot be read, is too large or is not UTF-8; of the class `error`.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise error(f"{path} has {path.stat().st_size} bytes; expected at most {limit}")
+        return data.decode("utf-8")
+    except OSError as cause:
+        raise error(f"{path} cannot be read ({cause})") from None
+    except UnicodeDecodeError as cause:
+        raise error(f"{path} is not UTF-8 text ({cause.reason} at byte {cause.start}); save it as UTF-8") from None
 
 
 def temporary_name(path: Path) -> Path:

@@ -19,7 +19,8 @@ from headrace.runtime.answer import Answer, Answerer, Limits, Token
 from headrace.runtime.engine import PREFIX_BYTES, Engine
 from headrace.runtime.runner import Runner
 from headrace.runtime.sampling import SamplingOptions
-from headrace.text.tokenizer import Tokenizer, load_tokenizer
+from headrace.text.tokenizer import Tokenizer
+from headrace.text.tokenizer_folder import load_tokenizer
 from headrace.text.turns import Message, RawTurns, TurnFormat, turn_format
 
 __all__ = ["Chat", "LanguageModel", "load"]

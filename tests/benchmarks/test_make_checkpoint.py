@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from headrace.checkpoint import open_checkpoint
-from headrace.text.tokenizer import load_tokenizer
+from headrace.text.tokenizer_folder import load_tokenizer
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "make_checkpoint.py"
 SMALL = "--layers 2 --hidden 64 --heads 4 --ffn 96 --vocab 500 --context 256 --shard-bytes 40000"

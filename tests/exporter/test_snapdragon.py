@@ -32,7 +32,7 @@ from headrace.targets.qualcomm.compiler import Compiled
 from headrace.targets.qualcomm.context_binary import read_context_binary
 from headrace.targets.qualcomm.genie import Sampling, genie_config
 from headrace.targets.qualcomm.soc import find_soc
-from headrace.text.tokenizer import load_tokenizer
+from headrace.text.tokenizer_folder import load_tokenizer
 from headrace.text.turns import Message, turn_format
 from tests.exports import PHONE, SMALL, Exports
 

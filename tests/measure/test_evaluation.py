@@ -16,7 +16,7 @@ from headrace.cli.main import _run
 from headrace.errors import CalibrationError, UserError
 from headrace.measure.evaluation import evaluate_bundle
 from headrace.model.reference import eager_logits
-from headrace.text.tokenizer import load_tokenizer
+from headrace.text.tokenizer_folder import load_tokenizer
 from tests.exports import SMALL, Exports
 
 LENGTH, WINDOWS = 32, 3

@@ -25,7 +25,7 @@ from headrace.runtime.engine import Engine
 from headrace.runtime.runner import Span
 from headrace.targets.device import DEVICE_FOLDER, DeviceRunner, run_session
 from headrace.targets.device_loop import DeviceLoop, choose_graph
-from headrace.text.tokenizer import load_tokenizer, save_tokenizer
+from headrace.text.tokenizer_folder import load_tokenizer, save_tokenizer
 from tests.graph.simulated import (
     QuantizedModel,
     divergence,

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from headrace.checkpoint.gguf_file import read_gguf
-from headrace.text.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from headrace.text.tokenizer import Tokenizer
+from headrace.text.tokenizer_folder import load_tokenizer, save_tokenizer
 
 pytestmark = pytest.mark.reference
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
 from headrace.errors import TokenizerError
-from headrace.text.tokenizer import load_tokenizer
 from headrace.text.tokenizer_convert import sentencepiece_to_tokenizer_json
+from headrace.text.tokenizer_folder import load_tokenizer
 from tests.text.vocabularies import TEXT, sentencepiece_model
 
 # What texts are made of, from which random strings mix one to several: repeated signs are where the order of joins

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.errors import ContextFull, TokenizerError, UserError
-from headrace.text.tokenizer import Tokenizer, load_tokenizer
+from headrace.errors import ContextFull, UserError
+from headrace.text.tokenizer import Tokenizer
+from headrace.text.tokenizer_folder import load_tokenizer
 from headrace.text.turns import IdTurns, Message, RawTurns, TemplateTurns, turn_format
 from tests.text.vocabularies import CHATML, byte_level_tokenizer, sentencepiece_tokenizer
 
@@ -162,71 +163,6 @@ def test_the_token_behind_an_answer_ends_it(tmp_path: Path) -> None:
     assert turn_format(tokenizer, {}).stop_ids == {0, 2}
     assert turn_format(tokenizer, {}, "{{ messages[0].content }}").stop_ids == {0}
     assert turn_format(tokenizer, {}, "{{ raise_exception('no') }}").stop_ids == {0}
-
-
-def test_a_template_knows_what_hugging_face_gives_it(chatml: Tokenizer) -> None:
-    template = """
-    {%- if messages[0]['role'] == 'system' %}
-        {{- bos_token + strftime_now('%Y')[:2] + messages[0]['content'] | tojson }}
-    {%- endif %}
-    {%- for m in messages[1:] %}
-        {%- if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% continue %}{% endif %}
-        {{- m.content | trim }}
-    {%- endfor %}
-    {%- if add_generation_prompt %}{{ eos_token }}{% endif %}"""
-    ids = turn_format(chatml, {}, template).render(talk(" the ", "sea", "is", system='a"<百>'), ROOM)
-    assert ids == [1, *chatml.encode('20"a\\"<百>"theseais'), 2]
-
-
-HOSTILE = {
-    "says no": ("{{ raise_exception('Roles\n must alternate') }}", "Roles must alternate"),
-    "reaches out": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
-    "changes its input": ("{{ messages.append(1) }}", "unsafe|not safely"),
-    "counts far": (
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "more than 100000",
-    ),
-    "counts too far": ("{{ range(10**9) }}", "powers are not allowed"),
-    "repeats": ("{{ 'a' * 999999999 }}", "repeats something"),
-    "repeats a list": ("{{ 999999999 * [1] }}", "repeats something"),
-    "pads": ("{{ 'a'.ljust(999999999) }}", "pads text"),
-    "pads by keyword-like method": ("{{ 'a'.zfill(999999999) }}", "pads text"),
-    "formats": ("{{ '%999999999d' % 1 }}", "width in its format"),
-    "formats otherwise": ("{{ '{:999999999}'.format(1) }}", "width in its format"),
-    "formats by argument": ("{{ '{:{}}'.format(1, 999999999) }}", "width in its format"),
-    "formats a number by argument": ("{{ '%*d' % (999999999, 1) }}", "width in its format"),
-    "replaces": (
-        "{% set ns = namespace(t='a' * 100000) %}{{ ns.t.replace('a', ns.t) }}",
-        "makes a text of more than",
-    ),
-    "divides by zero": ("{{ 1 / 0 }}", "division by zero"),
-    "misses a name": ("{{ nothing.at.all }}", "nothing"),
-    "multiplies": ("{% set ns = namespace(n=9999999999) %}{{ ns.n * ns.n * ns.n * ns.n }}", "numbers are too large"),
-    "writes much": (
-        "{% set t = 'a' * 1000000 %}{% for i in range(99999) %}{{ t }}{% endfor %}",
-        "gives more than",
-    ),
-}
-
-
-@pytest.mark.parametrize("what", HOSTILE)
-def test_a_hostile_or_broken_template_is_one_line(chatml: Tokenizer, what: str) -> None:
-    template, message = HOSTILE[what]
-    with pytest.raises(TokenizerError, match=f"^the model's chat template failed: .*({message})") as caught:
-        turn_format(chatml, {}, template).render(talk("hi"), ROOM)
-    assert "\n" not in str(caught.value)
-    assert str(caught.value).endswith("use --raw to go without")
-
-
-@pytest.mark.parametrize("template", ["{% for %}", "{{ 'a' | center(9) }}", "{% include 'x' %}{% end %}"])
-def test_a_template_that_does_not_compile(chatml: Tokenizer, template: str) -> None:
-    with pytest.raises(TokenizerError, match="the model's chat template failed"):
-        turn_format(chatml, {}, template)
-
-
-def test_a_template_of_absurd_length(chatml: Tokenizer) -> None:
-    with pytest.raises(TokenizerError, match="has 300000 characters; expected at most"):
-        turn_format(chatml, {}, "a" * 300_000)
 
 
 # No turns

@@ -10,7 +10,8 @@ from typing import Any
 
 import sentencepiece
 
-from headrace.text.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from headrace.text.tokenizer import Tokenizer
+from headrace.text.tokenizer_folder import load_tokenizer, save_tokenizer
 from headrace.text.tokenizer_json import byte_alphabet
 
 TEXT = [

@@ -40,7 +40,8 @@ from headrace.quantize.parallel import cores
 from headrace.quantize.pipeline import QuantizedLayer, load_weight, quantize_layers, quantize_table
 from headrace.quantize.ranges import collect_ranges
 from headrace.quantize.sensitivity import measure_sensitivity
-from headrace.text.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from headrace.text.tokenizer import Tokenizer
+from headrace.text.tokenizer_folder import load_tokenizer, save_tokenizer
 from headrace.text.turns import turn_format
 
 __all__ = ["export"]

@@ -42,8 +42,8 @@ from headrace.targets.qualcomm.genie import (
 )
 from headrace.targets.qualcomm.genie_check import check_genie_folder
 from headrace.targets.qualcomm.soc import Soc, find_soc
-from headrace.text.tokenizer import load_tokenizer
 from headrace.text.tokenizer_convert import sentencepiece_to_tokenizer_json
+from headrace.text.tokenizer_folder import load_tokenizer
 from headrace.text.turns import IdTurns, Message, turn_format
 
 __all__ = [

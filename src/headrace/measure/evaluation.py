@@ -19,7 +19,8 @@ from headrace.progress import Progress, silent
 from headrace.quantize.simulate import Simulated, simulated_logits
 from headrace.runners import Options, open_runner
 from headrace.runtime.engine import Engine
-from headrace.text.tokenizer import Tokenizer, load_tokenizer
+from headrace.text.tokenizer import Tokenizer
+from headrace.text.tokenizer_folder import load_tokenizer
 from headrace.text.turns import turn_format
 
 __all__ = ["evaluate_bundle"]

@@ -30,7 +30,7 @@ from headrace.plan import plan_parts
 from headrace.progress import Progress, silent
 from headrace.runners import open_runner
 from headrace.runtime.engine import Engine
-from headrace.text.tokenizer import load_tokenizer
+from headrace.text.tokenizer_folder import load_tokenizer
 
 __all__ = ["DEPTHS", "verify_bundle"]
 

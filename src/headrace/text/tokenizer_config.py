@@ -1,8 +1,9 @@
 """TokenizerConfig: what a vocabulary's file does not say itself: bos, eos, added tokens, the chat template.
 
 Hugging Face folders spread this over tokenizer_config.json, special_tokens_map.json, added_tokens.json,
-generation_config.json and chat_template.jinja; a bundle keeps it in tokenizer_config.json alone, under the same keys.
-Knows nothing about how text is encoded.
+chat_template.jinja, generation_config.json and config.json; a bundle keeps it in tokenizer_config.json alone, under the
+same keys. What wins over what is as in transformers (tokenization_utils_base.py, `from_pretrained`). Knows nothing
+about how text is encoded.
 """
 
 from __future__ import annotations
@@ -14,67 +15,90 @@ from pathlib import Path
 from typing import Any
 
 from headrace.errors import TokenizerError
-from headrace.files import read_json
+from headrace.files import read_json, read_text
 
 __all__ = ["AddedPiece", "TokenizerConfig"]
+
+# The tokens that transformers names, and hands to chat templates under these names.
+MARKS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+ADDITIONAL = "additional_special_tokens"
+# Hugging Face's own Llama classes put a space before a text only at its very beginning, unless they are told otherwise;
+# the SentencePiece classes that models bring along put one before every stretch of text between special tokens.
+LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 
 
 @dataclass(frozen=True)
 class AddedPiece:
-    """A token added to a vocabulary: its spelling, and whether it is a control token without text."""
+    """A token added to a vocabulary.
+
+    Attributes:
+        content: its spelling.
+        special: a control token without text.
+        lstrip, rstrip: white space before or behind it in a text belongs to it.
+    """
 
     content: str
     special: bool
+    lstrip: bool = False
+    rstrip: bool = False
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """A vocabulary's settings.
+    """A vocabulary's settings; None where the folder does not say.
 
     Attributes:
-        bos: spelling of the token a text begins with, or None when not said.
-        eos: spelling of the token a text ends with, or None when not said.
+        marks: name → spelling of the special tokens, such as "bos_token", and "additional_special_tokens" with a list.
         eos_ids: further ids that end a text.
-        add_bos: a prompt begins with bos; None when not said.
+        add_bos: a prompt begins with bos.
+        add_prefix_space: a space is put before a text.
+        legacy: that space is put before every stretch of text between special tokens, not only before the first.
         added: id → token added after the vocabulary was trained, or marked as special.
-        chat_template: jinja source, or None.
-        tokenizer_class: Hugging Face's class name, which carries defaults, or None.
+        chat_template: jinja source.
+        tokenizer_class: Hugging Face's class name, which carries defaults.
     """
 
-    bos: str | None = None
-    eos: str | None = None
+    marks: Mapping[str, str | list[str]] = field(default_factory=dict)
     eos_ids: tuple[int, ...] = ()
     add_bos: bool | None = None
+    add_prefix_space: bool | None = None
+    legacy: bool | None = None
     added: Mapping[int, AddedPiece] = field(default_factory=dict)
     chat_template: str | None = None
     tokenizer_class: str | None = None
 
+    @property
+    def is_llama(self) -> bool:
+        """The vocabulary is of Hugging Face's own Llama class."""
+        return self.tokenizer_class in LLAMA_CLASSES
+
+    @property
+    def space_before_every_stretch(self) -> bool:
+        """A space that is put before a text is put before each stretch of it between special tokens."""
+        return not self.is_llama if self.legacy is None else self.legacy
+
     @classmethod
     def from_folder(cls, folder: Path) -> TokenizerConfig:
-        """Reads what is there of the five files; all are optional.
+        """Reads what is there of the files; all are optional.
 
         Raises:
-            TokenizerError: one of them is not the JSON it should be.
+            TokenizerError: one of them is not the JSON or the text it should be.
         """
-        raw = _read_json(folder / "tokenizer_config.json")
-        marks = {**_read_json(folder / "special_tokens_map.json"), **{k: v for k, v in raw.items() if v}}
-        generation = _read_json(folder / "generation_config.json")
         where = folder / "tokenizer_config.json"
-        add_bos = raw.get("add_bos_token")
-        if add_bos is not None and not isinstance(add_bos, bool):
-            raise TokenizerError(f"{where}: add_bos_token is {add_bos!r}; expected true or false")
-        template = _template(raw.get("chat_template"), where)
-        jinja = folder / "chat_template.jinja"
-        if template is None and jinja.is_file():
-            template = jinja.read_text(encoding="utf-8")
+        raw = _read_json(where)
+        named = _read_json(folder / "special_tokens_map.json")
+        # The map is the older file; once added_tokens_decoder is there, transformers no longer reads it.
+        said = {key: value for key, value in raw.items() if value}
+        told = {**named, **said} if "added_tokens_decoder" in raw else {**said, **named}
         name = raw.get("tokenizer_class")
         return cls(
-            bos=_spelling(marks.get("bos_token")),
-            eos=_spelling(marks.get("eos_token")),
-            eos_ids=tuple(dict.fromkeys(_ids(raw.get("eos_token_ids")) + _ids(generation.get("eos_token_id")))),
-            add_bos=add_bos,
+            marks=_marks(told),
+            eos_ids=tuple(dict.fromkeys(_ids(raw.get("eos_token_ids")) + _end_ids(folder))),
+            add_bos=_flag(raw, "add_bos_token", where),
+            add_prefix_space=_flag(raw, "add_prefix_space", where),
+            legacy=_flag(raw, "legacy", where),
             added=_added(raw.get("added_tokens_decoder"), _read_json(folder / "added_tokens.json"), where),
-            chat_template=template,
+            chat_template=_template_file(folder) or _template(raw.get("chat_template"), where),
             tokenizer_class=name if isinstance(name, str) else None,
         )
 
@@ -82,18 +106,21 @@ class TokenizerConfig:
         """The text of a bundle's tokenizer_config.json; `from_folder` reads the same settings back."""
         raw = {
             "tokenizer_class": self.tokenizer_class,
-            "bos_token": self.bos,
-            "eos_token": self.eos,
+            **self.marks,
             "eos_token_ids": list(self.eos_ids) or None,
             "add_bos_token": self.add_bos,
-            "added_tokens_decoder": {
-                str(i): {"content": piece.content, "special": piece.special} for i, piece in self.added.items()
-            }
-            or None,
+            "add_prefix_space": self.add_prefix_space,
+            "legacy": self.legacy,
+            "added_tokens_decoder": {str(i): _piece_json(piece) for i, piece in self.added.items()} or None,
             "chat_template": self.chat_template,
         }
         kept = {key: value for key, value in raw.items() if value is not None}
         return json.dumps(kept, ensure_ascii=False, indent=1) + "\n"
+
+    def mark(self, name: str) -> str | None:
+        """The spelling of one special token, or None."""
+        spelling = self.marks.get(name)
+        return spelling if isinstance(spelling, str) else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -107,18 +134,64 @@ def _spelling(value: object) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
+def _marks(told: Mapping[str, Any]) -> dict[str, str | list[str]]:
+    # A model may name marks of its own, image_token and the like; they all end so.
+    names = [*MARKS, *sorted(key for key in told if key.endswith("_token") and key not in MARKS)]
+    marks: dict[str, str | list[str]] = {}
+    for name in names:
+        spelling = _spelling(told.get(name))
+        if spelling is not None:
+            marks[name] = spelling
+    more = told.get(ADDITIONAL) or told.get("extra_special_tokens")
+    if isinstance(more, list):
+        marks[ADDITIONAL] = [spelling for item in more if (spelling := _spelling(item)) is not None]
+    elif isinstance(more, dict):  # named ones
+        marks |= {name: spelling for name, item in more.items() if (spelling := _spelling(item)) is not None}
+    return marks
+
+
+def _end_ids(folder: Path) -> tuple[int, ...]:
+    """What ends a text by generation_config.json, else by config.json, where older folders have it."""
+    for name in ("generation_config.json", "config.json"):
+        settings = _read_json(folder / name)
+        if settings.get("eos_token_id") is not None:
+            return _ids(settings["eos_token_id"])
+    return ()
+
+
+def _flag(raw: Mapping[str, Any], name: str, where: Path) -> bool | None:
+    value = raw.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise TokenizerError(f"{where}: {name} is {value!r}; expected true or false")
+    return value
+
+
+def _template_file(folder: Path) -> str | None:
+    """A template in a file of its own, which wins over the one in tokenizer_config.json."""
+    for path in (folder / "chat_template.jinja", folder / "additional_chat_templates" / "default.jinja"):
+        if path.is_file():
+            return read_text(path, error=TokenizerError)
+    return None
+
+
+def _piece_json(piece: AddedPiece) -> dict[str, Any]:
+    strips = {name: True for name in ("lstrip", "rstrip") if getattr(piece, name)}
+    return {"content": piece.content, "special": piece.special, **strips}
+
+
 def _ids(value: object) -> tuple[int, ...]:
     values = value if isinstance(value, list) else [value]
     return tuple(v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 0)
 
 
 def _template(value: object, where: Path) -> str | None:
-    # Several named templates are a list of {"name", "template"}; the one for conversation is "default".
+    # Several named templates are an object, or a list of {"name", "template"}; the one for conversation is "default".
     if isinstance(value, list):
-        named = {v.get("name"): v.get("template") for v in value if isinstance(v, dict)}
-        value = named.get("default")
+        value = {str(v.get("name")): v.get("template") for v in value if isinstance(v, dict)}
+    if isinstance(value, dict):
+        value = value.get("default")
     if value is None or isinstance(value, str):
-        return value
+        return value or None
     raise TokenizerError(f"{where}: chat_template is a {type(value).__name__}; expected text")
 
 
@@ -132,5 +205,6 @@ def _added(decoder: object, names: Mapping[str, Any], where: Path) -> dict[int, 
         content = _spelling(value)
         if not key.isdecimal() or content is None:
             raise TokenizerError(f"{where}: added_tokens_decoder has {key!r}: {value!r}; expected id: token")
-        added[int(key)] = AddedPiece(content, not isinstance(value, dict) or bool(value.get("special")))
+        told = value if isinstance(value, dict) else {"special": True}
+        added[int(key)] = AddedPiece(content, *(bool(told.get(name)) for name in ("special", "lstrip", "rstrip")))
     return dict(sorted(added.items()))

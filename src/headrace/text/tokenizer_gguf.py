@@ -23,6 +23,12 @@ __all__ = ["gguf_vocabulary"]
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
+MARK_KEYS = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
 EOS_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
@@ -150,17 +156,16 @@ def _added_token(token: int, content: str, *, special: bool) -> dict[str, Any]:
 
 
 def _config(metadata: Mapping[str, Any], kind: str, pieces: list[str], kinds: list[int]) -> TokenizerConfig:
-    bos = _token(metadata, "bos_token_id", pieces)
+    marks = {name: _token(metadata, key, pieces) for name, key in MARK_KEYS.items()}
+    bos = marks["bos_token"]
     ends = [_token(metadata, key, pieces) for key in EOS_KEYS]
-    eos = ends[0]
     template = metadata.get("tokenizer.chat_template")
     # SentencePiece vocabularies begin a text with bos, but not Baichuan's; few byte-level ones do.
     begins = not _is_baichuan(metadata) if kind == "llama" else _pre_tokenizer(metadata).begins
     # SentencePiece keeps control tokens in the model; one that ends a text must be special whatever its kind says.
     loose = {i for i in ends if i is not None and kinds[i] != CONTROL}
     return TokenizerConfig(
-        bos=None if bos is None else pieces[bos],
-        eos=None if eos is None else pieces[eos],
+        marks={name: pieces[i] for name, i in marks.items() if i is not None},
         eos_ids=tuple(dict.fromkeys(i for i in ends if i is not None)),
         add_bos=_flag(metadata, "add_bos_token", begins) and bos is not None,
         added={i: AddedPiece(pieces[i], True) for i in sorted(loose)},

@@ -1,8 +1,9 @@
 """JsonTokenizer: a vocabulary in a tokenizer.json file, through the `tokenizers` library.
 
-Encoding is the library's. Decoding is ours, by the bytes of each piece, for the two kinds of vocabulary there are:
-byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM) and SentencePiece's spelling (▁ for a space, <0xE4> for a byte). Any
-other decoder is refused. Knows nothing about models or turns.
+Encoding is the library's; which texts get a space before them is as transformers has it. Decoding is ours, by the bytes
+of each piece, for the two kinds of vocabulary there are: byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM) and
+SentencePiece's spelling (▁ for a space, <0xE4> for a byte). Any other decoder is refused. Knows nothing about models
+or turns.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from headrace.errors import TokenizerError
 from headrace.text.tokenizer import Tokenizer, valid_text
-from headrace.text.tokenizer_config import TokenizerConfig
+from headrace.text.tokenizer_config import MARKS, TokenizerConfig
 
 __all__ = ["JsonTokenizer", "byte_alphabet"]
 
@@ -44,19 +45,22 @@ class JsonTokenizer(Tokenizer):
         self.special_ids = frozenset(i for i, token in added.items() if token.special) | frozenset(
             i for i, piece in config.added.items() if piece.special
         )
-        template_ids = self._library.encode("", add_special_tokens=True).ids
         self._lock = threading.Lock()
         self._size = max(self._library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self._byte_level, self.drops_leading_space = _decoder_kind(self._library.decoder, path)
+        if config.is_llama and not self._byte_level:
+            self.drops_leading_space = config.add_prefix_space is not False
+            _restate_spaces(self._library, config)
         self._bytes: dict[int, bytes] = {}
 
-        self.bos_id = None if config.bos is None else self.token_id(config.bos)
-        if self.bos_id is None and template_ids and config.add_bos is not False:
-            self.bos_id = template_ids[0]
-        eos = None if config.eos is None else self.token_id(config.eos)
+        begin = _begin_ids(self._library)
+        bos, eos = (None if (mark := config.mark(name)) is None else self.token_id(mark) for name in MARKS[:2])
+        self.bos_id = begin[0] if bos is None and begin else bos
         self.eos_ids = tuple(dict.fromkeys((() if eos is None else (eos,)) + config.eos_ids))
-        says = config.add_bos
-        self.add_bos = self.bos_id is not None and (template_ids[:1] == [self.bos_id] if says is None else says)
+        # The file's own post-processor decides, as in transformers; the configuration only where there is none.
+        says = bool(begin) if self._library.post_processor is not None else bool(config.add_bos)
+        self.add_bos = self.bos_id is not None and says
+        self.marks = config.marks
         self.chat_template = config.chat_template
 
     @property
@@ -64,12 +68,22 @@ class JsonTokenizer(Tokenizer):
         """One more than the largest id."""
         return self._size
 
-    def encode(self, text: str, *, special: bool = False) -> list[int]:
+    def encode(self, text: str, *, special: bool = False, continues: bool = False) -> list[int]:
         """See `Tokenizer.encode`."""
         text = valid_text(text)
         with self._lock:  # the switch is part of the library's tokenizer
             self._library.encode_special_tokens = not special
+            if continues and self.drops_leading_space:
+                # The library always takes a text for a whole one: a line break in front keeps the space away.
+                before = self._library.encode("\n", add_special_tokens=False).ids
+                ids = list(self._library.encode("\n" + text, add_special_tokens=False).ids)
+                if ids[: len(before)] == before:
+                    return ids[len(before) :]
             return list(self._library.encode(text, add_special_tokens=False).ids)
+
+    def to_json(self) -> str:
+        """The text of a tokenizer.json that encodes as this vocabulary does."""
+        return str(self._library.to_str())
 
     def token_id(self, piece: str) -> int | None:
         """See `Tokenizer.token_id`."""
@@ -103,6 +117,31 @@ class JsonTokenizer(Tokenizer):
         if match := BYTE_PIECE.fullmatch(piece):
             return bytes([int(match[1], 16)])
         return piece.replace(SPACE, " ").encode()
+
+
+def _begin_ids(library: Any) -> list[int]:
+    """What the file's post-processor puts before a text; what it puts behind one is no beginning."""
+    whole = library.encode("a", add_special_tokens=True).ids
+    plain = library.encode("a", add_special_tokens=False).ids
+    for at in range(len(whole) - len(plain) + 1):
+        if whole[at : at + len(plain)] == plain:
+            return list(whole[:at])
+    return []
+
+
+def _restate_spaces(library: Any, config: TokenizerConfig) -> None:
+    """What Hugging Face's own Llama class does with a file of its kind, whatever the file says: ▁ for each space, and
+    one before the text, or before every stretch of it, or none. Source: transformers, tokenization_llama.py."""
+    from tokenizers import decoders, pre_tokenizers
+
+    prefix = config.add_prefix_space is not False
+    scheme = ("always" if config.space_before_every_stretch else "first") if prefix else "never"
+    library.normalizer = None
+    library.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme=scheme, split=False)
+    strip = [decoders.Strip(content=" ", left=1)] if prefix else []
+    library.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
 
 
 def _decoder_kind(decoder: Any, path: Path) -> tuple[bool, bool]:

@@ -1,7 +1,8 @@
 """SentencePieceTokenizer: a vocabulary in a SentencePiece tokenizer.model file, through the SentencePiece library.
 
 Tokens added to it (tokenizer_config.json's added_tokens_decoder) are cut out of the text first; each stretch between
-two of them is encoded on its own, as the `tokenizers` library and llama.cpp do. Knows nothing about models or turns.
+two of them is encoded on its own, as the `tokenizers` library and llama.cpp do. Which stretches get a space before them
+is the configuration's matter. Knows nothing about models or turns.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from headrace.errors import TokenizerError
 from headrace.text.tokenizer import Tokenizer, valid_text
-from headrace.text.tokenizer_config import TokenizerConfig
+from headrace.text.tokenizer_config import AddedPiece, TokenizerConfig
 
 __all__ = ["SentencePieceTokenizer"]
 
@@ -30,10 +31,11 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, path: Path, config: TokenizerConfig) -> None:
         import sentencepiece
 
-        self._model = sentencepiece.SentencePieceProcessor()
         try:
-            self._model.LoadFromSerializedProto(path.read_bytes())
+            content = path.read_bytes()
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
             size = self._model.GetPieceSize()
+            self._bare = _without_prefix(content) if _has_dummy_prefix(self._model) else self._model
         except (RuntimeError, OSError) as error:
             raise TokenizerError(f"{path} is not a SentencePiece model ({error}); fetch the file again") from None
         self._trained = size
@@ -43,17 +45,24 @@ class SentencePieceTokenizer(Tokenizer):
         self._ids = {content: i for i, content in self._names.items()}
         self._size = max([size - 1, *self._names]) + 1
         self.special_ids = frozenset(control | {i for i, piece in config.added.items() if piece.special})
-        marked = {i: self.id_to_piece(i) for i in self.special_ids}
-        plain = {i: name for i, name in self._names.items() if i not in self.special_ids}
+        marked = {i: config.added.get(i, AddedPiece(self.id_to_piece(i), True)) for i in self.special_ids}
+        plain = {i: piece for i, piece in config.added.items() if i >= size and i not in self.special_ids}
         self._cut = {True: _cutter({**marked, **plain}), False: _cutter(plain)}
-        self.drops_leading_space = _has_dummy_prefix(self._model)
+        wanted = config.add_prefix_space is not False
+        self.drops_leading_space = wanted and (config.is_llama or _has_dummy_prefix(self._model))
+        self._every_stretch = config.space_before_every_stretch
+        self._as_llama = config.is_llama
         self._bytes: list[bytes | None] = [None] * self._size
 
-        self.bos_id = _mark(self, config.bos, self._model.bos_id())
-        eos = _mark(self, config.eos, self._model.eos_id())
+        self.bos_id, eos, unknown = (
+            _mark(self, config.mark(f"{name}_token"), getattr(self._model, f"{name}_id")())
+            for name in ("bos", "eos", "unk")
+        )
         self.eos_ids = tuple(dict.fromkeys((() if eos is None else (eos,)) + config.eos_ids))
         # Hugging Face's Llama class adds bos unless its configuration says otherwise.
         self.add_bos = self.bos_id is not None and (True if config.add_bos is None else config.add_bos)
+        spelled = {"bos_token": self.bos_id, "eos_token": eos, "unk_token": unknown}
+        self.marks = {n: self.id_to_piece(i) for n, i in spelled.items() if i is not None} | dict(config.marks)
         self.chat_template = config.chat_template
 
     @property
@@ -61,19 +70,23 @@ class SentencePieceTokenizer(Tokenizer):
         """One more than the largest id."""
         return self._size
 
-    def encode(self, text: str, *, special: bool = False) -> list[int]:
+    def encode(self, text: str, *, special: bool = False, continues: bool = False) -> list[int]:
         """See `Tokenizer.encode`."""
         text = valid_text(text)
         cutter = self._cut[special]
-        if cutter is None:
-            return list(self._model.EncodeAsIds(text))
         ids: list[int] = []
-        for i, stretch in enumerate(cutter.split(text)):  # text, token, text, token, … text
+        for i, stretch in enumerate(cutter.split(text) if cutter else [text]):  # text, token, text, token, … text
             if i % 2:
                 ids.append(self._token(stretch))
             elif stretch:
-                ids.extend(self._model.EncodeAsIds(stretch))
+                spaced = self._every_stretch if i else not continues
+                ids.extend(self._stretch(stretch, spaced and self.drops_leading_space))
         return ids
+
+    def _stretch(self, text: str, spaced: bool) -> list[int]:
+        if spaced and self._as_llama:  # a space that is there already is enough for it
+            return list(self._bare.EncodeAsIds(text if text.startswith((" ", SPACE)) else " " + text))
+        return list((self._model if spaced else self._bare).EncodeAsIds(text))
 
     def token_id(self, piece: str) -> int | None:
         """See `Tokenizer.token_id`."""
@@ -111,16 +124,29 @@ class SentencePieceTokenizer(Tokenizer):
         return piece.replace(SPACE, " ").encode()
 
     def _token(self, piece: str) -> int:
-        token = self.token_id(piece)
-        if token is None:
-            raise AssertionError(f"{piece!r} was cut out of the text but is no token")
-        return token
+        for spelling in (piece, piece.strip()):  # white space around it may belong to it
+            if (token := self.token_id(spelling)) is not None:
+                return token
+        raise AssertionError(f"{piece!r} was cut out of the text but is no token")
 
 
-def _cutter(names: dict[int, str]) -> re.Pattern[str] | None:
+def _cutter(pieces: dict[int, AddedPiece]) -> re.Pattern[str] | None:
     """A pattern that finds the tokens' spellings, the longest first; None when there are none."""
-    spellings = sorted({name for name in names.values() if name}, key=len, reverse=True)
-    return re.compile("(" + "|".join(map(re.escape, spellings)) + ")") if spellings else None
+    found = sorted((piece for piece in pieces.values() if piece.content), key=lambda p: len(p.content), reverse=True)
+    spellings = [r"\s*" * p.lstrip + re.escape(p.content) + r"\s*" * p.rstrip for p in found]
+    return re.compile("(" + "|".join(spellings) + ")") if spellings else None
+
+
+def _without_prefix(content: bytes) -> Any:
+    """The same model, but it puts no space before a text."""
+    import importlib
+
+    import sentencepiece
+
+    spec = importlib.import_module("sentencepiece.sentencepiece_model_pb2").ModelProto()
+    spec.ParseFromString(content)
+    spec.normalizer_spec.add_dummy_prefix = False
+    return sentencepiece.SentencePieceProcessor(model_proto=spec.SerializeToString())
 
 
 def _has_dummy_prefix(model: Any) -> bool:

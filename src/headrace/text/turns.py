@@ -167,11 +167,6 @@ class TemplateTurns(TurnFormat):
         self._tokenizer = tokenizer
         self._template = ChatTemplate(template)
         spell = tokenizer.id_to_piece
-        eos = tokenizer.eos_ids[0] if tokenizer.eos_ids else None
-        self._marks = {
-            "bos_token": "" if tokenizer.bos_id is None else spell(tokenizer.bos_id),
-            "eos_token": "" if eos is None else spell(eos),
-        }
         spellings = sorted(filter(None, map(spell, tokenizer.special_ids)), key=len, reverse=True)
         self._forged = re.compile("|".join(map(re.escape, spellings))) if spellings else None
         self.stop_ids = frozenset(tokenizer.eos_ids) | self._end_of_answer()
@@ -180,7 +175,7 @@ class TemplateTurns(TurnFormat):
         """The special token right behind an assistant's words, if the template writes one."""
         talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
         try:
-            text = self._template.render(talk, ask=False, marks=self._marks)
+            text = self._template.render(talk, ask=False, marks=self._tokenizer.marks)
         except UserError:  # it wants something else of a conversation; eos alone ends the answers then
             return frozenset()
         rest = text.partition(PROBE)[2].lstrip()
@@ -192,14 +187,16 @@ class TemplateTurns(TurnFormat):
         talk = [{"role": m.role, "content": self._guard(m.content)} for m in messages]
         goes_on = messages[-1].role == "assistant"
         if goes_on:
-            talk[-1]["content"] += PROBE
-        text = self._template.render(talk, ask=not goes_on, marks=self._marks)
+            talk[-1]["content"] += PROBE + " "
+        text = self._template.render(talk, ask=not goes_on, marks=self._tokenizer.marks)
         if goes_on:
-            text = text.rpartition(PROBE)[0]
+            text, _, behind = text.rpartition(PROBE)
+            if not behind.startswith(" "):  # the template trims, so it would have trimmed the message itself too
+                text = text.rstrip()
         ids: list[int] = []
         for i, stretch in enumerate(re.split(f"{OPEN}(.*?){CLOSE}", text, flags=re.DOTALL)):
             if stretch:
-                ids += self._tokenizer.encode(stretch, special=not i % 2)
+                ids += self._tokenizer.encode(stretch, special=not i % 2, continues=i > 0)
         return ids
 
     def _guard(self, content: str) -> str:

@@ -1,0 +1,192 @@
+"""What a Hugging Face folder says about its vocabulary: which file wins, and what a bundle keeps of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headrace.errors import TokenizerError
+from headrace.text.tokenizer import Tokenizer
+from headrace.text.tokenizer_config import AddedPiece, TokenizerConfig
+from headrace.text.tokenizer_folder import load_tokenizer, save_tokenizer
+from tests.text.vocabularies import byte_level_tokenizer, sentencepiece_model, sentencepiece_tokenizer
+
+NAMED = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "talk"}]
+
+
+def write(folder: Path, name: str, content: object) -> None:
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+
+
+# The template
+
+
+@pytest.mark.parametrize(
+    ("files", "template"),
+    [
+        ({"tokenizer_config.json": {"chat_template": "config"}}, "config"),
+        ({"tokenizer_config.json": {"chat_template": "config"}, "chat_template.jinja": "file"}, "file"),
+        ({"tokenizer_config.json": {"chat_template": NAMED}}, "talk"),
+        ({"tokenizer_config.json": {"chat_template": {"default": "talk", "rag": "x"}}}, "talk"),
+        ({"tokenizer_config.json": {"chat_template": {"rag": "x"}}}, None),
+        ({"additional_chat_templates/default.jinja": "more"}, "more"),
+        ({"additional_chat_templates/tool_use.jinja": "x", "tokenizer_config.json": {"chat_template": "c"}}, "c"),
+        ({"additional_chat_templates/default.jinja": "more", "chat_template.jinja": "file"}, "file"),
+        ({}, None),
+    ],
+)
+def test_which_template_wins(tmp_path: Path, files: dict[str, object], template: str | None) -> None:
+    for name, content in files.items():
+        write(tmp_path, name, content)
+    assert TokenizerConfig.from_folder(tmp_path).chat_template == template
+
+
+def test_a_template_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_bytes("{{ '川' }}".encode("gbk"))
+    with pytest.raises(TokenizerError, match=r"chat_template.jinja is not UTF-8 text \(invalid .* at byte 4\)"):
+        TokenizerConfig.from_folder(tmp_path)
+
+
+# Special tokens
+
+
+def test_every_special_token_has_its_name(tmp_path: Path) -> None:
+    write(tmp_path, "tokenizer_config.json", {
+        "bos_token": "<s>", "pad_token": {"content": "<pad>", "special": True}, "unk_token": None,
+        "image_token": "<im>", "additional_special_tokens": ["<a>", {"content": "<b>"}], "add_bos_token": True,
+    })  # fmt: skip
+    config = TokenizerConfig.from_folder(tmp_path)
+    assert config.marks == {
+        "bos_token": "<s>", "pad_token": "<pad>", "image_token": "<im>", "additional_special_tokens": ["<a>", "<b>"],
+    }  # fmt: skip
+    write(tmp_path, "tokenizer_config.json", config.to_json())
+    assert TokenizerConfig.from_folder(tmp_path) == config
+
+
+def test_the_older_map_counts_until_there_is_the_newer_list(tmp_path: Path) -> None:
+    write(tmp_path, "special_tokens_map.json", {"bos_token": "<map>", "eos_token": "</map>"})
+    write(tmp_path, "tokenizer_config.json", {"bos_token": "<config>"})
+    assert TokenizerConfig.from_folder(tmp_path).marks == {"bos_token": "<map>", "eos_token": "</map>"}
+    write(tmp_path, "tokenizer_config.json", {"bos_token": "<config>", "added_tokens_decoder": {}})
+    assert TokenizerConfig.from_folder(tmp_path).marks == {"bos_token": "<config>", "eos_token": "</map>"}
+
+
+def test_a_templates_marks_come_from_the_vocabulary_where_nothing_else_says(tmp_path: Path) -> None:
+    assert sentencepiece_tokenizer(tmp_path).marks == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    bundle = byte_level_tokenizer(tmp_path, padding_token_id=0)
+    assert bundle.marks == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+
+
+def test_white_space_that_belongs_to_a_token(tmp_path: Path) -> None:
+    size = sentencepiece_tokenizer(tmp_path).vocab_size
+    added = {str(size): {"content": "<|end|>", "special": True, "rstrip": True, "lstrip": True}}
+    tokenizer = sentencepiece_tokenizer(tmp_path, added_tokens_decoder=added)
+    sea, river = tokenizer.encode("sea"), tokenizer.encode("river")
+    assert tokenizer.encode("sea \n<|end|>\n\nriver", special=True) == [*sea, size, *river]
+    assert TokenizerConfig.from_folder(tmp_path).added == {size: AddedPiece("<|end|>", True, True, True)}
+
+
+# End tokens
+
+
+@pytest.mark.parametrize(
+    ("files", "ends"),
+    [
+        ({"config.json": {"eos_token_id": 7}}, (2, 7)),
+        ({"config.json": {"eos_token_id": [7, 8]}}, (2, 7, 8)),
+        ({"config.json": {"eos_token_id": 7}, "generation_config.json": {"eos_token_id": [9]}}, (2, 9)),
+        ({"config.json": {"eos_token_id": 7}, "generation_config.json": {"temperature": 1}}, (2, 7)),
+        ({"config.json": {"eos_token_id": None}}, (2,)),
+        ({"config.json": {"eos_token_id": "7"}}, (2,)),
+        ({"config.json": {"eos_token_id": [True, -1, 5]}}, (2, 5)),
+    ],
+)
+def test_where_end_tokens_come_from(tmp_path: Path, files: dict[str, object], ends: tuple[int, ...]) -> None:
+    for name, content in files.items():
+        write(tmp_path, name, content)
+    assert sentencepiece_tokenizer(tmp_path).eos_ids == ends
+
+
+# Spaces; transformers' own ids are compared in test_prompts_as_transformers.py
+
+
+def spaced(folder: Path, **config: Any) -> Tokenizer:
+    return sentencepiece_tokenizer(folder, dummy_prefix=True, **config)
+
+
+def test_after_a_special_token_a_llama_vocabulary_puts_no_space(tmp_path: Path) -> None:
+    the, bare = spaced(tmp_path).encode("the"), spaced(tmp_path, add_prefix_space=False).encode("the")
+    assert the != bare
+    text = "the</s>the"
+    llama = spaced(tmp_path, tokenizer_class="LlamaTokenizer", legacy=False)
+    assert llama.encode(text, special=True) == [*the, 2, *bare]
+    assert llama.encode(text, special=True, continues=True) == [*bare, 2, *bare]
+    assert llama.decode(llama.encode("the")) == "the"
+    legacy = spaced(tmp_path, tokenizer_class="LlamaTokenizer", legacy=True)
+    assert legacy.encode(text, special=True) == [*the, 2, *the]
+    assert legacy.encode(text, special=True, continues=True) == [*bare, 2, *the]
+    own = spaced(tmp_path, tokenizer_class="BaichuanTokenizer")  # a class that came with its model
+    assert own.encode(text, special=True) == [*the, 2, *the]
+    none = spaced(tmp_path, add_prefix_space=False)
+    assert none.encode(text, special=True) == [*bare, 2, *bare]
+    assert not none.drops_leading_space
+    assert none.decode(none.encode(" the")) == " the"
+
+
+def test_a_bundle_keeps_where_spaces_go(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    for told in ({"legacy": False, "tokenizer_class": "LlamaTokenizer"}, {"add_prefix_space": False}, {}):
+        before = spaced(tmp_path, **told)
+        save_tokenizer(tmp_path, None, tmp_path / "out")
+        after = load_tokenizer(tmp_path / "out")
+        text = "the</s>the sea"
+        assert after.encode(text, special=True) == before.encode(text, special=True)
+        assert after.drops_leading_space == before.drops_leading_space
+
+
+def test_a_llama_folders_tokenizer_json_is_read_as_the_class_reads_it(tmp_path: Path) -> None:
+    from headrace.text.tokenizer_convert import sentencepiece_to_tokenizer_json
+
+    model = spaced(tmp_path, tokenizer_class="LlamaTokenizer")
+    write(tmp_path, "tokenizer.json", sentencepiece_to_tokenizer_json(tmp_path / "tokenizer.model"))
+    whole = load_tokenizer(tmp_path)
+    assert type(whole) is not type(model)
+    for text in ("the</s>the sea", " the", "</s>the", ""):
+        for continues in (False, True):
+            expected = model.encode(text, special=True, continues=continues)
+            assert whole.encode(text, special=True, continues=continues) == expected
+
+
+def processed(folder: Path, before: bool, behind: bool) -> Tokenizer:
+    """A byte-level vocabulary whose file puts a token before a text, or one behind it."""
+    byte_level_tokenizer(folder)
+    document = json.loads((folder / "tokenizer.json").read_text())
+    mark = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    document["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [*[mark] * before, {"Sequence": {"id": "A", "type_id": 0}}, *[mark] * behind],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
+    }
+    write(folder, "tokenizer.json", document)
+    (folder / "tokenizer_config.json").unlink()
+    return load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(("before", "behind", "bos"), [(1, 0, 0), (1, 1, 0), (0, 1, None), (0, 0, None)])
+def test_what_stands_behind_a_text_is_no_beginning(tmp_path: Path, before: int, behind: int, bos: int | None) -> None:
+    tokenizer = processed(tmp_path, bool(before), bool(behind))
+    assert (tokenizer.bos_id, tokenizer.add_bos) == (bos, bos is not None)
+
+
+@pytest.mark.parametrize("name", ["add_bos_token", "legacy", "add_prefix_space"])
+def test_a_switch_is_true_or_false(tmp_path: Path, name: str) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
+    write(tmp_path, "tokenizer_config.json", {name: "yes"})
+    with pytest.raises(TokenizerError, match=f"{name} is 'yes'; expected true or false"):
+        load_tokenizer(tmp_path)
