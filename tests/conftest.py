@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from typing import TYPE_CHECKING
 
 import pytest
@@ -31,6 +32,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="not run: needs ../shared/data"))
         if item.get_closest_marker("qnn") and find_spec("onnxruntime_qnn") is None and not os.environ.get("CI"):
             item.add_marker(pytest.mark.skip(reason="not run: needs pip install 'headrace[qnn]'"))
+        if item.get_closest_marker("browser") and not (which("chromium") and which("chromedriver")) and not REQUIRED:
+            item.add_marker(pytest.mark.skip(reason="not run: needs chromium and chromedriver"))
         if item.get_closest_marker("slow") and "slow" not in (item.config.option.markexpr or ""):
             item.add_marker(pytest.mark.skip(reason="not run: slow, ask for it with -m slow"))
         if item.get_closest_marker("reference") and "reference" not in (item.config.option.markexpr or ""):

@@ -18,7 +18,8 @@ from headrace.targets.host.sessions import make_session
 from headrace.targets.qualcomm.binary_check import check_binary, check_sharing
 from headrace.targets.qualcomm.child import GOODBYE_SECONDS, Child
 from headrace.targets.qualcomm.compiler import Emulator, GraphFile, compile_apart, compile_shared
-from headrace.targets.qualcomm.soc import SOCS, find_soc
+from headrace.targets.qualcomm.context_binary import read_context_binary
+from headrace.targets.qualcomm.soc import SOCS, Soc, find_soc
 from tests.targets.qualcomm import tiny_qdq
 from tests.targets.qualcomm.conftest import CONTEXTS, LENGTHS, TinyTarget
 
@@ -30,7 +31,11 @@ EMBEDDING_LSB = 1
 
 def test_targets_are_found_by_name() -> None:
     assert find_soc("snapdragon-8-gen3").dsp_arch == "v75"
-    assert [soc.model for soc in SOCS] == [69, 57, 43, 60]
+    assert {soc.name: (soc.model, soc.arch) for soc in SOCS} == {
+        "snapdragon-8-elite-gen5": (87, 81), "snapdragon-8-elite": (69, 79), "snapdragon-8-gen3": (57, 75),
+        "snapdragon-8-gen2": (43, 73), "sm8845": (97, 81), "qcs9100": (77, 73), "sa8255": (52, 73),
+        "snapdragon-x-elite": (60, 73),
+    }  # fmt: skip
     with pytest.raises(TargetError, match=r"unknown target 'snapdragon-8-elit'; did you mean 'snapdragon-8-elite'"):
         find_soc("snapdragon-8-elit")
 
@@ -54,6 +59,15 @@ def test_shared_binaries_are_what_was_planned(target: TinyTarget) -> None:
         assert made.info.shared and made.info.build.startswith("v2.")
         assert made.seconds > 0 and made.peak_bytes > 50e6  # the compiler's library alone has 100 MB
     assert not list(target.phone.glob(".compile-*"))
+
+
+@pytest.mark.qnn
+@pytest.mark.parametrize("soc", SOCS, ids=lambda soc: soc.name)
+def test_every_chip_gets_a_binary_of_its_own(target: TinyTarget, soc: Soc, tmp_path: Path) -> None:
+    plan, part = target.plan, target.plan.parts[1]
+    graphs = [GraphFile(name, target.onnx[name]) for name in (graph_name(part, *step) for step in plan.steps)]
+    made = compile_shared(graphs, soc, tmp_path / "part.bin")
+    check_binary(made.path, read_context_binary(made.path), soc, plan.config, part, plan.steps, plan.encodings)
 
 
 @pytest.mark.qnn

@@ -39,9 +39,13 @@ class Soc:
 
 
 SOCS = (
+    Soc("snapdragon-8-elite-gen5", "Snapdragon 8 Elite Gen 5", 87, 81),
     Soc("snapdragon-8-elite", "Snapdragon 8 Elite", 69, 79),
     Soc("snapdragon-8-gen3", "Snapdragon 8 Gen 3", 57, 75),
     Soc("snapdragon-8-gen2", "Snapdragon 8 Gen 2", 43, 73),
+    Soc("sm8845", "Snapdragon 8 Gen 5 (SM8845)", 97, 81),
+    Soc("qcs9100", "Dragonwing IQ-9100 (QCS9100)", 77, 73),
+    Soc("sa8255", "Snapdragon Ride (SA8255)", 52, 73),
     Soc("snapdragon-x-elite", "Snapdragon X Elite and X Plus", 60, 73, android=False),
 )
 

@@ -1,0 +1,215 @@
+"""The server's door: keys, limits, which model is meant, and what an error looks like in each dialect."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from headrace.errors import ContextFull, HeadraceError, UserError
+from headrace.server.generation import Answer, GenerationRequest, Generator, Refused, collect
+from headrace.server.metrics import Metrics
+
+__all__ = ["Door", "Gate", "ServedModel", "ServerOptions", "error_response"]
+
+OPEN_ROUTES = ("/health", "/")  # answered without a key, like the page's files: they tell nothing about the model
+CLIENT_GONE = 499
+CSP = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How the door is kept.
+
+    Attributes:
+        api_key: what clients must send, or None for no key.
+        max_body: bytes of a request's body.
+    """
+
+    api_key: str | None = None
+    max_body: int = 8 << 20
+
+
+class ServedModel(Protocol):
+    """A model as the routes see it.
+
+    Attributes:
+        name: what clients call it.
+        created: when it was loaded, seconds since 1970.
+    """
+
+    name: str
+    created: int
+
+    def submit(self, request: GenerationRequest) -> Generator:
+        """Queue a request.
+
+        Raises:
+            Refused: the queue is full, or a field cannot be served.
+            UserError: the prompt cannot be rendered or does not fit.
+        """
+
+    def properties(self) -> Mapping[str, Any]:
+        """What the model is: context length, sizes, precision, slots, turn format."""
+
+    def tokenize(self, text: str, *, special: bool) -> list[int]:
+        """Ids of a text."""
+
+    def detokenize(self, ids: list[int]) -> str:
+        """The text of ids."""
+
+    def render(self, request: GenerationRequest) -> tuple[str, list[int]]:
+        """The prompt of a conversation, as text and ids."""
+
+
+class Gate:
+    """ASGI middleware: the key is checked, requests are counted, the page gets its content security policy."""
+
+    def __init__(self, app: ASGIApp, options: ServerOptions, metrics: Metrics) -> None:
+        self._app = app
+        self._options = options
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path: str = scope["path"]
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                route = getattr(scope.get("route"), "path", "other")
+                self._metrics.requests.labels(route, str(message["status"])).inc()
+                headers = MutableHeaders(scope=message)
+                headers["X-Content-Type-Options"] = "nosniff"
+                if _is_page(path):
+                    headers["Content-Security-Policy"] = CSP
+                    headers["Referrer-Policy"] = "no-referrer"
+                    headers["Cache-Control"] = "no-cache"
+            await send(message)
+
+        if (
+            self._options.api_key is None
+            or path in OPEN_ROUTES
+            or _is_page(path)
+            or self._has_key(Headers(scope=scope))
+        ):
+            await self._app(scope, receive, counted)
+        else:
+            refused = Refused("the API key is missing or wrong; expected Authorization: Bearer KEY", status=401)
+            await _told(path, refused)(scope, receive, counted)
+
+    def _has_key(self, headers: Headers) -> bool:
+        scheme, _, told = headers.get("authorization", "").partition(" ")
+        given = told.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        return hmac.compare_digest(given.encode("latin-1"), (self._options.api_key or "").encode())  # as it came
+
+
+class Door:
+    """What routes share: reading bodies, finding models, waiting for whole answers.
+
+    Args:
+        models: by name; the first is the default.
+        options: limits.
+    """
+
+    def __init__(self, models: Mapping[str, ServedModel], options: ServerOptions) -> None:
+        self.models = models
+        self._options = options
+
+    async def body(self, request: Request) -> Any:
+        """The JSON of a request, at most `max_body` bytes of it.
+
+        Raises:
+            Refused: it is larger, or no JSON.
+        """
+        data = bytearray()
+        async for chunk in request.stream():
+            data += chunk
+            if len(data) > self._options.max_body:
+                raise Refused(f"the body is larger than {self._options.max_body} bytes", status=413)
+        try:
+            return json.loads(data.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise Refused(f"the body is not JSON: {error}") from None
+
+    def model(self, name: str) -> ServedModel:
+        """The model a request asks for; the first one when it names none.
+
+        Raises:
+            Refused: it is not served here.
+        """
+        name = name.removesuffix(":latest")
+        if not name:
+            return next(iter(self.models.values()))
+        if name not in self.models:
+            known = ", ".join(self.models)
+            raise Refused(f"model {name!r} is not served here; expected {known}", status=404, field="model")
+        return self.models[name]
+
+    async def whole(self, request: Request, generator: Generator, n: int) -> list[Answer]:
+        """The answers. When the client goes before they are whole, its slots are free within one token.
+
+        Raises:
+            Refused: the client has gone.
+        """
+        answers = asyncio.create_task(collect(generator, n))
+        gone = asyncio.create_task(_disconnected(request))
+        try:
+            done, _ = await asyncio.wait({answers, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if answers not in done:
+                raise Refused("the client has gone", status=CLIENT_GONE)
+            return answers.result()
+        finally:
+            gone.cancel()
+            answers.cancel()
+            await generator.aclose()
+
+
+async def error_response(request: Request, error: Exception) -> Response:
+    """An exception handler: every error in one line, in the form that the path's dialect has for it."""
+    return _told(request.url.path, error)
+
+
+def _told(path: str, error: Exception) -> Response:
+    # What went wrong inside is for the log, not for a stranger.
+    message = str(error) if isinstance(error, HeadraceError) else "something went wrong inside the server"
+    status = error.status if isinstance(error, Refused) else 400 if isinstance(error, UserError) else 500
+    if isinstance(error, HTTPException):
+        status, message = error.status_code, str(error.detail)
+    headers = dict(getattr(error, "headers", None) or {})
+    if isinstance(error, Refused) and error.retry_after is not None:
+        headers["Retry-After"] = str(error.retry_after)
+    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "invalid_request_error" if status < 500 else "api_error")
+    if path.startswith("/api/"):
+        body: dict[str, Any] = {"error": message}
+    elif path.startswith("/v1/messages"):
+        body = {"type": "error", "error": {"type": kind, "message": message}}
+    else:
+        field = error.field if isinstance(error, Refused) else None
+        code = "context_length_exceeded" if isinstance(error, ContextFull) else None
+        body = {"error": {"message": message, "type": kind, "param": field, "code": code}}
+    return JSONResponse(body, status_code=status, headers=headers)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _is_page(path: str) -> bool:
+    return path == "/" or path.startswith("/web/")

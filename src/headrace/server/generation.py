@@ -1,0 +1,132 @@
+"""What every dialect of the API asks for and gets back, in headrace's own terms. Knows no HTTP and no engine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from headrace.errors import UserError
+
+__all__ = ["GenerationRequest", "Generator", "Logprob", "Piece", "Refused", "Usage", "collect"]
+
+
+class Refused(UserError):
+    """A request that cannot be served.
+
+    Attributes:
+        status: HTTP status code.
+        field: the name of the field that is wrong, or None.
+        retry_after: seconds after which it may succeed, or None.
+    """
+
+    def __init__(self, message: str, *, status: int = 400, field: str | None = None, retry_after: int | None = None):
+        super().__init__(message)
+        self.status = status
+        self.field = field
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One prompt and how to answer it.
+
+    Attributes:
+        prompt: token ids, a text to continue, or a conversation as {"role", "content", …} messages.
+        max_tokens: most tokens of an answer; None: as many as the context leaves.
+        sampling: fields of SamplingOptions that differ from the model's own.
+        stop: strings that end an answer.
+        n: how many answers.
+        top_logprobs: how many alternatives are told with each token; None tells no probabilities.
+        tools: functions the model may call, as OpenAI's {"type": "function", "function": …}.
+        grammar: ("json_schema" | "json_object" | "regex" | "lark", source), or None.
+    """
+
+    prompt: Sequence[int] | str | Sequence[Mapping[str, Any]]
+    max_tokens: int | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
+    n: int = 1
+    top_logprobs: int | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
+    grammar: tuple[str, str] | None = None
+
+    @property
+    def is_conversation(self) -> bool:
+        """The prompt is a list of messages."""
+        return not isinstance(self.prompt, str) and bool(self.prompt) and isinstance(self.prompt[0], Mapping)
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """A token and the natural logarithm of its probability."""
+
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one step adds to one answer.
+
+    Attributes:
+        choice: which of the n answers.
+        text: text that became certain; may be empty.
+        finish: on the last piece, "stop", "length", "context" or "cancelled".
+        token: the token's own text.
+        logprob: its log probability, when asked for.
+        top: the likeliest tokens at this place, when asked for.
+    """
+
+    choice: int
+    text: str
+    finish: str | None = None
+    token: str = ""
+    logprob: float | None = None
+    top: tuple[Logprob, ...] = ()
+
+
+@dataclass
+class Usage:
+    """Tokens of a request, counted as it goes."""
+
+    prompt_tokens: int
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    prompt_seconds: float = 0.0
+
+
+class Generator(Protocol):
+    """A request under way: iterate over its pieces; leaving the iteration early cancels it.
+
+    Attributes:
+        usage: counted so far; `prompt_tokens` from the start.
+    """
+
+    usage: Usage
+
+    def __aiter__(self) -> AsyncIterator[Piece]: ...
+
+    async def aclose(self) -> None:
+        """Stop and free the slots."""
+
+
+@dataclass
+class Answer:
+    """One finished answer."""
+
+    text: str = ""
+    finish: str = "stop"
+    pieces: list[Piece] = field(default_factory=list)
+
+
+async def collect(generator: Generator, n: int) -> list[Answer]:
+    """The whole answers of a request."""
+    answers = [Answer() for _ in range(n)]
+    async for piece in generator:
+        answer = answers[piece.choice]
+        answer.text += piece.text
+        answer.pieces.append(piece)
+        if piece.finish is not None:
+            answer.finish = piece.finish
+    return answers

@@ -1,0 +1,94 @@
+"""serve: models behind one address, until somebody says stop. Knows no dialect."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import uvicorn
+
+from headrace.errors import UserError
+from headrace.language_model import load
+from headrace.progress import Progress, silent
+from headrace.server.app import create_app
+from headrace.server.door import ServerOptions
+from headrace.server.metrics import Metrics
+from headrace.server.worker import ModelWorker, WorkerOptions
+
+__all__ = ["serve"]
+
+DRAIN_SECONDS = 30  # for answers under way, once somebody said stop
+
+
+def serve(
+    bundles: Sequence[Path],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    runner: str | None = None,
+    threads: int | None = None,
+    slots: int = 4,
+    door: ServerOptions | None = None,
+    limits: WorkerOptions | None = None,
+    progress: Progress = silent,
+    listening: Callable[[str], None] = lambda address: None,
+) -> None:
+    """Serve bundles until SIGINT or SIGTERM; answers under way are finished first, for at most `DRAIN_SECONDS`.
+
+    Args:
+        bundles: folders; a model is called what its folder is called, without `.bundle`.
+        host: address to listen on.
+        port: 0 takes a free one.
+        runner: the best installed one by default.
+        threads: physical cores by default.
+        slots: answers that run at once, for each model.
+        door: key and limits of requests.
+        limits: limits of each model.
+        progress: told how many models are loaded.
+        listening: told the address, once requests are answered.
+
+    Raises:
+        UserError: a bundle cannot be opened, or two have one name.
+    """
+    metrics = Metrics()
+    workers: dict[str, ModelWorker] = {}
+    try:
+        for number, path in enumerate(bundles):
+            progress("loading", number, len(bundles))
+            name = path.resolve().name.removesuffix(".bundle")
+            if name in workers:
+                raise UserError(f"two bundles are called {name}; rename one of the folders")
+            model = load(path, runner=runner, threads=threads, slots=slots)
+            workers[name] = ModelWorker(name, model, limits or WorkerOptions(), metrics)
+        progress("loading", len(bundles), len(bundles))
+        for worker in workers.values():
+            worker.start()
+        config = uvicorn.Config(
+            create_app(workers, door or ServerOptions(), metrics),
+            host=host,
+            port=port,
+            log_level="warning",
+            access_log=False,  # prompts are in bodies, but keys could be in a query
+            timeout_graceful_shutdown=DRAIN_SECONDS,
+            server_header=False,
+            limit_concurrency=1024,
+        )
+        _Announced(config, listening).run()
+    finally:
+        for worker in workers.values():
+            worker.close()
+
+
+class _Announced(uvicorn.Server):
+    """A server that says where it listens, once it does."""
+
+    def __init__(self, config: uvicorn.Config, listening: Callable[[str], None]) -> None:
+        super().__init__(config)
+        self._listening = listening
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            address, port = self.servers[0].sockets[0].getsockname()[:2]
+            self._listening(f"http://{f'[{address}]' if ':' in address else address}:{port}")

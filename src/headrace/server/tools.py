@@ -1,0 +1,96 @@
+"""Tool calls in a model's text: `<tool_call>{"name": …, "arguments": …}</tool_call>`, the form that the Hermes and
+Qwen templates teach. Knows no dialect and no model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from dataclasses import dataclass
+
+__all__ = ["ToolCall", "ToolText", "split_calls"]
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+_BLOCK = re.compile(re.escape(OPEN) + r"\s*(.*?)\s*" + re.escape(CLOSE), re.DOTALL)
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A function the model wants called.
+
+    Attributes:
+        id: made here, to match the result with the call.
+        name: of the function.
+        arguments: a JSON object as text.
+    """
+
+    id: str
+    name: str
+    arguments: str
+
+
+def split_calls(text: str) -> tuple[str, list[ToolCall]]:
+    """The text outside of calls, and the calls. A block that is no call stays in the text."""
+    calls: list[ToolCall] = []
+
+    def replace(match: re.Match[str]) -> str:
+        call = _parse(match[1])
+        if call is None:
+            return match[0]
+        calls.append(call)
+        return ""
+
+    rest = _BLOCK.sub(replace, text)
+    return (rest.strip() if calls else rest), calls
+
+
+class ToolText:
+    """Text as it streams, with calls taken out once they are whole.
+
+    Args:
+        active: look for calls at all.
+    """
+
+    def __init__(self, active: bool) -> None:
+        self._active = active
+        self._held = ""
+
+    def push(self, text: str, *, last: bool) -> tuple[str, list[ToolCall]]:
+        """Text that is certainly no part of a call, and the calls that became whole; everything left on the last."""
+        if not self._active:
+            return text, []
+        self._held += text
+        said, calls = "", []
+        while (start := self._held.find(OPEN)) >= 0:
+            stop = self._held.find(CLOSE, start)
+            if stop < 0:
+                break
+            block = self._held[start : stop + len(CLOSE)]
+            call = _parse(block[len(OPEN) : -len(CLOSE)].strip())
+            said += self._held[:start] + ("" if call else block)
+            if call:
+                calls.append(call)
+            self._held = self._held[stop + len(CLOSE) :].lstrip("\n") if call else self._held[stop + len(CLOSE) :]
+        if last:
+            said, self._held = said + self._held, ""
+        else:
+            keep = start if start >= 0 else len(self._held) - _possible_opening(self._held)
+            said, self._held = said + self._held[:keep], self._held[keep:]
+        return said, calls
+
+
+def _possible_opening(text: str) -> int:
+    """Length of the longest end of the text that may become OPEN."""
+    return next((n for n in range(min(len(OPEN) - 1, len(text)), 0, -1) if OPEN.startswith(text[-n:])), 0)
+
+
+def _parse(block: str) -> ToolCall | None:
+    try:
+        raw = json.loads(block)
+        name, arguments = raw["name"], raw.get("arguments", raw.get("parameters", {}))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        return None
+    return ToolCall(f"call_{uuid.uuid4().hex[:24]}", name, json.dumps(arguments, ensure_ascii=False))

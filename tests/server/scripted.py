@@ -1,0 +1,119 @@
+"""A served model whose answers are written down, and a real server around it on 127.0.0.1."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import uvicorn
+
+from headrace.errors import ContextFull
+from headrace.server.app import create_app
+from headrace.server.door import ServerOptions
+from headrace.server.generation import GenerationRequest, Logprob, Piece, Refused, Usage
+from headrace.server.metrics import Metrics
+
+__all__ = ["ScriptedModel", "running"]
+
+CONTEXT = 100
+
+
+@dataclass
+class ScriptedModel:
+    """Answers every request with the same words, a piece each.
+
+    Attributes:
+        words: the answer.
+        finish: how it ends.
+        seen: the requests.
+        full: refuse as when the queue is full.
+        delay: seconds between two pieces.
+        closed: how many requests ended or were left.
+        said: pieces that were handed out.
+    """
+
+    words: list[str] = field(default_factory=lambda: ["Par", "is", "."])
+    finish: str = "stop"
+    name: str = "tiny"
+    created: int = 1_700_000_000
+    seen: list[GenerationRequest] = field(default_factory=list)
+    full: bool = False
+    delay: float = 0.0
+    closed: int = 0
+    said: int = 0
+
+    def submit(self, request: GenerationRequest) -> ScriptedGeneration:
+        """Note the request and answer it."""
+        self.seen.append(request)
+        if self.full:
+            raise Refused("too many requests wait", status=429, retry_after=2)
+        if len(str(request.prompt)) > 10_000:
+            raise ContextFull(10_000, CONTEXT)
+        return ScriptedGeneration(self, request)
+
+    def properties(self) -> Mapping[str, Any]:
+        """A model's, made up."""
+        return {
+            "context_length": CONTEXT, "weight_bytes": 1000, "digest": "d" * 64, "parameters": "0.00B",
+            "recipe": "w4a16", "chat_template": "{{ messages }}", "tools": True,
+        }  # fmt: skip
+
+    def tokenize(self, text: str, *, special: bool) -> list[int]:
+        """A byte is a token."""
+        return [1] * special + list(text.encode())
+
+    def detokenize(self, ids: list[int]) -> str:
+        """The inverse."""
+        return bytes(ids).decode()
+
+    def render(self, request: GenerationRequest) -> tuple[str, list[int]]:
+        """All contents joined."""
+        text = "".join(str(m["content"]) for m in request.prompt if isinstance(m, Mapping))
+        return text, self.tokenize(text, special=False)
+
+
+class ScriptedGeneration:
+    """One scripted answer."""
+
+    def __init__(self, model: ScriptedModel, request: GenerationRequest) -> None:
+        self._model = model
+        self._request = request
+        self.usage = Usage(7, 3)
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        for number, word in enumerate(self._model.words):
+            for choice in range(self._request.n):
+                await asyncio.sleep(self._model.delay)
+                self.usage.completion_tokens += 1
+                self._model.said += 1
+                finish = self._model.finish if number == len(self._model.words) - 1 else None
+                told = self._request.top_logprobs is not None
+                top = (Logprob(word, -0.5), Logprob("x", -1.5)) if told else ()
+                yield Piece(choice, word, finish, word, -0.5 if told else None, top)
+
+    async def aclose(self) -> None:
+        """Count it."""
+        self._model.closed += 1
+
+
+@contextmanager
+def running(*models: Any, options: ServerOptions | None = None, metrics: Metrics | None = None) -> Iterator[str]:
+    """A server on a free port of 127.0.0.1, in a thread; its address. It stops with the block."""
+    app = create_app({model.name: model for model in models}, options or ServerOptions(), metrics or Metrics())
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            if not thread.is_alive():
+                raise RuntimeError("the server did not start")
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)

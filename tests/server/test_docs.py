@@ -1,0 +1,41 @@
+"""Every example of docs/serving.md, run as it stands against a real server over a tiny bundle."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from headrace.language_model import load
+from headrace.server.metrics import Metrics
+from headrace.server.worker import ModelWorker, WorkerOptions
+from tests.exports import Exports
+from tests.server.scripted import running
+
+TEXT = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```(sh|python)\n(.*?)```", TEXT, re.DOTALL)
+EXPECTED = ("chat.completion", "[DONE]", '"prompt":', "CompletionUsage", "")
+
+
+@pytest.fixture(scope="module")
+def address(exports: Exports) -> Iterator[str]:
+    metrics = Metrics()
+    worker = ModelWorker("tied", load(exports.bundle("tied"), runner="host", slots=2), WorkerOptions(), metrics)
+    worker.start()
+    with running(worker, metrics=metrics) as at:
+        yield at
+    worker.close()
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_example(number: int, address: str) -> None:
+    language, code = EXAMPLES[number]
+    code = code.replace("http://127.0.0.1:8080", address)
+    command = ["bash", "-ec", code] if language == "sh" else [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert EXPECTED[number] in done.stdout and '"error"' not in done.stdout, done.stdout

@@ -1,0 +1,165 @@
+"""The worker over a real engine and a tiny bundle: many answers at once are what each is alone; limits hold."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from headrace.errors import ContextFull, UserError
+from headrace.language_model import LanguageModel, load
+from headrace.server.generation import Answer, GenerationRequest, Refused, collect
+from headrace.server.metrics import Metrics
+from headrace.server.worker import ModelWorker, WorkerOptions
+from headrace.text.turns import Message
+from tests.exports import CONTEXT, Exports
+
+ASKED = ["The river", "Water is", "长江", "A headrace carries", "One two three", "河"]
+GREEDY = {"temperature": 0}
+
+
+@pytest.fixture
+def serving(exports: Exports) -> Iterator[Callable[..., ModelWorker]]:
+    """Makes workers over a bundle with a chat template; they are closed behind the test."""
+    made: list[ModelWorker] = []
+
+    def start(slots: int = 4, **limits: Any) -> ModelWorker:
+        model = load(exports.bundle("tied"), runner="host", slots=slots)
+        worker = ModelWorker("tied", model, WorkerOptions(**limits), Metrics())
+        worker.start()
+        made.append(worker)
+        return worker
+
+    yield start
+    for worker in made:
+        worker.close()
+
+
+def ask(text: str, **changes: Any) -> GenerationRequest:
+    values: dict[str, Any] = {"prompt": [{"role": "user", "content": text}], "max_tokens": 12, "sampling": GREEDY}
+    return GenerationRequest(**(values | changes))
+
+
+async def answers(worker: ModelWorker, requests: Sequence[GenerationRequest]) -> list[list[Answer]]:
+    generations = [worker.submit(request) for request in requests]
+    return list(await asyncio.gather(*(collect(g, r.n) for g, r in zip(generations, requests, strict=True))))
+
+
+def alone(exports: Exports, texts: Sequence[str]) -> list[str]:
+    with load(exports.bundle("tied"), runner="host") as model:
+        return [_said(model, text) for text in texts]
+
+
+def _said(model: LanguageModel, text: str) -> str:
+    options = model.sampling_options(temperature=0)
+    return "".join(token.text for token in model.chat().say(text, max_tokens=12, options=options))
+
+
+def test_many_at_once_are_what_each_is_alone(serving: Callable[..., ModelWorker], exports: Exports) -> None:
+    made = asyncio.run(answers(serving(slots=3), [ask(text) for text in ASKED]))
+    assert [a[0].text for a in made] == alone(exports, ASKED)
+    assert all(a[0].finish in ("stop", "length") for a in made)
+
+
+def test_seeded_answers_do_not_depend_on_what_else_runs(serving: Callable[..., ModelWorker]) -> None:
+    worker = serving()
+    seeded = ask("The river", sampling={"temperature": 1.0, "seed": 5})
+    first = asyncio.run(answers(worker, [seeded]))[0][0].text
+    among = asyncio.run(answers(worker, [ask(ASKED[1]), seeded, ask(ASKED[2]), seeded]))
+    assert among[1][0].text == among[3][0].text == first
+
+
+def test_several_answers_of_one_prompt(serving: Callable[..., ModelWorker]) -> None:
+    worker = serving()
+    request = ask("The river", n=3, sampling={"temperature": 1.5, "seed": 1})
+    made = asyncio.run(answers(worker, [request]))[0]
+    assert len({a.text for a in made}) > 1
+    assert [a.text for a in asyncio.run(answers(worker, [request]))[0]] == [a.text for a in made]
+    with pytest.raises(Refused, match="n is 5; expected at most 4"):
+        asyncio.run(answers(worker, [ask("x", n=5)]))
+
+
+def test_logprobs_are_those_of_the_model(serving: Callable[..., ModelWorker], exports: Exports) -> None:
+    made = asyncio.run(answers(serving(), [ask("The river", top_logprobs=3)]))[0][0]
+    assert all(p.logprob is not None and len(p.top) == 3 and p.top[0].logprob == p.logprob for p in made.pieces)
+    with load(exports.bundle("tied"), runner="host") as model:
+        ids = model.turns.render([Message("user", "The river")], CONTEXT)
+        row = model.logits(ids)[-1].astype(np.float64)
+    expected = row.max() - np.log(np.exp(row).sum())
+    assert made.pieces[0].logprob == pytest.approx(expected, abs=1e-4)  # float32 logits
+
+
+def test_a_turn_computes_only_what_is_new(serving: Callable[..., ModelWorker]) -> None:
+    worker = serving()
+    talk = [{"role": "user", "content": "The river"}]
+
+    async def two_turns() -> tuple[int, int]:
+        first = worker.submit(ask("", prompt=talk))
+        said = await collect(first, 1)
+        second = worker.submit(
+            ask("", prompt=[*talk, {"role": "assistant", "content": said[0].text}, {"role": "user", "content": "More"}])
+        )
+        await collect(second, 1)
+        return first.usage.prompt_tokens, second.usage.cached_tokens
+
+    length, cached = asyncio.run(two_turns())
+    assert cached >= length - 3  # all but the mark that asks the assistant
+
+
+def test_limits(serving: Callable[..., ModelWorker]) -> None:
+    worker = serving(slots=1, queue=2)
+
+    async def crowd() -> list[Any]:
+        slow = [worker.submit(ask("x", max_tokens=100)) for _ in range(2)]
+        with pytest.raises(Refused, match="wait already") as refused:
+            for _ in range(3):
+                slow.append(worker.submit(ask("x", max_tokens=100)))
+        assert (refused.value.status, refused.value.retry_after) == (429, 2)
+        return [await collect(g, 1) for g in slow]
+
+    assert all(a[0].finish for a in asyncio.run(crowd()))
+    with pytest.raises(ContextFull, match=rf"the context holds {CONTEXT}"):
+        asyncio.run(answers(worker, [ask("long " * 300)]))
+    with pytest.raises(UserError, match="top_p"):
+        asyncio.run(answers(worker, [ask("x", sampling={"top_p": 0.0})]))
+    with pytest.raises(Refused, match="outside of the vocabulary"):
+        asyncio.run(answers(worker, [ask("", prompt=[10**6])]))
+
+
+def test_a_request_that_takes_too_long_ends(serving: Callable[..., ModelWorker]) -> None:
+    made = asyncio.run(answers(serving(seconds=0.0), [ask("x", max_tokens=150)]))
+    assert made[0][0].finish == "length" and len(made[0][0].pieces) < 100
+
+
+def test_leaving_frees_the_slot_within_a_token(serving: Callable[..., ModelWorker]) -> None:
+    worker = serving(slots=1)
+
+    async def leave_and_ask() -> tuple[int, Answer]:
+        left = worker.submit(ask("x", max_tokens=150))
+        async for _ in left:
+            break
+        await left.aclose()
+        at = left.usage.completion_tokens
+        answer = (await collect(worker.submit(ask("y")), 1))[0]
+        return left.usage.completion_tokens - at, answer
+
+    more, answer = asyncio.run(leave_and_ask())
+    assert more <= 2 and answer.finish
+
+
+def test_closing_tells_those_who_wait(serving: Callable[..., ModelWorker]) -> None:
+    worker = serving(slots=1)
+
+    async def close() -> None:
+        generation = worker.submit(ask("x", max_tokens=150))
+        async for _ in generation:
+            break
+        await asyncio.to_thread(worker.close)
+        with pytest.raises(Refused, match="closing"):
+            async for _ in generation:
+                pass
+
+    asyncio.run(close())
