@@ -14,7 +14,7 @@ inline void pairs(const int16_t* a, size_t a_stride, const int8_t* b, size_t vec
   HEADRACE_UNROLL for (int r = 0; r < R; r++) HEADRACE_UNROLL for (int n = 0; n < N; n++) sum[r][n] = V::zero();
   for (int s = 0; s < steps; s++) {
     typename V::I columns[N];
-    HEADRACE_UNROLL for (int n = 0; n < N; n++) columns[n] = V::widen(b + s * step_bytes + n * vector_bytes);
+    HEADRACE_UNROLL for (int n = 0; n < N; n++) columns[n] = V::kept(V::widen(b + s * step_bytes + n * vector_bytes));
     HEADRACE_UNROLL for (int r = 0; r < R; r++) {
       const auto pair = V::broadcast32(a + r * a_stride + 2 * s);
       HEADRACE_UNROLL for (int n = 0; n < N; n++) sum[r][n] = V::dot16(sum[r][n], columns[n], pair);

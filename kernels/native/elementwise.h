@@ -35,9 +35,7 @@ inline float largest(const float* x, int k) {
   auto tops = V::zero();
   int i = 0;
   for (; i + V::lanes <= k; i += V::lanes) tops = V::max_unsigned(tops, V::and_bits(V::bits(V::loadf(x + i)), magnitude));
-  uint32_t all[V::lanes], top = 0;
-  V::store(all, tops);
-  for (const uint32_t one : all) top = one > top ? one : top;
+  uint32_t top = V::top_unsigned(tops);
   for (; i < k; i++) {
     uint32_t one;
     __builtin_memcpy(&one, x + i, 4);

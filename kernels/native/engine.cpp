@@ -14,6 +14,7 @@ namespace {
 constexpr int kPart = 1024;        // positions of one piece of attention of a short span
 constexpr int kQueries = 32;       // queries of one piece of attention of a prompt
 constexpr size_t kChunk = 24576;   // bytes of weights that a thread takes at once when decoding
+constexpr int kWidest = 512;       // channels of such a chunk at most
 constexpr float kLog2e = 1.44269504088896340736f;
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
@@ -27,14 +28,15 @@ struct Engine::Scratch {
   Buffer<uint8_t> panel; // of prompt
   Buffer<int16_t> q, p;
   Buffer<float> q_scale, m, l, sum, turned;
-  Buffer<int> limit, s;
+  Buffer<int> limit, s, order;  // order: 0, 1, 2, …
   bool leads = false;
 };
 
 Engine::Engine(std::unique_ptr<Program> program, int slots, int context, int threads, const Kernels& kernels, bool fuse)
     : program_(std::move(program)), kernels_(kernels), steps_(compile(*program_, fuse)),
       cache_(program_->geometry, program_->int8, program_->scales, slots, context), pool_(threads) {
-  for (const int width : program_->registers) strides_.push_back(round_up(width, 16));
+  // An odd number of cache lines, so that the rows of a column do not all fall into one set of the cache.
+  for (const int width : program_->registers) strides_.push_back(round_up(width, 16) | 16);
   for (size_t i = 0; i < strides_.size(); i++) registers_.emplace_back();
   for (int i = 0; i < threads; i++) scratch_.push_back(std::make_unique<Scratch>());
   scratch_[0]->leads = true;
@@ -117,7 +119,9 @@ void Engine::prepare(const std::vector<Span>& spans, float* logits) {
   for (auto& s : scratch_) {
     s->own.reserve(1, 0, widest);
     s->norm.grow(widest);
-    s->results.grow(2 * rows * std::max<size_t>(512, kernels_.panel));
+    s->results.grow(2 * rows * std::max(kWidest, kernels_.panel));
+    s->order.grow(rows);
+    for (size_t i = 0; i < rows; i++) s->order[i] = int(i);
     s->panel.grow(kernels_.prompt_scratch(coarse));
     s->q.grow(queries * g.head_dim), s->p.grow(queries * kBlock);
     s->q_scale.grow(queries), s->m.grow(queries), s->l.grow(queries), s->limit.grow(queries);
@@ -330,52 +334,61 @@ void Engine::linear(const LinearStep& step, Scratch& mine) {
     pool_.meet();
   }
   const bool pairs = step.gated >= 0;
-  const size_t count = pairs ? 1 : step.weights.size();
-  int taken = pool_.take();
-  for (size_t w = 0, base = 0; w < count; w++) {
+  const int count = pairs ? 1 : int(step.weights.size()), threads = pool_.threads();
+  int total = 0;  // chunks of all weights
+  for (int w = 0; w < count; w++) total += chunks(step.weights[w], coarse);
+  // With prompts chunks are few and long: those that do not fill a round of threads are split by tokens.
+  const int whole = coarse ? total / threads * threads : total, pieces = whole + (total - whole) * threads;
+  for (int taken; (taken = pool_.take()) < pieces;) {
+    int chunk = taken < whole ? taken : whole + (taken - whole) / threads, w = 0;
+    for (; chunk >= chunks(step.weights[w], coarse); w++) chunk -= chunks(step.weights[w], coarse);
     const Weight& weight = step.weights[w];
-    int chunk = coarse ? kernels_.panel : int(std::min<size_t>(512, round_up(kChunk / weight.row_bytes() + 1, 16)));
-    const size_t chunks = (weight.n + chunk - 1) / chunk;
-    for (; size_t(taken) < base + chunks; taken = pool_.take()) {
-      const int begin = int(size_t(taken) - base) * chunk, end = std::min(weight.n, begin + chunk);
-      channels(step, x, w, begin, end, mine);
+    const int width = chunk_width(weight, coarse), begin = chunk * width, end = std::min(weight.n, begin + width);
+    const int part = taken < whole ? 0 : (taken - whole) % threads, parts = taken < whole ? 1 : threads;
+    if (fine && part == 0) {
+      const auto run = [&](const Weight& of, const Out& out, int column) {
+        kernels_.decode(of, x.fine(), fine, begin, end, out, column);
+      };
+      finish(step, rows.fine.data(), fine, w, begin, end, mine, run);
     }
-    base += chunks;
+    const int first = int(int64_t(coarse) * part / parts), last = int(int64_t(coarse) * (part + 1) / parts);
+    if (first == last) continue;
+    Coarse target = x.coarse;
+    target.m = coarse, target.k = k;
+    const auto run = [&](const Weight& of, const Out& out, int column) {
+      kernels_.prompt(of, target, begin, end, first, last, Out{out.y, out.stride, out.rows - first}, column, mine.panel.data());
+    };
+    finish(step, rows.coarse.data() + first, last - first, w, begin, end, mine, run);
   }
 }
 
-// Some channels of a weight (or of gate and up) for all rows, and what comes after.
-void Engine::channels(const LinearStep& step, const Activations& x, size_t weight, int begin, int end, Scratch& mine) {
-  const Rows& rows = step.wanted ? batch_.of_wanted : batch_.all;
-  if (!rows.fine.empty())
-    finish(step, rows.fine, weight, begin, end, mine, [&](const Weight& w, const Out& out, int column) {
-      kernels_.decode(w, x.fine(), int(rows.fine.size()), begin, end, out, column);
-    });
-  if (rows.coarse.empty()) return;
-  Coarse coarse = x.coarse;
-  coarse.m = int(rows.coarse.size()), coarse.k = step.weights[0].k;
-  finish(step, rows.coarse, weight, begin, end, mine, [&](const Weight& w, const Out& out, int column) {
-    kernels_.prompt(w, coarse, begin, end, out, column, mine.panel.data());
-  });
+int Engine::chunk_width(const Weight& weight, bool prompt) const {
+  return prompt ? kernels_.panel : int(std::min<size_t>(kWidest, round_up(kChunk / weight.row_bytes() + 1, 16)));
 }
 
+int Engine::chunks(const Weight& weight, bool prompt) const {
+  const int width = chunk_width(weight, prompt);
+  return (weight.n + width - 1) / width;
+}
+
+// Channels begin … end for some rows: run computes them, then comes what is fused after.
 template <class Run>
-void Engine::finish(const LinearStep& step, const std::vector<int>& rows, size_t weight, int begin, int end,
-                    Scratch& mine, Run run) {
-  const int n = end - begin;
+void Engine::finish(const LinearStep& step, const int* rows, int count, int weight, int begin, int end, Scratch& mine,
+                    Run run) {
   if (step.gated < 0 && step.sum < 0) {
     const bool head = step.out.empty();
     float* y = head ? batch_.logits : registers_[step.out[weight]].data();
-    return run(step.weights[weight], Out{y, head ? size_t(vocab()) : strides_[step.out[weight]], rows.data()}, begin);
+    return run(step.weights[weight], Out{y, head ? size_t(vocab()) : strides_[step.out[weight]], rows}, begin);
   }
-  // Results go to rows of the thread's own, as far apart as the chunk is wide, under the rows' own numbers.
-  float *first = mine.results.data(), *second = first + size_t(n) * (rows.back() + 1);
-  run(step.weights[weight], Out{first, size_t(n), rows.data()}, 0);
-  if (step.gated >= 0) {
-    run(step.weights[1], Out{second, size_t(n), rows.data()}, 0);
-    for (const int i : rows) kernels_.silu_mul(first + size_t(i) * n, second + size_t(i) * n, n, row(step.gated, i) + begin);
-  } else {
-    for (const int i : rows) kernels_.add(row(step.residual, i) + begin, first + size_t(i) * n, n, row(step.sum, i) + begin);
+  // Results go to rows of the thread's own, as far apart as the chunk is wide.
+  const int n = end - begin;
+  float *first = mine.results.data(), *second = first + size_t(n) * count;
+  run(step.weights[weight], Out{first, size_t(n), mine.order.data()}, 0);
+  if (step.gated >= 0) run(step.weights[1], Out{second, size_t(n), mine.order.data()}, 0);
+  for (int i = 0; i < count; i++) {
+    const float *one = first + size_t(i) * n, *two = second + size_t(i) * n;
+    if (step.gated >= 0) kernels_.silu_mul(one, two, n, row(step.gated, rows[i]) + begin);
+    else kernels_.add(row(step.residual, rows[i]) + begin, one, n, row(step.sum, rows[i]) + begin);
   }
 }
 

@@ -81,7 +81,9 @@ struct Kernels {
   void (*fine)(const float* x, int k, bool four, bool eight, Fine& out);
   void (*decode)(const Weight& w, const Fine* x, int m, int begin, int end, const Out& out, int column);
   void (*coarse)(const float* x, int row, const Coarse& out);
-  void (*prompt)(const Weight& w, const Coarse& x, int begin, int end, const Out& out, int column, void* scratch);
+  // Channels begin … end of tokens first … last.
+  void (*prompt)(const Weight& w, const Coarse& x, int begin, int end, int first, int last, const Out& out, int column,
+                 void* scratch);
   size_t (*prompt_scratch)(int m);
   int panel;  // output channels that prompt likes to do at a time
   void (*rms_norm)(const float* x, const float* weight, float eps, int k, float* y);

@@ -14,20 +14,24 @@ void coarse(const float* x, int row, const Coarse& out) {
     const int from = g * kGroup;
     int8_t* codes = out.codes + size_t(from / kColumns) * out.m * kColumns + size_t(row) * kColumns + from % kColumns;
     const int n = out.k - from < 0 ? 0 : out.k - from < kGroup ? out.k - from : kGroup;
-    int8_t natural[kGroup] = {};
+    alignas(64) int8_t natural[kGroup] = {};
     const float top = largest<V>(x + from, n), inverse = top > 0 ? 127 / top : 0;
     int i = 0;
     for (; i + V::lanes <= n; i += V::lanes)
       V::store8(natural + i, V::to_int(V::mul(V::loadf(x + from + i), V::setf(inverse))));
     for (; i < n; i++) natural[i] = int8_t(rounded(x[from + i] * inverse, 127));
+    alignas(64) int32_t fours[kGroup / 4];  // sums of four neighbours
+    for (int j = 0; j < kGroup; j += V::bytes) {
+      const auto ordered = V::evens_first(V::load(natural + j));
+      V::store(codes + j, ordered);
+      V::store(fours + j / 4, V::template dot8<4>(V::zero(), V::set8(1), ordered));
+    }
     int total = 0;
     for (int s = 0; s < 4; s++) {
-      int sum = 0;
-      for (int j = 0; j < 16; j++) sum += natural[16 * s + j];
+      const int sum = fours[4 * s] + fours[4 * s + 1] + fours[4 * s + 2] + fours[4 * s + 3];
       out.sums16[size_t(g * 4 + s) * out.m + row] = sum;
       total += sum;
     }
-    for (int j = 0; j < kGroup; j += V::bytes) V::store(codes + j, V::evens_first(V::load(natural + j)));
     out.scales[size_t(g) * out.m + row] = top / 127;
     out.sums[size_t(g) * out.m + row] = total;
   }
@@ -43,24 +47,22 @@ inline void unpack(const Weight& w, int n, int end, int from, int columns, uint8
   for (int p = 0; p < V::panels; p++)
     for (int c = 0; c < last; c += width) {
       const int there = int((size_t(last - c) * Bits) / 8);
-      I low[V::lanes], high[V::lanes];
+      I codes[V::lanes];
       for (int r = 0; r < V::lanes; r++) {
         const int channel = n + p * V::lanes + r;
         const uint8_t* at = w.packed + channel * w.row_bytes() + size_t(from + c) * Bits / 8;
-        const I codes = channel >= end ? V::zero() : there >= V::bytes ? V::load(at) : V::load_part(at, there);
-        if (channel < end) __builtin_prefetch(at + kColumns * Bits / 8);
-        if constexpr (Bits == 4) low[r] = V::low_nibbles(codes), high[r] = V::high_nibbles(codes);
-        else low[r] = V::evens_first(codes);
+        codes[r] = channel >= end ? V::zero() : there >= V::bytes ? V::load(at) : V::load_part(at, there);
+        if (channel < end) __builtin_prefetch(at + kColumns * Bits / 8, 0, 2);  // to the second level: rows share sets
+        if constexpr (Bits == 8) codes[r] = V::evens_first(codes[r]);
       }
-      V::transpose(low);
-      if constexpr (Bits == 4) V::transpose(high);
+      V::transpose(codes);
       uint8_t* to = scratch + size_t(c / 4) * step + p * V::bytes;
       for (int i = 0; i < V::lanes; i++) {
-        if constexpr (Bits == 4) {
-          V::store(to + size_t(2 * i) * step, low[i]);
-          V::store(to + size_t(2 * i + 1) * step, high[i]);
+        if constexpr (Bits == 4) {  // four bytes are the even and the odd ones of eight columns
+          V::store(to + size_t(2 * i) * step, V::low_nibbles(codes[i]));
+          V::store(to + size_t(2 * i + 1) * step, V::high_nibbles(codes[i]));
         } else {
-          V::store(to + size_t(i) * step, low[i]);
+          V::store(to + size_t(i) * step, codes[i]);
         }
       }
     }
@@ -94,7 +96,7 @@ inline void multiply(const Weight& w, const Coarse& x, int from, int groups, int
       const int first = g * kGroup / 4 + part * (kGroup / 4 / parts);
       for (int s = first; s < first + kGroup / 4 / parts; s++) {
         I columns[P];
-        HEADRACE_UNROLL for (int p = 0; p < P; p++) columns[p] = V::load(scratch + s * step + p * V::bytes);
+        HEADRACE_UNROLL for (int p = 0; p < P; p++) columns[p] = V::kept(V::load(scratch + s * step + p * V::bytes));
         HEADRACE_UNROLL for (int t = 0; t < T; t++) {
           const I one = V::broadcast32(codes + t * kColumns + 4 * s);
           HEADRACE_UNROLL for (int p = 0; p < P; p++) sum[t][p] = V::template dot8<Bits>(sum[t][p], columns[p], one);
@@ -116,7 +118,8 @@ inline void multiply(const Weight& w, const Coarse& x, int from, int groups, int
 }
 
 template <class V, int Bits, bool Blocks>
-inline void prompt_panel(const Weight& w, const Coarse& x, int n, int end, const Out& out, int column, uint8_t* scratch) {
+inline void prompt_panel(const Weight& w, const Coarse& x, int n, int end, int first, int last, const Out& out,
+                         int column, uint8_t* scratch) {
   constexpr int width = V::panels * V::lanes;
   float* scales = reinterpret_cast<float*>(scratch + size_t(kColumns / 4) * V::panels * V::bytes);
   float* sums = scales + (kColumns / 16) * width;
@@ -129,10 +132,12 @@ inline void prompt_panel(const Weight& w, const Coarse& x, int n, int end, const
           scales[b * width + c] = n + c < end && b * w.block < columns
                                       ? V::half(w.scale[size_t(n + c) * w.blocks() + from / w.block + b])
                                       : 0;
-    int t = 0;
-    for (; t + V::tokens <= x.m; t += V::tokens)
-      multiply<V, Bits, Blocks, V::tokens>(w, x, from, groups, t, scratch, scales, sums + t * width);
-    for (; t < x.m; t++) multiply<V, Bits, Blocks, 1>(w, x, from, groups, t, scratch, scales, sums + t * width);
+    int t = first;
+    for (; t + V::tokens <= last; t += V::tokens)
+      multiply<V, Bits, Blocks, V::tokens>(w, x, from, groups, t, scratch, scales, sums + (t - first) * width);
+    if (V::tokens > 2 && last - t == 2) multiply<V, Bits, Blocks, 2>(w, x, from, groups, t, scratch, scales, sums + (t - first) * width);
+    else
+      for (; t < last; t++) multiply<V, Bits, Blocks, 1>(w, x, from, groups, t, scratch, scales, sums + (t - first) * width);
   }
   float factor[width], bias[width];
   for (int c = 0; c < width; c++) {
@@ -140,8 +145,8 @@ inline void prompt_panel(const Weight& w, const Coarse& x, int n, int end, const
     bias[c] = w.bias && n + c < end ? w.bias[n + c] : 0;
   }
   const int count = end - n < width ? end - n : width;
-  for (int t = 0; t < x.m; t++) {
-    float *y = out.y + out.rows[t] * out.stride + column, *sum = sums + t * width;
+  for (int t = first; t < last; t++) {
+    float *y = out.y + out.rows[t] * out.stride + column, *sum = sums + (t - first) * width;
     int c = 0;
     for (; c + V::lanes <= count; c += V::lanes)
       V::storef(y + c, V::fma(V::loadf(sum + c), V::loadf(factor + c), V::loadf(bias + c)));
@@ -150,17 +155,18 @@ inline void prompt_panel(const Weight& w, const Coarse& x, int n, int end, const
 }
 
 template <class V, int Bits, bool Blocks>
-inline void prompt_panels(const Weight& w, const Coarse& x, int begin, int end, const Out& out, int column, void* scratch) {
+inline void prompt_panels(const Weight& w, const Coarse& x, int begin, int end, int first, int last, const Out& out,
+                          int column, void* scratch) {
   for (int n = begin; n < end; n += V::panels * V::lanes)
-    prompt_panel<V, Bits, Blocks>(w, x, n, end, out, column + n - begin, static_cast<uint8_t*>(scratch));
+    prompt_panel<V, Bits, Blocks>(w, x, n, end, first, last, out, column + n - begin, static_cast<uint8_t*>(scratch));
 }
 
 template <class V>
-void prompt(const Weight& w, const Coarse& x, int begin, int end, const Out& out, int column, void* scratch) {
-  if (w.bits == 4 && !w.block) prompt_panels<V, 4, false>(w, x, begin, end, out, column, scratch);
-  else if (w.bits == 4) prompt_panels<V, 4, true>(w, x, begin, end, out, column, scratch);
-  else if (!w.block) prompt_panels<V, 8, false>(w, x, begin, end, out, column, scratch);
-  else prompt_panels<V, 8, true>(w, x, begin, end, out, column, scratch);
+void prompt(const Weight& w, const Coarse& x, int begin, int end, int first, int last, const Out& out, int column,
+            void* scratch) {
+  const auto run = w.bits == 4 ? (w.block ? prompt_panels<V, 4, true> : prompt_panels<V, 4, false>)
+                               : (w.block ? prompt_panels<V, 8, true> : prompt_panels<V, 8, false>);
+  run(w, x, begin, end, first, last, out, column, scratch);
 }
 
 template <class V>

@@ -70,10 +70,10 @@ void coarse(const float* x, int row, const Coarse& out) {
   }
 }
 
-void prompt(const Weight& w, const Coarse& x, int begin, int end, const Out& out, int column, void*) {
+void prompt(const Weight& w, const Coarse& x, int begin, int end, int first, int last, const Out& out, int column, void*) {
   const int block = w.block ? w.block : w.k, group = block < kGroup ? block : kGroup;
   for (int n = begin; n < end; n++)
-    for (int i = 0; i < x.m; i++) {
+    for (int i = first; i < last; i++) {
       double total = 0;
       for (int from = 0; from < w.k; from += group) {
         const int8_t* codes = x.codes + size_t(from / kColumns) * x.m * kColumns + size_t(i) * kColumns;

@@ -20,6 +20,7 @@ struct Avx512 {
   static I load_part(const void* p, int n) { return _mm512_maskz_loadu_epi8(n >= 64 ? ~0ull : (1ull << n) - 1, p); }
   static void store(void* p, I v) { _mm512_storeu_si512(p, v); }
   static I zero() { return _mm512_setzero_si512(); }
+  static I set8(int v) { return _mm512_set1_epi8(char(v)); }
   static I set16(int v) { return _mm512_set1_epi16(short(v)); }
   static I set32(int v) { return _mm512_set1_epi32(v); }
   static I add32(I a, I b) { return _mm512_add_epi32(a, b); }
@@ -44,8 +45,20 @@ struct Avx512 {
   }
 
   // Sums of products of neighbours: two int16, or four of a byte (unsigned) by a byte (signed), to each int32.
-  static I dot16(I sum, I a, I b) { return _mm512_dpwssd_epi32(sum, a, b); }
-  template <int Bits> static I dot8(I sum, I a, I b) { return _mm512_dpbusd_epi32(sum, a, b); }
+  // In assembly because gcc 12 copies sums to other registers and back around the intrinsics.
+  static I dot16(I sum, I a, I b) {
+    asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+  }
+  template <int Bits> static I dot8(I sum, I a, I b) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+  }
+  // Keeps a value in its register: gcc would load it again for every use.
+  static I kept(I v) {
+    asm("" : "+v"(v));
+    return v;
+  }
   static I widen(const int8_t* p) {  // as many bytes as there are int16
     return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
@@ -67,6 +80,7 @@ struct Avx512 {
   static I bits(F v) { return _mm512_castps_si512(v); }
   static I and_bits(I a, I b) { return _mm512_and_si512(a, b); }
   static I max_unsigned(I a, I b) { return _mm512_max_epu32(a, b); }
+  static uint32_t top_unsigned(I v) { return _mm512_reduce_max_epu32(v); }
   static float sum(F v) { return _mm512_reduce_add_ps(v); }
   static float top(F v) { return _mm512_reduce_max_ps(v); }
   static int sum32(I v) { return _mm512_reduce_add_epi32(v); }
