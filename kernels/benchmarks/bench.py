@@ -20,7 +20,8 @@ import headrace_kernels as hk
 
 SHAPES = {
     "smollm2": {
-        "layers": 30, "heads": 9, "kv_heads": 3, "head_dim": 64, "hidden": 576, "feed": 1536, "vocab": 49152, "tied": True,
+        "layers": 30, "heads": 9, "kv_heads": 3, "head_dim": 64, "hidden": 576, "feed": 1536, "vocab": 49152,
+        "tied": True,
     },
     "baichuan2": {
         "layers": 8, "heads": 32, "kv_heads": 32, "head_dim": 128, "hidden": 4096, "feed": 11008, "vocab": 125696,
@@ -119,9 +120,8 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         program, arrays, read = model(shape, Path(folder) / "weights", options.block, options.bits)
         with hk.Engine(program, arrays, slots=8, threads=options.threads, isa=options.isa) as engine:
-            print(
-                f"{options.shape}, {shape['layers']} layers, {read / 1e6:.1f} MB a token, {engine.isa}, {engine.threads} threads"
-            )
+            print(f"{options.shape}, {shape['layers']} layers, {read / 1e6:.1f} MB a token, {engine.isa}", end=", ")
+            print(f"{engine.threads} threads")
             figures(engine, shape, read, options.only or "")
 
 
@@ -146,8 +146,8 @@ def figures(engine: hk.Engine, shape: dict[str, Any], read: int, only: str) -> N
         )
         best, middle = min(times), float(np.median(times))
         print(
-            f"{name:16} median {middle * 1e3:8.2f} ms, best {best * 1e3:8.2f}: {tokens / middle:8.1f} tok/s  {note(middle)}  "
-            f"[{parts}] {engine.stats['meetings']} meetings"
+            f"{name:16} median {middle * 1e3:8.2f} ms, best {best * 1e3:8.2f}: {tokens / middle:8.1f} tok/s  "
+            f"{note(middle)}  [{parts}] {engine.stats['meetings']} meetings"
         )
 
     def grow(slots: int, to: int) -> None:

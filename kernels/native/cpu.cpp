@@ -1,5 +1,9 @@
 #include "cpu.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "error.h"
 
 namespace headrace {
@@ -11,6 +15,11 @@ bool supported(const Kernels* kernels) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 
+  if (kernels == &avx2_kernels) return avx2;
+  if (kernels == &avx2vnni_kernels) {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+  }
   if (kernels == &avx512vnni_kernels)
     return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -24,7 +33,7 @@ bool supported(const Kernels* kernels) {
 const std::vector<const Kernels*>& known_kernels() {
   static const std::vector<const Kernels*> all = {
 #if defined(__x86_64__)
-      &avx512vnni_kernels,
+      &avx512vnni_kernels, &avx2vnni_kernels, &avx2_kernels,
 #endif
       &plain_kernels};
   return all;

@@ -97,7 +97,7 @@ struct Kernels {
 
 extern const Kernels plain_kernels;
 #if defined(__x86_64__)
-extern const Kernels avx2_kernels, avx512vnni_kernels;
+extern const Kernels avx2_kernels, avx2vnni_kernels, avx512vnni_kernels;
 #endif
 
 }  // namespace headrace

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import headrace_kernels as hk
 import pytest
+
+import headrace_kernels as hk
 
 
 @pytest.fixture(params=hk.known_isas())

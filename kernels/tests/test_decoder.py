@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import headrace_kernels as hk
 import numpy as np
 import pytest
-from programs import decoder
 
+import headrace_kernels as hk
 from oracle import Decoder
+from programs import decoder
 
 # Errors of logits, root mean square over the logits' spread. Random weights are the hardest case: nothing averages out.
 FINE = {"float32": 3e-4, "int8": 4e-3}  # int16 activations; an int8 cache also rounds some keys to the other side

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import headrace_kernels as hk
 import numpy as np
 import pytest
+
+import headrace_kernels as hk
 from programs import decoder
 
 Change = Callable[[dict[str, Any], dict[str, Any]], Any]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import headrace_kernels as hk
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from programs import linear_program
 
+import headrace_kernels as hk
 from oracle import Weight, coarse, fine, linear, random_weight
+from programs import linear_program
 
 ROUNDING = 2e-6  # of float32 sums, relative to the sum of magnitudes; a wrong code is worth far more in `sharp` rows
 SHAPES = [(1, 16), (5, 48), (16, 64), (33, 128), (70, 176), (64, 256), (130, 576), (17, 2064), (3, 11008)]

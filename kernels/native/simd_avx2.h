@@ -1,0 +1,160 @@
+// Vectors of 32 bytes: what the kernels' templates ask of AVX2 with FMA and F16C. With HEADRACE_VNNI, AVX-VNNI's products.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace headrace {
+namespace {
+
+struct Avx2 {
+  using I = __m256i;
+  using F = __m256;
+  static constexpr int bytes = 32, lanes = 8;
+  static constexpr int panels = 2, tokens = 2;                // 16 registers: 4 sums, 4 totals, 2 of weights, 1 token
+  static constexpr int attend_rows = 3, most_rows = 32;
+
+  static I load(const void* p) { return _mm256_loadu_si256(static_cast<const I*>(p)); }
+  static I load_part(const void* p, int n) {
+    alignas(32) uint8_t whole[32] = {};
+    std::memcpy(whole, p, n < 32 ? n : 32);
+    return load(whole);
+  }
+  static void store(void* p, I v) { _mm256_storeu_si256(static_cast<I*>(p), v); }
+  static I zero() { return _mm256_setzero_si256(); }
+  static I set8(int v) { return _mm256_set1_epi8(char(v)); }
+  static I set16(int v) { return _mm256_set1_epi16(short(v)); }
+  static I set32(int v) { return _mm256_set1_epi32(v); }
+  static I add32(I a, I b) { return _mm256_add_epi32(a, b); }
+  static I broadcast32(const void* p) {
+    int v;
+    std::memcpy(&v, p, 4);
+    return _mm256_set1_epi32(v);
+  }
+
+  // The j-th four bits of every 16, and every other byte, as 16-bit numbers.
+  template <int J> static I nibble(I w) {
+    const I moved = J == 0 ? w : _mm256_srli_epi16(w, 4 * J);
+    return J == 3 ? moved : _mm256_and_si256(moved, _mm256_set1_epi16(15));
+  }
+  static I even_bytes(I w) { return _mm256_and_si256(w, _mm256_set1_epi16(255)); }
+  static I odd_bytes(I w) { return _mm256_srli_epi16(w, 8); }
+  static I low_nibbles(I w) { return _mm256_and_si256(w, _mm256_set1_epi8(15)); }
+  static I high_nibbles(I w) { return _mm256_and_si256(_mm256_srli_epi16(w, 4), _mm256_set1_epi8(15)); }
+  // In every eight bytes the even ones first.
+  static I evens_first(I w) {
+    return _mm256_shuffle_epi8(
+        w, _mm256_broadcastsi128_si256(_mm_set_epi8(15, 13, 11, 9, 14, 12, 10, 8, 7, 5, 3, 1, 6, 4, 2, 0)));
+  }
+
+  // Sums of products of neighbours: two int16, or four of a byte (unsigned, of Bits) by a byte (signed), to each int32.
+#if defined(HEADRACE_VNNI)
+  static I dot16(I sum, I a, I b) {
+    asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+    return sum;
+  }
+  template <int Bits> static I dot8(I sum, I a, I b) {
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+    return sum;
+  }
+#else
+  static I dot16(I sum, I a, I b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+  template <int Bits> static I dot8(I sum, I a, I b) {
+    const I ones = _mm256_set1_epi16(1);
+    if constexpr (Bits == 4) return add32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), ones));
+    // Products of whole bytes would saturate in 16 bits: high and low halves apart.
+    const I high = _mm256_madd_epi16(_mm256_maddubs_epi16(high_nibbles(a), b), _mm256_set1_epi16(16));
+    return add32(add32(sum, high), _mm256_madd_epi16(_mm256_maddubs_epi16(low_nibbles(a), b), ones));
+  }
+#endif
+  static I kept(I v) { return v; }
+  static I widen(const int8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+
+  static F loadf(const float* p) { return _mm256_loadu_ps(p); }
+  static void storef(float* p, F v) { _mm256_storeu_ps(p, v); }
+  static F zerof() { return _mm256_setzero_ps(); }
+  static F setf(float v) { return _mm256_set1_ps(v); }
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static F min(F a, F b) { return _mm256_min_ps(a, b); }
+  static F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static F to_float(I v) { return _mm256_cvtepi32_ps(v); }
+  static I to_int(F v) { return _mm256_cvtps_epi32(v); }
+  static I bits(F v) { return _mm256_castps_si256(v); }
+  static I and_bits(I a, I b) { return _mm256_and_si256(a, b); }
+  static I max_unsigned(I a, I b) { return _mm256_max_epu32(a, b); }
+  static uint32_t top_unsigned(I v) {
+    __m128i half = _mm_max_epu32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0x4e));
+    return uint32_t(_mm_cvtsi128_si32(_mm_max_epu32(half, _mm_shuffle_epi32(half, 0xb1))));
+  }
+  static float sum(F v) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+  }
+  static float top(F v) {
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+  }
+  static int sum32(I v) {
+    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
+  }
+  static F scalef(F a, F whole) {  // a * 2^whole, whole within -127 … 127: by the exponent, whose 0 makes zero
+    return mul(a, _mm256_castsi256_ps(_mm256_slli_epi32(add32(to_int(whole), set32(127)), 23)));
+  }
+  static void store16(int16_t* p, I v) {
+    const __m128i packed = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+  }
+  static void store8(int8_t* p, I v) {
+    const __m128i packed = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(packed, packed));
+  }
+
+  static float half(uint16_t h) { return _cvtsh_ss(h); }
+  // The first scales of p, each for `lanes / n` neighbouring lanes, n a power of two; only `there` of them exist.
+  static F spread(const uint16_t* p, int n, int there) {
+    float out[8];
+    for (int i = 0; i < 8; i++) out[i] = i * n / 8 < there ? half(p[i * n / 8]) : 0;
+    return loadf(out);
+  }
+
+  // Sums over the lanes of 8 vectors, which lie one after the other.
+  static F sums(const float* p) {
+    const F a = _mm256_hadd_ps(_mm256_hadd_ps(loadf(p), loadf(p + 8)), _mm256_hadd_ps(loadf(p + 16), loadf(p + 24)));
+    const F b = _mm256_hadd_ps(_mm256_hadd_ps(loadf(p + 32), loadf(p + 40)), _mm256_hadd_ps(loadf(p + 48), loadf(p + 56)));
+    return add(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+  }
+
+  // Rows and columns of a square of int32 change places.
+  static void transpose(I* r) {
+    I t[8];
+    for (int i = 0; i < 8; i += 2) {
+      t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
+      t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+      r[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+      r[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+      r[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+      r[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+      t[i] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x20);
+      t[i + 4] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x31);
+    }
+    for (int i = 0; i < 8; i++) r[i] = t[i];
+  }
+};
+
+}  // namespace
+}  // namespace headrace
