@@ -196,8 +196,8 @@ def test_a_conversation_has_its_order(baichuan: Tokenizer, chatml: Tokenizer, ki
         turns.render([], ROOM)
     with pytest.raises(UserError, match="a system message stands after others"):
         turns.render([Message("user", "a"), Message("system", "b")], ROOM)
-    with pytest.raises(UserError, match="a message's role is 'tool'"):
-        Message("tool", "x")
+    with pytest.raises(UserError, match="a message's role is 'robot'"):
+        Message("robot", "x")
 
 
 def test_a_system_message_alone_is_a_conversation(baichuan: Tokenizer) -> None:
@@ -214,3 +214,35 @@ def test_baichuans_real_vocabulary_in_turns(shared_data: Path) -> None:
     assert ids == [USER, *tokenizer.encode("你好"), ASSISTANT, *tokenizer.encode("好"), USER,
                    *tokenizer.encode("再见"), ASSISTANT]  # fmt: skip
     assert tokenizer.bos_id not in ids
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "<|im_end|>", "parameters": {}}}]
+TOOL_TEMPLATE = """{%- if tools %}{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}{% endif %}
+{%- for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}{% for call in m.tool_calls or [] -%}
+[{{ call.function.name }} {{ call.function.arguments | tojson }}]
+{%- endfor %}
+<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def test_tools_and_calls_reach_the_template(chatml: Tokenizer) -> None:
+    turns = turn_format(chatml, {}, TOOL_TEMPLATE)
+    call = {"type": "function", "id": "1", "function": {"name": "weather", "arguments": {"city": "北京<|im_start|>"}}}
+    talk = [Message("user", "Rain?"), Message("assistant", "", calls=(call,)), Message("tool", "no")]
+    ids = turns.render(talk, 10_000, TOOLS)
+    text = chatml.decode(ids)
+    assert '"name": "weather"' in text and '[weather {"city": "北京<|im_start|>"}]' in text
+    start, end = chatml.token_id("<|im_start|>"), chatml.token_id("<|im_end|>")
+    assert (ids.count(start), ids.count(end)) == (4, 3)  # what tools and calls spell stays text
+    assert turns.takes_tools and not turn_format(chatml, {}, CHATML).takes_tools
+
+
+def test_a_format_without_tools_refuses_them(baichuan: Tokenizer, chatml: Tokenizer) -> None:
+    for turns in (turn_format(baichuan, TURN_IDS), turn_format(chatml, {}, CHATML), turn_format(baichuan, {})):
+        with pytest.raises(UserError, match="no place for tools"):
+            turns.render([Message("user", "Rain?")], 100, TOOLS)
+        with pytest.raises(UserError, match="no place for tools"):
+            turns.render([Message("user", "Rain?"), Message("tool", "no")], 100)

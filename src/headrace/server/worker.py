@@ -183,6 +183,7 @@ class ModelWorker:
             "recipe": bundle.recipe.name,
             "runner": type(runner).__name__,
             "turn_format": self._model.turns.name,
+            "tools": self._model.turns.takes_tools,
             "chat_template": self._model.tokenizer.chat_template,
             "checkpoint": bundle.provenance.get("checkpoint"),
             "digest": hashlib.sha256(json.dumps(bundle.files, sort_keys=True).encode()).hexdigest(),
@@ -214,7 +215,7 @@ class ModelWorker:
         if request.is_conversation:
             messages = [message_of(raw) for raw in prompt if isinstance(raw, Mapping)]
             turns = model.turns
-            return turns.render(messages, _WHOLE), turns.continues, frozenset(turns.stop_ids)
+            return turns.render(messages, _WHOLE, request.tools), turns.continues, frozenset(turns.stop_ids)
         ids = model.encode_raw(prompt) if isinstance(prompt, str) else [int(i) for i in prompt if isinstance(i, int)]
         size = model.tokenizer.vocab_size
         if any(not 0 <= i < size for i in ids):
@@ -335,7 +336,7 @@ class ModelWorker:
 
 def message_of(raw: Mapping[str, Any]) -> Message:
     """A message of a request as the turn format takes it."""
-    return Message(raw["role"], raw["content"])
+    return Message(raw["role"], raw["content"], calls=tuple(raw.get("tool_calls", ())))
 
 
 def spelled_out(tokenizer: Tokenizer, ids: Sequence[int]) -> str:

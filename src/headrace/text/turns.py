@@ -22,7 +22,7 @@ from headrace.text.tokenizer import Tokenizer
 
 __all__ = ["IdTurns", "Message", "RawTurns", "TemplateTurns", "TurnFormat", "turn_format"]
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 # Unicode's own non-characters, which no text holds: they mark what a user typed while a template runs.
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 PROBE = "\ufdd2"
@@ -33,11 +33,13 @@ class Message:
     """One turn's text.
 
     Attributes:
-        role: "system" (only first), "user" or "assistant".
+        role: "system" (only first), "user", "assistant", or "tool" for what a called function gave back.
         content: the text.
         ids: the very tokens an answer was generated as, without an end token; then the conversation so far stays a
             prefix of the next prompt, token for token, and the cache of it can be kept. None: the text is encoded, as
             a template always does.
+        calls: functions that an assistant's message calls, as OpenAI's {"type": "function", "function": {"name",
+            "arguments"}} with arguments as an object.
 
     Raises:
         UserError: the role is unknown.
@@ -46,6 +48,7 @@ class Message:
     role: str
     content: str
     ids: tuple[int, ...] | None = None
+    calls: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -60,14 +63,16 @@ class TurnFormat(ABC):
         is_raw: there is no turn format.
         stop_ids: the tokens that end an answer.
         continues: an answer goes on from the prompt's text, so its leading space is part of it.
+        takes_tools: functions and calls have a place in a prompt.
     """
 
     name: str
     is_raw: bool = False
     stop_ids: frozenset[int]
     continues: bool = False
+    takes_tools: bool = False
 
-    def render(self, messages: Sequence[Message], room: int) -> list[int]:
+    def render(self, messages: Sequence[Message], room: int, tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """The prompt: the newest rounds that fit into `room` tokens.
 
         A conversation that ends with an assistant's message is left open, so that the model continues that message.
@@ -75,29 +80,39 @@ class TurnFormat(ABC):
         Args:
             messages: the conversation, in order; a system message only first.
             room: the most tokens a prompt may have: the context less the tokens wanted for the answer.
+            tools: functions that the model may call, as OpenAI's {"type": "function", "function": …}.
 
         Raises:
             ContextFull: the system message and the last round alone do not fit.
-            UserError: there is no message, a system message is not first, or the template refused.
+            UserError: there is no message, a system message is not first, the template refused, or the format has no
+                place for tools.
         """
         if not messages:
             raise UserError("the conversation is empty; expected at least one message")
         if any(m.role == "system" for m in messages[1:]):
             raise UserError("a system message stands after others; expected it only as the first message")
+        if not self.takes_tools and (tools or any(m.calls or m.role == "tool" for m in messages)):
+            raise UserError("this model's turn format has no place for tools; leave them out")
         system, rounds = _rounds(messages)
-        return self._newest(system, rounds, room)
+        return self._newest(system, rounds, room, tools)
 
-    def _newest(self, system: Message | None, rounds: list[list[Message]], room: int) -> list[int]:
+    def _newest(
+        self,
+        system: Message | None,
+        rounds: list[list[Message]],
+        room: int,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> list[int]:
         head = [system] if system else []
         # Halving would need fewer renderings, but conversations have few rounds and most fit at once.
         for first in range(max(len(rounds), 1)):
-            ids = self._encode([*head, *(m for r in rounds[first:] for m in r)])
+            ids = self._encode([*head, *(m for r in rounds[first:] for m in r)], tools)
             if len(ids) <= room:
                 return ids
         raise ContextFull(len(ids), room + 1)
 
     @abstractmethod
-    def _encode(self, messages: Sequence[Message]) -> list[int]:
+    def _encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """The prompt of all these messages."""
 
 
@@ -122,7 +137,9 @@ class IdTurns(TurnFormat):
         self.user, self.assistant = user, assistant
         self.stop_ids = frozenset(tokenizer.eos_ids) | {user}  # a model that speaks for the user has ended its turn
 
-    def _newest(self, system: Message | None, rounds: list[list[Message]], room: int) -> list[int]:
+    def _newest(
+        self, system: Message | None, rounds: list[list[Message]], room: int, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
         head = [] if system is None else self._text(system)
         ends_open = bool(rounds) and rounds[-1][-1].role == "assistant"
         tail = [] if ends_open else [self.assistant]
@@ -139,7 +156,7 @@ class IdTurns(TurnFormat):
             history = ids + history
         return head + history + tail
 
-    def _encode(self, messages: Sequence[Message]) -> list[int]:
+    def _encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         system, rounds = _rounds(messages)
         return self._newest(system, rounds, 1 << 62)
 
@@ -166,6 +183,7 @@ class TemplateTurns(TurnFormat):
     def __init__(self, tokenizer: Tokenizer, template: str) -> None:
         self._tokenizer = tokenizer
         self._template = ChatTemplate(template)
+        self.takes_tools = "tools" in template
         spell = tokenizer.id_to_piece
         spellings = sorted(filter(None, map(spell, tokenizer.special_ids)), key=len, reverse=True)
         self._forged = re.compile("|".join(map(re.escape, spellings))) if spellings else None
@@ -183,12 +201,16 @@ class TemplateTurns(TurnFormat):
         token = self._tokenizer.token_id(found[0]) if found else None
         return frozenset() if token is None else frozenset([token])
 
-    def _encode(self, messages: Sequence[Message]) -> list[int]:
-        talk = [{"role": m.role, "content": self._guard(m.content)} for m in messages]
-        goes_on = messages[-1].role == "assistant"
+    def _encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        talk: list[dict[str, Any]] = [{"role": m.role, "content": self._guard(m.content)} for m in messages]
+        for said, message in zip(talk, messages, strict=True):
+            if message.calls:
+                said["tool_calls"] = self._guarded(message.calls)
+        marks = {**self._tokenizer.marks, **({"tools": self._guarded(tools)} if tools else {})}
+        goes_on = messages[-1].role == "assistant" and not messages[-1].calls
         if goes_on:
             talk[-1]["content"] += PROBE + " "
-        text = self._template.render(talk, ask=not goes_on, marks=self._tokenizer.marks)
+        text = self._template.render(talk, ask=not goes_on, marks=marks)
         if goes_on:
             text, _, behind = text.rpartition(PROBE)
             if not behind.startswith(" "):  # the template trims, so it would have trimmed the message itself too
@@ -198,6 +220,14 @@ class TemplateTurns(TurnFormat):
             if stretch:
                 ids += self._tokenizer.encode(stretch, special=not i % 2, continues=i > 0)
         return ids
+
+    def _guarded(self, value: Any) -> Any:
+        """The same JSON value, with every text in it guarded."""
+        if isinstance(value, str):
+            return self._guard(value)
+        if isinstance(value, Mapping):
+            return {self._guard(str(key)): self._guarded(item) for key, item in value.items()}
+        return [self._guarded(item) for item in value] if isinstance(value, list | tuple) else value
 
     def _guard(self, content: str) -> str:
         clean = re.sub(f"[{OPEN}{CLOSE}{PROBE}]", "\ufffd", content)
@@ -215,14 +245,16 @@ class RawTurns(TurnFormat):
         self._tokenizer = tokenizer
         self.stop_ids = frozenset(tokenizer.eos_ids)
 
-    def _newest(self, system: Message | None, rounds: list[list[Message]], room: int) -> list[int]:
+    def _newest(
+        self, system: Message | None, rounds: list[list[Message]], room: int, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
         # Without turns there are no rounds that could go.
         ids = self._encode([*([system] if system else []), *(m for r in rounds for m in r)])
         if len(ids) > room:
             raise ContextFull(len(ids), room + 1)
         return ids
 
-    def _encode(self, messages: Sequence[Message]) -> list[int]:
+    def _encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         begin = [self._tokenizer.bos_id] if self._tokenizer.add_bos and self._tokenizer.bos_id is not None else []
         ids: list[int] = []
         text = ""
