@@ -39,7 +39,7 @@ $(MODEL): | setup
 	@$(BIN)/headrace pull smollm2-135m -o $(CACHE)/smollm2-135m
 
 $(BUNDLE)/headrace.json: $(MODEL) $(RECIPE) | setup
-	@$(BIN)/headrace export $(MODEL) -o $(BUNDLE) --recipe smollm2-135m --windows 16 --resume
+	@$(BIN)/headrace export $(MODEL) -o $(BUNDLE) --recipe smollm2-135m --windows 16 --resume --restart
 
 chat: setup $(BUNDLE)/headrace.json
 	@$(BIN)/headrace chat $(BUNDLE) $(if $(PROMPT),-p "$(PROMPT)")

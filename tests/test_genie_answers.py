@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 import headrace
+from headrace.bundle.derived import derived_folder
 from headrace.bundle.folder import open_bundle
 from headrace.cli.main import _run
 from headrace.errors import TargetError
-from headrace.exporter.snapdragon import beside, emulate
+from headrace.exporter.snapdragon import emulate
 from headrace.language_model import LanguageModel
 from headrace.measure.device_parity import emulated_loop
 from headrace.runtime.answer import Limits, Token
@@ -38,7 +39,7 @@ def test_chat_through_the_device_graphs_is_greedy_over_them(
         ids = model.turns.render([Message("user", ASK)], model.context)
         stop_ids = model.turns.stop_ids
         decode = model.tokenizer.decode
-    runner = DeviceRunner.open(open_bundle(path), beside(open_bundle(path), "device"))
+    runner = DeviceRunner.open(open_bundle(path), derived_folder(open_bundle(path), "device"))
     expected: list[int] = []
     at, row = 0, np.empty(0)
     for start in range(0, len(ids), runner.prompt_length):
@@ -71,7 +72,7 @@ def genie(phone: Path) -> Iterator[LanguageModel]:
 def loop(genie: LanguageModel, phone: Path) -> Iterator[DeviceLoop]:
     """headrace's own loop over the very binaries that Genie runs."""
     bundle = open_bundle(phone)
-    with emulated_loop(emulate(bundle, beside(bundle, "emulation"))) as opened:
+    with emulated_loop(emulate(bundle, derived_folder(bundle, "emulation"))) as opened:
         yield opened
 
 
@@ -182,7 +183,7 @@ def test_sampling_is_genies_own_and_repeatable(genie: LanguageModel) -> None:
 
 @pytest.mark.qnn
 def test_chat_on_the_command_line(genie: LanguageModel, phone: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    folder = beside(open_bundle(phone), "emulation")
+    folder = derived_folder(open_bundle(phone), "emulation")
     made = (folder / "complete").stat().st_mtime_ns
     expected = "".join(t.text for t in genie.chat().say(ASK, max_tokens=4, options=GREEDY))
     assert _run(["chat", str(phone), "--runner", "genie", "--greedy", "-n", "4", "-p", ASK]) == 0

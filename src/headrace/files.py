@@ -6,6 +6,7 @@ no format but JSON.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from headrace.errors import BundleError, UserError
 
 __all__ = [
     "JSON_LIMIT",
+    "allocate",
     "read_json",
     "read_text",
     "sha256_file",
@@ -28,6 +30,7 @@ __all__ = [
     "write_file",
 ]
 
+_ZEROS = 1 << 20  # bytes written at once
 JSON_LIMIT = 64 << 20  # bytes; the shard index of the largest models is a few MB
 
 
@@ -113,6 +116,29 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def allocate(file: IO[bytes], size: int) -> None:
+    """Make an open file `size` bytes long, zeros, with room on the disk for all of them.
+
+    A file that is only long has no such room, and a disk that fills up later would kill whoever maps it.
+
+    Raises:
+        OSError: there is no room.
+    """
+    if hasattr(os, "posix_fallocate"):
+        file.flush()
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # of file systems that cannot do it
+                raise
+    zeros = bytes(_ZEROS)
+    file.seek(0, os.SEEK_END)
+    for at in range(file.tell(), size, _ZEROS):
+        file.write(zeros[: size - at])
+    file.flush()
 
 
 def write_file(path: Path, data: bytes) -> None:

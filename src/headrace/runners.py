@@ -56,10 +56,11 @@ def _device(bundle: Bundle, options: Options) -> Runner:
 
 def _genie(bundle: Bundle, options: Options) -> Answerer:
     """Qualcomm's Genie over binaries in HTP emulation, compiled once and kept beside the bundle."""
-    from headrace.exporter.snapdragon import beside, emulate
+    from headrace.bundle.derived import derived_folder
+    from headrace.exporter.snapdragon import emulate
     from headrace.genie_answers import GenieAnswers
 
-    return GenieAnswers(emulate(bundle, beside(bundle, "emulation"), progress=options.progress))
+    return GenieAnswers(emulate(bundle, derived_folder(bundle, "emulation"), progress=options.progress))
 
 
 RUNNERS: Mapping[str, Opener] = {

@@ -189,8 +189,8 @@ def work(folder: Path, text: str = "one") -> Path:
 
 def test_publishing_replaces_a_bundle(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    publish(work(tmp_path / "work1"), out, {})
-    publish(work(tmp_path / "work2", "two"), out, {})
+    publish(work(tmp_path / "work1"), out, {}, aside=out.with_name("aside"))
+    publish(work(tmp_path / "work2", "two"), out, {}, aside=out.with_name("aside"))
     assert (out / "a.onnx").read_text() == "two"
     assert check_files(out) == []
     assert [p.name for p in tmp_path.iterdir()] == ["out"], "nothing else is left"
@@ -199,7 +199,7 @@ def test_publishing_replaces_a_bundle(tmp_path: Path) -> None:
 def test_publishing_into_an_empty_folder(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    publish(work(tmp_path / "work"), out, {})
+    publish(work(tmp_path / "work"), out, {}, aside=out.with_name("aside"))
     assert check_files(out) == []
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -213,14 +213,14 @@ def test_anything_else_is_not_replaced(tmp_path: Path, kind: str) -> None:
     else:
         out.write_text("mine")
     with pytest.raises(BundleError, match="exists and is no bundle; choose another -o or remove it"):
-        publish(work(tmp_path / "work"), out, {})
+        publish(work(tmp_path / "work"), out, {}, aside=out.with_name("aside"))
     assert (out / "precious.txt" if kind == "folder" else out).read_text() == "mine"
 
 
 def test_nothing_half_written_under_the_final_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever step of publishing fails, the old bundle or the new one is there, whole; and the next one succeeds."""
     out = tmp_path / "out"
-    publish(work(tmp_path / "first"), out, {})
+    publish(work(tmp_path / "first"), out, {}, aside=out.with_name("aside"))
     calls = 0
     fail_at = 0
 
@@ -243,13 +243,13 @@ def test_nothing_half_written_under_the_final_name(tmp_path: Path, monkeypatch: 
         folder = work(tmp_path / "work", str(number))
         calls, fail_at = 0, number
         try:
-            publish(folder, out, {})
+            publish(folder, out, {}, aside=out.with_name("aside"))
         except OSError:
             failures += 1
             fail_at = 0
             assert check_files(out) == []
             if folder.exists():  # resumed
-                publish(folder, out, {})
+                publish(folder, out, {}, aside=out.with_name("aside"))
             assert check_files(out) == []
             assert (out / "a.onnx").read_text() == str(number)
             shutil.rmtree(folder, ignore_errors=True)
@@ -257,24 +257,24 @@ def test_nothing_half_written_under_the_final_name(tmp_path: Path, monkeypatch: 
             break
     assert failures >= 10
     fail_at = 0
-    publish(work(tmp_path / "work", "last"), out, {})
+    publish(work(tmp_path / "work", "last"), out, {}, aside=out.with_name("aside"))
     assert [p.name for p in tmp_path.iterdir()] == ["out"], "nothing else is left"
 
 
 def test_killed_between_the_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one moment without a bundle under its name: the new one is complete beside it and is published next time."""
     out = tmp_path / "out"
-    publish(work(tmp_path / "first"), out, {})
+    publish(work(tmp_path / "first"), out, {}, aside=out.with_name("aside"))
     real = Path.rename
     monkeypatch.setattr(
         Path, "rename", lambda a, b: (_ for _ in ()).throw(OSError()) if a.name == "work" else real(a, b)
     )
     folder = work(tmp_path / "work", "two")
     with pytest.raises(OSError):
-        publish(folder, out, {})
+        publish(folder, out, {}, aside=out.with_name("aside"))
     monkeypatch.undo()
     assert is_bundle(folder)
-    publish(folder, out, {})
+    publish(folder, out, {}, aside=out.with_name("aside"))
     assert check_files(out) == []
     assert [p.name for p in tmp_path.iterdir()] == ["out"], "nothing else is left"
 
@@ -282,7 +282,7 @@ def test_killed_between_the_two_renames(tmp_path: Path, monkeypatch: pytest.Monk
 def test_what_a_killed_manifest_leaves_is_not_part_of_the_next(tmp_path: Path) -> None:
     folder = work(tmp_path / "work")
     (folder / f".{MANIFEST}.part").write_text("{")
-    publish(folder, tmp_path / "out", {})
+    publish(folder, tmp_path / "out", {}, aside=tmp_path / "aside")
     assert check_files(tmp_path / "out") == []
     open_files = json.loads((tmp_path / "out" / MANIFEST).read_text())["files"]
     assert set(open_files) == {"a.onnx", "weights/w.safetensors"}

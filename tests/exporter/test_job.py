@@ -103,7 +103,7 @@ def test_a_bundle_is_replaced_only_when_the_new_one_is_complete(run: Any, tmp_pa
     with pytest.raises(Stop):
         run(block=32, progress=StopAt(5))
     assert contents(tmp_path / "out") == before
-    run(block=32)
+    run(block=32, resume=True)
     assert open_bundle(tmp_path / "out").recipe.rules[1].block == 32
     assert check_files(tmp_path / "out") == []
 
@@ -173,30 +173,79 @@ def test_finished_layers_are_not_quantized_again(run: Any, monkeypatch: pytest.M
     assert numbers == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize(
-    "other", [{"block": 32}, {"method": "gptq"}, {"kv": "float32"}, {"windows": 1}, {"window_length": 40}, {"parts": 3},
-              {"context": 100}, {"prompt_length": 16}], ids=str,
-)  # fmt: skip
-def test_other_settings_start_anew(run: Any, exports: Exports, tmp_path: Path, other: dict[str, Any]) -> None:
-    def stop(stage: str, done: int, total: int) -> None:
-        if (stage, done) == ("host graphs", 1):
-            raise Stop
+OTHER_SETTINGS = [
+    ({"block": 32}, "--block by default → 32"),
+    ({"method": "gptq"}, "--method nearest → gptq"),
+    ({"kv": "float32"}, "--kv int8 → float32"),
+    ({"windows": 1}, "--windows 2 → 1"),
+    ({"window_length": 40}, "--window-length 48 → 40"),
+    ({"parts": 3}, "--parts 5 → 3"),
+    ({"context": 100}, "--context 200 → 100"),
+    ({"prompt_length": 16}, "--prompt-length 32 → 16"),
+    ({"recipe": "w4b32"}, "--recipe w4a16 → w4b32"),
+]
 
+
+def stop_at_graphs(stage: str, done: int, total: int) -> None:
+    if (stage, done) == ("host graphs", 1):
+        raise Stop
+
+
+@pytest.mark.parametrize(("other", "difference"), OTHER_SETTINGS, ids=str)
+def test_other_settings_throw_no_work_away(
+    run: Any, exports: Exports, tmp_path: Path, other: dict[str, Any], difference: str
+) -> None:
     with pytest.raises(Stop):
-        run(progress=stop)
-    run(**other, resume=True)
+        run(progress=stop_at_graphs)
+    for resume in (True, False):
+        with pytest.raises(BundleError) as error:
+            run(**other, resume=resume)
+        assert str(error.value) == (
+            f"{tmp_path / 'out.partial'} holds an interrupted export (4 layers done) that differs: {difference}; "
+            "ask as before with --resume to go on, or begin anew with --restart"
+        )
+    run(**other, resume=True, restart=True)
     assert contents(tmp_path / "out") == contents(exports.bundle(**other))
 
 
-def test_without_resume_everything_is_done_again(run: Any, exports: Exports, tmp_path: Path) -> None:
+def test_other_text_and_other_rules_are_named(run: Any, exports: Exports, tmp_path: Path) -> None:
+    text, recipe = tmp_path / "text.txt", tmp_path / "mine.json"
+    text.write_bytes(exports.text.read_bytes())
+    rules = [{"match": "embed|lm_head", "bits": 8}, {"match": "_proj", "bits": 4}]
+    recipe.write_text(json.dumps({"name": "mine", "rules": rules}))
+    options = {"calibration": [text], "recipe": str(recipe)}
     with pytest.raises(Stop):
-        run(progress=StopAt(4))
+        run(**options, progress=stop_at_graphs)
+    text.write_text(text.read_text(encoding="utf-8") * 2, encoding="utf-8")
+    recipe.write_text(json.dumps({"name": "mine", "rules": [rules[0], {**rules[1], "block": 32}]}))
+    with pytest.raises(BundleError, match=r"the content of --recipe mine; the content of --calibration text\.txt; ask"):
+        run(**options, resume=True)
+
+
+def test_without_resume_an_interrupted_export_is_kept(run: Any, exports: Exports, tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        run(progress=stop_at_graphs)
+    before = contents(tmp_path / "out.partial")
+    with pytest.raises(BundleError, match=r"\(4 layers done\); go on with --resume, or begin anew with --restart"):
+        run()
+    assert contents(tmp_path / "out.partial") == before
     (tmp_path / "out.partial" / "bundle" / "rubbish").write_text("of an older run")
-    run()
+    run(restart=True)
     assert contents(tmp_path / "out") == contents(exports.bundle())
 
 
-def test_another_checkpoint_starts_anew(exports: Exports, tmp_path: Path) -> None:
+def test_an_export_that_finished_nothing_leaves_nothing(run: Any, exports: Exports, tmp_path: Path) -> None:
+    def stop(stage: str, done: int, total: int) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        run(progress=stop)
+    assert not list(tmp_path.iterdir())
+    run(block=32)
+    assert contents(tmp_path / "out") == contents(exports.bundle(block=32))
+
+
+def test_another_checkpoint_is_told(exports: Exports, tmp_path: Path) -> None:
     options = {**SMALL, "calibration": [exports.text]}
     one, other = (write_checkpoint(tmp_path / f"c{seed}", seed=seed) for seed in (1, 2))
 
@@ -206,7 +255,9 @@ def test_another_checkpoint_starts_anew(exports: Exports, tmp_path: Path) -> Non
 
     with pytest.raises(Stop):
         export(one, tmp_path / "out", progress=stop, **options)
-    resumed = export(other, tmp_path / "out", resume=True, **options)
+    with pytest.raises(BundleError, match=r"\(3 layers done\) that differs: the checkpoint's config\.json, "):
+        export(other, tmp_path / "out", resume=True, **options)
+    resumed = export(other, tmp_path / "out", resume=True, restart=True, **options)
     fresh = export(other, tmp_path / "fresh", **options)
     assert contents(resumed) == contents(fresh)
 

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import tokenizers
 
+from headrace.bundle.derived import derived_folder
 from headrace.bundle.folder import Bundle, check_files, open_bundle
 from headrace.cli.main import _run
-from headrace.errors import RecipeError, TargetError
+from headrace.errors import BundleError, RecipeError, TargetError
 from headrace.exporter import snapdragon
 from headrace.exporter.job import export
 from headrace.exporter.snapdragon import (
-    beside,
     compile_target,
     device_graphs,
     genie_plan,
@@ -215,16 +215,17 @@ def test_device_graphs_are_made_once_a_bundle(
 
     monkeypatch.setattr(snapdragon, "device_graphs", counted)
     folder = kept_device_graphs(bundle)
-    assert folder == beside(bundle, "device") == tmp_path / "b.device"
+    assert folder == derived_folder(bundle, "device") == tmp_path / "b.device"
     assert kept_device_graphs(bundle) == folder and len(made) == 1
-    names = sorted(path.name for path in folder.glob("*.onnx"))
     other = replace(bundle, files={**bundle.files, "weights/part_2_of_3.safetensors": {"sha256": "other"}})
     assert kept_device_graphs(other) == folder and len(made) == 2
-    # A half-made folder is made anew.
-    (folder / "complete").unlink()
-    next(folder.glob("ar32*.onnx")).unlink()
-    kept_device_graphs(other)
-    assert len(made) == 3 and sorted(path.name for path in folder.glob("*.onnx")) == names
+    # What headrace did not make is not taken away.
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "precious.txt").write_text("mine")
+    with pytest.raises(BundleError, match=r"b\.device exists and headrace did not make it; move it away"):
+        kept_device_graphs(other)
+    assert [path.name for path in folder.iterdir()] == ["precious.txt"]
 
 
 @pytest.mark.qnn

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ __all__ = [
 FORMAT = 1
 MANIFEST = "headrace.json"
 MEASUREMENTS = "measurements"  # what was measured of the finished bundle, and the card's pictures
+_SYSTEMS_OWN = (".DS_Store", "Thumbs.db", "desktop.ini")  # file managers leave these in any folder
 UNLISTED = ("README.md", MANIFEST)  # the card may be edited; the manifest has its own digest
 
 
@@ -150,21 +151,21 @@ def check_files(path: Path, progress: Callable[[str], None] | None = None) -> li
     except BundleError as error:
         return [(MANIFEST, str(error))]
     found = list(_problems(path, raw, hashed=lambda _: True, progress=progress))
-    listed = set(raw["files"]) | set(UNLISTED)
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        name = file.relative_to(path).as_posix()
-        if name not in listed and not name.startswith(f"{MEASUREMENTS}/"):
-            found.append((name, "is not in the manifest"))
+    found += [(name, "is not in the manifest") for name in _unlisted(path, raw["files"])]
     return found
 
 
-def publish(work: Path, out: Path, manifest: Mapping[str, Any]) -> None:
+def publish(work: Path, out: Path, manifest: Mapping[str, Any], *, aside: Path) -> None:
     """Turn a finished work folder into the bundle `out`: hash, write the manifest, sync, rename.
 
-    A bundle that is already there is replaced in one step; any other folder is refused before.
+    Args:
+        work: the folder, on the disk of `out`.
+        out: the final place; a bundle that is already there is replaced, anything else is refused before.
+        manifest: all but the files and the digest.
+        aside: where the replaced bundle goes for the moment between two renames; the caller's own, on the same disk.
 
     Raises:
-        BundleError: `out` exists and is no bundle.
+        BundleError: `out` exists and is no bundle, or holds files that are not the bundle's.
     """
     refuse_foreign(out)
     temporary_name(work / MANIFEST).unlink(missing_ok=True)  # of a run that was killed while it wrote the manifest
@@ -178,19 +179,35 @@ def publish(work: Path, out: Path, manifest: Mapping[str, Any]) -> None:
     write_file(work / MANIFEST, _text({**body, "digest": _digest(body)}))
     for folder in sorted({p.parent for p in work.rglob("*")} | {work}):
         sync(folder)
-    old = out.with_name(f".{out.name}.old")
     if out.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
+        shutil.rmtree(aside, ignore_errors=True)
+        out.rename(aside)
     work.rename(out)
     sync(out.parent)
-    shutil.rmtree(old, ignore_errors=True)  # also what a run left that was killed between the two renames
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def refuse_foreign(out: Path) -> None:
-    """Raise BundleError when `out` exists and is neither a bundle nor an empty folder."""
-    if out.exists() and not is_bundle(out) and (not out.is_dir() or any(out.iterdir())):
+    """Raise BundleError when `out` exists and is neither an empty folder nor a bundle and nothing else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    # A damaged bundle is exported again over itself, so its digest does not matter here.
+    listed = read_json(out / MANIFEST).get("files") if is_bundle(out) else None
+    if not isinstance(listed, dict):
         raise BundleError(f"{out} exists and is no bundle; choose another -o or remove it")
+    for name in _unlisted(out, listed):
+        raise BundleError(f"{out} holds {name}, which is not the bundle's; choose another -o or move it away")
+
+
+def _unlisted(path: Path, listed: Collection[str]) -> list[str]:
+    """Files in a bundle's folder that are neither in the manifest nor of those that may come later."""
+    found = []
+    for file in sorted(file for file in path.rglob("*") if file.is_symlink() or not file.is_dir()):
+        name = file.relative_to(path).as_posix()
+        later = name in UNLISTED or name.startswith(f"{MEASUREMENTS}/") or file.name in _SYSTEMS_OWN
+        if name not in listed and not later:
+            found.append(name)
+    return found
 
 
 def _manifest(path: Path) -> dict[str, Any]:

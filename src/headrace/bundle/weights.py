@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from headrace.bundle.grid import Grid, QuantizedTensor, dequantize, pack, unpack
 from headrace.bundle.recipe import Recipe
 from headrace.config import ModelConfig
+from headrace.files import allocate
 from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD, Weight, layer_weights, quantized_weights, weight_table
 from headrace.plan import Part
 
@@ -113,7 +114,7 @@ class WeightStore:
         config: the geometry.
         parts: how the model is split.
         grids: the grid of each quantized weight; also an attribute.
-        create: make the files (zeros, full size) instead of opening what is there.
+        create: make the files (zeros, full size, with room on the disk) instead of opening what is there.
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class WeightStore:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with path.open("wb") as out:
                     out.write(layout.header)
-                    out.truncate(layout.nbytes)
+                    allocate(out, layout.nbytes)
 
     @classmethod
     def open(cls, root: Path, config: ModelConfig, parts: Sequence[Part], recipe: Recipe) -> WeightStore:
@@ -160,8 +161,8 @@ class WeightStore:
     def read_codes(self, name: str) -> QuantizedTensor:
         """A quantized weight, with its bias when it has one."""
         grid, bias = self.grids[name], self._table[name].bias
-        codes = unpack(np.asarray(self._view(f"{name}_packed", "r")), grid.bits)
-        scales = np.array(self._view(f"{name}_scale", "r"))
+        codes = unpack(np.asarray(self._view(f"{name}_packed")), grid.bits)
+        scales = np.array(self._view(f"{name}_scale"))
         return QuantizedTensor(codes, scales, grid, None if bias is None else self._float(bias))
 
     def read_stored(self, name: str) -> QuantizedTensor | NDArray[np.float32]:
@@ -170,7 +171,7 @@ class WeightStore:
         return self.read_codes(weight.stored_as) if weight.quantized else self._float(name)
 
     def _float(self, name: str) -> NDArray[np.float32]:
-        return np.array(self._view(name, "r"), np.float32)
+        return np.array(self._view(name), np.float32)
 
     def sync(self) -> None:
         """Everything written so far is on disk when this returns."""
@@ -179,12 +180,14 @@ class WeightStore:
                 os.fsync(handle.fileno())
 
     def _write(self, name: str, array: NDArray[np.generic]) -> None:
-        view = self._view(name, "r+")
-        if view.shape != array.shape:
-            raise ValueError(f"{name}: {array.shape} is not the planned {view.shape}")
-        view[...] = array
-        view.flush()
-
-    def _view(self, name: str, mode: str) -> np.memmap[tuple[int, ...], np.dtype[np.generic]]:
         t = self.tensors[name]
-        return np.memmap(self._root / t.file, _DTYPES[t.dtype], mode, t.offset, t.shape)  # type: ignore[call-overload, no-any-return]
+        if t.shape != array.shape:
+            raise ValueError(f"{name}: {array.shape} is not the planned {t.shape}")
+        # Written, not mapped: a full disk is then an error and not the end of the process.
+        with (self._root / t.file).open("rb+") as file:
+            file.seek(t.offset)
+            file.write(np.ascontiguousarray(array, _DTYPES[t.dtype]).data)
+
+    def _view(self, name: str) -> np.memmap[tuple[int, ...], np.dtype[np.generic]]:
+        t = self.tensors[name]
+        return np.memmap(self._root / t.file, _DTYPES[t.dtype], "r", t.offset, t.shape)

@@ -112,8 +112,8 @@ def plan(
         typer.echo(f"{fit['what']}: {human_bytes(fit['needed'])} of {human_bytes(fit['limit'])}, {verdict}")
     need = report["export"]
     typer.echo(
-        f"\nexport here: about {need['seconds'] / 60:.1f} min and {human_bytes(need['peak_bytes'])} of memory, "
-        f"with {need['tokens']} calibration tokens"
+        f"\nexport here: about {need['seconds'] / 60:.1f} min, {human_bytes(need['peak_bytes'])} of memory and "
+        f"{human_bytes(report['disk_bytes'])} of disk, with {need['tokens']} calibration tokens"
     )
     if report["compile"] is None:
         return
@@ -131,6 +131,9 @@ def export(
     out: Annotated[Path, typer.Option("-o", "--out", metavar="BUNDLE", help="The bundle's folder.")],
     *,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted export stopped.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew; with --resume only where what is asked differs.")
+    ] = False,
     json: Json = False,
     **options: Any,
 ) -> None:
@@ -151,7 +154,7 @@ def export(
                 told = True
             bars(stage, done, total)
 
-        run(checkpoint, out, resume=resume, progress=progress, **options)
+        run(checkpoint, out, resume=resume, restart=restart, progress=progress, **options)
     seconds = time.monotonic() - started
     bundle = open_bundle(out)
     made = bundle.weight_bytes

@@ -1,5 +1,5 @@
-"""plan: what a model will need before anything is made: bytes a part, cache a context, time and memory of the export,
-what phones will do with it (roofline.py) and whether it fits one (fit.py).
+"""plan: what a model will need before anything is made: bytes a part, cache a context, time, memory and disk of the
+export, what phones will do with it (roofline.py) and whether it fits one (fit.py).
 
 Everything is derived from geometry and recipe; the one thing measured is how fast this computer multiplies matrices.
 """
@@ -35,6 +35,7 @@ _PROBE = 1024  # rows of the matrices that are multiplied to learn this computer
 # Share of the plain matrix product's speed that a whole layer reaches; benchmarks/layer_7b.py measures it.
 _EFFICIENCY = 0.7
 _WORKING = 1 << 30  # bytes: Python, and the temporary arrays of the windows and rows in work
+_BESIDE_WEIGHTS = 32 << 20  # bytes: graphs, tokenizer, encodings, the folder itself
 _EQUAL: Mapping[str, float] = defaultdict(lambda: 1.0)  # what each linear's 4 bits cost, before it is measured
 # Times N·K²: GPTQ; GPTQ, descent's start, and its scales and its codes in each sweep; the correction's product and
 # its two triangular solutions before that.
@@ -59,23 +60,28 @@ def plan_export(settings: ExportSettings, phone_memory: int = PHONE_MEMORY) -> d
 
     Returns:
         parts [{name, layers, weight_bytes}]; weight_bytes; contexts [{context, kv_bytes, run_bytes}]; export
-        {seconds, peak_bytes, tokens}; compile {targets, seconds, peak_bytes} or None without a target; phones [{device,
-        context, tok_s, step_seconds, steps, ttft_seconds}], of which tok_s, step_seconds (of one prompt step) and
-        ttft_seconds (of `steps` of them, the longest prompt) are {estimated, low, high} or None where nothing
-        published says it; calibration: how far such estimates were off;
+        {seconds, peak_bytes, tokens}; disk_bytes; compile {targets, seconds, peak_bytes} or None without a target;
+        phones [{device, context, tok_s, step_seconds, steps, ttft_seconds}], of which tok_s, step_seconds (of one
+        prompt step) and ttft_seconds (of `steps` of them, the longest prompt) are {estimated, low, high} or None where
+        nothing published says it; calibration: how far such estimates were off;
         least_published_bytes: of the smallest model among its rows; fits [{what, needed, limit, ok, change}].
 
     Raises:
         RecipeError: a rule does not fit.
     """
-    options, config, recipe = settings.options, settings.config, settings.recipe
-    ranked = 0
-    if options.bits is not None or options.size is not None:
-        # Which linears get 8 bits is measured by the export; any choice that fills the budget has its size.
-        recipe = spend(recipe, config, _EQUAL, bits=options.bits, size=options.size, parts=settings.parts).recipe
-        ranked = RANKING_WINDOWS * options.window_length
+    options, config = settings.options, settings.config
     tokens = options.windows * options.window_length
-    report = plan_model(config, recipe, settings.parts, settings.contexts, settings.prompt_lengths[0], phone_memory)
+    budget = options.bits is not None or options.size is not None
+    ranked = RANKING_WINDOWS * options.window_length if budget else 0
+    report = plan_model(
+        config,
+        _forecast_recipe(settings),
+        settings.parts,
+        settings.contexts,
+        settings.prompt_lengths[0],
+        phone_memory,
+    )
+    report["disk_bytes"] = estimate_disk(settings)
     need = estimate_export(config, settings.rules, tokens, ranked=ranked, jobs=options.jobs)
     report["export"] = {"seconds": round(need.seconds, 1), "peak_bytes": need.peak_bytes, "tokens": tokens}
     report["compile"] = None
@@ -167,6 +173,24 @@ def _phone(device: str, config: ModelConfig, context: int, read: int, cache: int
         "steps": steps,
         "ttft_seconds": None if step is None else step.times(steps).to_dict(),
     }
+
+
+def estimate_disk(settings: ExportSettings) -> int:
+    """Bytes that an export writes before it is done, device graphs and binaries included."""
+    rules = _forecast_recipe(settings).resolve(quantized_weights(settings.config))
+    grids = {name: rule.grid for name, rule in rules.items()}
+    weights = sum(layout.nbytes for layout in layouts(settings.config, settings.parts, grids))
+    # Device graphs have the weights in a form of their own, and so has each chip's binary.
+    copies = 1 + settings.options.for_device + len(settings.options.targets)
+    return copies * weights + _BESIDE_WEIGHTS
+
+
+def _forecast_recipe(settings: ExportSettings) -> Recipe:
+    """With a budget, the export measures which linears get 8 bits; any choice that fills the budget has its size."""
+    options, config = settings.options, settings.config
+    if options.bits is None and options.size is None:
+        return settings.recipe
+    return spend(settings.recipe, config, _EQUAL, bits=options.bits, size=options.size, parts=settings.parts).recipe
 
 
 def estimate_export(

@@ -1,17 +1,13 @@
 """export: the main job. checkpoint → quantize → graphs → bundle, in resumable steps with one layer in memory.
 
-    OUT.partial/            grows beside the final place
-      state.json            settings, and the layers that are finished
-      bundle/               becomes OUT when everything is there
-
-Orchestrates; how a weight is quantized, a graph emitted or a file laid out is written elsewhere.
+Orchestrates; what an interrupted run left is workspace.py's business, and how a weight is quantized, a graph emitted or
+a file laid out is written elsewhere.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,14 +18,16 @@ from numpy.typing import NDArray
 
 from headrace import __version__
 from headrace.bundle.encodings import write_encodings
-from headrace.bundle.folder import Bundle, publish, refuse_foreign
+from headrace.bundle.folder import Bundle, publish
 from headrace.bundle.weights import WeightStore
 from headrace.checkpoint import Checkpoint
 from headrace.exporter.calibration import calibration_windows
+from headrace.exporter.estimate import estimate_disk
 from headrace.exporter.options import ExportOptions
 from headrace.exporter.settings import ExportSettings, settle
 from headrace.exporter.snapdragon import compile_target, device_graphs
-from headrace.files import read_json, write_file
+from headrace.exporter.workspace import Workspace, output_folder, refuse_full_disk, telling_full_disk, workspace
+from headrace.files import write_file
 from headrace.graph.emit_host import HostWeights, emit_host
 from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD, layer_weights
 from headrace.progress import Progress, silent
@@ -56,6 +54,7 @@ def export(
     out: str | os.PathLike[str],
     *,
     resume: bool = False,
+    restart: bool = False,
     progress: Progress = silent,
     **options: Any,
 ) -> Path:
@@ -64,7 +63,8 @@ def export(
     Args:
         checkpoint: a Hugging Face folder or a GGUF file.
         out: the bundle's folder; a bundle that is there is replaced when the new one is complete.
-        resume: go on where an interrupted export of the same settings stopped.
+        resume: go on where an interrupted export stopped; refused when what is asked now differs.
+        restart: throw away what an interrupted export left; with `resume`, only where it differs.
         progress: told how far it is.
         options: fields of `headrace.exporter.options.ExportOptions`: recipe, bits, context, calibration, targets, …
 
@@ -74,44 +74,42 @@ def export(
     Raises:
         UserError: anything in the above is not possible; the message says what and what to do.
     """
-    out = Path(out)
     settings = settle(Path(checkpoint), ExportOptions.of(options))
+    place = output_folder(out, settings.checkpoint.path)
+    with (
+        telling_full_disk(place.parent),
+        workspace(place, settings.identity(), resume=resume, restart=restart) as work,
+    ):
+        _make(settings, place, work, progress)
+    progress("writing the bundle", 1, 1)
+    return Path(out)
+
+
+def _make(settings: ExportSettings, out: Path, work: Workspace, progress: Progress) -> None:
+    """Every step, each skipped where an earlier run has done it."""
     asked, jobs = settings.options, settings.options.jobs
-    refuse_foreign(out)
-    work = out.with_name(f"{out.name}.partial")
-    state = _open_work(work, settings, resume)
-    folder = work / "bundle"
-    tokenizer = _save_tokenizer(settings.checkpoint, folder)
+    refuse_full_disk(out.parent, estimate_disk(settings) - _bytes_below(work.root))
+    tokenizer = _save_tokenizer(settings.checkpoint, work.bundle)
     turns = turn_format(tokenizer, settings.checkpoint.generation_config)
     windows = calibration_windows(tokenizer, turns, settings.texts, asked.windows, asked.window_length)
     settings = _within_budget(settings, work, windows, jobs, progress)
-    kv_scales = _quantize(settings, folder, work, state, windows, jobs, progress)
-    _emit_graphs(settings, folder, kv_scales, progress)
+    kv_scales = _quantize(settings, work, windows, jobs, progress)
+    _emit_graphs(settings, work.bundle, kv_scales, progress)
     manifest = _manifest(settings, kv_scales)
     # Linears in blocks never reach a device, and a float cache neither: static ranges would be of no use.
     if kv_scales and not any(grid.block for grid in settings.grids.values()):
-        _calibrate_device(settings, folder, kv_scales, evenly(windows, RANGE_WINDOWS), progress)
+        _calibrate_device(settings, work.bundle, kv_scales, evenly(windows, RANGE_WINDOWS), progress)
+    made = _unpublished(settings, work.bundle, manifest)
     for target in asked.targets:
-        compile_target(_unpublished(settings, folder, manifest), target, work / "device", progress)
+        compile_target(made, target, work.device, progress)
     if asked.keep_onnx:
-        device_graphs(_unpublished(settings, folder, manifest), folder / "device")
+        device_graphs(made, work.bundle / "device")
     progress("writing the bundle", 0, 1)
-    publish(folder, out, manifest)
-    shutil.rmtree(work)
-    progress("writing the bundle", 1, 1)
-    return out
+    publish(work.bundle, out, manifest, aside=work.replaced)
 
 
-def _open_work(work: Path, settings: ExportSettings, resume: bool) -> dict[str, Any]:
-    identity = settings.identity()
-    state_file = work / "state.json"
-    if resume and state_file.exists():
-        state = read_json(state_file)
-        if state.get("identity") == identity:
-            return state
-    shutil.rmtree(work, ignore_errors=True)
-    (work / "bundle").mkdir(parents=True)
-    return {"identity": identity, "layers": {}}
+def _bytes_below(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _save_tokenizer(source: Checkpoint, folder: Path) -> Tokenizer:
@@ -123,16 +121,14 @@ def _save_tokenizer(source: Checkpoint, folder: Path) -> Tokenizer:
 
 
 def _within_budget(
-    settings: ExportSettings, work: Path, windows: NDArray[np.int64], jobs: int, progress: Progress
+    settings: ExportSettings, work: Workspace, windows: NDArray[np.int64], jobs: int, progress: Progress
 ) -> ExportSettings:
     """The settings with a recipe that spends the budget where it gains most; measured once an export."""
     bits, size = settings.options.bits, settings.options.size
     if bits is None and size is None:
         return settings
-    saved = work / "sensitivity.json"
-    if saved.exists():
-        costs = read_json(saved)
-    else:
+    costs = work.costs()
+    if costs is None:
         with cores(jobs):
             costs = measure_sensitivity(
                 settings.model,
@@ -141,23 +137,17 @@ def _within_budget(
                 keep=settings.options.keep_grid,
                 progress=lambda done, total: progress("measuring sensitivity", done, total),
             )
-        write_file(saved, json.dumps(costs, indent=1).encode())
+        work.keep_costs(costs)
     bought = spend(settings.recipe, settings.config, costs, bits=bits, size=size, parts=settings.parts)
     return replace(settings, recipe=bought.recipe)
 
 
 def _quantize(
-    settings: ExportSettings,
-    folder: Path,
-    work: Path,
-    state: dict[str, Any],
-    windows: NDArray[np.int64],
-    jobs: int,
-    progress: Progress,
+    settings: ExportSettings, work: Workspace, windows: NDArray[np.int64], jobs: int, progress: Progress
 ) -> list[tuple[float, float]]:
     """Fill the weights files; scales (key, value) of each layer's cache, or none for a float32 one."""
     source, config, rules = settings.model, settings.config, settings.rules
-    store = WeightStore(folder, config, settings.parts, settings.grids, create=not state["layers"])
+    store = WeightStore(work.bundle, config, settings.parts, settings.grids, create=not work.layers)
     progress("embedding and head", 0, 1)
     embedding = quantize_table(source, EMBEDDING, rules[EMBEDDING], keep=settings.options.keep_grid)
     store.write(EMBEDDING, embedding)
@@ -172,11 +162,10 @@ def _quantize(
         for name, norm in layer.norms.items():
             store.write(name, norm)
         store.sync()
-        state["layers"][str(layer.number)] = [layer.key_peak, layer.value_peak]
-        write_file(work / "state.json", json.dumps(state).encode())
+        work.finish_layer(layer.number, layer.key_peak, layer.value_peak)
 
     def finished(number: int) -> QuantizedLayer | None:
-        peaks = state["layers"].get(str(number))
+        peaks = work.layers.get(number)
         if peaks is None:
             return None
         rows = layer_weights(config, number).values()
@@ -197,7 +186,7 @@ def _quantize(
     )
     if settings.recipe.kv == "float32":
         return []
-    peaks = [state["layers"][str(i)] for i in range(config.num_layers)]
+    peaks = [work.layers[i] for i in range(config.num_layers)]
     return [(key / KV_LEVELS or EMPTY_SCALE, value / KV_LEVELS or EMPTY_SCALE) for key, value in peaks]
 
 

@@ -8,7 +8,6 @@ Orchestrates, part by part and resumable; graphs, compiler and checks are writte
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import shutil
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from headrace.bundle.derived import derive, derived_folder
 from headrace.bundle.encodings import port_encodings, read_encodings
 from headrace.bundle.folder import Bundle
 from headrace.bundle.recipe import Rule
@@ -48,7 +48,6 @@ from headrace.text.turns import IdTurns, Message, turn_format
 
 __all__ = [
     "Emulated",
-    "beside",
     "compile_target",
     "device_graphs",
     "emulate",
@@ -61,7 +60,6 @@ __all__ = [
     "tokenizer_json",
 ]
 
-COMPLETE = "complete"  # of a derived folder: written last, says of which bundle
 _ASK = "用一句话介绍长江。 Then say it in English."
 
 
@@ -178,23 +176,22 @@ def emulate(bundle: Bundle, folder: Path, target: str = "snapdragon-8-elite", pr
         TargetError: the compiler failed, or what it made is not what was planned.
     """
     plan = genie_plan(bundle, find_soc(target))
-    stamp = _stamp(bundle, target)
-    if not _is_complete(folder, stamp):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        graphs = device_graphs(bundle, folder / "device")
+
+    def make(made: Path) -> None:
+        graphs = device_graphs(bundle, made / "device")
         for number, part in enumerate(plan.parts):
             progress("compiling for emulation", number, len(plan.parts))
-            compile_apart([GraphFile(g.name, g.path) for g in graphs if g.part == part], plan.soc, folder)
+            compile_apart([GraphFile(g.name, g.path) for g in graphs if g.part == part], plan.soc, made)
         progress("compiling for emulation", len(plan.parts), len(plan.parts))
-        binaries = [path.name for path in sorted(folder.glob("*.bin"))]
+        binaries = [path.name for path in sorted(made.glob("*.bin"))]
         config = genie_config(plan, binaries)
-        write_file(folder / CONFIG_FILE, json.dumps(config, indent=2).encode())
-        write_file(folder / BACKEND_FILE, json.dumps(backend_config(plan.soc), indent=2).encode())
-        write_file(folder / TOKENIZER_FILE, tokenizer_json(bundle).encode())
-        check_genie_folder(folder, plan, emulation=True)
-        shutil.rmtree(folder / "device")
-        write_file(folder / COMPLETE, stamp.encode())
+        write_file(made / CONFIG_FILE, json.dumps(config, indent=2).encode())
+        write_file(made / BACKEND_FILE, json.dumps(backend_config(plan.soc), indent=2).encode())
+        write_file(made / TOKENIZER_FILE, tokenizer_json(bundle).encode())
+        check_genie_folder(made, plan, emulation=True)
+        shutil.rmtree(made / "device")
+
+    derive(bundle, target, folder, make, progress)
     return Emulated(folder, read_json(folder / CONFIG_FILE), plan)
 
 
@@ -207,27 +204,8 @@ def kept_device_graphs(bundle: Bundle) -> Path:
     own = bundle.root / "device"
     if own.is_dir():
         return own
-    folder = beside(bundle, "device")
-    if not _is_complete(folder, _stamp(bundle, "device")):
-        shutil.rmtree(folder, ignore_errors=True)
-        device_graphs(bundle, folder)
-        write_file(folder / COMPLETE, _stamp(bundle, "device").encode())
-    return folder
-
-
-def beside(bundle: Bundle, kind: str) -> Path:
-    """Where what is derived from a bundle is kept: BUNDLE.device, BUNDLE.emulation."""
-    root = bundle.root.resolve()
-    return root.with_name(f"{root.name}.{kind}")
-
-
-def _stamp(bundle: Bundle, kind: str) -> str:
-    return hashlib.sha256(json.dumps([bundle.files, kind], sort_keys=True).encode()).hexdigest()
-
-
-def _is_complete(folder: Path, stamp: str) -> bool:
-    done = folder / COMPLETE
-    return done.exists() and done.read_text(encoding="utf-8") == stamp
+    folder = derived_folder(bundle, "device")
+    return derive(bundle, "device", folder, lambda made: device_graphs(bundle, made))
 
 
 def device_graphs(bundle: Bundle, folder: Path) -> list[DeviceGraph]:

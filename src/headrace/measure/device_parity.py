@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.bundle.derived import derived_folder
 from headrace.bundle.encodings import Encoding, port_encodings, read_encodings
 from headrace.bundle.folder import Bundle
 from headrace.bundle.weights import WeightStore
-from headrace.exporter.snapdragon import Emulated, beside, emulate, kept_device_graphs
+from headrace.exporter.snapdragon import Emulated, emulate, kept_device_graphs
 from headrace.graph.emit_device import write_device_graphs
 from headrace.measure.fidelity import Fidelity, FidelityMeter, no_target
 from headrace.measure.link import Link
@@ -103,7 +104,7 @@ def device_links(bundle: Bundle, ids: Sequence[int], depth: Depth, *, layers: bo
     yield _link("the device's grids → device graphs on this CPU", simulated, on_cpu, step, rounding, ROUNDING_TOP1)
     if depth.rank < Depth.EMULATION.rank:
         return
-    emulated = emulate(bundle, beside(bundle, "emulation"))
+    emulated = emulate(bundle, derived_folder(bundle, "emulation"))
     prompt = list(ids[:-TOKENS])
     with emulated_loop(emulated) as loop:
         in_emulation = np.concatenate([loop.feed(prompt), *(loop.feed([token]) for token in ids[-TOKENS:])])

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from headrace.config import ModelConfig
 from headrace.errors import CalibrationError
+from headrace.files import allocate
 from headrace.model.decoder import Residual, walk
 from headrace.model.ops import Array, Eager, Positions
 from headrace.model.reference import causal_mask
@@ -81,6 +82,7 @@ def embed_windows(config: ModelConfig, table: Array, windows: NDArray[np.int64])
                 "set TMPDIR to a folder with more, or use fewer windows"
             )
         with tempfile.TemporaryFile() as file:
+            allocate(file, need)
             states: Array = np.memmap(file, np.float32, "w+", shape=shape)
     else:
         states = np.empty(shape, np.float32)

@@ -1,0 +1,149 @@
+"""A folder in the making: marked as headrace's own, and locked while one process works in it.
+
+What headrace did not make it does not touch: a folder without the mark is refused, and only what was put there under
+known names is removed. The mark is a file, and the lock is the operating system's lock on it, so it ends with the
+process however that ends.
+Knows nothing about what is made.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from headrace.errors import BundleError
+
+__all__ = ["MARK", "clear", "work_folder"]
+
+MARK = "made-by-headrace"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # of file systems that have none
+_FAR = 1 << 30  # Windows locks bytes against reading too, and the process id is at the beginning
+_POLL = 0.2  # seconds
+
+
+@contextmanager
+def work_folder(path: Path, purpose: str, *, waiting: Callable[[int], object] | None = None) -> Iterator[None]:
+    """Make a folder, or go on in one that headrace made, and hold its lock.
+
+    At the end the folder goes if it holds nothing but mark and lock.
+
+    Args:
+        path: the folder.
+        purpose: what is made there, for the mark: a person may read it.
+        waiting: called, again and again, with the id of the process that holds the lock; None refuses instead.
+
+    Raises:
+        BundleError: something else is there, or another process works in it.
+    """
+    mark = _take(path, purpose, waiting)
+    try:
+        yield
+    finally:
+        if {entry.name for entry in path.iterdir()} == {MARK}:
+            _remove(path, mark)
+        mark.close()
+
+
+def clear(path: Path, names: Iterable[str]) -> None:
+    """Remove files and folders of these names from a folder."""
+    for name in names:
+        entry = path / name
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def _take(path: Path, purpose: str, waiting: Callable[[int], object] | None) -> IO[bytes]:
+    """Make the folder and lock its mark: the mark, open."""
+    while True:
+        try:
+            _refuse_foreign(path)
+            path.mkdir(parents=True, exist_ok=True)
+            mark = (path / MARK).open("a+b")
+        except (FileNotFoundError, FileExistsError):
+            continue  # whoever held it has just taken the folder away
+        except OSError as error:
+            raise BundleError(f"{path} cannot be made ({error.strerror}); choose another place") from None
+        if not _try_lock(mark):
+            mark.seek(0)
+            holder = int(re.match(rb"\d*", mark.read(20))[0] or 0)  # type: ignore[index]
+            mark.close()
+            if waiting is None:
+                raise BundleError(
+                    f"{path} is in use by process {holder}; wait until it has ended, or choose another place"
+                )
+            waiting(holder)
+            time.sleep(_POLL)
+        elif _is_there(path / MARK, mark):
+            mark.truncate(0)
+            mark.write(f"{os.getpid()}\nThe process above made or uses this folder for {purpose}.\n".encode())
+            mark.flush()
+            return mark
+        else:
+            mark.close()  # whoever held it took the folder away while this process opened the file
+
+
+def _refuse_foreign(path: Path) -> None:
+    holds = ""
+    if not path.is_symlink():
+        try:
+            names = [entry.name for entry in path.iterdir()]
+        except FileNotFoundError:
+            return
+        except NotADirectoryError:
+            if not path.exists():
+                return  # what should hold the folder is a file: making it will say so
+        else:
+            if not names or MARK in names:
+                return
+            holds = f" (it holds {min(names)!r})"
+    raise BundleError(f"{path} exists and headrace did not make it{holds}; move it away, or choose another place")
+
+
+def _is_there(path: Path, file: IO[bytes]) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _remove(path: Path, mark: IO[bytes]) -> None:
+    """The mark, still locked, so that nobody enters in between; then the folder."""
+    if sys.platform == "win32":
+        mark.close()  # an open file cannot be removed there
+    with suppress(OSError):  # somebody has put something there, or is about to take it
+        (path / MARK).unlink()
+        path.rmdir()
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _try_lock(file: IO[bytes]) -> bool:
+        file.seek(_FAR)
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+else:
+    import fcntl
+
+    def _try_lock(file: IO[bytes]) -> bool:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        return True

@@ -1,0 +1,221 @@
+"""Where an export works: the folder beside its final place, what is finished in it, and who may go on there.
+
+    OUT.partial/
+      state.json            what the export is of, and the layers that are finished
+      sensitivity.json      what each linear's 4 bits cost, for a budget
+      bundle/               becomes OUT when everything is there
+      device/               device graphs, and what is compiled of them
+      replaced/             the bundle that was at OUT, for a moment
+
+An interrupted export goes on only as the very same one, and hours of work are never thrown away unasked. Knows what is
+kept here, not how it is made.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from headrace.bundle.folder import refuse_foreign
+from headrace.bundle.work_folder import clear, work_folder
+from headrace.errors import BundleError
+from headrace.exporter.options import ExportOptions, flag, spelled
+from headrace.files import read_json, write_file
+
+__all__ = ["Workspace", "differences", "output_folder", "refuse_full_disk", "telling_full_disk", "workspace"]
+
+STATE, SENSITIVITY, BUNDLE, DEVICE, REPLACED = "state.json", "sensitivity.json", "bundle", "device", "replaced"
+_NAMES = (STATE, SENSITIVITY, BUNDLE, DEVICE, REPLACED)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass
+class Workspace:
+    """An export's folder, open and locked.
+
+    Attributes:
+        root: the folder.
+        identity: what the export is of, as JSON values.
+        layers: peaks of keys and values of the layers that are finished, by number.
+    """
+
+    root: Path
+    identity: Mapping[str, Any]
+    layers: dict[int, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def bundle(self) -> Path:
+        """The bundle in the making."""
+        return self.root / BUNDLE
+
+    @property
+    def device(self) -> Path:
+        """Device graphs, and what is known of their binaries."""
+        return self.root / DEVICE
+
+    @property
+    def replaced(self) -> Path:
+        """Where the bundle that is replaced goes for a moment."""
+        return self.root / REPLACED
+
+    def finish_layer(self, number: int, key_peak: float, value_peak: float) -> None:
+        """A layer is on disk: an interrupted export begins after it."""
+        self.layers[number] = key_peak, value_peak
+        self._save()
+
+    def costs(self) -> dict[str, float] | None:
+        """What was measured for a budget, or None."""
+        path = self.root / SENSITIVITY
+        return read_json(path) if path.exists() else None
+
+    def keep_costs(self, costs: Mapping[str, float]) -> None:
+        """Keep what was measured for a budget."""
+        write_file(self.root / SENSITIVITY, json.dumps(costs, indent=1).encode())
+
+    def _save(self) -> None:
+        state = {"identity": self.identity, "layers": {str(number): peaks for number, peaks in self.layers.items()}}
+        write_file(self.root / STATE, json.dumps(state).encode())
+
+
+def output_folder(out: str | os.PathLike[str], checkpoint: Path) -> Path:
+    """The folder that `-o` names, absolute; a link is followed, so that it stays a link.
+
+    Raises:
+        BundleError: no folder can be made there, or something that is no bundle of headrace's own is there.
+    """
+    text = os.fspath(out)
+    if not text.strip():
+        raise BundleError("-o is empty; expected the bundle's folder, such as: -o model.bundle")
+    try:
+        place = Path(text).resolve()
+        here = Path.cwd()
+    except (OSError, RuntimeError, ValueError) as error:  # a ring of links, a name that no file can have
+        raise BundleError(f"-o {text!r} is no possible folder ({error}); choose another") from None
+    if not place.name:
+        raise BundleError(f"-o {text} is the root of a disk; expected a folder that export may make")
+    for taken, what in ((here, "the folder you are in"), (checkpoint.resolve(), "the checkpoint")):
+        if taken.is_relative_to(place):
+            raise BundleError(f"-o {text} is or holds {what}; expected a folder that export may make")
+    refuse_foreign(place)
+    return place
+
+
+def refuse_full_disk(folder: Path, need: int) -> None:
+    """Raise BundleError when the disk of a folder that may not exist yet has less than `need` bytes free."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise BundleError(
+            f"{folder} has {free / 1e9:.2f} GB free and this export needs {need / 1e9:.2f} GB more; free some, or "
+            "choose another -o"
+        )
+
+
+@contextmanager
+def telling_full_disk(folder: Path) -> Iterator[None]:
+    """A disk that fills up inside becomes one line that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise BundleError(
+            f"{folder} has no room left ({error.strerror}); free some and go on with --resume, which keeps what is done"
+        ) from error
+
+
+@contextmanager
+def workspace(out: Path, identity: Mapping[str, Any], *, resume: bool, restart: bool) -> Iterator[Workspace]:
+    """OUT.partial, for one export at a time. It goes when the export is done, or stopped before a layer was finished.
+
+    Args:
+        out: the final place.
+        identity: what decides the bundle's bytes, as JSON values.
+        resume: go on with the finished layers of an interrupted export that is the very same.
+        restart: begin anew. With both: go on if it is the same, else begin anew.
+
+    Raises:
+        BundleError: something else is at OUT.partial, another process works there, or an interrupted export is there
+            that is neither to go on nor to be thrown away; the message says what differs.
+    """
+    root = out.with_name(f"{out.name}.partial")
+    done = False
+    with work_folder(root, f"an export into {out.name}"):
+        if not out.exists() and (root / REPLACED).exists():  # a run was killed while it replaced the bundle
+            (root / REPLACED).rename(out)
+        found = Workspace(root, identity, _finished(root))
+        has_work = bool(found.layers) or (root / SENSITIVITY).exists()
+        if has_work and not _goes_on(root, found, resume=resume, restart=restart):
+            has_work = False
+        if not has_work:
+            clear(root, _NAMES)
+            found.layers.clear()
+            found.bundle.mkdir()
+            found._save()
+        try:
+            yield found
+            done = True
+        finally:
+            if done or not (found.layers or (root / SENSITIVITY).exists()):
+                clear(root, _NAMES)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What of an interrupted export is not as now asked: `--block 32 → channel`."""
+    flags = {option.name: flag(option) for option in fields(ExportOptions)}
+    found = []
+    for key in dict.fromkeys([*old, *new]):
+        before, after = old.get(key), new.get(key)
+        if before == after:
+            continue
+        name = flags.get(key, key)
+        if key == "checkpoint":
+            before, after = before or {}, after or {}
+            changed = [file for file in sorted({*before, *after}) if before.get(file) != after.get(file)]
+            found.append(f"the checkpoint's {', '.join(changed[:3])}{' …' if len(changed) > 3 else ''}")
+        elif (was := _told(key, before)) == (now := _told(key, after)):
+            found.append(f"the content of {name} {now}")
+        else:
+            found.append(f"{name} {was} → {now}")
+    return found
+
+
+def _told(key: str, value: Any) -> str:
+    if key == "recipe" and isinstance(value, dict):
+        return str(value.get("name"))
+    if key == "calibration" and isinstance(value, list):
+        return ",".join(str(text.get("name")) for text in value)
+    return spelled(value) or "by default"
+
+
+def _finished(root: Path) -> dict[int, tuple[float, float]]:
+    if not (root / STATE).exists() or not (root / BUNDLE).is_dir():
+        return {}
+    layers = read_json(root / STATE).get("layers", {})
+    return {int(number): (float(key), float(value)) for number, (key, value) in layers.items()}
+
+
+def _goes_on(root: Path, found: Workspace, *, resume: bool, restart: bool) -> bool:
+    """Whether the interrupted export is the one that is asked for; False where it is to be thrown away."""
+    old = read_json(root / STATE).get("identity") or {}
+    # As JSON has it, where a tuple is a list.
+    changed = differences(old, json.loads(json.dumps(found.identity)))
+    if resume and not changed:
+        return True
+    if restart:
+        return False
+    done = f"{len(found.layers)} layers done"
+    if changed:
+        raise BundleError(
+            f"{root} holds an interrupted export ({done}) that differs: {'; '.join(changed)}; ask as before with "
+            "--resume to go on, or begin anew with --restart"
+        )
+    raise BundleError(f"{root} holds an interrupted export ({done}); go on with --resume, or begin anew with --restart")

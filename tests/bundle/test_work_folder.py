@@ -1,0 +1,142 @@
+"""Folders in the making: foreign ones untouched, one process at a time, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from headrace.bundle.work_folder import MARK, clear, work_folder
+from headrace.errors import BundleError
+
+HOLD = """
+import sys
+from pathlib import Path
+from headrace.bundle.work_folder import work_folder
+with work_folder(Path(sys.argv[1]), "a test"):
+    (Path(sys.argv[1]) / "result").write_text("kept")
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def hold(path: Path) -> subprocess.Popen[str]:
+    """A process that holds the folder until its stdin closes."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    return process
+
+
+def end(process: subprocess.Popen[str], kill: bool = False) -> None:
+    if kill:
+        process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def test_an_empty_one_goes_and_a_filled_one_stays(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b.partial"
+    with work_folder(path, "a test"):
+        assert {entry.name for entry in path.iterdir()} == {MARK}
+        assert (path / MARK).read_text() == (f"{os.getpid()}\nThe process above made or uses this folder for a test.\n")
+    assert not path.exists()
+    with work_folder(path, "a test"):
+        (path / "result").write_text("kept")
+    with work_folder(path, "a test"):
+        assert (path / "result").read_text() == "kept"
+        clear(path, ["result", "never there"])
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link", "dangling link"])
+def test_what_headrace_did_not_make_is_refused(tmp_path: Path, kind: str) -> None:
+    path, target = tmp_path / "out.partial", tmp_path / "target"
+    if kind == "folder":
+        path.mkdir()
+        (path / "precious.txt").write_text("mine")
+    elif kind == "file":
+        path.write_text("mine")
+    else:
+        if kind == "link":
+            target.mkdir()
+        path.symlink_to(target)
+    before = sorted(entry.name for entry in tmp_path.rglob("*"))
+    with pytest.raises(BundleError, match="exists and headrace did not make it"), work_folder(path, "a test"):
+        pass
+    assert sorted(entry.name for entry in tmp_path.rglob("*")) == before
+
+
+def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    with work_folder(tmp_path / "x", "a test"):
+        assert (tmp_path / "x" / MARK).exists()
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "out.partial"
+    process = hold(path)
+    with pytest.raises(BundleError) as error, work_folder(path, "a test"):
+        pass
+    assert str(error.value) == (
+        f"{path} is in use by process {process.pid}; wait until it has ended, or choose another place"
+    )
+    end(process)
+    with work_folder(path, "a test"):
+        pass
+
+
+def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "out.partial"
+    end(hold(path), kill=True)
+    with work_folder(path, "a test"):
+        assert (path / "result").exists()
+
+
+def test_the_second_waits_for_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "out.partial"
+    process = hold(path)
+    seen: list[int] = []
+
+    def waiting(holder: int) -> None:
+        seen.append(holder)
+        if len(seen) == 2:
+            end(process)
+
+    with work_folder(path, "a test", waiting=waiting):
+        assert (path / "result").exists()
+    assert set(seen) == {process.pid}
+
+
+def test_many_at_once_come_one_after_the_other(tmp_path: Path) -> None:
+    """Each makes the folder and takes it away: nobody works in one that another has just removed."""
+    path, inside, most = tmp_path / "out.partial", 0, 0
+
+    def enter() -> None:
+        nonlocal inside, most
+        for _ in range(20):
+            with work_folder(path, "a test", waiting=lambda _: None):
+                inside += 1
+                most = max(most, inside)
+                assert (path / MARK).exists()
+                inside -= 1
+
+    threads = [threading.Thread(target=enter) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1 and not path.exists()
+
+
+def test_a_place_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(BundleError, match="cannot be made"), work_folder(tmp_path / "file" / "x", "a test"):
+        pass
+    with pytest.raises(BundleError, match="cannot be made"), work_folder(tmp_path / ("x" * 300), "a test"):
+        pass
