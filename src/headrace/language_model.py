@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.bundle.folder import Bundle, open_bundle
-from headrace.errors import ContextFull, TargetError
+from headrace.errors import TargetError, UserError
 from headrace.progress import Progress, silent
 from headrace.runners import Options, find_runner
 from headrace.runtime.answer import Answer, Answerer, Limits, Token
+from headrace.runtime.context import WhenFull, fit
 from headrace.runtime.engine import PREFIX_BYTES, Engine
 from headrace.runtime.runner import Runner
 from headrace.runtime.sampling import SamplingOptions
@@ -138,9 +139,21 @@ class LanguageModel:
         """The model's own sampling, changed where a value is given."""
         return SamplingOptions.from_generation_config(self._settings, overrides)
 
-    def chat(self, system: str | None = None, *, raw: bool = False) -> Chat:
-        """A new conversation; `raw` continues the text without a turn format, as for a model that has none."""
-        return Chat(self, system, RawTurns(self.tokenizer) if raw else self.turns)
+    def chat(self, system: str | None = None, *, raw: bool = False, when_full: str = "newest") -> Chat:
+        """A new conversation.
+
+        Args:
+            system: what the model is told first, or None for the turn format's own.
+            raw: continue the text without a turn format, as for a model that has none.
+            when_full: what goes when the conversation no longer fits: "stop", "newest" or "window" (context.py).
+
+        Raises:
+            UserError: there is no such choice, or Genie shall keep a window.
+        """
+        chosen = WhenFull.named(when_full)
+        if chosen is WhenFull.WINDOW and not isinstance(self._answerer, Engine):
+            raise UserError("Genie keeps no window; expected --when-full stop or newest, or another runner")
+        return Chat(self, system, RawTurns(self.tokenizer) if raw else self.turns, chosen)
 
     def encode_raw(self, text: str) -> list[int]:
         """Ids of a text to be continued: with the begin token where the model wants one, or when there is no text."""
@@ -168,15 +181,21 @@ class Chat:
         model: answers.
         system: what the model is told first, or None for the turn format's own.
         turns: how messages become ids.
+        when_full: what goes when the conversation no longer fits.
 
     Attributes:
-        messages: all turns so far; the newest rounds are sent when the context fills.
+        messages: all turns so far.
+        dropped_tokens: tokens of the conversation that the last answer was given without, for want of room.
     """
 
-    def __init__(self, model: LanguageModel, system: str | None, turns: TurnFormat) -> None:
+    def __init__(
+        self, model: LanguageModel, system: str | None, turns: TurnFormat, when_full: WhenFull = WhenFull.NEWEST
+    ) -> None:
         self.model = model
         self.turns = turns
+        self.when_full = when_full
         self.messages: list[Message] = [] if system is None else [Message("system", system)]
+        self.dropped_tokens = 0
 
     def say(
         self,
@@ -186,30 +205,33 @@ class Chat:
         stop: Sequence[str] = (),
         options: SamplingOptions | None = None,
     ) -> Iterator[Token]:
-        """Say something and yield the answer's tokens; closed early, the answer so far stays in the conversation.
+        """Say something and yield the answer's tokens. Closed early, the answer so far stays in the conversation; an
+        answer that fails before its first token leaves the conversation as it was.
 
         Raises:
-            ContextFull: this message alone does not fit.
+            ContextFull: this message alone does not fit, or with `stop` the conversation does not.
         """
         model = self.model
         messages = [*self.messages, Message("user", text)]
-        reserve = min(max_tokens, model.context // 2)
-        try:
-            ids = self.turns.render(messages, model.context - reserve)
-        except ContextFull:  # then a shorter answer is better than none
-            ids = self.turns.render(messages, model.context - 1)
-        limits = Limits(max_tokens, self.turns.stop_ids, stop)
+        fitted = fit(self.turns, messages, model.context, max_tokens, self.when_full)
+        beginning = fitted.beginning if self.when_full is WhenFull.WINDOW else None
+        limits = Limits(max_tokens, self.turns.stop_ids, stop, beginning)
         answer: list[Token] = []
         try:
-            for token in model.answer(ids, options or model.sampling, limits, continues=self.turns.continues):
+            for token in model.answer(fitted.ids, options or model.sampling, limits, continues=self.turns.continues):
+                self.dropped_tokens = fitted.dropped_tokens
                 answer.append(token)
+                if token.usage is not None:
+                    token.usage.dropped_tokens += fitted.dropped_tokens
+                    self.dropped_tokens = token.usage.dropped_tokens
                 yield token
         finally:
-            # The answer's own tokens: the next prompt then begins with what the cache holds. A stop string's tokens
-            # are no part of the answer, so then the text decides.
-            cut = bool(answer) and answer[-1].finish == "stop" and answer[-1].id not in self.turns.stop_ids
-            own = None if cut else tuple(token.id for token in answer if token.id not in self.turns.stop_ids)
-            self.messages = [*messages, Message("assistant", "".join(token.text for token in answer), own)]
+            if answer:
+                # The answer's own tokens: the next prompt then begins with what the cache holds. A stop string's
+                # tokens are no part of the answer, so then the text decides.
+                cut = answer[-1].finish == "stop" and answer[-1].id not in self.turns.stop_ids
+                own = None if cut else tuple(token.id for token in answer if token.id not in self.turns.stop_ids)
+                self.messages = [*messages, Message("assistant", "".join(token.text for token in answer), own)]
 
 
 def load(

@@ -99,7 +99,7 @@ def test_a_prompt_that_leaves_no_room(tokenizer: Tokenizer) -> None:
 
 
 def test_no_prompt_has_no_answer(tokenizer: Tokenizer) -> None:
-    with pytest.raises(ValueError, match="an empty prompt has no logits"):
+    with pytest.raises(UserError, match="the prompt is empty; expected at least one token"):
         list(Engine(saying([9], tokenizer)).answer([], GREEDY, Answer(tokenizer, Limits(5))))
 
 

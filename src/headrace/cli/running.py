@@ -41,6 +41,9 @@ def chat(
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
     system: Annotated[str | None, typer.Option("--system", help="What the model is told first.")] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End the answer at this text; repeatable.")] = None,
+    when_full: Annotated[
+        str, typer.Option("--when-full", help="stop, newest (old rounds go) or window (the middle goes).")
+    ] = "newest",
     runner: RunnerName = None,
     threads: Threads = None,
 ) -> None:
@@ -58,12 +61,14 @@ def chat(
             frequency_penalty=frequency_penalty,
             seed=seed,
         )
-        session = model.chat(system, raw=raw)
+        session = model.chat(system, raw=raw, when_full=when_full)
         if session.turns.is_raw and not raw:
             note("this model has no turn format: it continues your text")
 
         def answer(text: str) -> Any:
-            return session.say(text, max_tokens=max_tokens, stop=stop or (), options=options)
+            yield from session.say(text, max_tokens=max_tokens, stop=stop or (), options=options)
+            if session.dropped_tokens:
+                note(f"(the context is full: {session.dropped_tokens} tokens of the conversation were left out)")
 
         if prompt is not None:
             print_answer(answer(prompt))

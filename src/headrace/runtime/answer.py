@@ -27,11 +27,13 @@ class Usage:
         prompt_tokens: tokens of the prompt.
         cached_tokens: of these, how many were held already and needed no computing.
         tokens: tokens of the answer, its end token included.
+        dropped_tokens: tokens of the conversation that the model did not see, or no longer, for want of room.
     """
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
     tokens: int = 0
+    dropped_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,14 @@ class Limits:
         max_tokens: after so many tokens.
         stop_ids: at any of these tokens.
         stops: at any of these strings, which are not part of it.
+        beginning: not at the end of the context: so many first tokens of the prompt and the newest tokens then stay,
+            others go (context.py, `window`). None ends there.
     """
 
     max_tokens: int
     stop_ids: Collection[int] = ()
     stops: Sequence[str] = ()
+    beginning: int | None = None
 
 
 class Answer:

@@ -8,6 +8,7 @@ import numpy as np
 
 from headrace.errors import ContextFull, HeadraceError, UserError
 from headrace.runtime.answer import Answer, Likelihood, Token
+from headrace.runtime.context import slide
 from headrace.runtime.runner import Logits
 from headrace.runtime.sampling import Sampler, SamplingOptions, log_probabilities
 from headrace.runtime.sequence import Sequence
@@ -37,7 +38,7 @@ class Request:
         after: Request | None = None,
     ) -> None:
         if not len(prompt):
-            raise ValueError("an empty prompt has no logits")
+            raise UserError("the prompt is empty; expected at least one token")
         if len(prompt) >= context:
             raise ContextFull(len(prompt), context)
         if answer.limits.max_tokens < 1:
@@ -50,7 +51,7 @@ class Request:
         self.cancelled = False
         self.done = False
         self.error: HeadraceError | None = None
-        self._prompt_tokens = len(prompt)
+        self._said: list[int] = []
         self._sampler = Sampler(options)
         self._context = context
 
@@ -67,18 +68,31 @@ class Request:
         """Choose the next token from logits (V,) of the last one. The end token is not part of the sequence."""
         tokens = self.sequence.tokens
         try:
-            chosen = self._sampler.sample(logits, tokens, tokens[self._prompt_tokens :])
+            chosen = self._sampler.sample(logits, tokens, self._said)
         except HeadraceError as error:
             self.error, self.done = error, True
             return []
         token = self.answer.take(chosen, self._likelihood(logits, chosen))
-        if token.finish is None and len(tokens) >= self._context:
+        if token.finish is None and len(tokens) >= self._context and not self._make_room():
             token = self.answer.end(token, "context")  # nothing can be computed behind the last place
         if token.finish is None:
+            self._said.append(chosen)
             self.sequence.extend([chosen])
         else:
             self.done = True
         return [token]
+
+    def _make_room(self) -> bool:
+        """Let older tokens go, where that is wanted. Keys are stored with their places in them, so all that stays is
+        computed again."""
+        beginning, tokens = self.answer.limits.beginning, self.sequence.tokens
+        if beginning is None:
+            return False
+        left = slide(tokens, beginning, self._context, self._context - 1)
+        self.answer.usage.dropped_tokens += len(tokens) - len(left)
+        self.sequence.rewind(beginning)
+        self.sequence.extend(left[beginning:])
+        return True
 
     def _likelihood(self, logits: Logits, chosen: int) -> Likelihood | None:
         count = self.answer.logprobs
