@@ -40,7 +40,7 @@ def headrace(bundle: str, threads: int) -> dict[str, float]:
         str(TOKENS), "-d", str(DEPTH), "-r", "1", "-t", str(threads), "--json",
     ]  # fmt: skip
     report = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-    return {"prompt": report["prompts"][0]["tok_s"], "decode": report["decode_tok_s"]}
+    return {"prompt": report["prompts"][0]["useful_tok_s"], "decode": report["decode"][0]["tok_s"]}
 
 
 def llama(model: str, threads: int) -> dict[str, float]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from headrace.cli.console import human_bytes, print_json, progress_bars, table
+from headrace.cli.console import human_bytes, note, print_json, progress_bars, table
 from headrace.cli.options import BundlePath, Json, RunnerName, Save, Threads
 from headrace.errors import UserError, VerificationFailed
 from headrace.exporter.options import read_lengths
@@ -45,42 +46,141 @@ def verify(
 
 
 def bench(
-    bundle: BundlePath,
+    bundle: Annotated[
+        Path | None, typer.Argument(metavar="[BUNDLE]", help="A folder made by: headrace export; none for --compare.")
+    ] = None,
     prompts: Annotated[
-        str, typer.Option("-p", "--prompts", help="Prompt lengths, separated by commas.")
+        str, typer.Option("-p", "--prompts", help="Prompt lengths, separated by commas; 0 for none.")
     ] = "128,512,1024",
-    tokens: Annotated[int, typer.Option("-n", "--tokens", min=1, help="Tokens to decode.")] = 128,
+    tokens: Annotated[int, typer.Option("-n", "--tokens", min=0, help="Tokens to decode; 0 for none.")] = 128,
     depth: Annotated[
-        int, typer.Option("-d", "--depth", min=0, help="Tokens in the cache before decoding starts.")
-    ] = 128,
+        str, typer.Option("-d", "--depth", help="Tokens in the cache before decoding starts, separated by commas.")
+    ] = "128",
     repeats: Annotated[int, typer.Option("-r", "--repeats", min=1, help="Repetitions; the median is told.")] = 5,
     runner: RunnerName = None,
     threads: Threads = None,
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", help="json, or llama-bench's md or csv, instead of a table.")
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option("--compare", help="Two kept measurements: what changed beyond noise.")
+    ] = None,
+    plots: Annotated[
+        Path | None, typer.Option("--plots", help="Folder for pictures, PNG and SVG (needs headrace[plots]).")
+    ] = None,
+    save: Save = False,
     json: Json = False,
 ) -> None:
     """Measure loading, time to first token, prompt and decode speed, memory."""
     from headrace.measure.bench import bench_bundle
+    from headrace.measure.bench_tables import bench_csv, bench_markdown
+    from headrace.measure.record import save_record
 
+    if output not in (None, "json", "md", "csv"):
+        raise UserError(f"-o {output!r} is unknown; expected json, md or csv")
+    if compare is not None:
+        _compare(*compare, as_json=json or output == "json")
+        return
+    if bundle is None:
+        raise UserError("bench needs a bundle, or --compare A.json B.json")
+    if plots is not None:
+        from headrace.measure.plots import need_matplotlib
+
+        need_matplotlib()  # told before the measurement
     with progress_bars() as progress:
         report = bench_bundle(
             bundle,
-            prompts=read_lengths("--prompts", prompts),
+            prompts=() if prompts == "0" else read_lengths("--prompts", prompts),
             tokens=tokens,
-            depth=depth,
+            depths=[int(d) for d in depth.split(",")] if re.fullmatch(r"\d+(,\d+)*", depth) else _no_depths(depth),
             repeats=repeats,
             runner=runner,
             threads=threads,
             progress=progress,
         )
-    if json:
+    if save:
+        save_record(bundle, f"bench-{report['runner']}", report)
+    if plots is not None:
+        from headrace.measure.plots import plot_bench
+
+        for path in plot_bench(report, plots):
+            note(f"{path}")
+    if output in ("md", "csv"):
+        typer.echo(bench_markdown(report) if output == "md" else bench_csv(report))
+    elif json or output == "json":
         print_json(report)
+    else:
+        _show_bench(report)
+
+
+def _no_depths(depth: str) -> list[int]:
+    raise UserError(f"--depth {depth!r} is not possible; expected whole numbers, separated by commas: 0,1024,3968")
+
+
+def _show_bench(report: dict[str, Any]) -> None:
+    machine, settings = report["machine"], report["settings"]
+    typer.echo(
+        f"{report['bundle']['name']} on {report['runner']}, {settings['threads']} threads of {machine['processor']}; "
+        f"medians of {settings['repeats']}"
+    )
+    rows = [
+        (
+            str(p["tokens"]),
+            f"{p['seconds'] * 1e3:.0f} ms",
+            f"{p['fastest'] * 1e3:.0f}–{p['slowest'] * 1e3:.0f}",
+            f"{p['formula_seconds'] * 1e3:.0f} ms",
+            f"{p['useful_tok_s']:.0f}",
+            f"{p['padded_tok_s']:.0f}",
+        )
+        for p in report["prompts"]
+    ]
+    if rows:
+        table(rows, ("prompt", "first token", "fastest–slowest", "steps × one step", "tok/s", "with padding"))
+    decode = [
+        (
+            str(d["depth"]),
+            f"{d['tok_s']:.1f}",
+            f"{d['tokens'] / d['slowest']:.1f}–{d['tokens'] / d['fastest']:.1f}",
+            " ".join(f"{d['gap_ms'][p]:.2f}" for p in ("p50", "p90", "p99")),
+        )
+        for d in report["decode"]
+    ]
+    if decode:
+        table(decode, ("after", "tok/s", "slowest–fastest", "ms between tokens, p50 p90 p99"))
+    memory, load = report["memory"], report["load"]
+    table(
+        [
+            ("load", f"{load['seconds'] * 1e3:.0f} ms"),
+            ("a new process, files not cached, to its first token", f"{load['cold_start_seconds'] * 1e3:.0f} ms"),
+            ("weights", human_bytes(memory["weight_bytes"])),
+            ("KV cache", human_bytes(memory["kv_bytes"])),
+            ("peak memory", human_bytes(memory["peak_rss_bytes"])),
+        ]
+    )
+
+
+def _compare(before: Path, after: Path, *, as_json: bool) -> None:
+    from headrace.measure.compare import compare_records
+    from headrace.measure.record import read_record
+
+    differences, changes = compare_records(read_record(before), read_record(after))
+    if as_json:
+        print_json({"differences": differences, "changes": [change.to_dict() for change in changes]})
         return
-    rows = [(f"prompt {p['tokens']}", f"{p['ttft_ms']:.0f} ms", f"{p['tok_s']:.1f} tok/s") for p in report["prompts"]]
-    rows.append((f"decode {tokens} after {depth}", "", f"{report['decode_tok_s']:.1f} tok/s"))
-    rows.append(("load", f"{report['load_ms']:.0f} ms", ""))
-    rows.append(("KV cache", human_bytes(report["kv_bytes"]), ""))
-    rows.append(("peak memory", human_bytes(report["peak_rss_bytes"]), ""))
-    table(rows)
+    for line in differences:
+        typer.echo(f"not the same: {line}")
+    rows = [
+        (
+            c.what,
+            f"{c.before * 1e3:.4g} ms",
+            f"{c.after * 1e3:.4g} ms",
+            f"{c.ratio:.3f}",
+            "" if c.p is None else f"{c.p:.2g}",
+            ("slower" if c.ratio > 1 else "faster") if c.real else "measured once" if c.p is None else "within noise",
+        )
+        for c in changes
+    ]
+    table(rows, ("", "before", "after", "ratio", "p", ""))
 
 
 def evaluate(

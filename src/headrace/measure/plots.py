@@ -1,0 +1,203 @@
+"""Pictures of measurements, as PNG and SVG: time to first token, decoding over depth, KL against bytes.
+
+Needs matplotlib (headrace[plots]). Draws records; measures nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from headrace.errors import UserError
+
+__all__ = ["Point", "Series", "need_matplotlib", "plot_bench", "plot_kl", "plot_speeds"]
+
+# Paul Tol's bright scheme: told apart by people with any colour vision, and in grey.
+OURS, OTHERS = "#4477AA", ("#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB")
+_INK, _FAINT = "#333333", "#E4E4E4"
+_STYLE: Any = {
+    "figure.figsize": (7.0, 4.2),
+    "figure.dpi": 150,
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": "#999999",
+    "axes.titlesize": 11.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 26,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _FAINT,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "legend.frameon": False,
+    "svg.fonttype": "none",  # text stays text: small files that a browser's own font draws
+    "svg.hashsalt": "headrace",  # the same picture is the same file
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model in a plot of quality against size."""
+
+    label: str
+    bytes: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points of one origin; `ours` are joined and drawn in front."""
+
+    name: str
+    points: Sequence[Point]
+    ours: bool = False
+
+
+def need_matplotlib() -> None:
+    """Raise UserError where matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        raise UserError("pictures need matplotlib; expected: pip install 'headrace[plots]'")
+
+
+def plot_bench(record: Mapping[str, Any], folder: Path) -> list[Path]:
+    """The pictures of a bench record: `ttft` and `decode`, those it has numbers for; their SVG and PNG files.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    made: list[Path] = []
+    where = f"{record['runner']}, {record['settings']['threads']} threads, {record['machine']['processor']}"
+    name = record["bundle"]["name"].removesuffix(".bundle")
+    if record["prompts"]:
+        with _figure(folder / "ttft", f"{name}: time to first token", where, made) as axes:
+            rows = sorted(record["prompts"], key=lambda row: row["tokens"])
+            lengths = [row["tokens"] for row in rows]
+            _band(axes, lengths, rows, lambda row, seconds: seconds)
+            axes.plot(lengths, [row["formula_seconds"] for row in rows], "--", color=OTHERS[0], lw=1.6,
+                      label="by formula: steps × one step")  # fmt: skip
+            axes.set(xlabel="prompt, tokens", ylabel="seconds", ylim=(0, None), xlim=(0, None))
+            axes.legend(loc="upper left")
+    if record["decode"]:
+        with _figure(folder / "decode", f"{name}: decoding over a filled cache", where, made) as axes:
+            rows = record["decode"]
+            _band(axes, [row["depth"] for row in rows], rows, lambda row, seconds: row["tokens"] / seconds)
+            axes.set(xlabel="tokens in the cache", ylabel="tokens a second", ylim=(0, None))
+            axes.legend(loc="lower left")
+    return made
+
+
+def plot_kl(series: Sequence[Series], path: Path, title: str, note: str) -> list[Path]:
+    """KL against bytes, both on logarithmic axes: nearer to the lower left is better.
+
+    Args:
+        series: points by origin.
+        path: of the files, without suffix.
+        title, note: above the picture.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    made: list[Path] = []
+    with _figure(path, title, note, made) as axes:
+        others = iter(OTHERS)
+        for one in sorted(series, key=lambda s: s.ours):
+            points = sorted(one.points, key=lambda p: p.bytes)
+            colour = OURS if one.ours else next(others)
+            axes.plot([p.bytes / 1e6 for p in points], [p.kl for p in points], "o-" if one.ours else "s",
+                      color=colour, ms=6, lw=1.4, label=one.name, zorder=3 if one.ours else 2)  # fmt: skip
+            for p in points:
+                axes.annotate(p.label, (p.bytes / 1e6, p.kl), xytext=(6, 5), textcoords="offset points", fontsize=8,
+                              color=colour)  # fmt: skip
+        axes.set(yscale="log", xlabel="megabytes of weights", ylabel="KL to the float model (lower is better)")
+        axes.margins(x=0.14, y=0.12)
+        _plain_log(axes)
+        axes.legend(loc="upper right")
+    return made
+
+
+def plot_speeds(
+    groups: Sequence[tuple[str, Sequence[tuple[str, float, float, float]]]], path: Path, title: str, note: str
+) -> list[Path]:
+    """Bars of speed by engine, one panel a group, with the range of repetitions.
+
+    Args:
+        groups: (what is measured, [(engine, median, low, high)]); an engine named headrace… is drawn as ours.
+        path: of the files, without suffix.
+        title, note: above the picture.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    made: list[Path] = []
+    rows = max(len(bars) for _, bars in groups)
+    with _figure(path, title, note, made, panels=len(groups), height=1.6 + 0.42 * rows) as panels:
+        for axes, (what, bars) in zip(panels, groups):
+            names = [name for name, *_ in bars]
+            middle = [value for _, value, _, _ in bars]
+            error = [[v - low for _, v, low, _ in bars], [high - v for _, v, _, high in bars]]
+            colours = [OURS if name.startswith("headrace") else "#B8B8B8" for name in names]
+            axes.barh(names, middle, xerr=error, color=colours, ecolor="#777777", height=0.62)
+            for place, (value, upper) in enumerate(zip(middle, error[1])):
+                axes.annotate(f"{value:.3g}", (value + upper, place), xytext=(4, 0), textcoords="offset points",
+                              va="center", fontsize=9)  # fmt: skip
+            axes.invert_yaxis()
+            axes.grid(axis="y", visible=False)
+            axes.spines["left"].set_visible(False)
+            axes.tick_params(axis="y", length=0)
+            axes.margins(x=0.16)
+            axes.set_xlabel(what)
+            if axes is not panels[0]:
+                axes.set_yticklabels([])
+    return made
+
+
+def _band(axes: Any, places: list[int], rows: Sequence[Mapping[str, Any]], value: Any) -> None:
+    """Measured: a line through the medians, and a band from the slowest to the fastest repetition."""
+    low, middle, high = ([value(row, row[key]) for row in rows] for key in ("slowest", "seconds", "fastest"))
+    axes.fill_between(places, low, high, color=OURS, alpha=0.18, lw=0)
+    axes.plot(places, middle, "o-", color=OURS, ms=5, lw=2, label=f"measured, median of {len(rows[0]['samples'])}")
+    for x, y in zip(places, middle):
+        axes.annotate(f"{y:.3g}", (x, y), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8.5)
+
+
+def _plain_log(axes: Any) -> None:
+    """0.05, 0.1, 0.2: numbers instead of powers of ten, at places that a short axis has enough of."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+@contextmanager
+def _figure(
+    path: Path, title: str, note: str, made: list[Path], *, panels: int = 1, height: float | None = None
+) -> Iterator[Any]:
+    need_matplotlib()
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(7.0 if panels == 1 else 8.6, height or 4.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(1, panels)
+        first = axes if panels == 1 else axes[0]
+        first.set_title(title)
+        first.annotate(note, (0, 1), xytext=(0, 9), xycoords="axes fraction", textcoords="offset points",
+                       fontsize=8.5, color="#777777")  # fmt: skip
+        yield axes
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for suffix in ("svg", "png"):
+            file = path.with_suffix(f".{suffix}")
+            figure.savefig(file, metadata={"Date": None} if suffix == "svg" else None)
+            made.append(file)
