@@ -9,7 +9,7 @@ from typing import Any
 
 from headrace.bundle.folder import is_bundle, open_bundle
 from headrace.config import ModelConfig
-from headrace.model.weights import quantized_weights, weight_table
+from headrace.model.weights import linears, quantized_weights, weight_table
 
 __all__ = ["inspect_path"]
 
@@ -24,6 +24,7 @@ def inspect_path(path: Path) -> dict[str, Any]:
 
 
 def _geometry(config: ModelConfig) -> dict[str, Any]:
+    biased = [linear.role.value for linear in linears(config, 0).values() if linear.bias is not None]
     return {
         "architecture": config.architecture,
         "layers": config.num_layers,
@@ -34,7 +35,8 @@ def _geometry(config: ModelConfig) -> dict[str, Any]:
         "head": "tied to the embedding" if config.tied_head else "its own",
         "rope base": f"{config.rope_theta:g}"
         + (f", {config.rope_scaling.kind} scaling" if config.rope_scaling else ""),
-        "context": config.max_context,
+        "context": config.max_context if config.sliding_window is None else f"{config.max_context}, its sliding window",
+        **({"biases": ", ".join(biased)} if biased else {}),
     }
 
 
