@@ -260,7 +260,7 @@ def bad_checkpoint(tmp_path: Path, kind: str) -> Path:
     ("kind", "parts"),
     [
         ("no config", ["no config.json and no .gguf file", "expected a Hugging Face model folder"]),
-        ("unknown", ["model_type 'lama' is not known; known are baichuan, llama; did you mean 'llama'?"]),
+        ("unknown", ["model_type 'lama' is not known; known are baichuan, llama, ", "did you mean 'llama'?"]),
         ("truncated", ["model.safetensors"]),
         ("hostile", ["os.system"]),
         ("huge", ["1152921504606846976"]),

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from headrace.errors import UserError
 from headrace.measure.inspection import inspect_path
 from tests.exports import CONTEXT, LAYERS, Exports
-from tests.tiny import write_gguf, write_llama
+from tests.tiny import write_gguf, write_llama, write_mistral, write_qwen2
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -31,6 +31,13 @@ def test_a_checkpoint(tmp_path: Path, tied: bool) -> None:
 def test_scaling_is_shown(tmp_path: Path) -> None:
     folder = write_llama(tmp_path / "c", rope_scaling={"type": "linear", "factor": 2.0})
     assert inspect_path(folder)["summary"]["rope base"] == "50000, linear scaling"
+
+
+def test_biases_and_windows_are_told(tmp_path: Path) -> None:
+    qwen = inspect_path(write_qwen2(tmp_path / "q"))["summary"]
+    assert qwen["biases"] == "self_attn.q_proj, self_attn.k_proj, self_attn.v_proj"
+    mistral = inspect_path(write_mistral(tmp_path / "m", sliding_window=128))["summary"]
+    assert mistral["context"] == "128, its sliding window" and "biases" not in mistral
 
 
 def test_a_gguf(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from headrace.errors import BundleError
 from headrace.measure import parity
 from headrace.measure.parity import Link, verify_bundle
 from headrace.runtime.engine import Engine
+from tests.checkpoint.test_lora import write_adapter
 from tests.exports import Exports
 from tests.tiny import write_llama
 
@@ -69,6 +70,17 @@ def test_another_checkpoint(exports: Exports, tmp_path: Path) -> None:
         verify_bundle(exports.bundle("calm", **OPTIONS), write_llama(tmp_path / "c"))
     links = verify_bundle(exports.bundle("calm", **OPTIONS), exports.checkpoint("gqa"))
     assert [link.name for link in links if not link.ok] == ["checkpoint → quantized weights"]
+
+
+def test_the_adapters_of_a_bundle_are_asked_for(exports: Exports, tmp_path: Path) -> None:
+    base, folder = exports.checkpoint("calm"), tmp_path / "adapter"
+    write_adapter(folder, base, ["model.layers.1.mlp.up_proj"])
+    bundle = exports.bundle("calm", **OPTIONS, lora=str(folder))
+    with pytest.raises(BundleError, match=r"made with other adapters \(adapter\); expected the same"):
+        verify_bundle(bundle, base)
+    assert all(link.ok for link in verify_bundle(bundle, base, adapters=[folder]))
+    with pytest.raises(BundleError, match=r"made with other adapters \(none\)"):
+        verify_bundle(exports.bundle("calm", **OPTIONS), base, adapters=[folder])
 
 
 def test_a_wrong_graph_is_found(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:

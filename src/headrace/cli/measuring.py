@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from headrace.cli.console import human_bytes, note, print_json, progress_bars, table
-from headrace.cli.options import BundlePath, Json, RunnerName, Save, Threads
+from headrace.cli.options import Adapters, BundlePath, Json, RunnerName, Save, Threads
 from headrace.errors import UserError, VerificationFailed
 from headrace.exporter.options import read_lengths
 
@@ -21,6 +21,7 @@ def verify(
     checkpoint: Annotated[
         Path | None, typer.Option("--checkpoint", help="Also compare with what it was made of.")
     ] = None,
+    lora: Adapters = None,
     files_only: Annotated[bool, typer.Option("--files-only", help="Only hash the files.")] = False,
     through: Annotated[
         str, typer.Option("--through", help="The last link: host, device, emulation or genie.")
@@ -33,8 +34,9 @@ def verify(
 
     with progress_bars() as progress:
         links = verify_bundle(
-            bundle, checkpoint, files_only=files_only, through=through, layers=layers, progress=progress
-        )
+            bundle, checkpoint, adapters=lora or (), files_only=files_only, through=through, layers=layers,
+            progress=progress,
+        )  # fmt: skip
     if json:
         print_json({"ok": all(link.ok for link in links), "links": [link.to_dict() for link in links]})
     else:
@@ -193,6 +195,7 @@ def evaluate(
     checkpoint: Annotated[
         Path | None, typer.Option("--checkpoint", help="What it was made of; kl and flips compare with it.")
     ] = None,
+    lora: Adapters = None,
     data: Annotated[
         Path | None, typer.Option("--data", help="Questions in their published folder layout, or a folder of these.")
     ] = None,
@@ -226,8 +229,8 @@ def evaluate(
     with progress_bars() as progress:
         if on_questions:
             report["choices"] = ask_bundle(
-                bundle, on_questions, data, checkpoint=checkpoint, shots=shots, runner=runner, threads=threads,
-                progress=progress,
+                bundle, on_questions, data, checkpoint=checkpoint, adapters=lora or (), shots=shots, runner=runner,
+                threads=threads, progress=progress,
             )  # fmt: skip
         if on_text or not on_questions:
             scores = evaluate_bundle(
@@ -235,6 +238,7 @@ def evaluate(
                 text or [],
                 tasks=",".join(on_text) or None,
                 checkpoint=checkpoint,
+                adapters=lora or (),
                 windows=windows,
                 length=length,
                 simulate=simulate,

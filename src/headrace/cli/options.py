@@ -12,13 +12,17 @@ import typer
 
 from headrace.exporter.options import ExportOptions, flag, spelled
 
-__all__ = ["BundlePath", "CheckpointPath", "Json", "RunnerName", "Save", "Threads", "takes_export_options"]
+__all__ = ["Adapters", "BundlePath", "CheckpointPath", "Json", "RunnerName", "Save", "Threads", "takes_export_options"]
 
 Verb = TypeVar("Verb", bound=Callable[..., None])
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of stdout.")]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by: headrace export")]
 CheckpointPath = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face folder or a .gguf file.")]
+Adapters = Annotated[
+    list[Path] | None,
+    typer.Option("--lora", help="An adapter that was merged into the checkpoint; repeatable.", metavar="DIR"),
+]
 Threads = Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Threads; physical cores by default.")]
 
 RunnerName = Annotated[

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from headrace.bundle.encodings import read_encodings
 from headrace.bundle.folder import Bundle, open_bundle
 from headrace.bundle.weights import WeightStore
-from headrace.checkpoint import open_checkpoint
 from headrace.errors import UserError
 from headrace.exporter.calibration import conversation
 from headrace.measure.evaluate import TextScore, evaluate_text, first_windows, follow, parse_tasks, read_text
+from headrace.measure.origin import open_origin
 from headrace.progress import Progress, silent
 from headrace.quantize.simulate import Simulated, simulated_logits
 from headrace.runners import Options, open_runner
@@ -35,6 +35,7 @@ def evaluate_bundle(
     *,
     tasks: str | None = None,
     checkpoint: Path | None = None,
+    adapters: Sequence[Path] = (),
     windows: int = 8,
     length: int = 512,
     simulate: str | None = None,
@@ -50,6 +51,7 @@ def evaluate_bundle(
         tasks: of "ppl", "kl" and "chat"; by default the first two where there is something to compare with, else
             "ppl". With "chat" each text is scored a second time, as conversations in the model's turn format.
         checkpoint: what it was made of; needed for "kl", unless there is something to simulate.
+        adapters: LoRA adapters that were merged into the checkpoint.
         windows: most windows of a text, from its beginning.
         length: tokens of a window; its second half is scored.
         simulate: "a16", "kv8" or "a16,kv8": instead of the host runtime, the bundle's weights in float arithmetic with
@@ -78,7 +80,7 @@ def evaluate_bundle(
     score = _simulated(bundle, store, simulate) if simulate else _runs(bundle, runner, threads)
     config, weights = bundle.config, store.read
     if checkpoint is not None:
-        source = open_checkpoint(checkpoint)
+        source = open_origin(bundle, checkpoint, adapters)
         config, weights = source.config, lambda name: source.tensor(name).load()
     scores = []
     for name, ids in cut:

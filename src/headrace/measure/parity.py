@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from headrace.bundle.folder import Bundle, check_files, open_bundle
 from headrace.bundle.weights import WeightStore
-from headrace.errors import BundleError, UserError, did_you_mean
+from headrace.errors import UserError, did_you_mean
 from headrace.graph.emit_host import HostWeights, emit_host
 from headrace.measure.fidelity import FidelityMeter, no_target
 from headrace.measure.link import Link
@@ -64,6 +64,7 @@ def verify_bundle(
     path: Path,
     checkpoint: Path | None = None,
     *,
+    adapters: Sequence[Path] = (),
     files_only: bool = False,
     through: str = "host",
     layers: bool = False,
@@ -74,6 +75,7 @@ def verify_bundle(
     Args:
         path: the bundle.
         checkpoint: what it was made of; adds the link from there.
+        adapters: LoRA adapters that were merged into the checkpoint.
         files_only: only hash the files.
         through: the last link: "host", "device" (graphs on this CPU), "emulation" (HTP) or "genie".
         layers: also hold each layer of the device graphs against the simulation.
@@ -96,7 +98,7 @@ def verify_bundle(
         return links
     bundle = open_bundle(path)
     total = 5 if checkpoint is None else 6
-    for link in _numbers(bundle, checkpoint):
+    for link in _numbers(bundle, checkpoint, adapters):
         links.append(link)
         progress("comparing", len(links) - 1, total)
     if through != "host":
@@ -120,19 +122,15 @@ def _files(path: Path, progress: Progress) -> Link:
     return Link("files", found, "every sha256 as in the manifest", not problems)
 
 
-def _numbers(bundle: Bundle, checkpoint: Path | None) -> Iterator[Link]:
+def _numbers(bundle: Bundle, checkpoint: Path | None, adapters: Sequence[Path]) -> Iterator[Link]:
     config = bundle.config
     store = bundle.weights()
     ids = _sample(bundle)
     eager = eager_logits(config, store.read, np.array([ids]))[0]
     if checkpoint is not None:
-        from headrace.checkpoint import open_checkpoint
+        from headrace.measure.origin import open_origin
 
-        source = open_checkpoint(checkpoint)
-        if replace(source.config, tied_head=config.tied_head) != config:
-            raise BundleError(
-                f"{checkpoint} has another geometry than {bundle.root}; give the checkpoint it was made of"
-            )
+        source = open_origin(bundle, checkpoint, adapters)
         reference = eager_logits(config, lambda name: source.tensor(name).load(), np.array([ids]))[0]
         yield _divergence("checkpoint → quantized weights", reference, eager, CHECKPOINT_KL)
 

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.checkpoint import open_checkpoint
+from headrace.bundle.folder import open_bundle
 from headrace.errors import UserError
 from headrace.language_model import LanguageModel, load
 from headrace.measure.choices import Choices, answer_subject, choices_report
 from headrace.measure.item_sets import SHOTS, open_set
 from headrace.measure.likelihood import NextLogits
+from headrace.measure.origin import open_origin
 from headrace.measure.shared_prefix import next_logits
 from headrace.progress import Progress, silent
 
@@ -27,6 +28,7 @@ def ask_bundle(
     data: Path | None,
     *,
     checkpoint: Path | None = None,
+    adapters: Sequence[Path] = (),
     shots: int = SHOTS,
     runner: str | None = None,
     threads: int | None = None,
@@ -39,6 +41,7 @@ def ask_bundle(
         tasks: names of `item_sets.SETS`.
         data: a set's folder, or the folder that has one of each set's name.
         checkpoint: what the bundle was made of: asked the same, for flips.
+        adapters: LoRA adapters that were merged into the checkpoint.
         shots: worked examples before each question.
         runner: who computes; the fastest that is installed by default.
         threads: of the runner.
@@ -54,7 +57,7 @@ def ask_bundle(
     if data is None:
         raise UserError(f"{tasks[0]} needs its items; expected --data FOLDER in the set's published layout")
     opened = [open_set(task, data) for task in tasks]  # all are read before the first is asked
-    source = None if checkpoint is None else open_checkpoint(checkpoint)
+    source = None if checkpoint is None else open_origin(open_bundle(path), checkpoint, adapters)
     reports = []
     with load(path, runner=runner, threads=threads) as model:
         ask = following(model)
