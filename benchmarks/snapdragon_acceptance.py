@@ -25,13 +25,14 @@ from numpy.typing import NDArray
 
 import headrace
 from headrace.bundle.folder import Bundle, open_bundle
-from headrace.exporter.snapdragon import Emulated, emulate, kept_device_graphs
+from headrace.graph.device_folder import kept_device_graphs
 from headrace.measure.device_parity import emulated_loop
 from headrace.runtime.runner import Runner, Span
 from headrace.targets.device import DeviceRunner
 from headrace.targets.device_loop import DeviceLoop
 from headrace.targets.host.runner import HostRunner
 from headrace.targets.qualcomm.context_binary import read_context_binaries
+from headrace.targets.qualcomm.emulation import Emulated, emulate
 from headrace.targets.qualcomm.genie_dialog import GenieRunner
 from headrace.text.tokenizer import Tokenizer
 from headrace.text.tokenizer_folder import load_tokenizer

@@ -13,7 +13,6 @@ from headrace.bundle.derived import derived_folder
 from headrace.bundle.folder import open_bundle
 from headrace.cli.main import _run
 from headrace.errors import TargetError
-from headrace.exporter.snapdragon import emulate
 from headrace.language_model import LanguageModel
 from headrace.measure.device_parity import emulated_loop
 from headrace.runtime.answer import Limits, Token
@@ -21,6 +20,7 @@ from headrace.runtime.runner import Span
 from headrace.runtime.sampling import SamplingOptions
 from headrace.targets.device import DeviceRunner
 from headrace.targets.device_loop import DeviceLoop
+from headrace.targets.qualcomm.emulation import emulate
 from headrace.text.turns import Message
 from tests.exports import PHONE, Exports
 

@@ -10,10 +10,11 @@ from contextlib import closing
 from dataclasses import replace
 
 from headrace.errors import TargetError
-from headrace.exporter.snapdragon import Emulated, genie_sampling
 from headrace.runtime.answer import Answer, Token
 from headrace.runtime.sampling import SamplingOptions
+from headrace.targets.qualcomm.emulation import Emulated
 from headrace.targets.qualcomm.genie import genie_config
+from headrace.targets.qualcomm.genie_bundle import genie_sampling
 from headrace.targets.qualcomm.genie_dialog import End, GenieRunner
 
 __all__ = ["GenieAnswers"]

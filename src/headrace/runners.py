@@ -48,17 +48,19 @@ def _host(bundle: Bundle, options: Options) -> Runner:
 
 def _device(bundle: Bundle, options: Options) -> Runner:
     """The phone's graphs on this CPU; for checking."""
-    from headrace.exporter.snapdragon import kept_device_graphs
+    from headrace.graph.device_folder import kept_device_graphs
     from headrace.targets.device import DeviceRunner
 
-    return DeviceRunner.open(bundle, kept_device_graphs(bundle), threads=options.threads, slots=options.slots)
+    return DeviceRunner.open(
+        bundle, kept_device_graphs(bundle, options.progress), threads=options.threads, slots=options.slots
+    )
 
 
 def _genie(bundle: Bundle, options: Options) -> Answerer:
     """Qualcomm's Genie over binaries in HTP emulation, compiled once and kept beside the bundle."""
     from headrace.bundle.derived import derived_folder
-    from headrace.exporter.snapdragon import emulate
     from headrace.genie_answers import GenieAnswers
+    from headrace.targets.qualcomm.emulation import emulate
 
     return GenieAnswers(emulate(bundle, derived_folder(bundle, "emulation"), progress=options.progress))
 

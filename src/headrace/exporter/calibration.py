@@ -6,21 +6,17 @@ and every later one looks at it. docs/LOG.md has what it gains. Knows no weight.
 
 from __future__ import annotations
 
-import itertools
-import sys
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.errors import UserError
 from headrace.quantize.calibrate import cut_windows
+from headrace.text.conversation import conversation
 from headrace.text.tokenizer import Tokenizer
-from headrace.text.turns import Message, TurnFormat
+from headrace.text.turns import TurnFormat
 
-__all__ = ["calibration_windows", "conversation"]
-
-_TURNS = (("user", 24), ("assistant", 96))  # tokens of each, roughly
+__all__ = ["calibration_windows"]
 
 
 def calibration_windows(
@@ -47,25 +43,3 @@ def calibration_windows(
             if len(talk) >= length:
                 window[:] = talk[:length]
     return windows
-
-
-def conversation(tokenizer: Tokenizer, turns: TurnFormat, ids: Sequence[int]) -> list[int]:
-    """The same text as a prompt: a question, an answer, a question, …; none where the template wants something else.
-
-    Args:
-        tokenizer: the model's vocabulary.
-        turns: its turn format.
-        ids: the text's tokens.
-    """
-    text = tokenizer.decode(ids)
-    messages, start = [], 0
-    for role, tokens in itertools.cycle(_TURNS):
-        stop = start + 1 + tokens * len(text) // len(ids)
-        messages.append(Message(role, text[start:stop].strip()))
-        start = stop
-        if start >= len(text):
-            break
-    try:
-        return turns.render(messages, sys.maxsize)
-    except UserError:
-        return []

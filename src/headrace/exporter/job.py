@@ -25,9 +25,10 @@ from headrace.exporter.calibration import calibration_windows
 from headrace.exporter.estimate import estimate_disk
 from headrace.exporter.options import ExportOptions
 from headrace.exporter.settings import ExportSettings, settle
-from headrace.exporter.snapdragon import compile_target, device_graphs
+from headrace.exporter.snapdragon import compile_target
 from headrace.exporter.workspace import Workspace, output_folder, refuse_full_disk, telling_full_disk, workspace
 from headrace.files import write_file
+from headrace.graph.device_folder import OWN_FOLDER, bundle_device_graphs
 from headrace.graph.emit_host import HostWeights, emit_host
 from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD, layer_weights
 from headrace.progress import Progress, silent
@@ -100,10 +101,10 @@ def _make(settings: ExportSettings, out: Path, work: Workspace, progress: Progre
     if kv_scales and not any(grid.block for grid in settings.grids.values()):
         _calibrate_device(settings, work.bundle, kv_scales, evenly(windows, RANGE_WINDOWS), progress)
     made = _unpublished(settings, work.bundle, manifest)
-    for target in asked.targets:
-        compile_target(made, target, work.device, progress)
-    if asked.keep_onnx:
-        device_graphs(made, work.bundle / "device")
+    if asked.for_device:
+        graphs = bundle_device_graphs(made, work.bundle / OWN_FOLDER if asked.keep_onnx else work.device)
+        for target in asked.targets:
+            compile_target(made, target, graphs, work.device, progress)
     progress("writing the bundle", 0, 1)
     publish(work.bundle, out, manifest, aside=work.replaced)
 

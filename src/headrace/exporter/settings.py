@@ -21,7 +21,7 @@ from headrace.checkpoint.lora import adapted, adapter_digest
 from headrace.config import ModelConfig
 from headrace.errors import CalibrationError, ConfigError, RecipeError
 from headrace.exporter.options import ExportOptions
-from headrace.exporter.snapdragon import refuse_blocks, refuse_contexts
+from headrace.graph.device_folder import refuse_blocks
 from headrace.model.weights import EMBEDDING, HEAD, quantized_weights, weight_table
 from headrace.plan import Part, plan_parts
 from headrace.quantize.budget import spend
@@ -29,6 +29,7 @@ from headrace.quantize.methods import find_method
 from headrace.quantize.pipeline import Source
 from headrace.quantize.rotation import Rotated
 from headrace.targets.qualcomm.compile_cost import estimate_compile
+from headrace.targets.qualcomm.genie_bundle import refuse_contexts
 from headrace.targets.qualcomm.soc import find_soc
 from headrace.targets.qualcomm.toolchain import find_toolchain
 

@@ -21,7 +21,7 @@ from headrace.bundle.derived import derived_folder
 from headrace.bundle.encodings import Encoding, port_encodings, read_encodings
 from headrace.bundle.folder import Bundle
 from headrace.bundle.weights import WeightStore
-from headrace.exporter.snapdragon import Emulated, emulate, kept_device_graphs
+from headrace.graph.device_folder import kept_device_graphs
 from headrace.graph.emit_device import write_device_graphs
 from headrace.measure.fidelity import Fidelity, FidelityMeter, no_target
 from headrace.measure.link import Link
@@ -34,6 +34,7 @@ from headrace.targets.device import DeviceRunner, exact_session, run_session
 from headrace.targets.device_loop import DeviceLoop
 from headrace.targets.host.sessions import default_threads
 from headrace.targets.qualcomm.compiler import EmulationGraph, Emulator
+from headrace.targets.qualcomm.emulation import Emulated, emulate
 from headrace.targets.qualcomm.genie_dialog import GenieRunner
 
 __all__ = ["Depth", "device_links", "emulated_loop"]

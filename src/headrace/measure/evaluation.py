@@ -12,13 +12,13 @@ from headrace.bundle.encodings import read_encodings
 from headrace.bundle.folder import Bundle, open_bundle
 from headrace.bundle.weights import WeightStore
 from headrace.errors import UserError
-from headrace.exporter.calibration import conversation
 from headrace.measure.evaluate import TextScore, evaluate_text, first_windows, follow, parse_tasks, read_text
 from headrace.measure.origin import open_origin
 from headrace.progress import Progress, silent
 from headrace.quantize.simulate import Simulated, simulated_logits
 from headrace.runners import Options, open_runner
 from headrace.runtime.engine import Engine
+from headrace.text.conversation import conversation
 from headrace.text.tokenizer import Tokenizer
 from headrace.text.tokenizer_folder import load_tokenizer
 from headrace.text.turns import turn_format
