@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,12 +16,13 @@ from numpy.typing import NDArray
 from headrace.bundle.folder import Bundle, open_bundle
 from headrace.errors import TargetError, UserError
 from headrace.progress import Progress, silent
-from headrace.runners import Options, find_runner
-from headrace.runtime.answer import Answer, Answerer, Limits, Token
+from headrace.runners import Options, default_runner, find_runner
+from headrace.runtime.answer import Answer, Answerer, Limits, Token, Usage
 from headrace.runtime.context import WhenFull, fit
 from headrace.runtime.engine import PREFIX_BYTES, Engine
 from headrace.runtime.runner import Runner
 from headrace.runtime.sampling import SamplingOptions
+from headrace.runtime.session import Session, read_session, write_session
 from headrace.text.tokenizer import Tokenizer
 from headrace.text.tokenizer_folder import load_tokenizer
 from headrace.text.turns import Message, RawTurns, TurnFormat, turn_format
@@ -35,16 +38,19 @@ class LanguageModel:
     Args:
         bundle: an opened bundle.
         answerer: continues token ids: an Engine over a runner, or Genie.
+        runner: the runner's name, for saved conversations.
 
     Attributes:
+        runner: as given.
         bundle: what it was made from.
         tokenizer: text ↔ ids.
         turns: how a conversation becomes ids.
         sampling: the model's own sampling defaults.
     """
 
-    def __init__(self, bundle: Bundle, answerer: Answerer) -> None:
+    def __init__(self, bundle: Bundle, answerer: Answerer, runner: str = "") -> None:
         self.bundle = bundle
+        self.runner = runner
         self.tokenizer: Tokenizer = load_tokenizer(bundle.root)
         self._settings: Mapping[str, Any] = bundle.read_json("generation_config.json")
         self.turns: TurnFormat = turn_format(self.tokenizer, self._settings, self.tokenizer.chat_template)
@@ -131,29 +137,51 @@ class LanguageModel:
         Raises:
             ContextFull: the prompt leaves no room for an answer.
         """
-        return self._answerer.answer(
-            ids, options, Answer(self.tokenizer, limits, continues=continues, logprobs=logprobs)
-        )
+        return self.stream(ids, options, Answer(self.tokenizer, limits, continues=continues, logprobs=logprobs))
+
+    def stream(self, ids: Sequence[int], options: SamplingOptions, answer: Answer) -> Iterator[Token]:
+        """`answer`, for a caller that looks at the Answer while it is made."""
+        return self._answerer.answer(ids, options, answer)
 
     def sampling_options(self, **overrides: Any) -> SamplingOptions:
         """The model's own sampling, changed where a value is given."""
         return SamplingOptions.from_generation_config(self._settings, overrides)
 
-    def chat(self, system: str | None = None, *, raw: bool = False, when_full: str = "newest") -> Chat:
-        """A new conversation.
+    def chat(
+        self,
+        system: str | None = None,
+        *,
+        raw: bool = False,
+        when_full: str = "newest",
+        session: str | os.PathLike[str] | None = None,
+    ) -> Chat:
+        """A new conversation, or a saved one.
 
         Args:
             system: what the model is told first, or None for the turn format's own.
             raw: continue the text without a turn format, as for a model that has none.
             when_full: what goes when the conversation no longer fits: "stop", "newest" or "window" (context.py).
+            session: a file that `Chat.save` wrote: go on with that conversation, as if it had never been left.
 
         Raises:
-            UserError: there is no such choice, or Genie shall keep a window.
+            UserError: there is no such choice, Genie shall keep a window, or the session is damaged or another model's.
         """
         chosen = WhenFull.named(when_full)
         if chosen is WhenFull.WINDOW and not isinstance(self._answerer, Engine):
             raise UserError("Genie keeps no window; expected --when-full stop or newest, or another runner")
-        return Chat(self, system, RawTurns(self.tokenizer) if raw else self.turns, chosen)
+        chat = Chat(self, system, RawTurns(self.tokenizer) if raw else self.turns, chosen)
+        if session is not None:
+            chat.restore(Path(session))
+        return chat
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the model's geometry, weights, cache scales and vocabulary, hexadecimal."""
+        files = {
+            name: f["sha256"] for name, f in self.bundle.files.items() if name.startswith(("weights/", "tokenizer"))
+        }
+        content = [self.bundle.config.to_dict(), self.bundle.kv_scales, self.bundle.context, files]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def encode_raw(self, text: str) -> list[int]:
         """Ids of a text to be continued: with the begin token where the model wants one, or when there is no text."""
@@ -186,6 +214,7 @@ class Chat:
     Attributes:
         messages: all turns so far.
         dropped_tokens: tokens of the conversation that the last answer was given without, for want of room.
+        usage: what the last answer took.
     """
 
     def __init__(
@@ -196,6 +225,8 @@ class Chat:
         self.when_full = when_full
         self.messages: list[Message] = [] if system is None else [Message("system", system)]
         self.dropped_tokens = 0
+        self.usage = Usage()
+        self._tokens: Sequence[int] = ()  # what the model has before it
 
     def say(
         self,
@@ -216,22 +247,52 @@ class Chat:
         fitted = fit(self.turns, messages, model.context, max_tokens, self.when_full)
         beginning = fitted.beginning if self.when_full is WhenFull.WINDOW else None
         limits = Limits(max_tokens, self.turns.stop_ids, stop, beginning)
+        made = Answer(model.tokenizer, limits, continues=self.turns.continues)
         answer: list[Token] = []
         try:
-            for token in model.answer(fitted.ids, options or model.sampling, limits, continues=self.turns.continues):
-                self.dropped_tokens = fitted.dropped_tokens
+            for token in model.stream(fitted.ids, options or model.sampling, made):
+                if not answer:
+                    made.usage.dropped_tokens += fitted.dropped_tokens
+                self.dropped_tokens = made.usage.dropped_tokens
                 answer.append(token)
-                if token.usage is not None:
-                    token.usage.dropped_tokens += fitted.dropped_tokens
-                    self.dropped_tokens = token.usage.dropped_tokens
                 yield token
         finally:
             if answer:
+                self.usage, self._tokens = made.usage, made.tokens
                 # The answer's own tokens: the next prompt then begins with what the cache holds. A stop string's
                 # tokens are no part of the answer, so then the text decides.
                 cut = answer[-1].finish == "stop" and answer[-1].id not in self.turns.stop_ids
                 own = None if cut else tuple(token.id for token in answer if token.id not in self.turns.stop_ids)
                 self.messages = [*messages, Message("assistant", "".join(token.text for token in answer), own)]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the conversation to a file, with its cache.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        model, tokens, cache = self.model, tuple(self._tokens), b""
+        if tokens:  # an engine answered
+            count, cache = model.engine.held(tokens)
+            tokens = tokens[:count]
+        write_session(Path(path), Session(model.fingerprint, model.runner, tuple(self.messages), tokens, cache))
+
+    def restore(self, path: Path) -> None:
+        """Take over a saved conversation.
+
+        Raises:
+            UserError: it is missing or damaged, or another model's or runner's, or this conversation has begun.
+        """
+        if self.messages:
+            raise UserError("a saved conversation cannot be joined to one that has begun; expected no --system")
+        session = read_session(path)
+        session.check(self.model.fingerprint, self.model.runner, path)
+        if session.tokens:
+            try:
+                self.model.engine.hold(session.tokens, session.cache)
+            except (ValueError, UserError) as error:
+                raise UserError(f"{path} does not fit this model ({error}); delete it to begin anew") from None
+        self.messages, self._tokens = list(session.messages), session.tokens
 
 
 def load(
@@ -258,7 +319,8 @@ def load(
         BundleError: the bundle is missing, damaged or of a newer format.
         TargetError: there is no such runner, or what it needs is not installed.
     """
-    opener = find_runner(runner)
+    name = default_runner() if runner is None else runner
+    opener = find_runner(name)
     opened = open_bundle(Path(bundle))
     made = opener(opened, Options(threads=threads, slots=slots, progress=progress))
-    return LanguageModel(opened, Engine(made, prefix_bytes=prefix_bytes) if isinstance(made, Runner) else made)
+    return LanguageModel(opened, Engine(made, prefix_bytes=prefix_bytes) if isinstance(made, Runner) else made, name)

@@ -41,6 +41,9 @@ def chat(
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
     system: Annotated[str | None, typer.Option("--system", help="What the model is told first.")] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End the answer at this text; repeatable.")] = None,
+    session: Annotated[
+        Path | None, typer.Option("--session", help="Keep the conversation, with its cache, in this file.")
+    ] = None,
     when_full: Annotated[
         str, typer.Option("--when-full", help="stop, newest (old rounds go) or window (the middle goes).")
     ] = "newest",
@@ -61,21 +64,26 @@ def chat(
             frequency_penalty=frequency_penalty,
             seed=seed,
         )
-        session = model.chat(system, raw=raw, when_full=when_full)
-        if session.turns.is_raw and not raw:
+        saved = session if session is not None and session.exists() else None
+        talk = model.chat(system, raw=raw, when_full=when_full, session=saved)
+        if talk.turns.is_raw and not raw:
             note("this model has no turn format: it continues your text")
 
         def answer(text: str) -> Any:
-            yield from session.say(text, max_tokens=max_tokens, stop=stop or (), options=options)
-            if session.dropped_tokens:
-                note(f"(the context is full: {session.dropped_tokens} tokens of the conversation were left out)")
+            yield from talk.say(text, max_tokens=max_tokens, stop=stop or (), options=options)
+            if talk.dropped_tokens:
+                note(f"(the context is full: {talk.dropped_tokens} tokens of the conversation were left out)")
 
-        if prompt is not None:
-            print_answer(answer(prompt))
-        elif sys.stdin.isatty():
-            converse(answer)
-        else:
-            print_answer(answer(sys.stdin.read()))
+        try:
+            if prompt is not None:
+                print_answer(answer(prompt))
+            elif sys.stdin.isatty():
+                converse(answer)
+            else:
+                print_answer(answer(sys.stdin.read()))
+        finally:
+            if session is not None and talk.messages:
+                talk.save(session)
 
 
 def push(

@@ -98,6 +98,7 @@ class Answer:
     Attributes:
         limits, logprobs: as given.
         usage: what it took so far.
+        tokens: prompt and answer so far as the model has them before it, where an engine answers.
         finish: why it has ended, or None.
 
     Raises:
@@ -110,6 +111,7 @@ class Answer:
         self.limits = limits
         self.logprobs = logprobs
         self.usage = Usage()
+        self.tokens: list[int] = []
         self.finish: str | None = None
         self._stream = TextStream(tokenizer, limits.stops, continues=continues)
 

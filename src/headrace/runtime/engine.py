@@ -224,6 +224,30 @@ class Engine:
             self.release(sequence)
         return out
 
+    def held(self, ids: Items[int]) -> tuple[int, bytes]:
+        """How many of these first tokens are held anywhere, and their cache as the runner reads it."""
+        self._own()
+        sequence = Sequence([*ids, 0])  # one more, so that all of them may be held
+        slot = self._place(sequence, keep=())
+        self.release(sequence)
+        return sequence.held, self.runner.read(slot, 0, sequence.held)
+
+    def hold(self, ids: Items[int], content: bytes) -> None:
+        """Put the cache of these tokens, as `held` gave it, into a slot, for a prompt that begins with them.
+
+        Raises:
+            ValueError: it is no cache of so many tokens.
+        """
+        self._own()
+        sequence = Sequence(reuses=False)
+        slot = self._place(sequence, keep=())
+        self.runner.write(slot, 0, content)
+        if len(ids) and len(ids) * len(self.runner.read(slot, len(ids) - 1, len(ids))) != len(content):
+            raise ValueError(f"{len(content)} bytes are no cache of {len(ids)} tokens")
+        sequence.extend(ids)
+        sequence.held, sequence.reuses = len(ids), True
+        self.release(sequence)
+
     def release(self, sequence: Sequence) -> None:
         """Let a sequence go. Its slot stays as it is, for prompts that begin alike, until another one needs it."""
         sequence.released = True
@@ -267,7 +291,7 @@ class Engine:
 
     def _settle(self, sequence: Sequence, keep: Collection[int]) -> None:
         ids = sequence.tokens
-        most = len(ids) - 1  # the last token's logits have to be computed
+        most = max(len(ids) - 1, 0)  # the last token's logits have to be computed
         best, shared = None, 0
         for slot, other in enumerate(self._slots if sequence.reuses else ()):
             if other is not None and other.reuses and (n := common_prefix(other.tokens[: other.held], ids)) > shared:

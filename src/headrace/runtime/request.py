@@ -47,6 +47,7 @@ class Request:
         self.sequence = Sequence(prompt)
         self.answer = answer
         self.answer.usage.prompt_tokens = len(prompt)
+        self.answer.tokens = self.sequence.tokens
         self.after = after
         self.cancelled = False
         self.done = False
