@@ -387,6 +387,7 @@ ROPE: dict[str, tuple[dict[str, Any], str | tuple[float, str | None]]] = {
     "by layer": ({"rope_parameters": {"full_attention": {}, "sliding_attention": {}}}, "differ by layer"),
     "a part of a head": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
     "a part, older": ({"partial_rotary_factor": 0.25}, "partial_rotary_factor is 0.25"),
+    "a number beyond floats": ({"rope_theta": 10**400}, "rope_theta is 1000.*0; expected a finite number"),
     "a list": ({"rope_scaling": {"rope_type": ["yarn"]}}, r"rope_scaling \['yarn'\] is not supported"),
 }  # fmt: skip
 

@@ -44,9 +44,13 @@ def number(raw: Mapping[str, Any], key: str, default: float) -> float:
     value = raw.get(key)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    try:
+        found = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        found = math.nan
+    if not math.isfinite(found):
         raise ConfigError(f"{key} is {shown(value)}; expected a finite number")
-    return float(value)
+    return found
 
 
 def boolean(raw: Mapping[str, Any], key: str, default: bool) -> bool:

@@ -27,6 +27,7 @@ SHARD = re.compile(r"(.+)[-_.](\d{5})-of-(\d{5})(\.[a-z]+)")
 # What trainers write beside a model: never the model itself.
 BESIDE = re.compile(r"(adapter|optim|scheduler|scaler|training_args|trainer|rng_state|random_states|consolidated).*")
 SHARDS_LIMIT = 10_000
+NAME_LIMIT = 255  # bytes, what file systems take
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def _indexed(index: Path) -> Layout:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map; expected tensor names and their files; fetch it again")
     for shard in weight_map.values():
-        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", "..") or "\0" in shard:
+        if not _is_file_name(shard):
             raise CheckpointError(f"{index} names the shard {shown(shard)}; expected a file name inside the folder")
     names = sorted(set(weight_map.values()))
     there = [name for name in names if (index.parent / name).exists()]
@@ -98,6 +99,13 @@ def _indexed(index: Path) -> Layout:
         if (match := SHARD.fullmatch(name)) and int(match[3]) <= SHARDS_LIMIT:
             files |= {p for p in _set_of(index.parent / name, match) if p.exists()}
     return Layout(tuple(sorted(files)), index, weight_map)
+
+
+def _is_file_name(shard: object) -> bool:
+    """A name inside the folder, which a file system takes and a message can show."""
+    if not isinstance(shard, str) or not shard.isprintable() or shard in ("", ".", ".."):
+        return False
+    return Path(shard).name == shard and len(shard.encode()) <= NAME_LIMIT
 
 
 def shard_set(path: Path) -> tuple[Path, ...]:
