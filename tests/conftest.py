@@ -38,6 +38,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="not run: needs pip install 'headrace[plots]'"))
         if item.get_closest_marker("lm_eval") and find_spec("lm_eval") is None:
             item.add_marker(pytest.mark.skip(reason="not run: needs pip install 'headrace[eval]'"))
+        if item.get_closest_marker("kernels") and find_spec("headrace_kernels") is None and not os.environ.get("CI"):
+            item.add_marker(pytest.mark.skip(reason="not run: needs pip install ./kernels"))
         if item.get_closest_marker("slow") and "slow" not in (item.config.option.markexpr or ""):
             item.add_marker(pytest.mark.skip(reason="not run: slow, ask for it with -m slow"))
         if item.get_closest_marker("reference") and "reference" not in (item.config.option.markexpr or ""):

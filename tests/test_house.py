@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "text",
     },
     "genie_answers": {"runtime", "targets"},
-    "runners": {"bundle", "genie_answers", "graph", "runtime", "targets"},
+    "runners": {"bundle", "genie_answers", "graph", "native", "runtime", "targets"},
     "language_model": {"bundle", "runners", "runtime", "text"},
     "measure": {
         "bundle", "checkpoint", "config", "graph", "language_model", "model", "plan", "quantize",

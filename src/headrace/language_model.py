@@ -308,8 +308,9 @@ def load(
 
     Args:
         bundle: the folder.
-        runner: one of `headrace.runners.RUNNERS`: "host" (ONNX Runtime), "device" (the phone's graphs on this CPU),
-            "genie" (Qualcomm's Genie over binaries in HTP emulation); None takes the fastest that is installed.
+        runner: one of `headrace.runners.RUNNERS`: "native" (headrace-kernels), "host" (ONNX Runtime), "device" (the
+            phone's graphs on this CPU), "genie" (Qualcomm's Genie over binaries in HTP emulation); None takes the first
+            of them that is installed.
         threads: size of the thread pool, physical cores by default.
         slots: conversations held at once; their cache takes memory only as it fills.
         prefix_bytes: most bytes of caches kept of conversations whose slots were needed; see `Engine`.

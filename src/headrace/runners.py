@@ -46,6 +46,13 @@ def _host(bundle: Bundle, options: Options) -> Runner:
     return HostRunner(bundle, threads=options.threads, slots=options.slots, context=options.context)
 
 
+def _native(bundle: Bundle, options: Options) -> Runner:
+    """headrace-kernels."""
+    from headrace.native.runner import NativeRunner
+
+    return NativeRunner(bundle, threads=options.threads, slots=options.slots, context=options.context)
+
+
 def _device(bundle: Bundle, options: Options) -> Runner:
     """The phone's graphs on this CPU; for checking."""
     from headrace.graph.device_folder import kept_device_graphs
@@ -66,7 +73,7 @@ def _genie(bundle: Bundle, options: Options) -> Answerer:
 
 
 RUNNERS: Mapping[str, Opener] = {
-    # "native" comes first as soon as there is an opener for it: `default_runner` takes it where its package is there.
+    "native": _native,
     "host": _host,
     "device": _device,
     "genie": _genie,
@@ -75,7 +82,7 @@ RUNNERS: Mapping[str, Opener] = {
 
 def default_runner() -> str:
     """The fastest runner that is installed here."""
-    return "native" if "native" in RUNNERS and find_spec("headrace_kernels") is not None else "host"
+    return "native" if find_spec("headrace_kernels") is not None else "host"
 
 
 def find_runner(name: str | None) -> Opener:

@@ -63,7 +63,7 @@ def test_every_repetition_computes_its_whole_prompt(exports: Exports, monkeypatc
         return rows
 
     monkeypatch.setattr(Engine, "_run", counted)
-    bench_bundle(exports.bundle(), prompts=(64,), tokens=0, repeats=3)
+    bench_bundle(exports.bundle(), prompts=(64,), tokens=0, repeats=3, runner="host")
     steps = 4 + 3 * 2  # a warm-up and three single steps before, of which the first has one token behind it
     whole = [n for n in computed if n == PROMPT_LENGTH]
     assert len(whole) >= steps - 1  # a first token that came up twice would not be computed again
@@ -129,9 +129,9 @@ def test_what_changed_beyond_noise(record: dict[str, Any]) -> None:
         assert found.real is real, factor
         assert not any(c.real for c in changes if c is not found)
     other = changed(record, 1.0)
-    other["runner"], other["versions"]["onnxruntime"] = "native", "9.9"
+    other["runner"], other["versions"]["onnxruntime"] = "another", "9.9"
     differences, _ = compare_records(before, other)
-    assert differences[0] == f"runner: {before['runner']} → native"
+    assert differences[0] == f"runner: {before['runner']} → another"
     assert any(line.startswith("onnxruntime: ") and line.endswith("→ 9.9") for line in differences)
     with pytest.raises(UserError, match="expected headrace-bench"):
         compare_records({"format": "headrace-text"}, before)

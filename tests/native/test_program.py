@@ -82,7 +82,7 @@ def test_cache_and_context(exports: Exports) -> None:
 
 
 def test_listing_shows_every_instruction_and_every_byte(exports: Exports) -> None:
-    bundle = open_bundle(exports.bundle("gqa"))
+    bundle = open_bundle(exports.bundle("qwen2"))
     program = record_program(bundle)
     head, body = (part.splitlines() for part in "\n".join(program_lines(program)).split("\n\n"))
     assert len(body) == len(program.instructions)

@@ -26,7 +26,7 @@ Adapters = Annotated[
 Threads = Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Threads; physical cores by default.")]
 
 RunnerName = Annotated[
-    str | None, typer.Option("--runner", help="host, device or genie; the fastest that is installed by default.")
+    str | None, typer.Option("--runner", help="native, host, device or genie; the first that is installed by default.")
 ]
 Save = Annotated[
     bool, typer.Option("--save", help="Keep the numbers with the bundle, in its folder measurements, for: card.")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.bundle.folder import Bundle
-from headrace.bundle.weights import StoredTensor, WeightStore
+from headrace.bundle.weights import StoredTensor
 from headrace.config import ModelConfig
 from headrace.model import decoder
 from headrace.model.ops import Ops, Positions
@@ -131,7 +131,7 @@ class Program:
 def record_program(bundle: Bundle, context: int | None = None) -> Program:
     """The program of a bundle's decoder, for slots of `context` positions, the bundle's own by default."""
     store = bundle.weights()
-    ops = _Recorder(bundle.config, store)
+    ops = _Recorder(bundle.config)
     _record(ops)
     registers, instructions = _with_registers(ops.instructions)
     return Program(
@@ -168,12 +168,11 @@ class Result:
 class _Recorder(Ops[Result]):
     """Records instructions whose operands are results; notes which weights and tensors they use."""
 
-    def __init__(self, config: ModelConfig, store: WeightStore) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.instructions: list[Instruction] = []
         self.tensors: set[str] = set()
         self.weights: set[str] = set()
-        self._store = store
 
     def embed(self, ids: Result, weight: str) -> Result:
         return self._record("embed", self.config.hidden_size, weight=self._weight(weight))
@@ -187,7 +186,7 @@ class _Recorder(Ops[Result]):
             self.instructions.append(Instruction("head", {"in": x, "weight": self._weight(row.stored_as)}))
             return (Result(self.config.vocab_size),)
         names = [self._weight(weight) for weight in weights]
-        made = [Result(self._store.tensors[f"{name}_scale"].shape[0]) for name in names]
+        made = [Result(weight_table(self.config)[name].shape[0]) for name in names]
         self.instructions.append(Instruction("linear", {"in": x, "weights": names, "out": made}))
         return tuple(made)
 
@@ -228,13 +227,20 @@ class _Recorder(Ops[Result]):
 
     def _weight(self, name: str) -> str:
         self.weights.add(name)
-        bias = weight_table(self.config)[name].bias
-        self.tensors |= {f"{name}_packed", f"{name}_scale", *([bias] if bias else ())}
+        self.tensors.update(_tensors(self.config, name))
         return name
 
     def _tensor(self, name: str) -> str:
         self.tensors.add(name)
         return name
+
+
+def _tensors(config: ModelConfig, name: str) -> list[str]:
+    """The stored tensors of a weight."""
+    row = weight_table(config)[name]
+    if not row.quantized:
+        return [name]
+    return [f"{name}_packed", f"{name}_scale", *([] if row.bias is None else [row.bias])]
 
 
 def _with_registers(recorded: Sequence[Instruction]) -> tuple[tuple[int, ...], tuple[Instruction, ...]]:
