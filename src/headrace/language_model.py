@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,15 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.bundle.folder import Bundle, open_bundle
-from headrace.errors import TargetError, UserError
+from headrace.errors import BundleError, TargetError, UserError
 from headrace.progress import Progress, silent
-from headrace.runners import Options, default_runner, find_runner
+from headrace.runners import Opener, Options, default_runner, find_runner
 from headrace.runtime.answer import Answer, Answerer, Limits, Token, Usage
 from headrace.runtime.context import WhenFull, fit
+from headrace.runtime.draft_model import draft_model
 from headrace.runtime.engine import PREFIX_BYTES, Engine
 from headrace.runtime.runner import Runner
 from headrace.runtime.sampling import SamplingOptions
 from headrace.runtime.session import Session, read_session, write_session
+from headrace.runtime.speculation import Speculation, prompt_lookup
 from headrace.text.tokenizer import Tokenizer
 from headrace.text.tokenizer_folder import load_tokenizer
 from headrace.text.turns import Message, RawTurns, TurnFormat, turn_format
@@ -30,6 +32,7 @@ from headrace.text.turns import Message, RawTurns, TurnFormat, turn_format
 __all__ = ["Chat", "LanguageModel", "load"]
 
 SLOTS = 4
+LOOKUP = "lookup"
 
 
 class LanguageModel:
@@ -302,6 +305,7 @@ def load(
     threads: int | None = None,
     slots: int = SLOTS,
     prefix_bytes: int = PREFIX_BYTES,
+    speculate: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
 ) -> LanguageModel:
     """Open a bundle and make it ready to run.
@@ -314,6 +318,8 @@ def load(
         threads: size of the thread pool, physical cores by default.
         slots: conversations held at once; their cache takes memory only as it fills.
         prefix_bytes: most bytes of caches kept of conversations whose slots were needed; see `Engine`.
+        speculate: guess ahead; it changes no answer, only its speed. "lookup" guesses that the text repeats itself; a
+            bundle of the same vocabulary guesses by its own model; None does not guess.
         progress: told what is being made before the first use (emulation binaries).
 
     Raises:
@@ -324,4 +330,25 @@ def load(
     opener = find_runner(name)
     opened = open_bundle(Path(bundle))
     made = opener(opened, Options(threads=threads, slots=slots, progress=progress))
-    return LanguageModel(opened, Engine(made, prefix_bytes=prefix_bytes) if isinstance(made, Runner) else made, name)
+    if not isinstance(made, Runner):
+        if speculate is not None:
+            raise TargetError(f"runner {name!r} chooses tokens by itself and cannot speculate; expected another runner")
+        return LanguageModel(opened, made, name)
+    guesses: Callable[[], Speculation] | None = None
+    if speculate == LOOKUP:
+        guesses = prompt_lookup()
+    elif speculate is not None:
+        guesses = draft_model(_draft_engine(Path(speculate), opened, opener, Options(threads=threads, slots=slots)))
+    return LanguageModel(opened, Engine(made, prefix_bytes=prefix_bytes, speculation=guesses), name)
+
+
+def _draft_engine(path: Path, bundle: Bundle, opener: Opener, options: Options) -> Engine:
+    draft = open_bundle(path)
+    ours, theirs = load_tokenizer(bundle.root), load_tokenizer(draft.root)
+    probe = "A river, 百川, 42 😀\n\tdef f(x): return x"
+    same = ours.vocab_size == theirs.vocab_size and ours.encode(probe) == theirs.encode(probe)
+    if not same or draft.config.vocab_size > bundle.config.vocab_size:
+        raise BundleError(f"{path} has another vocabulary than {bundle.root}; a draft model needs the very same one")
+    made = opener(draft, options)
+    assert isinstance(made, Runner)
+    return Engine(made, prefix_bytes=0)

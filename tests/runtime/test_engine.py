@@ -52,7 +52,7 @@ def test_whatever_was_said_before_logits_are_those_of_the_whole(
         assert sequence.tokens == ids == runner.cache[sequence.slot]
         if number % 2:
             engine.release(sequence)
-        engine.prefixes.check_integrity()
+        engine.slots.prefixes.check_integrity()
 
 
 def last_prompt(runner: ScriptedRunner) -> list[tuple[int, int, int]]:
@@ -135,7 +135,7 @@ def test_what_is_not_reused_leaves_no_trace() -> None:
     engine.score([1] * 20)
     engine.extend(engine.open([1] * 20))
     assert [(span.start, len(span.ids)) for span in runner.spans] == [(0, 20)] * 4
-    assert engine.prefixes.nbytes == 0
+    assert engine.slots.prefixes.nbytes == 0
 
 
 def test_chunks_ask_only_for_the_last_token() -> None:

@@ -47,13 +47,16 @@ def chat(
     when_full: Annotated[
         str, typer.Option("--when-full", help="stop, newest (old rounds go) or window (the middle goes).")
     ] = "newest",
+    speculate: Annotated[
+        str | None, typer.Option("--speculate", help="Guess ahead: lookup (texts repeat themselves) or a draft BUNDLE.")
+    ] = None,
     runner: RunnerName = None,
     threads: Threads = None,
 ) -> None:
     """Talk with a bundle."""
     from headrace.cli.repl import converse, print_answer
 
-    with _open_model(bundle, runner, threads) as model:
+    with _open_model(bundle, runner, threads, speculate) as model:
         options = model.sampling_options(
             temperature=0.0 if greedy else temperature,
             top_k=top_k,
@@ -112,8 +115,8 @@ def push(
         typer.echo(shlex.join(command))
 
 
-def _open_model(bundle: Path, runner: str | None, threads: int | None) -> LanguageModel:
+def _open_model(bundle: Path, runner: str | None, threads: int | None, speculate: str | None) -> LanguageModel:
     from headrace.language_model import load
 
     with progress_bars() as progress:
-        return load(bundle, runner=runner, threads=threads, progress=progress)
+        return load(bundle, runner=runner, threads=threads, speculate=speculate, progress=progress)

@@ -28,12 +28,15 @@ class Usage:
         cached_tokens: of these, how many were held already and needed no computing.
         tokens: tokens of the answer, its end token included.
         dropped_tokens: tokens of the conversation that the model did not see, or no longer, for want of room.
+        drafted_tokens, accepted_tokens: tokens guessed ahead, and those of them that came (speculation.py).
     """
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
     tokens: int = 0
     dropped_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -17,26 +17,25 @@ Knows no tokenizer and no turn format.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterator
+import time
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
+from itertools import zip_longest
 
 import numpy as np
 
 from headrace.errors import ContextFull
 from headrace.runtime.answer import Answer, Token
-from headrace.runtime.prefixes import BLOCK, Prefixes
 from headrace.runtime.request import Request
 from headrace.runtime.runner import Logits, Runner, Span
 from headrace.runtime.sampling import SamplingOptions
-from headrace.runtime.sequence import Sequence, common_prefix
+from headrace.runtime.sequence import Sequence
+from headrace.runtime.slots import Slots
+from headrace.runtime.speculation import Speculation
 
 __all__ = ["PREFIX_BYTES", "Engine"]
 
 PREFIX_BYTES = 1 << 29  # of a 7B model 2,000 tokens, of SmolLM2 46,000
-
-# A finished conversation's slot is taken over by a prompt that shares all but so many of its tokens; where more would
-# be lost, what is shared is copied to another slot.
-_LOST = 16
 
 
 class Engine:
@@ -47,16 +46,23 @@ class Engine:
         prefix_bytes: most bytes of caches that are kept in memory when their slots are needed, so that a conversation
             goes on, and prompts that begin alike start, where they can; 0 keeps none.
 
+        speculation: makes what guesses ahead for each answer (speculation.py); None guesses nothing.
+
     Attributes:
         runner: as given.
-        prefixes: these caches.
+        slots: who has which slot.
     """
 
-    def __init__(self, runner: Runner, *, prefix_bytes: int = PREFIX_BYTES) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        prefix_bytes: int = PREFIX_BYTES,
+        speculation: Callable[[], Speculation] | None = None,
+    ) -> None:
         self.runner = runner
-        self.prefixes = Prefixes(prefix_bytes)
-        self._slots: list[Sequence | None] = [None] * runner.slots
-        self._waited: list[int] = list(range(runner.slots))  # slots, the longest unused first
+        self.slots = Slots(runner, prefix_bytes)
+        self._speculation = speculation
         self._requests: list[Request] = []
         self._thread: threading.Thread | None = None
 
@@ -110,7 +116,10 @@ class Engine:
         self, ids: Items[int], options: SamplingOptions, answer: Answer, after: Request | None = None
     ) -> Request:
         sizes = {"context": self.context, "vocab_size": self.runner.vocab_size}
-        return Request(ids, options, answer, **sizes, after=after)
+        return Request(ids, options, answer, **sizes, after=after, speculation=self._new_speculation())
+
+    def _new_speculation(self) -> Speculation | None:
+        return None if self._speculation is None else self._speculation()
 
     def step(self) -> list[tuple[Request, Token]]:
         """One step of everything that was submitted: the tokens made, none while prompts are computed. A request that
@@ -145,9 +154,9 @@ class Engine:
         for request in requests:
             sequence = request.sequence
             if sequence.slot is None:
-                if reading or request.waits or len(busy) >= len(self._slots):
+                if reading or request.waits or len(busy) >= len(self.slots):
                     continue  # its turn comes
-                busy.add(self._place(sequence, busy))
+                busy.add(self.slots.place(sequence, busy))
                 if not request.answer.usage.tokens:
                     request.answer.usage.cached_tokens = sequence.held
             if sequence.pending > 1:
@@ -155,7 +164,12 @@ class Engine:
                     continue
                 reading = True
             work.append(request)
-        rows = self._run([request.sequence for request in work])
+        # Guesses of one answer cost little more than its next token; those of several would part a batch into spans.
+        started = time.perf_counter()
+        drafts = [work[0].draft()] if len(work) == 1 else []
+        rows = self._run([request.sequence for request in work], drafts)
+        if len(work) == 1:
+            work[0].timed(time.perf_counter() - started)
         made = [(request, request.take(row)) for request, row in zip(work, rows) if row is not None]
         return [(request, token) for request, tokens in made for token in tokens]
 
@@ -216,7 +230,7 @@ class Engine:
         try:
             for at in range(0, len(ids), size):
                 sequence.extend(ids[at : at + size])
-                slot = self._place(sequence, keep=())
+                slot = self.slots.place(sequence, keep=())
                 part = tuple(sequence.tokens[at:])
                 out[at : at + len(part)] = self.runner.run([Span(slot, at, part, tuple(range(len(part))))])
                 sequence.held += len(part)
@@ -227,10 +241,7 @@ class Engine:
     def held(self, ids: Items[int]) -> tuple[int, bytes]:
         """How many of these first tokens are held anywhere, and their cache as the runner reads it."""
         self._own()
-        sequence = Sequence([*ids, 0])  # one more, so that all of them may be held
-        slot = self._place(sequence, keep=())
-        self.release(sequence)
-        return sequence.held, self.runner.read(slot, 0, sequence.held)
+        return self.slots.held(ids)
 
     def hold(self, ids: Items[int], content: bytes) -> None:
         """Put the cache of these tokens, as `held` gave it, into a slot, for a prompt that begins with them.
@@ -239,14 +250,7 @@ class Engine:
             ValueError: it is no cache of so many tokens.
         """
         self._own()
-        sequence = Sequence(reuses=False)
-        slot = self._place(sequence, keep=())
-        self.runner.write(slot, 0, content)
-        if len(ids) and len(ids) * len(self.runner.read(slot, len(ids) - 1, len(ids))) != len(content):
-            raise ValueError(f"{len(content)} bytes are no cache of {len(ids)} tokens")
-        sequence.extend(ids)
-        sequence.held, sequence.reuses = len(ids), True
-        self.release(sequence)
+        self.slots.hold(ids, content)
 
     def release(self, sequence: Sequence) -> None:
         """Let a sequence go. Its slot stays as it is, for prompts that begin alike, until another one needs it."""
@@ -254,95 +258,34 @@ class Engine:
 
     def close(self) -> None:
         """Give back the runner's memory and processes."""
-        for sequence in self._slots:
-            if sequence is not None:
-                sequence.released = True
+        self.slots.release_all()
         self.runner.close()
 
-    # Slots
-
-    def _run(self, sequences: Items[Sequence]) -> list[Logits | None]:
-        """A chunk of what each has pending: logits after its last token, None where some is left."""
+    def _run(self, sequences: Items[Sequence], drafts: Items[Items[int]] = ()) -> list[Logits | None]:
+        """A chunk of what each has pending, and its drafts: logits (1 + drafts, V) after its last token and after each
+        draft; None where some is still pending. What the slot holds of the drafts is not counted as held."""
         keep = {sequence.slot for sequence in sequences if sequence.slot is not None}
         spans = []
-        for sequence in sequences:
-            slot = self._place(sequence, keep)
+        for sequence, draft in zip_longest(sequences, drafts, fillvalue=()):
+            assert isinstance(sequence, Sequence)
+            slot = self.slots.place(sequence, keep)
             keep.add(slot)
             ids = tuple(sequence.tokens[sequence.held : sequence.held + self.runner.prompt_length])
-            whole = sequence.held + len(ids) == len(sequence.tokens)
-            spans.append(Span(slot, sequence.held, ids, (len(ids) - 1,) if whole else ()))
-        rows = iter(self.runner.run(spans) if spans else ())
+            whole = len(ids) == sequence.pending
+            wanted = tuple(range(len(ids) - 1, len(ids) + len(draft))) if whole else ()
+            spans.append(Span(slot, sequence.held, (*ids, *draft), wanted))
+        if not spans:
+            return []
+        logits = self.runner.run(spans)
         out: list[Logits | None] = []
+        at = 0
         for sequence, span in zip(sequences, spans):
-            sequence.held = span.stop
-            sequence.last = next(rows) if span.wanted else None
-            out.append(sequence.last)
+            sequence.held = min(span.stop, len(sequence.tokens))
+            rows = logits[at : at + len(span.wanted)]
+            at += len(rows)
+            sequence.last = rows[0] if len(rows) else None
+            out.append(rows if len(rows) else None)
         return out
-
-    def _place(self, sequence: Sequence, keep: Collection[int]) -> int:
-        """The sequence's slot, the most recently used one from now on. One without a slot is given one, but none of
-        `keep`, and in it what is held anywhere of its tokens."""
-        if sequence.slot is None:
-            self._settle(sequence, keep)
-        assert sequence.slot is not None
-        self._waited.remove(sequence.slot)
-        self._waited.append(sequence.slot)
-        return sequence.slot
-
-    def _settle(self, sequence: Sequence, keep: Collection[int]) -> None:
-        ids = sequence.tokens
-        most = max(len(ids) - 1, 0)  # the last token's logits have to be computed
-        best, shared = None, 0
-        for slot, other in enumerate(self._slots if sequence.reuses else ()):
-            if other is not None and other.reuses and (n := common_prefix(other.tokens[: other.held], ids)) > shared:
-                best, shared = slot, n
-        stored = self.prefixes.match(ids) if sequence.reuses else 0
-        if best is not None and shared >= stored:
-            other = self._slots[best]
-            assert other is not None
-            if other.released and best not in keep and other.held - shared <= _LOST:
-                self._give(best, sequence, min(shared, most))
-                return
-            if shared >= _LOST and (another := self._vacant(keep, best)) is not None:
-                self.runner.copy(best, another, min(shared, most))
-                self._give(another, sequence, min(shared, most))
-                return
-        taken = self._vacant(keep)
-        if taken is None:  # all run: the one that waited longest makes room
-            taken = next((slot for slot in self._waited if slot not in keep), None)
-            if taken is None:
-                raise ValueError(f"{len(self._slots)} slots are too few for so many sequences in one step")
-            self._save(taken)
-        stored = self.prefixes.match(ids) if sequence.reuses else 0  # with what was just saved
-        if taken == best and shared >= stored:
-            stored = shared
-        else:
-            for number, content in enumerate(self.prefixes.take(ids[:stored])):
-                self.runner.write(taken, number * BLOCK, content)
-        self._give(taken, sequence, min(stored, most))
-
-    def _vacant(self, keep: Collection[int], but: int | None = None) -> int | None:
-        """A slot that no running sequence needs, its cache saved: an empty one, else the one unused for longest."""
-        choices = [slot for slot in self._waited if slot != but and slot not in keep]
-        for slot in sorted(choices, key=lambda slot: self._slots[slot] is not None):  # stable: the longest unused first
-            other = self._slots[slot]
-            if other is None or other.released:
-                self._save(slot)
-                return slot
-        return None
-
-    def _save(self, slot: int) -> None:
-        """Keep what a slot holds before it is given to somebody else."""
-        other = self._slots[slot]
-        if other is not None and other.reuses and other.held:
-            self.prefixes.put(other.tokens[: other.held], lambda start, stop: self.runner.read(slot, start, stop))
-
-    def _give(self, slot: int, sequence: Sequence, held: int) -> None:
-        other = self._slots[slot]
-        if other is not None:
-            other.slot, other.held, other.last = None, 0, None
-        self._slots[slot] = sequence
-        sequence.slot, sequence.held = slot, held
 
     def _own(self) -> None:
         thread = threading.current_thread()

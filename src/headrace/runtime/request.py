@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
+from itertools import zip_longest
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from headrace.runtime.context import slide
 from headrace.runtime.runner import Logits
 from headrace.runtime.sampling import Sampler, SamplingOptions, log_probabilities
 from headrace.runtime.sequence import Sequence
+from headrace.runtime.speculation import Speculation
 
 __all__ = ["Request"]
 
@@ -36,6 +38,7 @@ class Request:
         context: int,
         vocab_size: int,
         after: Request | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         if not len(prompt):
             raise UserError("the prompt is empty; expected at least one token")
@@ -53,6 +56,9 @@ class Request:
         self.done = False
         self.error: HeadraceError | None = None
         self._said: list[int] = []
+        self._speculation = speculation
+        self._drafts: list[int] = []
+        self._guessed = False  # the step that runs is one of guesses, if only of none
         self._sampler = Sampler(options)
         self._context = context
 
@@ -65,14 +71,52 @@ class Request:
         """It has to wait for another request of the same prompt, which has not said anything yet."""
         return self.after is not None and not self.after.done and not self.after.answer.usage.tokens
 
+    def draft(self) -> list[int]:
+        """Guesses for the tokens after the next one, to be computed with it; none while the prompt is."""
+        self._drafts, self._guessed = [], self.sequence.pending == 1
+        if self._speculation is not None and self._guessed:
+            limits = self.answer.limits
+            most = min(self._context - len(self.sequence.tokens), limits.max_tokens - self.answer.usage.tokens - 1)
+            self._drafts = self._speculation.draft(self.sequence.tokens, most)
+        return self._drafts
+
+    def timed(self, seconds: float) -> None:
+        """What the step of the last `draft` took."""
+        if self._speculation is not None and self._guessed:
+            self._speculation.timed(1 + len(self._drafts), seconds)
+
     def take(self, logits: Logits) -> list[Token]:
-        """Choose the next token from logits (V,) of the last one. The end token is not part of the sequence."""
+        """Choose the next tokens from logits (1 + drafts, V) after the last one and after each draft. The end token is
+        not part of the sequence.
+
+        Each token is drawn from the model's own row, as it would be without drafts; as long as it is the one that was
+        guessed, the next row is that of the same text. So nothing changes but the number of steps.
+        """
+        drafts, self._drafts = self._drafts, []
+        made: list[Token] = []
+        for row, draft in zip_longest(logits, drafts):
+            token = self._choose(row)
+            if token is None:
+                break
+            made.append(token)
+            if token.id != draft or self.done or self.sequence.pending != 1:
+                break
+            self.sequence.held += 1  # the slot holds it already
+        accepted = sum(token.id == draft for token, draft in zip(made, drafts))
+        if drafts and self._speculation is not None:
+            self._speculation.told(len(drafts), accepted)
+            self.answer.usage.drafted_tokens += len(drafts)
+            self.answer.usage.accepted_tokens += accepted
+        return made
+
+    def _choose(self, logits: Logits) -> Token | None:
+        """The next token; None when the logits are damaged."""
         tokens = self.sequence.tokens
         try:
             chosen = self._sampler.sample(logits, tokens, self._said)
         except HeadraceError as error:
             self.error, self.done = error, True
-            return []
+            return None
         token = self.answer.take(chosen, self._likelihood(logits, chosen))
         if token.finish is None and len(tokens) >= self._context and not self._make_room():
             token = self.answer.end(token, "context")  # nothing can be computed behind the last place
@@ -81,7 +125,7 @@ class Request:
             self.sequence.extend([chosen])
         else:
             self.done = True
-        return [token]
+        return token
 
     def _make_room(self) -> bool:
         """Let older tokens go, where that is wanted. Keys are stored with their places in them, so all that stays is
