@@ -14,7 +14,7 @@ from typer.exceptions import TyperException
 from headrace import __version__
 from headrace.cli.console import note
 from headrace.cli.making import export, inspect, plan, pull
-from headrace.cli.measuring import bench, evaluate, verify
+from headrace.cli.measuring import bench, card, evaluate, verify
 from headrace.cli.running import chat, push
 from headrace.cli.serving import serve
 from headrace.errors import HeadraceError, VerificationFailed
@@ -79,5 +79,5 @@ def _options(
     pass
 
 
-for _verb in (pull, inspect, plan, export, verify, chat, serve, bench, evaluate, push):
+for _verb in (pull, inspect, plan, export, verify, chat, serve, bench, evaluate, card, push):
     app.command()(_verb)

@@ -1,4 +1,4 @@
-"""Verbs that measure a bundle: verify, bench, evaluate."""
+"""Verbs that measure a bundle, and tell: verify, bench, evaluate, card."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from headrace.cli.options import Adapters, BundlePath, Json, RunnerName, Save, T
 from headrace.errors import UserError, VerificationFailed
 from headrace.exporter.options import read_lengths
 
-__all__ = ["bench", "evaluate", "verify"]
+__all__ = ["bench", "card", "evaluate", "verify"]
 
 
 def verify(
@@ -283,3 +283,54 @@ def _answers(name: str, row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['reference']['accuracy']:.1%}",
         f"{flips['lost']} lost, {flips['gained']} gained, p {flips['p']:.2g}",
     )
+
+
+def card(
+    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE…", help="One bundle; with --all several.")],
+    check: Annotated[bool, typer.Option("--check", help="Hold the card against bundle, measurements, plan.")] = False,
+    file: Annotated[
+        Path | None, typer.Option("--card", help="With --check: another card, such as a published one.")
+    ] = None,
+    all_: Annotated[bool, typer.Option("--all", help="A table of bundles side by side, on stdout.")] = False,
+    title: Annotated[str | None, typer.Option("--title", help="The model's name.")] = None,
+    base_model: Annotated[str | None, typer.Option("--base-model", help="ORG/REPO of the original.")] = None,
+    license: Annotated[str | None, typer.Option("--license", help="The original's, as the hub spells it.")] = None,
+    license_name: Annotated[str | None, typer.Option("--license-name", help="Of a license called other.")] = None,
+    license_link: Annotated[str | None, typer.Option("--license-link", help="Where its text is.")] = None,
+    languages: Annotated[str | None, typer.Option("--languages", help="Codes, such as zh,en.")] = None,
+    pictures: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw kept measurements.")] = True,
+    json: Json = False,
+) -> None:
+    """Write the model card of a bundle, README.md, or check it; exit 1 when it says what its bundle does not."""
+    from headrace.measure.card import card_problems, compare_bundles, write_card
+
+    if all_:
+        typer.echo(compare_bundles(bundles))
+        return
+    if len(bundles) != 1:
+        raise UserError(f"card takes one bundle, not {len(bundles)}; expected --all for a table of several")
+    (bundle,) = bundles
+    if check:
+        problems = card_problems(bundle, file)
+        if json:
+            print_json({"ok": not problems, "problems": problems})
+        for problem in () if json else problems:
+            typer.echo(problem)
+        if problems:
+            raise VerificationFailed(f"{len(problems)} claims of {file or bundle / 'README.md'} do not hold")
+        if not json:
+            typer.echo("every number is as its source says")
+        return
+    given = {
+        "title": title,
+        "base_model": base_model,
+        "license": license,
+        "license_name": license_name,
+        "license_link": license_link,
+        "languages": languages,
+    }
+    path = write_card(bundle, {name: value for name, value in given.items() if value}, pictures=pictures)
+    if json:
+        print_json({"card": str(path)})
+    else:
+        typer.echo(path)
