@@ -41,8 +41,14 @@ $(MODEL): | setup
 $(BUNDLE)/headrace.json: $(MODEL) $(RECIPE) | setup
 	@$(BIN)/headrace export $(MODEL) -o $(BUNDLE) --recipe smollm2-135m --windows 16 --resume --restart
 
+# The prompt reaches the program through the environment, as it was typed: neither make nor the shell reads it.
+ifdef PROMPT
+override PROMPT := $(value PROMPT)
+export PROMPT
+endif
+
 chat: setup $(BUNDLE)/headrace.json
-	@$(BIN)/headrace chat $(BUNDLE) $(if $(PROMPT),-p "$(PROMPT)")
+	@$(BIN)/headrace chat $(BUNDLE) $${PROMPT:+"--prompt=$$PROMPT"}
 
 test: setup
 	@$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90 $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -14,9 +15,10 @@ import headrace
 from headrace.errors import BundleError, ContextFull, TargetError, UserError
 from headrace.language_model import LanguageModel
 from headrace.runtime.runner import Span
+from headrace.runtime.sampling import SamplingOptions
 from headrace.runtime.sequence import common_prefix
 from headrace.text.turns import IdTurns, Message, RawTurns, TemplateTurns
-from tests.exports import CONTEXT, VOCAB, Exports
+from tests.exports import CONTEXT, SMALL, VOCAB, Exports, write_checkpoint
 
 MODELS = ["gqa", "tied", "mha"]
 # An int8 cache code on the other side of a tie, in these random models' sharp attention.
@@ -181,6 +183,58 @@ def test_a_message_that_does_not_fit_changes_nothing(models: dict[str, LanguageM
     with pytest.raises(ContextFull):
         list(chat.say("x " * 400))
     assert chat.messages == []
+
+
+def test_what_fails_before_its_first_token_changes_nothing(
+    models: dict[str, LanguageModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models["mha"]
+    chat = model.chat()
+    list(chat.say("the sea", max_tokens=2))
+    before = list(chat.messages)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="gone"):
+        patch.setattr(model.engine.runner, "run", lambda spans: (_ for _ in ()).throw(OSError("gone")))
+        list(chat.say("the river", max_tokens=2))
+    assert chat.messages == before
+    stream = chat.say("the river", max_tokens=2)
+    stream.close()  # type: ignore[attr-defined]
+    assert chat.messages == before
+    list(chat.say("the river", max_tokens=2))
+    assert len(chat.messages) == len(before) + 2
+
+
+def test_a_prompt_of_nothing(models: dict[str, LanguageModel]) -> None:
+    for prompt in (lambda: models["gqa"].chat(raw=True).say(""), lambda: models["gqa"].generate([])):
+        with pytest.raises(UserError, match="the prompt is empty; expected at least one token"):
+            list(prompt())
+
+
+def test_a_token_that_the_model_does_not_have(models: dict[str, LanguageModel]) -> None:
+    model = models["gqa"]
+    wrong = (
+        rf"the text has token {VOCAB}, but the model knows {VOCAB} tokens, 0 to {VOCAB - 1}; expected the vocabulary"
+    )
+    for ids in ([1, VOCAB], [1, VOCAB, VOCAB + 7]):
+        with pytest.raises(UserError, match=wrong):
+            model.generate(ids)
+        with pytest.raises(UserError, match=wrong):
+            model.logits(ids)
+    with pytest.raises(UserError, match="the text has token -1"):
+        model.generate([-1])
+
+
+def test_settings_that_cannot_be_used_keep_no_bundle_from_opening(exports: Exports, tmp_path: Path) -> None:
+    odd = {"do_sample": True, "top_k": -1, "top_p": 0, "temperature": "0.7", "pad_token_id": None, "eos_token_id": [2]}
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", "gqa")
+    (checkpoint / "generation_config.json").write_text(json.dumps(odd))
+    bundle = headrace.export(checkpoint, tmp_path / "bundle", **SMALL, calibration=[exports.text])
+    with headrace.load(bundle) as model:
+        assert [note.split(" is ")[0] for note in model.notes] == [
+            "generation_config.json: temperature",
+            "generation_config.json: top_p",
+        ]
+        assert model.sampling == SamplingOptions(temperature=1.0)
+        assert model.bundle.pad_id == 2
 
 
 @pytest.mark.parametrize("slots", [1, 2])

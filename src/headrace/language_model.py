@@ -22,10 +22,10 @@ from headrace.runtime.context import WhenFull, fit
 from headrace.runtime.draft_model import draft_model
 from headrace.runtime.engine import PREFIX_BYTES, Engine
 from headrace.runtime.runner import Runner
-from headrace.runtime.sampling import SamplingOptions
+from headrace.runtime.sampling import SamplingOptions, usable_settings
 from headrace.runtime.session import Session, read_session, write_session
 from headrace.runtime.speculation import Speculation, prompt_lookup
-from headrace.text.tokenizer import Tokenizer
+from headrace.text.tokenizer import Tokenizer, check_ids
 from headrace.text.tokenizer_folder import load_tokenizer
 from headrace.text.turns import Message, RawTurns, TurnFormat, turn_format
 
@@ -49,6 +49,7 @@ class LanguageModel:
         tokenizer: text ↔ ids.
         turns: how a conversation becomes ids.
         sampling: the model's own sampling defaults.
+        notes: what of the bundle's settings cannot be used and is ignored, one line each.
     """
 
     def __init__(self, bundle: Bundle, answerer: Answerer, runner: str = "") -> None:
@@ -58,6 +59,7 @@ class LanguageModel:
         self._settings: Mapping[str, Any] = bundle.read_json("generation_config.json")
         self.turns: TurnFormat = turn_format(self.tokenizer, self._settings, self.tokenizer.chat_template)
         self.sampling = SamplingOptions.from_generation_config(self._settings)
+        self.notes = usable_settings(self._settings)[1]
         self._answerer = answerer
 
     @property
@@ -83,7 +85,9 @@ class LanguageModel:
 
         Raises:
             ContextFull: the sequence is longer than the context.
+            UserError: it has a token that the model does not have.
         """
+        check_ids(ids, self.bundle.config.vocab_size)
         return self.engine.score(ids)
 
     def generate(
@@ -139,11 +143,15 @@ class LanguageModel:
 
         Raises:
             ContextFull: the prompt leaves no room for an answer.
+            UserError: the prompt is empty, or has a token that the model does not have.
         """
         return self.stream(ids, options, Answer(self.tokenizer, limits, continues=continues, logprobs=logprobs))
 
     def stream(self, ids: Sequence[int], options: SamplingOptions, answer: Answer) -> Iterator[Token]:
         """`answer`, for a caller that looks at the Answer while it is made."""
+        if not ids:
+            raise UserError("the prompt is empty; expected at least one token: say something")
+        check_ids(ids, self.bundle.config.vocab_size)
         return self._answerer.answer(ids, options, answer)
 
     def sampling_options(self, **overrides: Any) -> SamplingOptions:

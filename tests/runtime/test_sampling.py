@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from headrace.errors import HeadraceError, UserError
-from headrace.runtime.sampling import Sampler, SamplingOptions, log_probabilities
+from headrace.runtime.sampling import Sampler, SamplingOptions, log_probabilities, usable_settings
 
 # A probability estimated from this many draws is off by less than 4 standard deviations: 4 * sqrt(0.25 / DRAWS).
 DRAWS = 8000
@@ -199,6 +201,49 @@ def test_a_models_own_sampling_and_what_changes_it(
     config: Mapping[str, Any], overrides: Mapping[str, Any], expected: SamplingOptions
 ) -> None:
     assert SamplingOptions.from_generation_config(config, overrides) == expected
+
+
+# Values that published generation_config.json files have
+SAMPLES = {"do_sample": True}
+PLAIN = SamplingOptions(1.0, 50)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected", "note"),
+    [
+        (SAMPLES | {"top_k": -1}, SamplingOptions(1.0, 0), None),
+        (SAMPLES | {"top_k": 0}, SamplingOptions(1.0, 0), None),
+        (SAMPLES | {"top_k": 20.5}, PLAIN, "top_k is 20.5; expected a whole number"),
+        (SAMPLES | {"top_p": 0}, PLAIN, "top_p is 0; expected above 0"),
+        (SAMPLES | {"top_p": 0.0}, PLAIN, "top_p is 0.0; expected above 0"),
+        (SAMPLES | {"top_p": None, "top_k": None, "temperature": None, "repetition_penalty": None}, PLAIN, None),
+        (SAMPLES | {"temperature": "0.7"}, PLAIN, "temperature is '0.7'; expected 0"),
+        (SAMPLES | {"temperature": -1}, PLAIN, "temperature is -1"),
+        (SAMPLES | {"temperature": math.nan}, PLAIN, "temperature is nan"),
+        (SAMPLES | {"temperature": [1]}, PLAIN, r"temperature is \[1\]"),
+        (SAMPLES | {"temperature": 0}, SamplingOptions(0, 50), None),
+        (SAMPLES | {"repetition_penalty": 0}, PLAIN, "repetition_penalty is 0; expected above 0"),
+        ({"repetition_penalty": "1.1"}, SamplingOptions(), "repetition_penalty is '1.1'"),
+        ({"do_sample": "true", "temperature": 0.5}, SamplingOptions(), "do_sample is 'true'; expected true or false"),
+        ({"do_sample": False, "top_p": 7}, SamplingOptions(), "top_p is 7"),
+        ({"do_sample": None, "temperature": 0.6}, SamplingOptions(), None),
+    ],
+)
+def test_what_cannot_be_used_is_ignored_with_a_note(
+    config: dict[str, Any], expected: SamplingOptions, note: str | None
+) -> None:
+    assert SamplingOptions.from_generation_config(config) == expected
+    notes = usable_settings(config)[1]
+    assert len(notes) == (note is not None)
+    if note is not None:
+        assert re.match(rf"generation_config.json: {note}.*: ignored$", notes[0])
+
+
+def test_what_is_asked_for_wins_over_what_cannot_be_used() -> None:
+    asked = SamplingOptions.from_generation_config({"do_sample": True, "temperature": "x", "top_k": -1}, {
+        "temperature": 0.5, "top_k": 3,
+    })  # fmt: skip
+    assert asked == SamplingOptions(0.5, 3)
 
 
 def test_an_unknown_option_gets_a_hint() -> None:

@@ -103,6 +103,17 @@ class Bundle:
         path = self.root / name
         return read_json(path) if path.exists() else {}
 
+    @property
+    def pad_id(self) -> int:
+        """The token in places of a step that hold none: the model's pad token, else its first end token, else 0."""
+        settings = self.read_json("generation_config.json")
+        for name in ("pad_token_id", "eos_token_id"):
+            value = settings.get(name)
+            first = value[0] if isinstance(value, list) and value else value
+            if type(first) is int and 0 <= first < self.config.vocab_size:
+                return first
+        return 0
+
 
 def is_bundle(path: Path) -> bool:
     """Whether a folder has a manifest."""

@@ -49,8 +49,9 @@ def note(text: str) -> None:
 
 
 def print_json(report: Mapping[str, Any]) -> None:
-    """The report as one line of JSON on stdout."""
-    print(json.dumps(report, ensure_ascii=False), flush=True)  # noqa: T201
+    """The report as one line of JSON on stdout, escaped where stdout is not UTF-8, so that nothing is replaced."""
+    unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    print(json.dumps(report, ensure_ascii=not unicode), flush=True)  # noqa: T201
 
 
 def table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -10,9 +11,20 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from headrace.cli.console import note
 from headrace.exporter.options import ExportOptions, flag, spelled
 
-__all__ = ["Adapters", "BundlePath", "CheckpointPath", "Json", "RunnerName", "Save", "Threads", "takes_export_options"]
+__all__ = [
+    "Adapters",
+    "BundlePath",
+    "CheckpointPath",
+    "Json",
+    "RunnerName",
+    "Save",
+    "Threads",
+    "takes_export_options",
+    "useful_threads",
+]
 
 Verb = TypeVar("Verb", bound=Callable[..., None])
 
@@ -31,6 +43,17 @@ RunnerName = Annotated[
 Save = Annotated[
     bool, typer.Option("--save", help="Keep the numbers with the bundle, in its folder measurements, for: card.")
 ]
+
+
+def useful_threads(threads: int | None) -> int | None:
+    """As many threads as were asked for, but no more than this program has processors, with a note: more would wait
+    for each other, and a step could take minutes."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if threads is None or threads <= processors:
+        return threads
+    s = "" if processors == 1 else "s"
+    note(f"--threads {threads} is more than the {processors} processor{s} here: {processors} thread{s} will run")
+    return processors
 
 
 def takes_export_options(verb: Verb) -> Verb:

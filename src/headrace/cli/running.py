@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headrace.cli.console import note, progress_bars
-from headrace.cli.options import BundlePath, RunnerName, Threads
+from headrace.cli.options import BundlePath, RunnerName, Threads, useful_threads
+from headrace.errors import UserError
 
 if TYPE_CHECKING:
     from headrace.language_model import LanguageModel
@@ -56,7 +57,7 @@ def chat(
     """Talk with a bundle."""
     from headrace.cli.repl import converse, print_answer
 
-    with _open_model(bundle, runner, threads, speculate) as model:
+    with _open_model(bundle, runner, useful_threads(threads), speculate) as model:
         options = model.sampling_options(
             temperature=0.0 if greedy else temperature,
             top_k=top_k,
@@ -67,6 +68,8 @@ def chat(
             frequency_penalty=frequency_penalty,
             seed=seed,
         )
+        for line in model.notes:
+            note(line)
         saved = session if session is not None and session.exists() else None
         talk = model.chat(system, raw=raw, when_full=when_full, session=saved)
         if talk.turns.is_raw and not raw:
@@ -82,8 +85,10 @@ def chat(
                 print_answer(answer(prompt))
             elif sys.stdin.isatty():
                 converse(answer)
+            elif piped := sys.stdin.read():
+                print_answer(answer(piped))
             else:
-                print_answer(answer(sys.stdin.read()))
+                raise UserError("stdin is empty; expected a prompt there, a terminal, or -p PROMPT")
         finally:
             if session is not None and talk.messages:
                 talk.save(session)

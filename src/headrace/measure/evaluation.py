@@ -19,7 +19,7 @@ from headrace.quantize.simulate import Simulated, simulated_logits
 from headrace.runners import Options, open_runner
 from headrace.runtime.engine import Engine
 from headrace.text.conversation import conversation
-from headrace.text.tokenizer import Tokenizer
+from headrace.text.tokenizer import Tokenizer, check_ids
 from headrace.text.tokenizer_folder import load_tokenizer
 from headrace.text.turns import turn_format
 
@@ -74,6 +74,8 @@ def evaluate_bundle(
     tokenizer = load_tokenizer(bundle.root)
     # All texts are read and cut before the first is scored.
     cut = [(file.name, first_windows(tokenizer.encode(read_text(file)), str(file), length, windows)) for file in texts]
+    for _, ids in cut:
+        check_ids(ids.ravel().tolist(), bundle.config.vocab_size)
     if "chat" in wanted:
         cut = [kind for name, ids in cut for kind in ((name, ids), (f"{name} as chat", _chats(bundle, tokenizer, ids)))]
     store = bundle.weights()

@@ -17,10 +17,11 @@ import numpy.typing as npt
 
 from headrace.errors import HeadraceError, UserError, did_you_mean
 
-__all__ = ["Sampler", "SamplingOptions", "log_probabilities"]
+__all__ = ["Sampler", "SamplingOptions", "log_probabilities", "usable_settings"]
 
 LOOKS = (256, 4096, 0)  # candidates looked at for top-p, until they suffice; 0: the whole vocabulary
 ROW = 128  # logits looked at together when the largest are sought
+SAMPLED = ("temperature", "top_k", "top_p")  # a generation_config.json has a say in these only where do_sample is true
 HF_TOP_K = 50  # what Hugging Face's generation takes when it samples and the configuration says nothing
 
 
@@ -90,11 +91,11 @@ class SamplingOptions:
         given too.
 
         Args:
-            config: the content of generation_config.json; other keys are ignored.
+            config: the content of generation_config.json; other keys, and values that cannot be used, are ignored.
             overrides: field name → value; None leaves the model's value.
 
         Raises:
-            UserError: a value is out of range or an override has an unknown name.
+            UserError: an override is out of range or has an unknown name.
         """
         wanted = {name: value for name, value in (overrides or {}).items() if value is not None}
         known = [f.name for f in fields(cls)]
@@ -102,17 +103,42 @@ class SamplingOptions:
             if name not in known:
                 raise UserError(f"unknown sampling option {name!r}; expected one of {', '.join(known)}"
                                 f"{did_you_mean(name, known)}")  # fmt: skip
-        values: dict[str, Any] = {}
-        if config.get("do_sample") is True:
-            values = {"temperature": 1.0, "top_k": HF_TOP_K}
-            for name in ("temperature", "top_k", "top_p"):
-                if config.get(name) is not None:
-                    values[name] = config[name]
+        said, _ = usable_settings(config)
+        samples = said.pop("do_sample", False)
+        values = {name: value for name, value in said.items() if samples or name not in SAMPLED}
+        if samples:
+            values = {"temperature": 1.0, "top_k": HF_TOP_K, **values}
         elif {"top_k", "top_p"} & wanted.keys():
             values["temperature"] = 1.0
-        if config.get("repetition_penalty") is not None:
-            values["repetition_penalty"] = config["repetition_penalty"]
         return replace(cls(), **{**values, **wanted})
+
+
+def usable_settings(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What can be used of a generation_config.json's sampling values, and a note on each that cannot.
+
+    A model's files are as their author left them: null means not said, a top_k below 1 means all tokens, and a value
+    that means nothing here must not keep a bundle from opening.
+    """
+    values: dict[str, Any] = {}
+    notes = []
+    for name in ("do_sample", *SAMPLED, "repetition_penalty"):
+        value = config.get(name)
+        if value is None:
+            continue
+        if name == "top_k" and isinstance(value, int) and not isinstance(value, bool):
+            value = max(value, 0)
+        said: dict[str, Any] = {name: value}
+        try:
+            if name == "do_sample":
+                if not isinstance(value, bool):
+                    raise UserError(f"do_sample is {value!r}; expected true or false")
+            else:
+                replace(SamplingOptions(), **said)
+        except UserError as error:
+            notes.append(f"generation_config.json: {error}: ignored")
+        else:
+            values |= said
+    return values, notes
 
 
 class Sampler:

@@ -101,7 +101,6 @@ class DeviceRunner:
         folder = folder or bundle.root / DEVICE_FOLDER
         if not folder.is_dir():
             raise BundleError(f"{folder} does not exist; expected device graphs: export with --keep-onnx")
-        pad = bundle.read_json("generation_config.json").get("pad_token_id")
         return cls(
             bundle.config,
             bundle.parts,
@@ -109,7 +108,7 @@ class DeviceRunner:
             read_encodings(bundle.root / "encodings.json"),
             lengths=bundle.step_lengths,
             contexts=bundle.contexts,
-            pad=pad if isinstance(pad, int) else 0,
+            pad=bundle.pad_id,
             threads=threads,
             slots=slots,
         )

@@ -6,9 +6,11 @@ Knows nothing about files, models, turns or sampling.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["Tokenizer", "valid_text"]
+from headrace.errors import TokenizerError
+
+__all__ = ["Tokenizer", "check_ids", "valid_text"]
 
 
 class Tokenizer(ABC):
@@ -85,6 +87,20 @@ class Tokenizer(ABC):
         if self.drops_leading_space and not continues:
             raw = raw.removeprefix(b" ")
         return raw.decode("utf-8", errors="replace")
+
+
+def check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    """Refuse token ids that a model of `vocab_size` tokens does not have.
+
+    Raises:
+        TokenizerError: naming the first.
+    """
+    wrong = next((i for i in ids if not 0 <= i < vocab_size), None)
+    if wrong is not None:
+        raise TokenizerError(
+            f"the text has token {wrong}, but the model knows {vocab_size} tokens, 0 to {vocab_size - 1}; "
+            "expected the vocabulary that the model was trained with: copy its own tokenizer files"
+        )
 
 
 def valid_text(text: str) -> str:

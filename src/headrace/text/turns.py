@@ -281,8 +281,8 @@ def turn_format(
     Raises:
         UserError: the turn ids are not the vocabulary's, or the template does not compile.
     """
-    user, assistant = generation_config.get("user_token_id"), generation_config.get("assistant_token_id")
-    if isinstance(user, int) and isinstance(assistant, int):
+    user, assistant = (generation_config.get(f"{role}_token_id") for role in ("user", "assistant"))
+    if type(user) is int and type(assistant) is int:  # true and false are no ids
         return IdTurns(tokenizer, user, assistant)
     template = chat_template or tokenizer.chat_template
     return TemplateTurns(tokenizer, template) if template else RawTurns(tokenizer)

@@ -49,7 +49,6 @@ def genie_plan(bundle: Bundle, soc: Soc) -> GeniePlan:
     settings = bundle.read_json("generation_config.json")
     turns = turn_format(tokenizer, settings, tokenizer.chat_template)
     eos = end_ids(tokenizer, turns)
-    pad = settings.get("pad_token_id")
     return GeniePlan(
         config=bundle.config,
         parts=bundle.parts,
@@ -57,7 +56,7 @@ def genie_plan(bundle: Bundle, soc: Soc) -> GeniePlan:
         contexts=bundle.contexts,
         soc=soc,
         eos=eos,
-        pad=pad if isinstance(pad, int) else eos[0],
+        pad=bundle.pad_id,
         bos=tokenizer.bos_id if tokenizer.add_bos else None,
         sampling=genie_sampling(SamplingOptions.from_generation_config(settings)),
         encodings=port_encodings(bundle.parts, read_encodings(bundle.root / "encodings.json")),
