@@ -28,9 +28,11 @@ class Activations {
       uint8_t* at = fine_memory_.data() + bytes * i;
       Fine& f = fine_[i];
       f.natural = reinterpret_cast<int16_t*>(at);
-      f.codes4 = f.natural + padded;
-      f.codes8 = f.codes4 + padded;
-      f.steps4 = reinterpret_cast<int32_t*>(f.codes8 + padded);
+      f.high4 = reinterpret_cast<int8_t*>(f.natural + padded);
+      f.low4 = f.high4 + padded;
+      f.high8 = f.low4 + padded;
+      f.low8 = f.high8 + padded;
+      f.steps4 = reinterpret_cast<int32_t*>(f.low8 + padded);
       f.steps8 = f.steps4 + steps4;
       f.segments4 = f.steps8 + steps8;
       f.segments8 = f.segments4 + segments;

@@ -54,11 +54,11 @@ inline int rounded(float x, int limit) {  // NaN gives 0: the scale carries it
 
 template <class V>
 float quantize(const float* x, int k, int16_t* codes) {
-  const float top = largest<V>(x, k), inverse = top > 0 ? 32767 / top : 0;
+  const float top = largest<V>(x, k), inverse = top > 0 ? kTop / top : 0;
   int i = 0;
   for (; i + V::lanes <= k; i += V::lanes) V::store16(codes + i, V::to_int(V::mul(V::loadf(x + i), V::setf(inverse))));
-  for (; i < k; i++) codes[i] = int16_t(rounded(x[i] * inverse, 32767));
-  return top / 32767;
+  for (; i < k; i++) codes[i] = int16_t(rounded(x[i] * inverse, kTop));
+  return top / kTop;
 }
 
 template <class V>

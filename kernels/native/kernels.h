@@ -17,6 +17,7 @@ constexpr int kColumns = 256;   // columns of coarse activations that lie togeth
 constexpr int kSegment = 2048;  // columns whose products are summed in int32 before they become float
 constexpr int kTile = 16;       // positions of a tile of keys
 constexpr int kBlock = 64;      // positions whose probabilities share a maximum
+constexpr int kTop = 32639;     // largest code of fine activations: 256 * 127 + 127
 constexpr int kPad = 128;       // rows of activations are padded with zeros to a multiple of this
 
 constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
@@ -32,13 +33,15 @@ struct Weight {
   int blocks() const { return block ? k / block : 1; }
 };
 
-// One token's fine activations. The order of codes and the starts are the variant's own. A start is what the zero point
-// takes from a sum: minus zero point times the sum of the codes, a lane at a time, so that sums begin with it.
+// One token's fine activations: int16 codes 256 * high + low, both int8, because products of bytes cost half of what
+// products of int16 do. The order of codes and the starts are the variant's own. A start is what the zero point takes from a
+// sum: minus zero point times the sum of the codes, a lane at a time, so that sums begin with it.
 struct Fine {
   float scale;
-  int16_t* natural;              // codes in their own order, padded with zeros to kPad
-  int16_t *codes4, *codes8;      // the same for 4-bit and for 8-bit weights
-  int32_t *steps4, *steps8;      // starts of each step of a row
+  int16_t* natural;                // codes in their own order, padded with zeros to kPad
+  int8_t *high4, *low4;            // for 4-bit weights
+  int8_t *high8, *low8;            // for 8-bit weights
+  int32_t *steps4, *steps8;        // starts of each step of a row
   int32_t *segments4, *segments8;  // starts of each kSegment columns
 };
 
@@ -76,7 +79,7 @@ struct Attend {
 
 struct Kernels {
   const char* name;
-  // int16 codes of x (k) in natural order; gives the scale. NaN and infinity make the scale so.
+  // int16 codes of x (k), at most kTop; gives the scale. NaN and infinity make the scale so.
   float (*quantize)(const float* x, int k, int16_t* codes);
   void (*fine)(const float* x, int k, bool four, bool eight, Fine& out);
   void (*decode)(const Weight& w, const Fine* x, int m, int begin, int end, const Out& out, int column);

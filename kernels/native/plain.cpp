@@ -22,9 +22,9 @@ int rounded(float x, int limit) {  // NaN gives 0: the scale carries it
 }
 
 float quantize(const float* x, int k, int16_t* codes) {
-  const float top = largest(x, k), inverse = top > 0 ? 32767 / top : 0;
-  for (int i = 0; i < k; i++) codes[i] = int16_t(rounded(x[i] * inverse, 32767));
-  return top / 32767;
+  const float top = largest(x, k), inverse = top > 0 ? kTop / top : 0;
+  for (int i = 0; i < k; i++) codes[i] = int16_t(rounded(x[i] * inverse, kTop));
+  return top / kTop;
 }
 
 void fine(const float* x, int k, bool, bool, Fine& out) { out.scale = quantize(x, k, out.natural); }

@@ -24,28 +24,30 @@ struct Avx2 {
   static void store(void* p, I v) { _mm256_storeu_si256(static_cast<I*>(p), v); }
   static I zero() { return _mm256_setzero_si256(); }
   static I set8(int v) { return _mm256_set1_epi8(char(v)); }
-  static I set16(int v) { return _mm256_set1_epi16(short(v)); }
   static I set32(int v) { return _mm256_set1_epi32(v); }
   static I add32(I a, I b) { return _mm256_add_epi32(a, b); }
+  static I sub32(I a, I b) { return _mm256_sub_epi32(a, b); }
+  static I times256(I a) { return _mm256_slli_epi32(a, 8); }
   static I broadcast32(const void* p) {
     int v;
     std::memcpy(&v, p, 4);
     return _mm256_set1_epi32(v);
   }
 
-  // The j-th four bits of every 16, and every other byte, as 16-bit numbers.
-  template <int J> static I nibble(I w) {
-    const I moved = J == 0 ? w : _mm256_srli_epi16(w, 4 * J);
-    return J == 3 ? moved : _mm256_and_si256(moved, _mm256_set1_epi16(15));
-  }
-  static I even_bytes(I w) { return _mm256_and_si256(w, _mm256_set1_epi16(255)); }
-  static I odd_bytes(I w) { return _mm256_srli_epi16(w, 8); }
   static I low_nibbles(I w) { return _mm256_and_si256(w, _mm256_set1_epi8(15)); }
   static I high_nibbles(I w) { return _mm256_and_si256(_mm256_srli_epi16(w, 4), _mm256_set1_epi8(15)); }
   // In every eight bytes the even ones first.
   static I evens_first(I w) {
     return _mm256_shuffle_epi8(
         w, _mm256_broadcastsi128_si256(_mm_set_epi8(15, 13, 11, 9, 14, 12, 10, 8, 7, 5, 3, 1, 6, 4, 2, 0)));
+  }
+
+  // Codes 256 * high + low of N * bytes columns; with N = 2 the even columns first, then the odd ones.
+  template <int N> static void split(const int16_t* codes, int8_t* high, int8_t* low) {
+    for (int i = 0; i < N * bytes; i++) {
+      const int at = N == 1 ? i : i % 2 * bytes + i / 2, h = (codes[i] + 128) >> 8;
+      high[at] = int8_t(h), low[at] = int8_t(codes[i] - 256 * h);
+    }
   }
 
   // Sums of products of neighbours: two int16, or four of a byte (unsigned, of Bits) by a byte (signed), to each int32.

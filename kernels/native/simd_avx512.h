@@ -21,27 +21,47 @@ struct Avx512 {
   static void store(void* p, I v) { _mm512_storeu_si512(p, v); }
   static I zero() { return _mm512_setzero_si512(); }
   static I set8(int v) { return _mm512_set1_epi8(char(v)); }
-  static I set16(int v) { return _mm512_set1_epi16(short(v)); }
   static I set32(int v) { return _mm512_set1_epi32(v); }
   static I add32(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I sub32(I a, I b) { return _mm512_sub_epi32(a, b); }
+  static I times256(I a) { return _mm512_slli_epi32(a, 8); }
   static I broadcast32(const void* p) {
     int v;
     std::memcpy(&v, p, 4);
     return _mm512_set1_epi32(v);
   }
 
-  // The j-th four bits of every 16, and every other byte, as 16-bit numbers.
-  template <int J> static I nibble(I w) {
-    const I moved = J == 0 ? w : _mm512_srli_epi16(w, 4 * J);
-    return J == 3 ? moved : _mm512_and_si512(moved, _mm512_set1_epi16(15));
-  }
-  static I even_bytes(I w) { return _mm512_and_si512(w, _mm512_set1_epi16(255)); }
-  static I odd_bytes(I w) { return _mm512_srli_epi16(w, 8); }
   static I low_nibbles(I w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); }
   static I high_nibbles(I w) { return _mm512_and_si512(_mm512_srli_epi16(w, 4), _mm512_set1_epi8(15)); }
   // In every eight bytes the even ones first.
   static I evens_first(I w) {
     return _mm512_shuffle_epi8(w, _mm512_broadcast_i32x4(_mm_set_epi8(15, 13, 11, 9, 14, 12, 10, 8, 7, 5, 3, 1, 6, 4, 2, 0)));
+  }
+
+  // Codes 256 * high + low of N * bytes columns; with N = 2 the even columns first, then the odd ones.
+  template <int N> static void split(const int16_t* codes, int8_t* high, int8_t* low) {
+    I h[2], l[2];
+    for (int i = 0; i < N; i++) {
+      const I a = load(codes + 64 * i), b = load(codes + 64 * i + 32), half = _mm512_set1_epi16(128);
+      const __m256i ha = _mm512_cvtepi16_epi8(_mm512_srai_epi16(_mm512_add_epi16(a, half), 8));
+      const __m256i hb = _mm512_cvtepi16_epi8(_mm512_srai_epi16(_mm512_add_epi16(b, half), 8));
+      h[i] = _mm512_inserti64x4(_mm512_castsi256_si512(ha), hb, 1);
+      l[i] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(a)), _mm512_cvtepi16_epi8(b), 1);
+    }
+    if constexpr (N == 1) {
+      store(high, h[0]), store(low, l[0]);
+    } else {
+      store_apart(high, h[0], h[1]);
+      store_apart(low, l[0], l[1]);
+    }
+  }
+  // The even bytes of two vectors, then the odd ones.
+  static void store_apart(int8_t* p, I a, I b) {
+    const I even = _mm512_set1_epi16(255);
+    const __m256i ea = _mm512_cvtepi16_epi8(_mm512_and_si512(a, even)), oa = _mm512_cvtepi16_epi8(_mm512_srli_epi16(a, 8));
+    const __m256i eb = _mm512_cvtepi16_epi8(_mm512_and_si512(b, even)), ob = _mm512_cvtepi16_epi8(_mm512_srli_epi16(b, 8));
+    store(p, _mm512_inserti64x4(_mm512_castsi256_si512(ea), eb, 1));
+    store(p + 64, _mm512_inserti64x4(_mm512_castsi256_si512(oa), ob, 1));
   }
 
   // Sums of products of neighbours: two int16, or four of a byte (unsigned) by a byte (signed), to each int32.

@@ -45,8 +45,8 @@ def random_weight(rng: np.random.Generator, n: int, k: int, bits: int, block: in
 def fine(x: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """int16 codes of rows (M, K) and their scales (M, 1)."""
     top = np.abs(x).max(axis=1, keepdims=True)
-    inverse = np.divide(np.float32(32767), top, out=np.zeros_like(top), where=top > 0)
-    return np.rint(x * inverse).astype(np.int64), (top / np.float32(32767)).astype(np.float64)
+    inverse = np.divide(np.float32(32639), top, out=np.zeros_like(top), where=top > 0)
+    return np.rint(x * inverse).astype(np.int64), (top / np.float32(32639)).astype(np.float64)
 
 
 def coarse(x: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
