@@ -2,23 +2,13 @@
 
 #include <sys/mman.h>
 
-#include <cmath>
 #include <cstring>
 
 #include "error.h"
 
 namespace headrace {
-namespace {
-
-int8_t code(float x, float scale) {  // as QuantizeLinear does it: nearest, ties to even, saturating
-  const float c = std::nearbyintf(x / scale);
-  return c >= 127 ? 127 : c <= -128 ? -128 : c == c ? int8_t(c) : 0;
-}
-
-}  // namespace
-
-Cache::Cache(const Geometry& g, bool int8, std::vector<float> scales, int slots, int context)
-    : geometry_(g), int8_(int8), scales_(std::move(scales)), context_(context),
+Cache::Cache(const Geometry& g, bool int8, std::vector<float> scales, int slots, int context, const Kernels& kernels)
+    : geometry_(g), int8_(int8), scales_(std::move(scales)), kernels_(kernels), context_(context),
       padded_(int(round_up(g.head_dim, kTile))), lengths_(slots, 0) {
   const size_t positions = round_up(context, kBlock);
   key_bytes_ = positions * g.head_dim * (int8 ? 1 : 4);
@@ -48,14 +38,13 @@ void Cache::store(int slot, int layer, int head, int position, const float* key,
     std::memcpy(v + size_t(position) * d * 4, value, size_t(d) * 4);
     return;
   }
-  const float key_scale = scales_[2 * layer], value_scale = scales_[2 * layer + 1];
+  int8_t codes[512];  // the widest head
+  kernels_.cache_codes(key, scales_[2 * layer], d, codes);
   k += size_t(position / kTile) * kTile * d + position % kTile * 2;
+  for (int i = 0; i < d; i += 2) std::memcpy(k + size_t(i) * kTile, codes + i, 2);
+  kernels_.cache_codes(value, scales_[2 * layer + 1], d, codes);
   v += size_t(position / 2) * padded_ * 2 + position % 2;
-  for (int i = 0; i < d; i += 2) {
-    k[size_t(i) * kTile] = uint8_t(code(key[i], key_scale));
-    k[size_t(i) * kTile + 1] = uint8_t(code(key[i + 1], key_scale));
-  }
-  for (int i = 0; i < d; i++) v[2 * i] = uint8_t(code(value[i], value_scale));
+  for (int i = 0; i < d; i++) v[2 * i] = uint8_t(codes[i]);
 }
 
 void Cache::copy(int source, int target, int n) {

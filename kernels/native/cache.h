@@ -16,7 +16,7 @@ namespace headrace {
 
 class Cache {
  public:
-  Cache(const Geometry& geometry, bool int8, std::vector<float> scales, int slots, int context);
+  Cache(const Geometry& geometry, bool int8, std::vector<float> scales, int slots, int context, const Kernels& kernels);
   ~Cache();
   Cache(const Cache&) = delete;
 
@@ -45,6 +45,7 @@ class Cache {
   const Geometry geometry_;
   const bool int8_;
   const std::vector<float> scales_;
+  const Kernels& kernels_;
   const int context_, padded_;
   size_t key_bytes_, value_bytes_, total_ = 0;  // of one head of one layer of one slot
   uint8_t* data_ = nullptr;

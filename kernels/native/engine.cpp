@@ -34,7 +34,7 @@ struct Engine::Scratch {
 
 Engine::Engine(std::unique_ptr<Program> program, int slots, int context, int threads, const Kernels& kernels, bool fuse)
     : program_(std::move(program)), kernels_(kernels), steps_(compile(*program_, fuse)),
-      cache_(program_->geometry, program_->int8, program_->scales, slots, context), pool_(threads) {
+      cache_(program_->geometry, program_->int8, program_->scales, slots, context, kernels), pool_(threads) {
   // An odd number of cache lines, so that the rows of a column do not all fall into one set of the cache.
   for (const int width : program_->registers) strides_.push_back(round_up(width, 16) | 16);
   for (size_t i = 0; i < strides_.size(); i++) registers_.emplace_back();
@@ -126,7 +126,7 @@ void Engine::prepare(const std::vector<Span>& spans, float* logits) {
     s->q.grow(queries * g.head_dim), s->p.grow(queries * kBlock);
     s->q_scale.grow(queries), s->m.grow(queries), s->l.grow(queries), s->limit.grow(queries);
     s->sum.grow(queries * cache_.padded()), s->turned.grow(std::max<size_t>(g.head_dim, queries * g.head_dim));
-    s->s.grow(queries * std::max(kBlock, cache_.padded()));
+    s->s.grow(queries * kBlock);
   }
 }
 

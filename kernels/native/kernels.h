@@ -74,7 +74,7 @@ struct Attend {
   int begin, end;                // positions; begin is a multiple of kBlock
   float *m, *l, *sum;            // (rows), (rows), (rows, padded); values without their scale
   int16_t* p;                    // scratch (rows, kBlock)
-  int32_t* s;                    // scratch (rows, max(kBlock, padded))
+  int32_t* s;                    // scratch (rows, kBlock)
 };
 
 struct Kernels {
@@ -93,6 +93,8 @@ struct Kernels {
   void (*add)(const float* a, const float* b, int k, float* y);
   void (*silu_mul)(const float* gate, const float* up, int k, float* y);
   void (*rope)(float* x, const float* cos, const float* sin, int half);
+  // int8 codes of x (k) on a cache's scale, as QuantizeLinear makes them: nearest, ties to even, saturating.
+  void (*cache_codes)(const float* x, float scale, int k, int8_t* codes);
   void (*attend)(const Attend& a);
   // The same with a float32 cache: keys and values (positions, head_dim), q float (rows, head_dim), sum (rows, head_dim).
   void (*attend_float)(const Attend& a, const float* q, const float* keys, const float* values);

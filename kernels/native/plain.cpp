@@ -110,6 +110,13 @@ void rope(float* x, const float* cos, const float* sin, int half) {
   }
 }
 
+void cache_codes(const float* x, float scale, int k, int8_t* codes) {
+  for (int i = 0; i < k; i++) {
+    const float c = std::nearbyintf(x[i] / scale);
+    codes[i] = int8_t(c >= 127 ? 127 : c > -128 ? c : -128);
+  }
+}
+
 // One block of the online softmax of a row: scores (base 2 logarithms) become int16 probabilities; the row's maximum and
 // sum move on. Gives the factor that turns sums over the codes into sums on the row's new scale.
 float softmax_block(float* scores, int n, int16_t* p, float& m, float& l, float* sum, int width) {
@@ -157,6 +164,6 @@ void attend(const Attend& a) {
 }  // namespace
 
 const Kernels plain_kernels = {"plain", quantize, fine,     decode, coarse,   prompt, prompt_scratch, 16,
-                               rms_norm, add,     silu_mul, rope,   attend, attend_float};
+                               rms_norm, add,     silu_mul, rope,   cache_codes, attend, attend_float};
 
 }  // namespace headrace
