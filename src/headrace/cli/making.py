@@ -153,6 +153,7 @@ def export(
 
     from headrace.bundle.folder import open_bundle
     from headrace.exporter.job import export as run
+    from headrace.exporter.origin import licence_line
 
     started = time.monotonic()
     told = bool(options["calibration"])
@@ -169,6 +170,7 @@ def export(
     seconds = time.monotonic() - started
     bundle = open_bundle(out)
     made = bundle.weight_bytes
+    note(licence_line(bundle.provenance["origin"]))
     if json:
         print_json({"bundle": str(out), "weight_bytes": made, "seconds": round(seconds, 1)})
     else:

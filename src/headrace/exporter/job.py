@@ -24,6 +24,7 @@ from headrace.checkpoint import Checkpoint
 from headrace.exporter.calibration import calibration_windows
 from headrace.exporter.estimate import estimate_disk
 from headrace.exporter.options import ExportOptions
+from headrace.exporter.origin import origin_of
 from headrace.exporter.settings import ExportSettings, settle
 from headrace.exporter.snapdragon import compile_target
 from headrace.exporter.workspace import Workspace, output_folder, refuse_full_disk, telling_full_disk, workspace
@@ -252,6 +253,7 @@ def _manifest(settings: ExportSettings, kv_scales: Sequence[tuple[float, float]]
         "provenance": {
             "checkpoint": source.path.name,
             "checkpoint_files": {file.name: file.stat().st_size for file in source.files},
+            "origin": origin_of(source),
             "options": settings.asked(),
         },
     }

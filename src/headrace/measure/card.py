@@ -33,6 +33,11 @@ CARD = "README.md"
 VERSION = 1  # of the block of facts
 GIVEN = ("title", "base_model", "license", "license_name", "license_link", "languages")
 _BLOCK = re.compile(r"\n<!-- headrace-card\n(.*?)\n-->\n?$", re.DOTALL)
+_LICENCES = {
+    "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "cc0-1.0", "cc-by-4.0",
+    "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "openrail", "gemma", "llama2", "llama3", "llama3.1", "llama3.2",
+    "llama3.3", "unknown", "other",
+}  # fmt: skip
 _PICTURES = (("Time to first token", "ttft"), ("Decoding over depth", "decode"))
 
 
@@ -79,8 +84,8 @@ def make_card(root: Path, given: Mapping[str, str]) -> str:
         title=title,
         front_matter=_front_matter(facts).rstrip(),
         compiled=facts.has("targets"),
-        licence=_licence(given),
-        base_model_link=f"https://huggingface.co/{given['base_model']}" if "base_model" in given else "",
+        licence=_licence(facts),
+        base_model_link=f"https://huggingface.co/{facts['base_model']}" if facts.has("base_model") else "",
         pictures=[
             (alt, f"{MEASUREMENTS}/{stem}.svg")
             for alt, stem in _PICTURES
@@ -215,11 +220,15 @@ def _front_matter(facts: Facts) -> str:
     if facts.has("targets"):
         tags += ["qnn", "genie", *facts["targets"].value]
     told = {name: facts[name].value for name in ("license_name", "license_link", "base_model") if facts.has(name)}
+    licence = facts["license"].value.lower() if facts.has("license") else "other"
+    if licence not in _LICENCES:  # the hub takes these; any other is "other" with a name
+        told.setdefault("license_name", licence)
+        licence = "other"
     if facts.has("base_model"):
         told["base_model_relation"] = "quantized"
     data = ModelCardData(
         language=facts["languages"].value.split(","),
-        license=facts["license"].value if facts.has("license") else "other",
+        license=licence,
         library_name="headrace",
         pipeline_tag="text-generation",
         tags=tags,
@@ -229,9 +238,10 @@ def _front_matter(facts: Facts) -> str:
     return text
 
 
-def _licence(given: Mapping[str, str]) -> str:
-    name = given.get("license_name") or given.get("license") or "see the original model"
-    return f"[{name}]({given['license_link']})" if "license_link" in given else name
+def _licence(facts: Facts) -> str:
+    known = [facts[name].value for name in ("license_name", "license") if facts.has(name)]
+    name = known[0] if known else "not stated; see the original model"
+    return f"[{name}]({facts['license_link']})" if facts.has("license_link") else name
 
 
 def _draw(root: Path) -> None:

@@ -24,6 +24,7 @@ __all__ = ["PLAN", "Fact", "Facts", "bundle_facts", "human", "table_rows"]
 
 MANIFEST, PLAN = "headrace.json", "plan"
 _LANGUAGES = {"en": "English", "zh": "Chinese"}
+_ORIGIN = {"base_model": "repository"}  # what a fact is called in the manifest, where that differs
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,14 @@ def bundle_facts(bundle: Bundle, given: Mapping[str, str]) -> Facts:
     """
     facts = Facts()
     facts.put("digest", bundle_digest(bundle.root), MANIFEST)
-    for name, value in given.items():
-        facts.put(name, value, "given")
+    origin = bundle.provenance.get("origin", {})
+    for name in ("title", "base_model", "license", "license_name", "license_link"):
+        stated = origin.get(_ORIGIN.get(name, name))
+        if value := given.get(name) or stated:
+            facts.put(name, value, "given" if name in given else f"{MANIFEST}#/provenance/origin")
     codes = given.get("languages", "zh,en").split(",")
-    facts.put("languages", ",".join(codes), "given", " and ".join(_LANGUAGES.get(c, c) for c in codes))
+    source = "given" if "languages" in given else "default"
+    facts.put("languages", ",".join(codes), source, " and ".join(_LANGUAGES.get(c, c) for c in codes))
     _geometry(facts, bundle)
     _weights(facts, bundle)
     _ports(facts, bundle)
