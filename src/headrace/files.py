@@ -54,7 +54,7 @@ def read_json(path: Path, *, error: type[UserError] = BundleError, advice: str =
             raise error(f"{path} has {path.stat().st_size} bytes; expected at most {JSON_LIMIT}")
         if instead := stands_for(data[:512]):
             raise error(f"{path} is {instead}")
-        value = json.loads(data.decode("utf-8"))
+        value = json.loads(data.decode("utf-8-sig"))  # some editors put a byte order mark in front
     except OSError as cause:
         raise error(f"{path} cannot be read ({cause}): {advice}") from None
     except (ValueError, RecursionError) as cause:

@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from headrace.checkpoint import LazyTensor, open_checkpoint
 from headrace.checkpoint.gguf_file import read_gguf
+from headrace.checkpoint.lora import adapted
 from headrace.checkpoint.safetensors_file import read_safetensors
 from headrace.checkpoint.torch_file import read_torch
 from headrace.errors import HeadraceError
@@ -341,6 +343,26 @@ def index(rng: Rng, good: Good) -> bytes:
     return json.dumps(value if rng.randrange(10) else any_json(rng)).encode()
 
 
+def adapter(rng: Rng, good: Good) -> bytes:
+    """An adapter_config.json."""
+    if rng.randrange(4) == 0:
+        return damaged(rng, good["adapter_config.json"])
+    value = json.loads(good["adapter_config.json"])
+    names = [*value, "use_dora", "bias", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out"]
+    for _ in range(rng.randint(1, 3)):
+        value[rng.choice(names)] = any_json(rng)
+    return json.dumps(value if rng.randrange(20) else any_json(rng)).encode()
+
+
+def adapter_weights(rng: Rng, good: Good) -> bytes:
+    """Its weights."""
+    return damaged(rng, good["adapter_model.safetensors"])
+
+
+def _open_adapter(path: Path) -> dict[str, LazyTensor]:
+    return dict(adapted(open_checkpoint(path.parents[1] / "folder"), [path.parent]).tensors)
+
+
 def _open_folder(path: Path) -> dict[str, LazyTensor]:
     return dict(open_checkpoint(path.parent).tensors)
 
@@ -357,6 +379,8 @@ FORMATS: dict[str, tuple[Callable[[Rng, Good], bytes], str, Callable[[Path], dic
     "gguf": (gguf, "x.gguf", _open_gguf),
     "config.json": (config, "folder/config.json", _open_folder),
     "index.json": (index, "folder/model.safetensors.index.json", _open_folder),
+    "adapter_config.json": (adapter, "adapter/adapter_config.json", _open_adapter),
+    "adapter": (adapter_weights, "adapter/adapter_model.safetensors", _open_adapter),
 }
 
 
@@ -364,6 +388,15 @@ def prepare(folder: Path) -> Good:
     """The good files, and a model's folder into which one hostile file at a time is put."""
     good = good_files(folder / "good") if (folder / "good").mkdir(parents=True) is None else {}
     shutil.copytree(folder / "good" / "llama", folder / "folder")
+    (folder / "adapter").mkdir()
+    pair = {"lora_A": np.ones((2, 16), np.float32), "lora_B": np.ones((16, 2), np.float32)}
+    target = "base_model.model.model.layers.0.self_attn.q_proj"
+    save_file(
+        {f"{target}.{part}.weight": t for part, t in pair.items()}, folder / "adapter" / "adapter_model.safetensors"
+    )
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "use_rslora": False}
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    good |= {path.name: path.read_bytes() for path in (folder / "adapter").iterdir()}
     return good | {"folder": str(folder).encode()}
 
 

@@ -66,7 +66,22 @@ def as_bin(folder: Path, write: Callable[[Path, Any], Path] = write_zip, **extra
     write(folder / "pytorch_model.bin", {k: Stored(v, parameter=True) for k, v in tensors.items()} | extra)
 
 
+def as_bins(folder: Path) -> None:
+    """Each shard as a pytorch_model-0000N-of-00002.bin; the index goes."""
+    (folder / "model.safetensors.index.json").unlink()
+    for name in (FIRST, SECOND):
+        tensors = load_file(folder / name)
+        (folder / name).unlink()
+        path = folder / name.replace("model", "pytorch_model").replace("safetensors", "bin")
+        write_legacy(path, {k: Stored(v) for k, v in tensors.items()})
+
+
 GOOD: dict[str, tuple[int, Callable[[Path], Any]]] = {  # name → shards, what is done to the folder
+    "bin shards without an index": (2, as_bins),
+    "the original format beside": (2, lambda f: (f / "consolidated.safetensors").write_bytes(b"x")),
+    "a byte order mark": (
+        1, lambda f: (f / "config.json").write_bytes(b"\xef\xbb\xbf" + (f / "config.json").read_bytes()),
+    ),
     "index forgets a tensor": (2, lambda f: drop_from_index(f, "model.norm.weight", "lm_head.weight")),
     "index forgets a shard": (
         2, lambda f: edit_json(f / "model.safetensors.index.json", weight_map={"model.norm.weight": FIRST}),
@@ -326,6 +341,20 @@ def test_a_file_of_a_folder_is_answered_with_the_folder(tmp_path: Path) -> None:
     folder = write_llama(tmp_path)
     with pytest.raises(CheckpointError, match=f"is one file of a model; expected its folder; name {folder}"):
         open_checkpoint(folder / "model.safetensors")
+
+
+def test_a_file_without_its_config_is_answered_with_what_lacks(tmp_path: Path) -> None:
+    path = write_llama(tmp_path / "model") / "model.safetensors"
+    path.with_name("config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"expected its folder; fetch config.json and name .*model$"):
+        open_checkpoint(path)
+
+
+def test_a_hubs_cache_is_answered_with_its_snapshot(tmp_path: Path) -> None:
+    cache = tmp_path / "models--org--tiny"
+    folder = write_llama(cache / "snapshots" / "abc")
+    with pytest.raises(CheckpointError, match=f"is a hub's cache.* name {folder}"):
+        open_checkpoint(cache)
 
 
 # The config

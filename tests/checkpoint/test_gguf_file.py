@@ -287,6 +287,14 @@ def test_header_without_geometry(tmp_path: Path, values: dict[str, int], message
         open_checkpoint(tmp_path / "m.gguf")
 
 
+@pytest.mark.parametrize("kind", ["adapter", "mmproj", "imatrix"])
+def test_a_gguf_that_is_no_model(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(header(values=1) + key("general.type", 8, string(kind)) + bytes(64))
+    with pytest.raises(CheckpointError, match=f"is of GGUF type '{kind}'; expected a model"):
+        open_checkpoint(path)
+
+
 def test_model_without_embedding(tmp_path: Path) -> None:
     path = edited(write_gguf(tmp_path / "m.gguf"), b"token_embd.weight", b"token_embb.weight")
     with pytest.raises(CheckpointError, match=r"lacks tensor 'token_embd.weight'"):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from headrace.bundle.work_folder import work_folder
 from headrace.checkpoint import open_checkpoint
 from headrace.cli.main import _run
 from tests.exporter.hub_server import Hub, commit_of, serve_hub
@@ -222,6 +223,15 @@ def test_files_of_another_origin_are_left_alone(hub: Served, fetch: Fetch, tmp_p
     assert line == "error: mine has org/tiny; expected a folder for org/other; choose another with -o"
 
 
+def test_two_pulls_into_one_folder(hub: Served, fetch: Fetch, tmp_path: Path) -> None:
+    endpoint, _ = hub
+    with work_folder(tmp_path / "mine" / ".cache" / "headrace", "another pull"):
+        line = refused(fetch(endpoint, "org/tiny", "-o", "mine"))
+    assert line.startswith("error: mine/.cache/headrace ")
+    assert str(os.getpid()) in line
+    assert fetch(endpoint, "org/tiny", "-o", "mine").returncode == 0
+
+
 def test_tokens(hub: Served, fetch: Fetch, tmp_path: Path) -> None:
     endpoint, handler = hub
     handler.token = "hf_secret"
@@ -293,6 +303,7 @@ def test_one_of_several_gguf(hub: Served, fetch: Fetch, tmp_path: Path) -> None:
         "one; add --file NAME, a part of it is enough"
     )
     assert not handler.served
+    assert not (tmp_path / "quants").exists(), "nothing came, nothing stays"
     done = fetch(endpoint, "org/quants", "--file", "q8_0")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "quants/tiny-Q8_0.gguf\n"

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from headrace.checkpoint.gguf_file import GgufFile, GgufTensor, read_gguf
 from headrace.checkpoint.raw import RawModel
-from headrace.errors import CheckpointError, ConfigError, did_you_mean
+from headrace.errors import CheckpointError, ConfigError, did_you_mean, shown
 
 __all__ = ["read_gguf_model"]
 
@@ -80,11 +80,14 @@ def read_gguf_model(path: Path) -> RawModel:
         ConfigError: it is another architecture, or asks for something the decoder does not have.
     """
     file = read_gguf(path)
+    kind = file.metadata.get("general.type", "model")
+    if kind != "model":  # an adapter, a projector of images, an importance matrix
+        raise CheckpointError(f"{path} is of GGUF type {shown(kind)}; expected a model; name the model's own file")
     name = file.metadata.get("general.architecture")
-    if name not in INTERLEAVED:
+    if not isinstance(name, str) or name not in INTERLEAVED:
         raise ConfigError(
-            f"{path} is of GGUF architecture {name!r}, which is not known; known are {', '.join(INTERLEAVED)}"
-            f"{did_you_mean(str(name), INTERLEAVED)}"
+            f"{path} is of GGUF architecture {shown(name)}, which is not known; known are {', '.join(INTERLEAVED)}"
+            f"{did_you_mean(str(name)[:80], INTERLEAVED)}"
         )
     if not file.tensors:
         raise CheckpointError(f"{path} has no tensors (a vocabulary alone); expected a whole model")
@@ -105,7 +108,7 @@ def _config(path: Path, file: GgufFile, architecture: str) -> dict[str, Any]:
     meta: Mapping[str, Any] = file.metadata
     if meta.get(f"{architecture}.expert_count"):
         experts = meta[f"{architecture}.expert_count"]
-        raise ConfigError(f"{path} is a mixture of {experts} experts, which is not supported")
+        raise ConfigError(f"{path} is a mixture of {shown(experts)} experts, which is not supported")
     for key in ("embedding_length", "attention.head_count"):
         if f"{architecture}.{key}" not in meta:
             raise ConfigError(f"{path} has no {architecture}.{key}; expected a whole model's header")
@@ -132,7 +135,9 @@ def _config(path: Path, file: GgufFile, architecture: str) -> dict[str, Any]:
     config["rms_norm_eps"] = _shortest(config["rms_norm_eps"])
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     if not isinstance(heads, int) or not isinstance(hidden, int) or heads < 1:
-        raise ConfigError(f"{path}: head_count {heads!r} and embedding_length {hidden!r} are not whole numbers above 0")
+        raise ConfigError(
+            f"{path}: head_count {shown(heads)} and embedding_length {shown(hidden)} are not whole numbers above 0"
+        )
     head_dim = config["head_dim"] or hidden // heads
     turned = meta.get(f"{architecture}.rope.dimension_count", head_dim)
     if turned != head_dim or meta.get(f"{architecture}.attention.value_length", head_dim) != head_dim:

@@ -118,8 +118,9 @@ def _model_of(path: Path) -> Path:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; expected a folder with config.json, or a .gguf file")
     if not path.is_dir():
-        if path.suffix in (".safetensors", ".bin", ".json") and (path.parent / "config.json").exists():
-            raise CheckpointError(f"{path} is one file of a model; expected its folder; name {path.parent}")
+        if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".json"):
+            what = "name" if (path.parent / "config.json").exists() else "fetch config.json and name"
+            raise CheckpointError(f"{path} is one file of a model; expected its folder; {what} {path.parent}")
         return path
     models = sorted(path.glob("*.gguf"))
     weights = [p for suffix in ("safetensors", "bin", "index.json") for p in path.glob(f"*.{suffix}")]
@@ -134,6 +135,10 @@ def _model_of(path: Path) -> Path:
         raise CheckpointError(
             f"{path} has params.json, the original format of Meta and Mistral; expected config.json; fetch the model "
             "in Hugging Face's format"
+        )
+    if snapshots := sorted(path.glob("snapshots/*/config.json")):
+        raise CheckpointError(
+            f"{path} is a hub's cache, not a model's folder; expected one of its snapshots; name {snapshots[0].parent}"
         )
     raise CheckpointError(
         f"{path} has no config.json and no .gguf file; expected a Hugging Face model folder or one .gguf file"

@@ -11,11 +11,12 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
+from headrace.bundle.work_folder import work_folder
 from headrace.errors import CheckpointError, UserError, shown
 from headrace.exporter.repository import RepositoryFile, choose
 from headrace.files import read_json, sha256_file, sync, write_file
@@ -98,6 +99,20 @@ def pull_repository(
             info = huggingface_hub.HfApi().model_info(name, revision=revision, files_metadata=True)
     except OfflineModeIsEnabled:
         return _offline(name, folder, before, revision)
+    fresh = [path for path in (folder / RECORD.parts[0], folder) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with work_folder(folder / RECORD.parent, "files of a repository as they come"):
+            return _fetch(name, info, folder, file, revision, progress)
+    finally:
+        for path in fresh:
+            with suppress(OSError):  # goes only if nothing came into it
+                path.rmdir()
+
+
+def _fetch(name: str, info: Any, folder: Path, file: str | None, revision: str | None, progress: Progress) -> Path:
+    """What `pull_repository` does once the repository is known and the folder is this process's own."""
+    before = pulled(folder) if (folder / RECORD).is_file() else None
     commit = info.sha or revision or "main"
     hub = _Hub(info.id or name, commit)
     listed = [
@@ -111,7 +126,6 @@ def pull_repository(
     ]
     by_name = {each.name: each for each in listed}
     made = dict(before.files) if before else {}
-    folder.mkdir(parents=True, exist_ok=True)
     beside, weights = choose(listed, file, lambda index: hub.read_index(folder, by_name[index], made))
     model = weights[0].name if weights[0].name.endswith(".gguf") else None
     record = Record(name, commit, revision, _license(info.card_data), made, model)
