@@ -164,13 +164,19 @@ class Engine:
                     continue
                 reading = True
             work.append(request)
-        # Guesses of one answer cost little more than its next token; those of several would part a batch into spans.
-        started = time.perf_counter()
-        drafts = [work[0].draft()] if len(work) == 1 else []
-        rows = self._run([request.sequence for request in work], drafts)
-        if len(work) == 1:
-            work[0].timed(time.perf_counter() - started)
-        made = [(request, request.take(row)) for request, row in zip(work, rows) if row is not None]
+        # Apart: a runner may compute few tokens in a finer arithmetic than a prompt, and an answer shall be what it is
+        # alone, whether or not a prompt is read beside it.
+        steady = [request for request in work if request.sequence.pending == 1]
+        prompts = [request for request in work if request.sequence.pending > 1]
+        made = []
+        for group in (steady, prompts):
+            started = time.perf_counter()
+            # Guesses of one answer cost little more than its next token; those of several would part a batch.
+            drafts = [group[0].draft()] if len(group) == 1 else []
+            rows = self._run([request.sequence for request in group], drafts)
+            if len(group) == 1:
+                group[0].timed(time.perf_counter() - started)
+            made += [(request, request.take(row)) for request, row in zip(group, rows) if row is not None]
         return [(request, token) for request, tokens in made for token in tokens]
 
     # Sequences and logits

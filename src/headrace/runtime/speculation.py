@@ -14,7 +14,7 @@ from typing import Protocol
 
 __all__ = ["Costs", "Drafter", "Pace", "PromptLookup", "Speculation", "prompt_lookup"]
 
-LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)  # drafts worth trying
+LENGTHS = (1, 2, 3, 4, 5, 7)  # drafts worth trying; native kernels compute up to 8 tokens exactly as they would one
 FORGET = 0.1  # how far one more observation moves an estimate
 GUESS = 0.6  # how often a guess comes, before anything is known
 DEAREST = 0.05  # what a guess costs of a step, before anything is known; low, so that it is tried

@@ -28,7 +28,7 @@ from headrace.targets.host.steps import PartSession, Step, StepShape
 __all__ = ["HostRunner"]
 
 _KEPT_STEPS = 16  # bindings of recent shapes: prompt steps and token steps of a few slots, guesses of each length
-_KEPT_ROWS = 17  # steps with more wanted rows than a token and its guesses own large logits and are not kept
+_KEPT_ROWS = 8  # steps with more wanted rows than a token and its guesses own large logits and are not kept
 
 
 class HostRunner:
