@@ -17,18 +17,24 @@ from pathlib import Path
 from typing import Any
 
 from headrace.errors import TokenizerError
+from headrace.text.tokenizer_config import TokenizerConfig
 
 __all__ = ["sentencepiece_to_tokenizer_json"]
 
 SPACE = "\u2581"  # ▁, how SentencePiece spells a space
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+# Three of Unicode's non-characters, which no text holds; they mark how a user-defined piece is spelled: see `_spaces`.
+APART = "\ufdd0\ufdd1\ufdd2"
 
 
-def sentencepiece_to_tokenizer_json(model: Path, special: Mapping[int, str | None] | None = None) -> str:
+def sentencepiece_to_tokenizer_json(
+    model: Path, special: Mapping[int, str | None] | None = None, config: TokenizerConfig | None = None
+) -> str:
     """The text of a tokenizer.json with the same encoding as a tokenizer.model.
 
     Args:
         model: a SentencePiece file.
+        config: says which stretches of text get a space before them; None: every one, if the model says so.
         special: further ids that become special tokens, so that their spelling in a text gives their id (Baichuan2's
             turn ids 195 and 196); None takes the spelling the vocabulary has, and ids beyond the vocabulary need one.
 
@@ -44,14 +50,22 @@ def sentencepiece_to_tokenizer_json(model: Path, special: Mapping[int, str | Non
         spec.ParseFromString(model.read_bytes())
     except Exception as error:  # protobuf's DecodeError, without importing protobuf for its name
         raise TokenizerError(f"{model} is not a SentencePiece model ({error}); fetch the file again") from None
-    _check(model, spec)
+    config = config or TokenizerConfig()
+    defined = {i: piece.piece for i, piece in enumerate(spec.pieces) if piece.type == USER_DEFINED}
+    prefix = config.add_prefix_space is not False and (config.is_llama or spec.normalizer_spec.add_dummy_prefix)
+    _check(model, spec, prefix)
+    if defined and prefix:
+        if config.is_llama:  # its space comes after these pieces are cut out, so a text that begins with one gets none
+            raise TokenizerError(
+                f"{model} has user-defined pieces, and {config.tokenizer_class} puts a space before a text, which "
+                "tokenizer.json cannot say of both; expected add_prefix_space: false in tokenizer_config.json"
+            )
+        defined = {i: APART + piece for i, piece in defined.items()}
 
-    vocabulary = {piece.piece: i for i, piece in enumerate(spec.pieces)}
+    vocabulary = {defined.get(i, piece.piece): i for i, piece in enumerate(spec.pieces)}
     added = {i: _added(i, p.piece, True) for i, p in enumerate(spec.pieces) if p.type in (CONTROL, UNKNOWN)}
-    for i, piece in enumerate(spec.pieces):
-        if piece.type == USER_DEFINED:
-            # Found after spaces became ▁, as SentencePiece does it.
-            added[i] = _added(i, piece.piece, False) | {"normalized": True}
+    # Found after spaces became ▁, as SentencePiece does it.
+    added |= {i: _added(i, spelling, False) | {"normalized": True} for i, spelling in defined.items()}
     for i, spelling in (special or {}).items():
         known = spec.pieces[i].piece if 0 <= i < len(spec.pieces) else None
         spelling = spelling or known
@@ -62,11 +76,8 @@ def sentencepiece_to_tokenizer_json(model: Path, special: Mapping[int, str | Non
             )
         added[i] = _added(i, spelling, True)
 
-    steps: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
-    ends: list[dict[str, Any]] = []
-    if spec.normalizer_spec.add_dummy_prefix:
-        steps.insert(0, {"type": "Prepend", "prepend": SPACE})
-        ends.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    steps, before = _spaces(config, prefix, bool(defined))
+    ends: list[dict[str, Any]] = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
     unknown = next(p.piece for p in spec.pieces if p.type == UNKNOWN)
     document = {
         "version": "1.0",
@@ -74,12 +85,13 @@ def sentencepiece_to_tokenizer_json(model: Path, special: Mapping[int, str | Non
         "padding": None,
         "added_tokens": [added[i] for i in sorted(added)],
         "normalizer": {"type": "Sequence", "normalizers": steps},
-        "pre_tokenizer": None,
+        "pre_tokenizer": before,
         "post_processor": None,
         "decoder": {
             "type": "Sequence",
             "decoders": [
-                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+                *([_replace(APART, "")] if defined else []),
+                _replace(SPACE, " "),
                 {"type": "ByteFallback"},
                 {"type": "Fuse"},
                 *ends,
@@ -101,6 +113,26 @@ def sentencepiece_to_tokenizer_json(model: Path, special: Mapping[int, str | Non
     return json.dumps(document, ensure_ascii=False)
 
 
+def _spaces(config: TokenizerConfig, prefix: bool, defined: bool) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """The normalizer's steps and the pre-tokenizer that spell spaces ▁ and put one before a text.
+
+    SentencePiece puts it before each stretch between special tokens; so does a normalizer's Prepend. Prepend would also
+    be applied to the spelling of a user-defined piece, which then would be found behind a space alone: such a piece is
+    spelled with `APART` in front, and "▁" + `APART`, which only these spellings have then, is taken away again.
+    """
+    spell = _replace(" ", SPACE)
+    if not prefix:
+        return [spell], None
+    if config.is_llama:
+        scheme = "always" if config.space_before_every_stretch else "first"
+        return [spell], {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False}
+    return [{"type": "Prepend", "prepend": SPACE}, spell, *([_replace(SPACE + APART, "")] if defined else [])], None
+
+
+def _replace(old: str, new: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"String": old}, "content": new}
+
+
 def _joins(spec: Any) -> list[list[str]]:
     """Every pair of pieces that makes a piece, the best first."""
     rank = {p.piece: i for i, p in enumerate(spec.pieces) if p.type == NORMAL}
@@ -116,7 +148,7 @@ def _joins(spec: Any) -> list[list[str]]:
     return [[left, right] for *_, left, right in sorted(joins)]
 
 
-def _check(model: Path, spec: Any) -> None:
+def _check(model: Path, spec: Any, prefix: bool) -> None:
     """Refuses what a tokenizer.json cannot say, or not exactly.
 
     Raises:
@@ -133,9 +165,8 @@ def _check(model: Path, spec: Any) -> None:
         f"normalization {normalizer.name!r}": bool(normalizer.precompiled_charsmap),
         "removal of extra spaces": normalizer.remove_extra_whitespaces,
         "spaces that are not escaped": not normalizer.escape_whitespaces,
-        "a space put behind the text": trainer.treat_whitespace_as_suffix and normalizer.add_dummy_prefix,
+        "a space put behind the text": trainer.treat_whitespace_as_suffix and prefix,
         "unused pieces that its joins lead to": _unused_is_joined(spec),
-        "user-defined pieces with a space put before the text": USER_DEFINED in kinds and normalizer.add_dummy_prefix,
     }
     for what, present in problems.items():
         if present:

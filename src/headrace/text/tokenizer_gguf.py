@@ -23,6 +23,7 @@ __all__ = ["gguf_vocabulary"]
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
+BAICHUAN2_TOKENS = 125_696  # of all models of the second generation; the first one's have 64,000
 MARK_KEYS = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -83,7 +84,10 @@ def _sentencepiece(metadata: Mapping[str, Any], pieces: list[str], kinds: list[i
         if token is not None and usable:
             setattr(trainer, f"{mark}_piece", pieces[token])
     normalizer.name = "identity"
-    normalizer.add_dummy_prefix = _flag(metadata, "add_space_prefix", not _is_baichuan(metadata))
+    # Files that do not say so: llama.cpp puts a space before a text, and so does the first Baichuan (its published ids
+    # match only with one), but not the second.
+    second = _is_baichuan(metadata) and len(pieces) == BAICHUAN2_TOKENS
+    normalizer.add_dummy_prefix = _flag(metadata, "add_space_prefix", not second)
     normalizer.remove_extra_whitespaces = _flag(metadata, "remove_extra_whitespaces", False)
     normalizer.escape_whitespaces = True
     return "tokenizer.model", model.SerializeToString(deterministic=True)
@@ -183,7 +187,7 @@ def _pre_tokenizer(metadata: Mapping[str, Any]) -> PreTokenizer:
 
 
 def _is_baichuan(metadata: Mapping[str, Any]) -> bool:
-    # Baichuan's SentencePiece models put no space before a text and no bos; its early GGUF files do not say so.
+    # Baichuan's texts begin with no bos; its early GGUF files do not say so.
     return metadata.get("general.architecture") == "baichuan"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,15 +11,19 @@ import pytest
 import tokenizers
 
 from headrace.bundle.folder import Bundle, open_bundle
-from headrace.errors import TargetError
+from headrace.errors import TargetError, TokenizerError
 from headrace.runtime.sampling import SamplingOptions
 from headrace.targets.qualcomm import genie_bundle
-from headrace.targets.qualcomm.genie import Sampling, genie_config
+from headrace.targets.qualcomm.genie import CONFIG_FILE, Sampling, genie_config
 from headrace.targets.qualcomm.genie_bundle import genie_plan, genie_sampling, genie_vocabulary, sample_prompt
+from headrace.targets.qualcomm.genie_dialog import GenieRunner
 from headrace.targets.qualcomm.soc import find_soc
+from headrace.text.tokenizer_convert import sentencepiece_to_tokenizer_json
 from headrace.text.tokenizer_folder import load_tokenizer
 from headrace.text.turns import Message, turn_format
 from tests.exports import Exports
+from tests.targets.qualcomm.conftest import CONTEXTS, LENGTHS, TinyTarget
+from tests.text.vocabularies import sentencepiece_model
 
 TARGET = "snapdragon-8-elite"
 
@@ -41,7 +46,8 @@ def test_a_model_without_an_end_is_refused(exports: Exports, tmp_path: Path) -> 
         (copy / name).unlink(missing_ok=True)
     bundle = replace(open_bundle(exports.bundle("phone", parts=3)), root=copy)
     plan = genie_plan(bundle, find_soc(TARGET))
-    assert plan.eos == (2,) and plan.pad == 2, "SentencePiece names its own"
+    assert plan.eos == (2,), "SentencePiece names its own"
+    assert plan.pad == bundle.pad_id == 0, "the same on every runner"
 
 
 @pytest.mark.parametrize("kind", ["phone", "mha", "tied"])
@@ -55,6 +61,49 @@ def test_the_sample_prompt_is_read_back_to_the_ids_of_the_turn_format(exports: E
     expected = turns.render([Message("user", genie_bundle._ASK)], bundle.context)
     assert genies.encode(text, add_special_tokens=False).ids == expected
     assert genies.get_vocab_size() <= bundle.config.vocab_size
+
+
+SYMBOLS = ("<think>", "▁▁", "7")
+
+
+@pytest.mark.parametrize("symbols", [(), SYMBOLS], ids=["plain", "user-defined pieces"])
+@pytest.mark.parametrize("settings", [{}, {"tokenizer_class": "LlamaTokenizer"}], ids=["own class", "llama"])
+def test_a_vocabulary_that_puts_a_space_before_a_text(
+    exports: Exports, tmp_path: Path, symbols: tuple[str, ...], settings: dict[str, str]
+) -> None:
+    """As the first Baichuan has it: the prompt is spelled so that Genie's tokenizer puts the space back."""
+    copy = exports.copy(tmp_path / "b", "mha")
+    (copy / "tokenizer.model").write_bytes(sentencepiece_model(True, symbols=symbols))
+    (copy / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False, **settings}))
+    bundle = replace(open_bundle(exports.bundle("mha")), root=copy)
+    if symbols and settings:
+        with pytest.raises(TokenizerError, match="LlamaTokenizer puts a space before a text, which"):
+            vocabulary(bundle)
+        return
+    ours, genies = load_tokenizer(copy), vocabulary(bundle)
+    assert ours.drops_leading_space
+    turns = turn_format(ours, bundle.read_json("generation_config.json"))
+    if not settings:
+        expected = turns.render([Message("user", genie_bundle._ASK)], bundle.context)
+        assert genies.encode(sample_prompt(bundle), add_special_tokens=False).ids == expected
+    for text in ("The river", " two  spaces", "<think>7 7</think>百川", "", "7", "the</s>sea 77"):
+        assert genies.encode(text, add_special_tokens=False).ids == ours.encode(text, special=True), text
+
+
+@pytest.mark.qnn
+def test_genie_itself_reads_it_so(target: TinyTarget, tmp_path: Path) -> None:
+    import sentencepiece
+
+    folder = Path(shutil.copytree(target.emulation, tmp_path / "genie"))
+    for dummy_prefix in (False, True):
+        model = sentencepiece_model(dummy_prefix, symbols=SYMBOLS)
+        (tmp_path / "tokenizer.model").write_bytes(model)
+        (folder / "tokenizer.json").write_text(sentencepiece_to_tokenizer_json(tmp_path / "tokenizer.model"))
+        theirs = sentencepiece.SentencePieceProcessor(model_proto=model)
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        with GenieRunner(config, folder, lengths=LENGTHS, contexts=CONTEXTS) as genie:
+            for text in ("The river", " two  spaces", "<think>7 7</think>百川", "7", "sea 77 😀"):
+                assert genie.encode(text) == theirs.EncodeAsIds(text), (dummy_prefix, text)
 
 
 def test_tokenizer_json_is_the_bundles_vocabulary(exports: Exports) -> None:

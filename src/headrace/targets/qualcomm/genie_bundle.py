@@ -6,7 +6,7 @@ there is a bundle, so that a model that Genie cannot speak is refused before hou
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from headrace.runtime.sampling import SamplingOptions
 from headrace.targets.qualcomm.genie import GeniePlan, Sampling
 from headrace.targets.qualcomm.soc import Soc
 from headrace.text.tokenizer import Tokenizer
+from headrace.text.tokenizer_config import TokenizerConfig
 from headrace.text.tokenizer_convert import sentencepiece_to_tokenizer_json
 from headrace.text.tokenizer_folder import load_tokenizer
 from headrace.text.turns import IdTurns, Message, TurnFormat, turn_format
@@ -92,11 +93,15 @@ def genie_vocabulary(folder: Path, settings: Mapping[str, Any]) -> str:
         return whole.read_text(encoding="utf-8")
     turn_ids = [settings.get("user_token_id"), settings.get("assistant_token_id")]
     special: dict[int, str | None] = {token: None for token in turn_ids if isinstance(token, int)}
-    return sentencepiece_to_tokenizer_json(folder / "tokenizer.model", special)
+    return sentencepiece_to_tokenizer_json(folder / "tokenizer.model", special, TokenizerConfig.from_folder(folder))
 
 
 def sample_prompt(bundle: Bundle) -> str:
-    """A prompt in the model's turn format, spelled as text that Genie's tokenizer reads back to the same ids."""
+    """A prompt in the model's turn format, spelled as text that Genie's tokenizer reads back to the same ids.
+
+    Raises:
+        TargetError: there is no such text.
+    """
     tokenizer = load_tokenizer(bundle.root)
     settings = bundle.read_json("generation_config.json")
     turns = turn_format(tokenizer, settings, tokenizer.chat_template)
@@ -106,15 +111,27 @@ def sample_prompt(bundle: Bundle) -> str:
     ids = turns.render([Message("user", _ASK)], bundle.context)
     if tokenizer.add_bos and ids and ids[0] == tokenizer.bos_id:
         ids = ids[1:]  # Genie puts it there itself
+    import tokenizers
+
+    library = tokenizers.Tokenizer.from_str(genie_vocabulary(bundle.root, settings))
+    for continues in (True, False):  # False: the vocabulary puts the space before each stretch itself
+        text = _spelled(tokenizer, ids, special, continues=continues)
+        if library.encode(text, add_special_tokens=False).ids == ids:
+            return text
+    raise TargetError(f"{bundle.root}: no text gives the ids of its turn format in Genie; expected another vocabulary")
+
+
+def _spelled(tokenizer: Tokenizer, ids: Sequence[int], special: Set[int], *, continues: bool) -> str:
+    """Token ids as text with special tokens spelled out."""
     text = ""
     run: list[int] = []
     for token in ids:
         if token in special:
-            text += tokenizer.decode(run, continues=True) + tokenizer.id_to_piece(token)
+            text += tokenizer.decode(run, continues=continues) + tokenizer.id_to_piece(token)
             run = []
         else:
             run.append(token)
-    return text + tokenizer.decode(run, continues=True)
+    return text + tokenizer.decode(run, continues=continues)
 
 
 def genie_sampling(options: SamplingOptions) -> Sampling:
