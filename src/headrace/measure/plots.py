@@ -17,8 +17,9 @@ from headrace.errors import UserError
 __all__ = ["Point", "Series", "need_matplotlib", "plot_bench", "plot_kl", "plot_speeds"]
 
 # Paul Tol's bright scheme: told apart by people with any colour vision, and in grey.
-OURS, OTHERS = "#4477AA", ("#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB")
+OURS, OTHERS = ("#4477AA", "#66CCEE"), ("#EE6677", "#228833", "#CCBB44", "#AA3377", "#BBBBBB")
 _INK, _FAINT = "#333333", "#E4E4E4"
+_HEADING = 0.58  # inches
 _STYLE: Any = {
     "figure.figsize": (7.0, 4.2),
     "figure.dpi": 150,
@@ -27,10 +28,6 @@ _STYLE: Any = {
     "text.color": _INK,
     "axes.labelcolor": _INK,
     "axes.edgecolor": "#999999",
-    "axes.titlesize": 11.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 26,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -108,19 +105,22 @@ def plot_kl(series: Sequence[Series], path: Path, title: str, note: str) -> list
     """
     made: list[Path] = []
     with _figure(path, title, note, made) as axes:
-        others = iter(OTHERS)
-        for one in sorted(series, key=lambda s: s.ours):
+        colours = {True: iter(OURS), False: iter(OTHERS)}
+        largest = max(p.bytes for one in series for p in one.points)
+        least = min(p.bytes for one in series for p in one.points)
+        for one in sorted(series, key=lambda s: not s.ours):
             points = sorted(one.points, key=lambda p: p.bytes)
-            colour = OURS if one.ours else next(others)
+            colour = next(colours[one.ours])
             axes.plot([p.bytes / 1e6 for p in points], [p.kl for p in points], "o-" if one.ours else "s",
                       color=colour, ms=6, lw=1.4, label=one.name, zorder=3 if one.ours else 2)  # fmt: skip
             for p in points:
-                axes.annotate(p.label, (p.bytes / 1e6, p.kl), xytext=(6, 5), textcoords="offset points", fontsize=8,
-                              color=colour)  # fmt: skip
+                inward = p.bytes > least + 0.7 * (largest - least)  # a label there would run out of the picture
+                axes.annotate(p.label, (p.bytes / 1e6, p.kl), xytext=(-8, -11) if inward else (7, 5), fontsize=8,
+                              textcoords="offset points", ha="right" if inward else "left", color=_INK)  # fmt: skip
         axes.set(yscale="log", xlabel="megabytes of weights", ylabel="KL to the float model (lower is better)")
-        axes.margins(x=0.14, y=0.12)
+        axes.margins(x=0.06, y=0.12)
         _plain_log(axes)
-        axes.legend(loc="upper right")
+        axes.figure.legend(loc="outside lower left", ncols=2, fontsize=9)
     return made
 
 
@@ -144,7 +144,7 @@ def plot_speeds(
             names = [name for name, *_ in bars]
             middle = [value for _, value, _, _ in bars]
             error = [[v - low for _, v, low, _ in bars], [high - v for _, v, _, high in bars]]
-            colours = [OURS if name.startswith("headrace") else "#B8B8B8" for name in names]
+            colours = [OURS[0] if name.startswith("headrace") else "#B8B8B8" for name in names]
             axes.barh(names, middle, xerr=error, color=colours, ecolor="#777777", height=0.62)
             for place, (value, upper) in enumerate(zip(middle, error[1])):
                 axes.annotate(f"{value:.3g}", (value + upper, place), xytext=(4, 0), textcoords="offset points",
@@ -163,8 +163,8 @@ def plot_speeds(
 def _band(axes: Any, places: list[int], rows: Sequence[Mapping[str, Any]], value: Any) -> None:
     """Measured: a line through the medians, and a band from the slowest to the fastest repetition."""
     low, middle, high = ([value(row, row[key]) for row in rows] for key in ("slowest", "seconds", "fastest"))
-    axes.fill_between(places, low, high, color=OURS, alpha=0.18, lw=0)
-    axes.plot(places, middle, "o-", color=OURS, ms=5, lw=2, label=f"measured, median of {len(rows[0]['samples'])}")
+    axes.fill_between(places, low, high, color=OURS[0], alpha=0.18, lw=0)
+    axes.plot(places, middle, "o-", color=OURS[0], ms=5, lw=2, label=f"measured, median of {len(rows[0]['samples'])}")
     for x, y in zip(places, middle):
         axes.annotate(f"{y:.3g}", (x, y), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8.5)
 
@@ -186,15 +186,17 @@ def _figure(
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(7.0 if panels == 1 else 8.6, height or 4.2), layout="constrained")
+        width, tall = 7.0 if panels == 1 else 8.6, height or 4.4
+        # Title and note stand above what is laid out.
+        figure = Figure((width, tall), layout=ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - _HEADING / tall)))
         FigureCanvasAgg(figure)
         axes = figure.subplots(1, panels)
-        first = axes if panels == 1 else axes[0]
-        first.set_title(title)
-        first.annotate(note, (0, 1), xytext=(0, 9), xycoords="axes fraction", textcoords="offset points",
-                       fontsize=8.5, color="#777777")  # fmt: skip
+        left = 0.1 / width
+        figure.text(left, 1 - 0.12 / tall, title, va="top", fontsize=11.5, fontweight="bold").set_in_layout(False)
+        figure.text(left, 1 - 0.36 / tall, note, va="top", fontsize=8.5, color="#777777").set_in_layout(False)
         yield axes
         path.parent.mkdir(parents=True, exist_ok=True)
         for suffix in ("svg", "png"):

@@ -1,0 +1,73 @@
+"""The README's two pictures, from measurements: KL against bytes beside peers, speed beside peers.
+
+    python benchmarks/pictures.py kl docs/images/kl.json [--bundle BUNDLE …] [--peers PEERS.jsonl …] -o docs/images/kl
+    python benchmarks/pictures.py speed docs/images/speed.json -o docs/images/speed
+
+kl.json     {"title", "note", "text": its name, "series": [{"name", "ours", "points": [{"label", "bytes", "kl"}]}]}
+            A bundle adds its own point: its weights' bytes, and the KL that `evaluate --save` kept for the text. Lines
+            of llama_cpp_quality.py's output are peers' points.
+speed.json  {"title", "note", "groups": [{"what", "bars": [{"engine", "median", "low", "high"}]}]}
+
+Writes PNG and SVG. Needs matplotlib (headrace[plots]).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from headrace.bundle.folder import open_bundle
+from headrace.measure.plots import Point, Series, plot_kl, plot_speeds
+from headrace.measure.record import kept_records
+
+
+def main() -> int:
+    """Draw one picture; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=("kl", "speed"))
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--bundle", type=Path, nargs="*", default=[], help="bundles with kept measurements")
+    parser.add_argument("--peers", type=Path, nargs="*", default=[], help="output of llama_cpp_quality.py")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="without suffix")
+    options = parser.parse_args()
+    data = json.loads(options.data.read_text(encoding="utf-8"))
+    if options.kind == "speed":
+        groups = [
+            (g["what"], [(b["engine"], b["median"], b["low"], b["high"]) for b in g["bars"]]) for g in data["groups"]
+        ]
+        made = plot_speeds(groups, options.out, data["title"], data["note"])
+    else:
+        series = [Series(s["name"], [Point(**p) for p in s["points"]], s.get("ours", False)) for s in data["series"]]
+        series += [peers(path, data["text"]) for path in options.peers]
+        if options.bundle:
+            series.append(
+                Series("headrace, measured now", [bundle_point(b, data["text"]) for b in options.bundle], True)
+            )
+        made = plot_kl(series, options.out, data["title"], data["note"])
+    for path in made:
+        print(f"{path}: {path.stat().st_size} bytes")
+    return 0
+
+
+def bundle_point(root: Path, text: str) -> Point:
+    """A bundle's bytes and what `evaluate --save` measured."""
+    for record in kept_records(root).values():
+        for one in record.get("texts", ()):
+            if one["text"] == text and "kl" in one and not record["simulate"]:
+                return Point(open_bundle(root).recipe.name, open_bundle(root).weight_bytes, one["kl"])
+    raise SystemExit(
+        f"{root} has no kept KL of {text}; run: headrace evaluate {root} --text {text} --checkpoint … --save"
+    )
+
+
+def peers(path: Path, text: str) -> Series:
+    """llama.cpp's own quantizations."""
+    rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return Series("llama.cpp", [Point(r["type"], r["bytes"], r["kl"]) for r in rows if r.get("text", text) == text])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
