@@ -88,6 +88,16 @@ def test_what_does_not_fit(exports: Exports, options: dict, needed: int) -> None
     assert error.value.needed == needed
 
 
+def test_guessing_ahead_gives_the_same_answers(exports: Exports) -> None:
+    told = bench_bundle(exports.bundle(), prompts=(), tokens=24, depths=(), repeats=1, speculate="lookup")[
+        "speculation"
+    ]
+    assert told["same"] and told["how"] == "lookup" and told["tokens"] > 0
+    assert 0 <= told["accepted_tokens"] <= told["drafted_tokens"]
+    assert told["plain_tok_s"] > 0 and told["tok_s"] > 0
+    assert "speculation" not in bench_bundle(exports.bundle(), prompts=(), tokens=0, repeats=1)
+
+
 def test_a_prompt_may_fill_the_context(exports: Exports) -> None:
     (row,) = bench_bundle(exports.bundle(), prompts=(CONTEXT,), tokens=0, repeats=1)["prompts"]
     assert row["tokens"] == CONTEXT and row["steps"] == -(-CONTEXT // PROMPT_LENGTH)

@@ -64,6 +64,9 @@ def bench(
     output: Annotated[
         str | None, typer.Option("-o", "--output", help="json, or llama-bench's md or csv, instead of a table.")
     ] = None,
+    speculate: Annotated[
+        str | None, typer.Option("--speculate", help="Also with guesses ahead: lookup or a draft BUNDLE.")
+    ] = None,
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option("--compare", help="Two kept measurements: what changed beyond noise.")
     ] = None,
@@ -99,6 +102,7 @@ def bench(
             repeats=repeats,
             runner=runner,
             threads=threads,
+            speculate=speculate,
             progress=progress,
         )
     if save:
@@ -151,6 +155,12 @@ def _show_bench(report: dict[str, Any]) -> None:
     if decode:
         table(decode, ("after", "tok/s", "slowest–fastest", "ms between tokens, p50 p90 p99"))
     memory, load = report["memory"], report["load"]
+    if guessed := report.get("speculation"):
+        typer.echo(
+            f"guessing ahead by {guessed['how']}: {guessed['tok_s']:.1f} instead of {guessed['plain_tok_s']:.1f} "
+            f"tok/s, {guessed['acceptance']:.0%} of {guessed['drafted_tokens']} guesses came, "
+            f"{'the same answers' if guessed['same'] else 'OTHER ANSWERS'}"
+        )
     table(
         [
             ("load", f"{load['seconds'] * 1e3:.0f} ms"),

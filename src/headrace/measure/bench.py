@@ -22,6 +22,7 @@ import numpy as np
 
 from headrace.bundle.folder import Bundle, open_bundle
 from headrace.errors import ContextFull, TargetError
+from headrace.measure.guessing import time_guessing
 from headrace.measure.record import make_record
 from headrace.model.weights import weight_table
 from headrace.progress import Progress, silent
@@ -55,6 +56,7 @@ def bench_bundle(
     repeats: int = 5,
     threads: int | None = None,
     runner: str | None = None,
+    speculate: str | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Measure a bundle through a runner, on random tokens.
@@ -67,6 +69,7 @@ def bench_bundle(
         repeats: repetitions of each; all are kept, medians are told.
         threads: of the shared pool, physical cores by default.
         runner: its name; the fastest that is installed by default.
+        speculate: also answer prompts with and without guessing ahead: "lookup" or a draft bundle (guessing.py).
         progress: told how far it is.
 
     Returns:
@@ -102,6 +105,9 @@ def bench_bundle(
         spoken = list(timer.decode(decoded, tokens, repeats, advance))
     finally:
         engine.close()
+    guessed = None
+    if speculate is not None:
+        guessed = time_guessing(path, speculate, tokens=tokens, repeats=repeats, runner=name, threads=threads)
     one = statistics.median(step)
     return make_record(
         "bench",
@@ -120,6 +126,7 @@ def bench_bundle(
             "step": {"tokens": bundle.prompt_length, **_spread(step)},
             "prompts": [_prompt(length, samples, bundle.prompt_length, one) for length, samples in read],
             "decode": [_decode(depth, gaps) for depth, gaps in spoken],
+            **({} if guessed is None else {"speculation": guessed}),
             "memory": {
                 "peak_rss_bytes": peak_rss(),
                 "kv_bytes": opened.kv_bytes,

@@ -115,8 +115,9 @@ def plot_kl(series: Sequence[Series], path: Path, title: str, note: str) -> list
                       color=colour, ms=6, lw=1.4, label=one.name, zorder=3 if one.ours else 2)  # fmt: skip
             for p in points:
                 inward = p.bytes > least + 0.7 * (largest - least)  # a label there would run out of the picture
-                axes.annotate(p.label, (p.bytes / 1e6, p.kl), xytext=(-8, -11) if inward else (7, 5), fontsize=8,
-                              textcoords="offset points", ha="right" if inward else "left", color=_INK)  # fmt: skip
+                offset = (-8, -11 if one.ours else 5) if inward else (7, 5)
+                axes.annotate(p.label, (p.bytes / 1e6, p.kl), xytext=offset, textcoords="offset points", fontsize=8,
+                              ha="right" if inward else "left", color=_INK)  # fmt: skip
         axes.set(yscale="log", xlabel="megabytes of weights", ylabel="KL to the float model (lower is better)")
         axes.margins(x=0.06, y=0.12)
         _plain_log(axes)
