@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runners": {"bundle", "genie_answers", "graph", "native", "runtime", "targets"},
     "language_model": {"bundle", "runners", "runtime", "text"},
     "measure": {
-        "bundle", "checkpoint", "config", "exporter", "graph", "language_model", "model", "plan", "quantize",
+        "bundle", "checkpoint", "config", "exporter", "graph", "language_model", "model", "native", "plan", "quantize",
         "runners", "runtime", "targets", "text",
     },
     "server": {"language_model", "model", "runtime", "text"},

@@ -11,7 +11,8 @@ import pytest
 
 from headrace.bundle.folder import open_bundle
 from headrace.errors import BundleError
-from headrace.measure import parity
+from headrace.measure import native_parity, parity
+from headrace.measure.native_parity import instruction_sets
 from headrace.measure.parity import Link, verify_bundle
 from headrace.runtime.engine import Engine
 from tests.checkpoint.test_lora import write_adapter
@@ -19,6 +20,14 @@ from tests.exports import Exports
 from tests.tiny import write_llama
 
 OPTIONS = {"block": 16}
+
+
+BEST, *OTHERS = instruction_sets() or ("",)
+NATIVE = ["as shipped → native"] if not BEST else [
+    f"as shipped → native, {BEST}",
+    "float → native, token by token",
+    *(f"native, {BEST} → {isa}" for isa in OTHERS),
+]  # fmt: skip
 
 
 def names(links: list[Link]) -> list[str]:
@@ -38,6 +47,7 @@ def test_the_whole_chain(exports: Exports) -> None:
         "prompt steps → token by token, float cache",
         "float → as shipped (int8 arithmetic, cache)",
         "prompt steps → token by token, as shipped",
+        *NATIVE,
     ]
     assert {"hashing", "comparing"} <= set(steps)
     assert [p.name for p in path.parent.iterdir() if p.name.startswith(".headrace-verify")] == []
@@ -47,7 +57,7 @@ def test_the_whole_chain(exports: Exports) -> None:
 
 def test_without_a_checkpoint(exports: Exports) -> None:
     links = verify_bundle(exports.bundle("calm", **OPTIONS))
-    assert len(links) == 6
+    assert len(links) == 6 + len(NATIVE)
     assert names(verify_bundle(exports.bundle("calm", **OPTIONS), files_only=True)) == ["files"]
 
 
@@ -103,7 +113,26 @@ def test_steps_that_forget_their_past_are_found(exports: Exports, monkeypatch: p
 
     monkeypatch.setattr(parity.Engine, "score", forgetful)
     broken = [link.name for link in verify_bundle(exports.bundle("calm", **OPTIONS)) if not link.ok]
-    assert broken == ["prompt steps → token by token, float cache", "prompt steps → token by token, as shipped"]
+    steps = ["prompt steps → token by token, float cache", "prompt steps → token by token, as shipped"]
+    assert broken == [*steps, *NATIVE[1:2]]
+
+
+@pytest.mark.kernels
+def test_a_wrong_engine_is_found(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rotary base that only the native engine has breaks its own links and no other."""
+    from headrace.native import runner
+
+    real = runner.rope_tables
+    monkeypatch.setattr(runner, "rope_tables", lambda config, n: real(replace(config, rope_theta=100.0), n))
+    links = verify_bundle(exports.bundle("calm", **OPTIONS))
+    assert [link.name for link in links if not link.ok] == NATIVE[:2]
+
+
+def test_without_the_engine_it_is_told(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_parity, "find_spec", lambda name: None)
+    link = verify_bundle(exports.bundle("calm", **OPTIONS))[-1]
+    assert (link.name, link.ok) == ("as shipped → native", True)
+    assert link.found == "not run: headrace-kernels is not installed"
 
 
 def test_numbers_that_are_none_fail(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["Link"]
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.measure.fidelity import FidelityMeter, no_target
+
+__all__ = ["Link", "divergence"]
 
 
 @dataclass(frozen=True)
@@ -20,3 +25,12 @@ class Link:
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
         return asdict(self)
+
+
+def divergence(name: str, expected: NDArray[np.float32], found: NDArray[np.float32], limit: float) -> Link:
+    """The link that holds the mean KL of logits (S, V) to a limit."""
+    meter = FidelityMeter()
+    meter.add(expected, found, np.full(len(expected), no_target, np.int64))
+    result = meter.result()
+    ok = result.kl <= limit  # False for NaN
+    return Link(name, f"KL {result.kl:.4f}, top-1 {result.top1:.3f}", f"KL ≤ {limit:g}", ok)

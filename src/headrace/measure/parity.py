@@ -1,6 +1,6 @@
 """verify: the chain from files to logits, link by link, each with what was found and its limit.
 
-    files ─► checkpoint → quantized weights (eager) → one float graph → N parts → token by token → the graphs as shipped
+    files ─► checkpoint → quantized weights (eager) → one float graph → N parts → token by token → as shipped → native
 
 Each link compares with the one before, so the first that fails is the one that broke. Compares; exports nothing.
 """
@@ -23,8 +23,8 @@ from headrace.bundle.folder import Bundle, check_files, open_bundle
 from headrace.bundle.weights import WeightStore
 from headrace.errors import UserError, did_you_mean
 from headrace.graph.emit_host import HostWeights, emit_host
-from headrace.measure.fidelity import FidelityMeter, no_target
-from headrace.measure.link import Link
+from headrace.measure.link import Link, divergence
+from headrace.measure.native_parity import instruction_sets, native_links
 from headrace.model.reference import eager_logits
 from headrace.plan import plan_parts
 from headrace.progress import Progress, silent
@@ -97,7 +97,7 @@ def verify_bundle(
     if files_only or not links[0].ok:
         return links
     bundle = open_bundle(path)
-    total = 5 if checkpoint is None else 6
+    total = (5 if checkpoint is None else 6) + 1 + len(instruction_sets())
     for link in _numbers(bundle, checkpoint, adapters):
         links.append(link)
         progress("comparing", len(links) - 1, total)
@@ -132,7 +132,7 @@ def _numbers(bundle: Bundle, checkpoint: Path | None, adapters: Sequence[Path]) 
 
         source = open_origin(bundle, checkpoint, adapters)
         reference = eager_logits(config, lambda name: source.tensor(name).load(), np.array([ids]))[0]
-        yield _divergence("checkpoint → quantized weights", reference, eager, CHECKPOINT_KL)
+        yield divergence("checkpoint → quantized weights", reference, eager, CHECKPOINT_KL)
 
     with _variant(bundle, 1, store) as whole:
         one = _score(whole, ids)
@@ -142,8 +142,9 @@ def _numbers(bundle: Bundle, checkpoint: Path | None, adapters: Sequence[Path]) 
         yield _difference(f"one graph → {len(bundle.parts)} parts", one, parts, PARTS_LIMIT)
         yield _difference("prompt steps → token by token, float cache", parts, _score(split, ids, 1), FLOAT_LIMIT)
     shipped = _score(bundle, ids)
-    yield _divergence("float → as shipped (int8 arithmetic, cache)", eager, shipped, SHIPPED_KL)
-    yield _divergence("prompt steps → token by token, as shipped", shipped, _score(bundle, ids, 1), STEPS_KL)
+    yield divergence("float → as shipped (int8 arithmetic, cache)", eager, shipped, SHIPPED_KL)
+    yield divergence("prompt steps → token by token, as shipped", shipped, _score(bundle, ids, 1), STEPS_KL)
+    yield from native_links(bundle, ids, eager, shipped)
 
 
 def _sample(bundle: Bundle) -> list[int]:
@@ -183,11 +184,3 @@ def _variant(bundle: Bundle, parts: int, store: WeightStore) -> Iterator[Bundle]
 def _difference(name: str, expected: Logits, found: Logits, limit: float) -> Link:
     worst = float(np.abs(expected - found).max() / max(1.0, float(np.abs(expected).max())))
     return Link(name, f"max |Δ| {worst:.1e} of the largest logit", f"≤ {limit:g}", worst <= limit)
-
-
-def _divergence(name: str, expected: Logits, found: Logits, limit: float) -> Link:
-    meter = FidelityMeter()
-    meter.add(expected, found, np.full(len(expected), no_target, np.int64))
-    result = meter.result()
-    ok = result.kl <= limit  # False for NaN
-    return Link(name, f"KL {result.kl:.4f}, top-1 {result.top1:.3f}", f"KL ≤ {limit:g}", ok)

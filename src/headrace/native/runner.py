@@ -33,6 +33,7 @@ class NativeRunner:
         threads: of the engine; physical cores by default.
         slots: sequences held at once.
         context: positions of a slot, the bundle's by default.
+        isa: one of `headrace_kernels.available_isas()`; the best by default, or what HEADRACE_ISA says.
 
     Attributes:
         isa: the instruction set that runs.
@@ -42,7 +43,13 @@ class NativeRunner:
     """
 
     def __init__(
-        self, bundle: Bundle, *, threads: int | None = None, slots: int = 1, context: int | None = None
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        slots: int = 1,
+        context: int | None = None,
+        isa: str | None = None,
     ) -> None:
         config = bundle.config
         self.vocab_size = config.vocab_size
@@ -63,7 +70,7 @@ class NativeRunner:
         cos, sin = rope_tables(config, self.context)
         try:
             self.engine = headrace_kernels.Engine(
-                program, {COSINES: cos, SINES: sin}, slots=slots, threads=threads or 0
+                program, {COSINES: cos, SINES: sin}, slots=slots, threads=threads or 0, isa=isa
             )
         except headrace_kernels.ProgramError as error:
             raise TargetError(f"{bundle.root} cannot run natively: {error}; take --runner host") from None

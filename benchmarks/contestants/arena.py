@@ -1,0 +1,175 @@
+"""Processes that side_by_side.py asks, and the machine they run on."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from contestants.contestant import ids_of
+from contestants.models import Models
+
+HERE = Path(__file__).parent
+COLD_TOKENS = 16
+LLAMA_SETTINGS = ((), ("flash=1",), ("flash=1", "cache=q8_0"))
+OPENVINO_SETTINGS = (("group=0",), ("group=128",))
+TEXT = "In the beginning of spring, seven of ten engineers measured the river first and then built"
+SLOTS = 8
+PACKAGES = {"llama": "llama_cpp", "openvino": "openvino"}
+
+
+class Contestant:
+    """A child process that answers one question a line (contestant.py)."""
+
+    def __init__(self, command: list[str]) -> None:
+        self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._answer()
+        self.about = self.ask({"do": "about"})
+
+    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        """Its answer."""
+        assert self._child.stdin is not None
+        self._child.stdin.write(json.dumps(question) + "\n")
+        self._child.stdin.flush()
+        return self._answer()
+
+    def end(self) -> dict[str, Any]:
+        """Let it go: what it was, and its peak memory."""
+        about = self.ask({"do": "about"})
+        self._child.communicate(json.dumps({"do": "end"}) + "\n")
+        return about
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._child.stdout is not None
+        for line in self._child.stdout:
+            if line.startswith("{"):
+                return dict(json.loads(line))
+        raise SystemExit(f"error: {' '.join(map(str, self._child.args))} ended: see its message above")  # type: ignore[arg-type]
+
+
+class Arena:
+    """Contestants by model, each started when it is first asked for.
+
+    Attributes:
+        missing: peers whose package is not there, and which.
+    """
+
+    def __init__(self, models: Models, peer_python: str, threads: int, runner: str) -> None:
+        self.models = models
+        self.python = peer_python
+        self.threads = threads
+        self.runner = runner
+        self.missing = {
+            peer: f"{package} is not installed in {Path(peer_python).name}"
+            for peer, package in PACKAGES.items()
+            if subprocess.run([peer_python, "-c", f"import {package}"], capture_output=True).returncode
+        }
+        self._running: dict[tuple[str, ...], Contestant] = {}
+
+    def headrace(self, model: str) -> Contestant:
+        """Ours."""
+        script, bundle = str(HERE / "run_headrace.py"), str(self.models.bundle[model])
+        return self._start([sys.executable, script, bundle, str(self.threads), self.runner, str(SLOTS)])
+
+    def peers(self, model: str, names: tuple[str, ...]) -> dict[str, list[Contestant]]:
+        """Those of the peers that are there, each with all its settings."""
+        found: dict[str, list[Contestant]] = {}
+        if "llama" in names and "llama" not in self.missing:
+            command = [self.python, str(HERE / "run_llama.py"), str(self.models.gguf[model]), str(self.threads)]
+            found["llama"] = [self._start([*command, *settings]) for settings in LLAMA_SETTINGS]
+        if "openvino" in names and "openvino" not in self.missing:
+            command = [self.python, str(HERE / "run_openvino.py"), self.models.openvino_geometry(), str(self.threads)]
+            found["openvino"] = [self._start([*command, *settings]) for settings in OPENVINO_SETTINGS]
+        return found
+
+    def first_token(self, model: str) -> list[str]:
+        """headrace's whole command: a prompt of 16 tokens, one token."""
+        text = self._text(model)
+        options = ["--raw", "--greedy", "-n", "1", "-t", str(self.threads), "--runner", self.runner, "-p", text]
+        return [sys.executable, "-m", "headrace", "chat", str(self.models.bundle[model]), *options]
+
+    def first_token_of_llama(self, model: str) -> list[str]:
+        """The same of llama.cpp."""
+        script, path = str(HERE / "first_token_llama.py"), str(self.models.gguf[model])
+        return [self.python, script, path, str(self.threads), str(COLD_TOKENS)]
+
+    def run(self, command: list[str]) -> None:
+        """A command, to its end."""
+        subprocess.run(command, check=True, capture_output=True)
+
+    def close(self) -> list[dict[str, Any]]:
+        """Let everybody go: what they were."""
+        about = [contestant.end() for contestant in self._running.values()]
+        self._running.clear()
+        return about
+
+    def _start(self, command: list[str]) -> Contestant:
+        key = tuple(command)
+        if key not in self._running:
+            self._running[key] = Contestant(command)
+        return self._running[key]
+
+    def _text(self, model: str) -> str:
+        """A text of 16 tokens."""
+        from headrace.text.tokenizer_folder import load_tokenizer
+
+        tokenizer = load_tokenizer(self.models.bundle[model])
+        words = TEXT.split()
+        for count in range(1, len(words) + 1):
+            if len(tokenizer.encode(" ".join(words[:count]))) >= COLD_TOKENS:
+                return " ".join(words[:count])
+        return tokenizer.decode(ids_of(COLD_TOKENS, tokenizer.vocab_size))
+
+
+@dataclass(frozen=True)
+class Description:
+    """Which machine it was."""
+
+    processor: str
+    cores: int
+    features: tuple[str, ...]
+    system: str
+
+
+@dataclass
+class Machine:
+    """The machine's peaks, measured again and again."""
+
+    work: Path
+    threads: int
+    seen: list[dict[str, Any]] = field(default_factory=list)
+
+    def peaks(self) -> dict[str, Any]:
+        """Measured now; {} where there is no C compiler."""
+        program = self.work / "machine_peaks"
+        if not program.exists():
+            compiler = shutil.which("cc")
+            if compiler is None:
+                return {}
+            source = HERE.parent / "machine_peaks.c"
+            options = ["-O3", "-march=native", "-pthread"]
+            subprocess.run([compiler, *options, str(source), "-o", str(program)], check=True)
+        done = subprocess.run([str(program), str(self.threads)], check=True, capture_output=True, text=True)
+        found = dict(json.loads(done.stdout))
+        self.seen.append(found)
+        return found
+
+    def best(self) -> dict[str, Any]:
+        """The most that was seen of each."""
+        keys = [key for key in (self.seen[0] if self.seen else {}) if key.endswith(("_s", "_tops"))]
+        return {key: max(found[key] for found in self.seen) for key in keys}
+
+    def description(self) -> Description:
+        """Processor, cores, and the vector extensions that matter here."""
+        text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        lines = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+        table = {key.strip(): value.strip() for key, value in lines.items()}
+        known = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm")
+        has = set(table.get("flags", table.get("Features", "")).split())
+        name = table.get("model name", platform.processor() or platform.machine())
+        return Description(name, text.count("processor\t"), tuple(f for f in known if f in has), platform.platform())

@@ -1,0 +1,66 @@
+"""verify's native links: the engine against ONNX Runtime and against float, on every instruction set of this machine.
+
+float ─► native, token by token (int16 activations, the cache)
+ONNX Runtime as shipped ─► native, prompts (int8 activations in both) ─► each other instruction set
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.bundle.folder import Bundle
+from headrace.measure.link import Link, divergence
+from headrace.native.runner import NativeRunner
+from headrace.runtime.engine import Engine
+
+__all__ = ["instruction_sets", "native_links"]
+
+Logits = NDArray[np.float32]
+
+# Activations rounded to int8 in two ways, by the operator's blocks and by the engine's, each 0.004 … 0.03 from float.
+SHIPPED_KL = 0.05
+# Token by token only the 8-bit cache is left to cost anything: measured 0.001 … 0.005 on trained models.
+DECODE_KL = 0.05
+# Instruction sets sum the same integers. Float sums are in another order, which at times moves a code of the cache.
+ISA_KL = 0.01
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Those that this machine can run, best first; none where headrace-kernels is not installed."""
+    if find_spec("headrace_kernels") is None:
+        return ()
+    import headrace_kernels
+
+    return tuple(headrace_kernels.available_isas())
+
+
+def native_links(bundle: Bundle, ids: Sequence[int], eager: Logits, shipped: Logits) -> Iterator[Link]:
+    """As many links as instruction sets and one more: the float decoder's. Without headrace-kernels, one that says so.
+
+    Args:
+        bundle: an opened bundle.
+        ids: the tokens that are scored.
+        eager: their logits in float arithmetic.
+        shipped: the same of ONNX Runtime with the bundle's own graphs.
+    """
+    if not instruction_sets():
+        yield Link("as shipped → native", "not run: headrace-kernels is not installed", f"KL ≤ {SHIPPED_KL:g}", True)
+        return
+    best, *others = instruction_sets()
+    prompt = _score(bundle, ids, best)
+    yield divergence(f"as shipped → native, {best}", shipped, prompt, SHIPPED_KL)
+    yield divergence("float → native, token by token", eager, _score(bundle, ids, best, 1), DECODE_KL)
+    for isa in others:
+        yield divergence(f"native, {best} → {isa}", prompt, _score(bundle, ids, isa), ISA_KL)
+
+
+def _score(bundle: Bundle, ids: Sequence[int], isa: str, chunk: int | None = None) -> Logits:
+    engine = Engine(NativeRunner(bundle, isa=isa))
+    try:
+        return engine.score(ids, chunk)
+    finally:
+        engine.close()
