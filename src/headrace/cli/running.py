@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,7 +14,8 @@ from headrace.cli.options import BundlePath, RunnerName, Threads, useful_threads
 from headrace.errors import UserError
 
 if TYPE_CHECKING:
-    from headrace.language_model import LanguageModel
+    from headrace.language_model import Chat, LanguageModel
+    from headrace.runtime.answer import Token
 
 __all__ = ["chat", "push"]
 
@@ -51,11 +53,12 @@ def chat(
     speculate: Annotated[
         str | None, typer.Option("--speculate", help="Guess ahead: lookup (texts repeat themselves) or a draft BUNDLE.")
     ] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Show answers as they come, without Markdown.")] = False,
     runner: RunnerName = None,
     threads: Threads = None,
 ) -> None:
     """Talk with a bundle."""
-    from headrace.cli.repl import converse, print_answer
+    from headrace.cli.answer_view import print_answer
 
     with _open_model(bundle, runner, useful_threads(threads), speculate) as model:
         options = model.sampling_options(
@@ -75,7 +78,7 @@ def chat(
         if talk.turns.is_raw and not raw:
             note("this model has no turn format: it continues your text")
 
-        def answer(text: str) -> Any:
+        def answer(text: str) -> Generator[Token]:
             yield from talk.say(text, max_tokens=max_tokens, stop=stop or (), options=options)
             if talk.dropped_tokens:
                 note(f"(the context is full: {talk.dropped_tokens} tokens of the conversation were left out)")
@@ -84,7 +87,7 @@ def chat(
             if prompt is not None:
                 print_answer(answer(prompt))
             elif sys.stdin.isatty():
-                converse(answer)
+                _converse(talk, answer, plain)
             elif piped := sys.stdin.read():
                 print_answer(answer(piped))
             else:
@@ -92,6 +95,15 @@ def chat(
         finally:
             if session is not None and talk.messages:
                 talk.save(session)
+
+
+def _converse(talk: Chat, answer: Callable[[str], Generator[Token]], plain: bool) -> None:
+    from rich.console import Console
+
+    from headrace.cli.conversation import Conversation, converse, history_file
+
+    note("Ctrl-C stops an answer, Ctrl-D leaves, /help tells more.")
+    converse(Conversation(talk, answer, Console(), markdown=not plain), history_file())
 
 
 def push(

@@ -1,0 +1,299 @@
+"""A conversation on a terminal: Ctrl-C stops an answer, Ctrl-D leaves; on a real pseudo-terminal."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import select
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from headrace.cli.answer_view import AnswerView, print_answer
+from headrace.cli.conversation import Conversation
+from headrace.errors import UserError
+from headrace.runtime.answer import Token, Usage
+from headrace.text.turns import Message
+from tests.exports import Exports
+
+LIMIT = 90.0  # seconds, on a busy machine
+
+
+class Terminal:
+    """A child process on a pseudo-terminal."""
+
+    def __init__(self, code: str, *arguments: str) -> None:
+        self.master, slave = pty.openpty()
+        command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
+        # A session of its own with this terminal as the controlling one, so that Ctrl-C is a signal.
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _LAUNCH, *command], stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+            env={**os.environ, "TERM": "dumb"},
+        )  # fmt: skip
+        os.close(slave)
+        self.shown = ""
+
+    def until(self, text: str, after: int = 0) -> int:
+        """Wait until `text` is shown behind position `after`: the position behind it."""
+        end = time.monotonic() + LIMIT
+        while text not in self.shown[after:]:
+            assert time.monotonic() < end, f"{text!r} was not shown: {self.shown!r}"
+            if select.select([self.master], [], [], 0.1)[0]:
+                try:
+                    self.shown += os.read(self.master, 4096).decode("utf-8", "replace")
+                except OSError:  # the child has closed its end
+                    assert text in self.shown[after:], f"left before {text!r}: {self.shown!r}"
+        return self.shown.index(text, after) + len(text)
+
+    def listen(self, seconds: float) -> None:
+        """Take in what is shown within some time."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            if select.select([self.master], [], [], left)[0]:
+                try:
+                    self.shown += os.read(self.master, 4096).decode("utf-8", "replace")
+                except OSError:  # the child has closed its end
+                    return
+
+    def press(self, key: str, text: str, after: int) -> int:
+        """Press a key until `text` is shown: what comes between two prompts is lost, and a person presses again."""
+        end = time.monotonic() + LIMIT
+        while text not in self.shown[after:] and time.monotonic() < end:
+            self.send(key)
+            self.listen(1.0)
+        return self.until(text, after)
+
+    def send(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def leave(self) -> int:
+        try:
+            return self.process.wait(LIMIT)
+        finally:
+            os.close(self.master)
+
+
+_LAUNCH = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program() -> None:
+    terminal = Terminal("""
+        import time
+        from types import SimpleNamespace
+        from rich.console import Console
+        from headrace.cli.conversation import Conversation, converse
+        from headrace.runtime.answer import Token
+
+        def answer(text):
+            try:
+                for number in range(1000 if text == "long" else 3):
+                    time.sleep(0.02)
+                    yield Token(0, f"{text}{number} ")
+            finally:
+                print("CLOSED", flush=True)
+
+        chat = SimpleNamespace(messages=[], model=SimpleNamespace(context=64))
+        converse(Conversation(chat, answer, Console()))
+        print("LEFT")
+    """)
+    at = terminal.until("> ")
+    terminal.send("long\n")
+    at = terminal.until("long5 ", at)
+    terminal.send("\x03")
+    at = terminal.until("CLOSED", at)
+    at = terminal.until("> ", at)
+    terminal.send("short\n")
+    at = terminal.until("short2 ", at)
+    at = terminal.until("> ", at)
+    at = terminal.press("\x03", "Ctrl-D leaves.", at)  # at the prompt: a hint, not the end
+    at = terminal.until("> ", at)
+    terminal.press("\x04", "LEFT", at)
+    assert terminal.leave() == 0
+    assert "long999" not in terminal.shown
+    assert "Traceback" not in terminal.shown
+
+
+def test_chat_on_a_terminal(exports: Exports) -> None:
+    """The real program with a real (slowed) model: an interrupted answer stays in the conversation."""
+    terminal = Terminal(
+        """
+        import sys, time
+        from headrace.cli import main as cli
+        from headrace.targets.host.runner import HostRunner
+
+        run, steps = HostRunner.run, []
+        HostRunner.run = lambda *a: (steps.append(1), time.sleep(0.1), run(*a))[2]
+        status = cli._run(["chat", sys.argv[1], "--greedy", "--raw", "-n", "150", "--runner", "host"])
+        print("STATUS", status, "STEPS", len(steps), ".")
+        """,
+        str(exports.bundle()),
+    )
+    at = terminal.until("> ")
+    terminal.send("The river\n")
+    at = terminal.until("\r\r\n", at)  # a dumb terminal's echo of the whole line
+    end = time.monotonic() + LIMIT
+    while len(terminal.shown) < at + 8 and time.monotonic() < end:  # some of the answer
+        if select.select([terminal.master], [], [], 0.1)[0]:
+            terminal.shown += os.read(terminal.master, 4096).decode("utf-8", "replace")
+    terminal.send("\x03")
+    at = terminal.until("> ", at + 8)
+    terminal.send("/exit\n")
+    at = terminal.until("STATUS 0 STEPS ", at)
+    terminal.until(".", at)
+    assert terminal.leave() == 0
+    assert int(terminal.shown[at:].split()[0]) < 150, "the answer was stopped"
+    assert "Traceback" not in terminal.shown
+
+
+# Without a terminal
+
+
+class FakeChat:
+    """What a conversation needs of a chat."""
+
+    def __init__(self) -> None:
+        self.messages: list[Message] = []
+        self.model = SimpleNamespace(context=512)
+        self.files: dict[str, list[Message]] = {}
+
+    def save(self, path: Path) -> None:
+        self.files[path.name] = list(self.messages)
+
+    def restore(self, path: Path) -> None:
+        if path.name not in self.files:
+            raise UserError(f"{path} cannot be read")
+        self.messages = list(self.files[path.name])
+
+
+def talking(say: Callable[[str], Iterator[Token]], chat: FakeChat | None = None) -> tuple[Conversation, io.StringIO]:
+    """A conversation with a fake chat, and what is shown of its answers."""
+    shown = io.StringIO()
+    made: Any = chat or FakeChat()
+    return Conversation(made, say, Console(file=shown, force_terminal=False)), shown  # type: ignore[arg-type]
+
+
+def remembered(chat: FakeChat) -> Callable[[str], Iterator[Token]]:
+    """Answers with capitals, and remembers as a Chat does."""
+
+    def say(text: str) -> Iterator[Token]:
+        chat.messages = [*chat.messages, Message("user", text), Message("assistant", text.upper())]
+        yield Token(1, text.upper())
+        yield Token(2, "!", "stop", Usage(prompt_tokens=10, tokens=2))
+
+    return say
+
+
+def test_what_is_said_and_what_is_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    chat = FakeChat()
+    talk, shown = talking(remembered(chat), chat)
+    for line in ("one", "   ", "two"):
+        talk.take(line)
+    assert shown.getvalue() == "ONE!\nTWO!\n"
+    assert (talk.used, talk.stats.tokens) == (12, 2)
+    assert "tok/s" in talk.status() and "context 12 of 512" in talk.status()
+    talk.take("/help")
+    assert "/regenerate" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"there is no command /frob; expected one of /help"):
+        talk.take("/frob")
+    talk.take("/exit")
+    assert talk.left
+
+
+def test_commands_change_the_conversation(capsys: pytest.CaptureFixture[str]) -> None:
+    chat = FakeChat()
+    talk, _ = talking(remembered(chat), chat)
+    with pytest.raises(UserError, match="nothing was said yet"):
+        talk.take("/regenerate")
+    talk.take("one")
+    talk.take("/regenerate")
+    assert [m.content for m in chat.messages] == ["one", "ONE"]
+    talk.take("/edit")
+    assert (talk.draft, chat.messages) == ("one", [])
+    talk.take("/system Be brief.")
+    assert talk.system == "Be brief." and talk.used == 0
+    talk.take("two")
+    talk.take("/save talk.bin")
+    talk.take("/clear")
+    assert [m.content for m in chat.messages] == ["Be brief."]
+    talk.take("/load talk.bin")
+    assert [m.content for m in chat.messages] == ["Be brief.", "two", "TWO"]
+    with pytest.raises(UserError, match="cannot be read"):
+        talk.take("/load other")
+    assert len(chat.messages) == 3  # as it was
+    with pytest.raises(UserError, match="/save needs a file"):
+        talk.take("/save")
+    talk.take("/system")
+    talk.take("/stats")
+    assert "Be brief." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("finish", "said"), [("length", "(cut: --max-tokens reached)"), ("context", "(cut: the context is full)")]
+)
+def test_a_cut_answer_says_why(capsys: pytest.CaptureFixture[str], finish: str, said: str) -> None:
+    talk, shown = talking(lambda text: iter_of(Token(1, "a", finish)))
+    talk.take("x")
+    assert shown.getvalue() == "a\n"
+    assert capsys.readouterr().err.splitlines()[-1] == said
+
+
+def iter_of(*tokens: Token) -> Iterator[Token]:
+    yield from tokens
+
+
+def test_an_interrupted_answer_is_closed() -> None:
+    closed = []
+
+    def say(text: str) -> Iterator[Token]:
+        try:
+            yield Token(1, "begun")
+            raise KeyboardInterrupt
+        finally:
+            closed.append(text)
+
+    talk, shown = talking(say)
+    talk.take("stop")
+    assert (closed, shown.getvalue()) == (["stop"], "begun\n")
+
+
+@given(text=st.text(alphabet="ab `\n#-", max_size=60), cuts=st.lists(st.integers(0, 60), max_size=8))
+def test_blocks_are_the_text_however_it_is_cut(text: str, cuts: list[int]) -> None:
+    """Markdown that streams in pieces is set in the very blocks of the whole."""
+
+    def shown(pieces: list[str]) -> str:
+        out = io.StringIO()
+        console = Console(file=out, force_terminal=True, width=40, color_system=None)
+        settled: list[str] = []
+        view = AnswerView(console)
+        view._settle = settled.append  # type: ignore[method-assign]
+        view._draw = lambda text: None  # type: ignore[method-assign]
+        for piece in pieces:
+            view.push(piece)
+        view.finish()
+        return "|".join(settled)
+
+    places = sorted({min(cut, len(text)) for cut in cuts} | {0, len(text)})
+    pieces = [text[a:b] for a, b in pairwise(places)]
+    whole = shown([text])
+    assert shown(pieces) == whole
+    assert whole.replace("|", "").strip() == text.strip()
+
+
+def test_an_answer_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    last = print_answer(iter([Token(1, "百"), Token(2, "川 😀", "stop")]))
+    assert last is not None
+    assert last.finish == "stop"
+    assert capsys.readouterr().out == "百川 😀\n"
+    assert print_answer(iter([])) is None
