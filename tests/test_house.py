@@ -49,10 +49,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         "bundle", "checkpoint", "config", "exporter", "graph", "language_model", "model", "native", "plan", "quantize",
         "runners", "runtime", "targets", "text",
     },
+    "batch": {"language_model", "runtime", "text"},
     "server": {"language_model", "model", "runtime", "text"},
     "cli": {
-        "bundle", "checkpoint", "exporter", "language_model", "measure", "native", "runtime", "server", "targets",
-        "text",
+        "batch", "bundle", "checkpoint", "exporter", "language_model", "measure", "native", "runtime", "server",
+        "targets", "text",
     },
     "testing": {"runtime"},
     "__main__": {"cli"},

@@ -20,7 +20,7 @@ from headrace.cli.console import note
 from headrace.cli.making import export, inspect, plan, pull
 from headrace.cli.measuring import bench, card, evaluate, verify
 from headrace.cli.running import chat, push
-from headrace.cli.serving import serve
+from headrace.cli.serving import generate, serve
 from headrace.cli.streams import flush_output, forgive_streams
 from headrace.errors import HeadraceError, VerificationFailed
 
@@ -93,5 +93,5 @@ def _options(
     pass
 
 
-for _verb in (pull, inspect, plan, export, verify, chat, serve, bench, evaluate, card, push):
+for _verb in (pull, inspect, plan, export, verify, chat, generate, serve, bench, evaluate, card, push):
     app.command()(_verb)

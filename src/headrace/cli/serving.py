@@ -1,4 +1,4 @@
-"""Verbs that keep a bundle at work: serve."""
+"""Verbs that keep a bundle at work: serve, generate."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from headrace.cli.console import note, progress_bars
-from headrace.cli.options import Threads
+from headrace.cli.console import note, print_json, progress_bars
+from headrace.cli.options import BundlePath, Json, RunnerName, Threads, useful_threads
 from headrace.errors import UserError
 
-__all__ = ["serve"]
+__all__ = ["generate", "serve"]
 
 
 def serve(
@@ -26,7 +26,7 @@ def serve(
     queue: Annotated[int, typer.Option("--queue", min=0, help="Requests that may wait beside them.")] = 64,
     seconds: Annotated[float, typer.Option("--seconds", min=1, help="The longest time of a request.")] = 600,
     max_body: Annotated[int, typer.Option("--max-body", min=1024, help="Bytes of a request's body.")] = 8 << 20,
-    runner: Annotated[str | None, typer.Option("--runner", help="native or host; the fastest by default.")] = None,
+    runner: RunnerName = None,
     threads: Threads = None,
 ) -> None:
     """Serve bundles: OpenAI's, Anthropic's and Ollama's APIs and a web page."""
@@ -50,10 +50,48 @@ def serve(
             host=host,
             port=port,
             runner=runner,
-            threads=threads,
+            threads=useful_threads(threads),
             slots=slots,
             door=ServerOptions(api_key=key, max_body=max_body),
             limits=WorkerOptions(queue=queue, seconds=seconds),
             progress=progress,
             listening=lambda address: note(f"listening on {address}  (the page is there too; Ctrl-C ends)"),
         )
+
+
+def generate(
+    bundle: BundlePath,
+    source: Annotated[Path, typer.Option("--input", help='Prompts, JSON lines: {"prompt": …} or {"messages": […]}.')],
+    output: Annotated[Path, typer.Option("--output", help="Answers, JSON lines; goes on where it stopped.")],
+    max_tokens: Annotated[int, typer.Option("-n", "--max-tokens", min=1, help="Most tokens of an answer.")] = 256,
+    temperature: Annotated[float | None, typer.Option("--temp", help="Sampling temperature; 0 is greedy.")] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="Only the k likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", help="Only the likeliest tokens of this probability.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("-s", "--seed", help="The same seed, the same answers.")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="End an answer at this text; repeatable.")] = None,
+    slots: Annotated[int, typer.Option("--slots", min=1, help="Answers that run at once.")] = 8,
+    runner: RunnerName = None,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Answer a file of prompts: many at once, in order, resumable."""
+    from headrace.batch import answer_file, read_prompts
+    from headrace.language_model import load
+
+    count = len(read_prompts(source))  # what is wrong there is told before a model is loaded
+    with progress_bars() as progress:
+        opened = load(bundle, runner=runner, threads=useful_threads(threads), slots=slots, progress=progress)
+        with opened as model:
+            sampling = model.sampling_options(
+                temperature=0.0 if greedy else temperature, top_k=top_k, top_p=top_p, seed=seed
+            )
+            failed = answer_file(
+                model, source, output, max_tokens=max_tokens, options=sampling, stop=stop or (), progress=progress
+            )
+    if json:
+        print_json({"prompts": count, "failed": failed, "output": str(output)})
+    elif failed:
+        note(f"{failed} of {count} prompts have no answer; each line says why in its field error")

@@ -1,0 +1,192 @@
+"""Answers to a file of prompts: many at once, written in the order of the prompts, resumable.
+
+    {"prompt": "…"} or {"messages": […]} a line  ─►  {"index": 0, "text": "…", "finish": "stop", "usage": {…}} a line
+
+Lines are added as their turn comes and synced; a run that was killed goes on behind the last whole line. Knows no
+terminal and no server.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from headrace.errors import HeadraceError, UserError
+from headrace.language_model import LanguageModel
+from headrace.progress import Progress, silent
+from headrace.runtime.answer import Answer, Limits
+from headrace.runtime.request import Request
+from headrace.runtime.sampling import SamplingOptions
+from headrace.text.turns import Message
+
+__all__ = ["answer_file", "read_prompts"]
+
+_WHOLE = 1 << 62  # room for any prompt: what does not fit is an error of its line
+_SYNCED = 16  # lines between two syncs; a crash of the machine loses no more
+
+
+@dataclass
+class _Line:
+    """A prompt on its way."""
+
+    index: int
+    request: Request | None
+    text: str = ""
+    error: str | None = None
+    usage: dict[str, int] = field(default_factory=dict)
+
+    def row(self) -> dict[str, Any]:
+        """What is written of it."""
+        if self.error is not None or self.request is None:
+            return {"index": self.index, "error": self.error}
+        answer = self.request.answer
+        return {"index": self.index, "text": self.text, "finish": answer.finish, "usage": asdict(answer.usage)}
+
+
+def answer_file(
+    model: LanguageModel,
+    prompts: Path,
+    out: Path,
+    *,
+    max_tokens: int,
+    options: SamplingOptions,
+    stop: Sequence[str] = (),
+    progress: Progress = silent,
+) -> int:
+    """Answer every line of a file; what `out` already holds is kept.
+
+    A prompt that cannot be answered (too long, a role that does not exist) gets a line with its `error`; the others go
+    on. With a seed, the answer of a line depends on the seed and its place alone, not on what runs beside it.
+
+    Args:
+        model: its engine's slots are how many run at once.
+        prompts: JSON lines.
+        out: grows by a line a prompt.
+        max_tokens: most tokens of an answer.
+        options: how tokens are chosen.
+        stop: strings that end an answer.
+        progress: told how far it is.
+
+    Returns:
+        Lines that could not be answered, of those written now.
+
+    Raises:
+        UserError: a file cannot be read, a line of the prompts is none, or `out` is the answer to something else.
+    """
+    lines = read_prompts(prompts)
+    done = _whole_lines(out, len(lines))
+    failed = 0
+    with out.open("ab") as file:
+        for line in _answers(model, lines, done, max_tokens, options, stop):
+            file.write(json.dumps(line.row(), ensure_ascii=False).encode() + b"\n")
+            failed += line.error is not None
+            if line.index % _SYNCED == 0:
+                file.flush()
+                os.fsync(file.fileno())
+            progress("answering", line.index + 1, len(lines))
+        file.flush()
+        os.fsync(file.fileno())
+    return failed
+
+
+def read_prompts(path: Path) -> list[str | list[dict[str, Any]]]:
+    """The prompts of a file of JSON lines: texts, or conversations.
+
+    Raises:
+        UserError: the file cannot be read, or a line is something else; it is named.
+    """
+    try:
+        rows = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); expected a file of JSON lines") from None
+    prompts: list[str | list[dict[str, Any]]] = []
+    for number, row in enumerate(rows, 1):
+        try:
+            raw = json.loads(row)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}, is not JSON: {error}") from None
+        prompt = raw.get("prompt", raw.get("messages")) if isinstance(raw, dict) else None
+        if isinstance(prompt, str) or (
+            isinstance(prompt, list) and prompt and all(isinstance(m, dict) for m in prompt)
+        ):
+            prompts.append(prompt)
+            continue
+        raise UserError(f'{path}, line {number}, is {row[:60]!r}; expected {{"prompt": TEXT}} or {{"messages": […]}}')
+    return prompts
+
+
+def _whole_lines(out: Path, total: int) -> int:
+    """How many answers a file already holds; half a line at its end, of a run that was killed, is cut off."""
+    if not out.exists():
+        return 0
+    data = out.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    rows = data[:whole].splitlines()
+    try:
+        indexes = [json.loads(row)["index"] for row in rows]
+    except (ValueError, KeyError, TypeError):
+        indexes = [-1]
+    if indexes != list(range(len(rows))) or len(rows) > total:
+        raise UserError(f"{out} holds something else than the answers to these prompts; choose another --output")
+    if whole < len(data):
+        with out.open("rb+") as file:
+            file.truncate(whole)
+    return len(rows)
+
+
+def _answers(
+    model: LanguageModel,
+    prompts: Sequence[str | list[dict[str, Any]]],
+    first: int,
+    max_tokens: int,
+    options: SamplingOptions,
+    stop: Sequence[str],
+) -> Iterator[_Line]:
+    """The lines from `first` on, in order; twice as many as there are slots are under way, so that none stands idle."""
+    engine = model.engine
+    waiting: list[_Line] = []
+    running: dict[Request, _Line] = {}
+    following = first
+    while following < len(prompts) or waiting:
+        while following < len(prompts) and len(waiting) < 2 * engine.runner.slots:
+            line = _begin(model, following, prompts[following], max_tokens, options, stop)
+            waiting.append(line)
+            if line.request is not None:
+                running[line.request] = line
+            following += 1
+        while waiting and (waiting[0].request is None or waiting[0].request not in running):
+            yield waiting.pop(0)
+        if not running:
+            continue
+        for request, token in engine.step():
+            running[request].text += token.text
+        for request in [r for r in running if r.done]:
+            line = running.pop(request)
+            if request.error is not None:
+                line.error = str(request.error)
+
+
+def _begin(
+    model: LanguageModel,
+    index: int,
+    prompt: str | list[dict[str, Any]],
+    max_tokens: int,
+    options: SamplingOptions,
+    stop: Sequence[str],
+) -> _Line:
+    try:
+        if isinstance(prompt, str):
+            ids, stop_ids, continues = model.encode_raw(prompt), frozenset(model.tokenizer.eos_ids), True
+        else:
+            talk = [Message(str(m.get("role")), str(m.get("content"))) for m in prompt]
+            turns = model.turns
+            ids, stop_ids, continues = turns.render(talk, _WHOLE), frozenset(turns.stop_ids), turns.continues
+        own = options if options.seed is None else replace(options, seed=options.seed + index)
+        answer = Answer(model.tokenizer, Limits(max_tokens, stop_ids, stop), continues=continues)
+        return _Line(index, model.engine.submit(ids, own, answer))
+    except HeadraceError as error:
+        return _Line(index, None, error=str(error))

@@ -1,0 +1,98 @@
+"""A file of prompts: answered in order, as each alone, resumed after a kill, and told what is wrong with a line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headrace.batch import answer_file, read_prompts
+from headrace.cli.main import _run
+from headrace.errors import UserError
+from headrace.language_model import load
+from tests.exports import Exports
+
+ASKED: list[Any] = [
+    {"prompt": "The river"},
+    {"messages": [{"role": "user", "content": "Water?"}]},
+    {"prompt": "long " * 300},
+    {"prompt": "长江"},
+    {"messages": [{"role": "robot", "content": "x"}]},
+    {"prompt": "One two"},
+]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ASKED), encoding="utf-8")
+    return path
+
+
+def _answer(exports: Exports, prompts: Path, out: Path, slots: int, **options: Any) -> list[dict[str, Any]]:
+    with load(exports.bundle("tied"), runner="host", slots=slots) as model:
+        sampling = model.sampling_options(**(options or {"temperature": 0}))
+        failed = answer_file(model, prompts, out, max_tokens=8, options=sampling)
+    rows = [json.loads(row) for row in out.read_text(encoding="utf-8").splitlines()]
+    assert failed <= sum("error" in row for row in rows)
+    return rows
+
+
+def test_answers_are_in_order_and_as_each_alone(exports: Exports, prompts: Path, tmp_path: Path) -> None:
+    rows = _answer(exports, prompts, tmp_path / "many.jsonl", 3)
+    assert [row["index"] for row in rows] == list(range(len(ASKED)))
+    assert "the prompt has" in rows[2]["error"] and "a message's role is 'robot'" in rows[4]["error"]
+    assert rows == _answer(exports, prompts, tmp_path / "one.jsonl", 1)
+    assert all(row["finish"] and row["usage"]["tokens"] for row in rows if "error" not in row)
+
+
+def test_seeds_do_not_depend_on_the_neighbours(exports: Exports, prompts: Path, tmp_path: Path) -> None:
+    rows = _answer(exports, prompts, tmp_path / "many.jsonl", 4, temperature=1.5, seed=3)
+    assert rows == _answer(exports, prompts, tmp_path / "one.jsonl", 1, temperature=1.5, seed=3)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3, 6])
+def test_a_killed_run_goes_on(exports: Exports, prompts: Path, tmp_path: Path, kept: int) -> None:
+    whole = tmp_path / "whole.jsonl"
+    rows = _answer(exports, prompts, whole, 2)
+    lines = whole.read_bytes().splitlines(keepends=True)
+    cut = tmp_path / "cut.jsonl"
+    cut.write_bytes(b"".join(lines[:kept]) + (lines[kept][:7] if kept < len(lines) else b""))
+    assert _answer(exports, prompts, cut, 2) == rows
+    assert cut.read_bytes() == whole.read_bytes()
+
+
+def test_the_verb(exports: Exports, prompts: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.jsonl"
+    arguments = ["--input", str(prompts), "--output", str(out), "-n", "4", "--greedy", "--runner", "host", "--json"]
+    assert _run(["generate", str(exports.bundle("tied")), *arguments]) == 0
+    told = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert (told["prompts"], told["failed"]) == (len(ASKED), 2)
+    assert len(out.read_text(encoding="utf-8").splitlines()) == len(ASKED)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"line 1, is not JSON"),
+        ('{"prompt": "a"}\n[1]', r"line 2, is '\[1\]'; expected"),
+        ('{"prompt": 3}', r"expected \{\"prompt\": TEXT\}"),
+        ('{"messages": []}', "expected"),
+    ],
+)
+def test_lines_that_are_none(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        read_prompts(path)
+
+
+def test_somebody_elses_file_is_left_alone(exports: Exports, prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "notes.txt"
+    for content in ("my notes\n", '{"index": 5}\n', '{"index": 0}\n' * 9):
+        out.write_text(content)
+        with pytest.raises(UserError, match="holds something else"):
+            _answer(exports, prompts, out, 1)
+        assert out.read_text() == content
