@@ -55,6 +55,8 @@ class GenieAnswers:
                 )
         if answer.logprobs is not None:
             raise TargetError("Genie tells no logprobs; expected another runner, such as host")
+        if answer.grammar is not None:
+            raise TargetError("Genie follows no grammar; expected another runner, such as host")
         if self._answering:  # one dialog, whose cache holds one conversation
             raise TargetError("Genie is still giving another answer; let it end, or close it")
         self._answering = True

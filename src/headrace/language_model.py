@@ -21,6 +21,7 @@ from headrace.runtime.answer import Answer, Answerer, Limits, Token, Usage
 from headrace.runtime.context import WhenFull, fit
 from headrace.runtime.draft_model import draft_model
 from headrace.runtime.engine import PREFIX_BYTES, Engine
+from headrace.runtime.grammar import Grammar, Grammars
 from headrace.runtime.runner import Runner
 from headrace.runtime.sampling import SamplingOptions, usable_settings
 from headrace.runtime.session import Session, read_session, write_session
@@ -61,6 +62,7 @@ class LanguageModel:
         self.sampling = SamplingOptions.from_generation_config(self._settings)
         self.notes = usable_settings(self._settings)[1]
         self._answerer = answerer
+        self._grammars: Grammars | None = None
 
     @property
     def context(self) -> int:
@@ -97,6 +99,7 @@ class LanguageModel:
         max_tokens: int = 256,
         stop: Sequence[str] = (),
         logprobs: int | None = None,
+        grammar: Grammar | None = None,
         **sampling: Any,
     ) -> Iterator[Token]:
         """Continue a text or token ids, without a turn format.
@@ -106,6 +109,7 @@ class LanguageModel:
             max_tokens: most tokens of the answer.
             stop: strings that end it.
             logprobs: tell how likely each token was, and so many of the likeliest; None: tell nothing.
+            grammar: what the answer must be, from `grammar`.
             sampling: fields of `SamplingOptions`: temperature (0 is greedy), top_k, top_p, min_p, seed and so on; the
                 model's own where none is given.
 
@@ -118,7 +122,8 @@ class LanguageModel:
         """
         ids = self.encode_raw(prompt) if isinstance(prompt, str) else list(prompt)
         limits = Limits(max_tokens, self.tokenizer.eos_ids, stop)
-        return self.answer(ids, self.sampling_options(**sampling), limits, continues=True, logprobs=logprobs)
+        made = Answer(self.tokenizer, limits, continues=True, logprobs=logprobs, grammar=grammar)
+        return self.stream(ids, self.sampling_options(**sampling), made)
 
     def answer(
         self,
@@ -185,6 +190,21 @@ class LanguageModel:
             chat.restore(Path(session))
         return chat
 
+    def grammar(self, kind: str, source: str = "") -> Grammar:
+        """What an answer must be, for `generate` and `Chat.say`; compiled once, used as often as one likes.
+
+        Args:
+            kind: "json_schema", "json_object" (any object), "regex" or "lark".
+            source: the schema as JSON text, the expression (of the whole answer) or the grammar.
+
+        Raises:
+            UserError: llguidance is not installed, there is no such kind, or the source is wrong.
+        """
+        if self._grammars is None:
+            stop_ids = {*self.turns.stop_ids, *self.tokenizer.eos_ids}
+            self._grammars = Grammars(self.tokenizer, self.bundle.config.vocab_size, stop_ids)
+        return self._grammars.compile(kind, source)
+
     @property
     def fingerprint(self) -> str:
         """sha256 over the model's geometry, weights, cache scales and vocabulary, hexadecimal."""
@@ -246,6 +266,7 @@ class Chat:
         max_tokens: int = 256,
         stop: Sequence[str] = (),
         options: SamplingOptions | None = None,
+        grammar: Grammar | None = None,
     ) -> Iterator[Token]:
         """Say something and yield the answer's tokens. Closed early, the answer so far stays in the conversation; an
         answer that fails before its first token leaves the conversation as it was.
@@ -258,7 +279,7 @@ class Chat:
         fitted = fit(self.turns, messages, model.context, max_tokens, self.when_full)
         beginning = fitted.beginning if self.when_full is WhenFull.WINDOW else None
         limits = Limits(max_tokens, self.turns.stop_ids, stop, beginning)
-        made = Answer(model.tokenizer, limits, continues=self.turns.continues)
+        made = Answer(model.tokenizer, limits, continues=self.turns.continues, grammar=grammar)
         answer: list[Token] = []
         try:
             for token in model.stream(fitted.ids, options or model.sampling, made):

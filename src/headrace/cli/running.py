@@ -16,6 +16,7 @@ from headrace.errors import UserError
 if TYPE_CHECKING:
     from headrace.language_model import Chat, LanguageModel
     from headrace.runtime.answer import Token
+    from headrace.runtime.grammar import Grammar
 
 __all__ = ["chat", "push"]
 
@@ -44,6 +45,11 @@ def chat(
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
     system: Annotated[str | None, typer.Option("--system", help="What the model is told first.")] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End the answer at this text; repeatable.")] = None,
+    schema: Annotated[
+        Path | None, typer.Option("--json-schema", help="Every answer is JSON of the schema in this file.")
+    ] = None,
+    regex: Annotated[str | None, typer.Option("--regex", help="Every answer matches this expression.")] = None,
+    lark: Annotated[Path | None, typer.Option("--lark", help="Every answer follows the grammar in this file.")] = None,
     session: Annotated[
         Path | None, typer.Option("--session", help="Keep the conversation, with its cache, in this file.")
     ] = None,
@@ -78,8 +84,10 @@ def chat(
         if talk.turns.is_raw and not raw:
             note("this model has no turn format: it continues your text")
 
+        grammar = _grammar(model, schema, regex, lark)
+
         def answer(text: str) -> Generator[Token]:
-            yield from talk.say(text, max_tokens=max_tokens, stop=stop or (), options=options)
+            yield from talk.say(text, max_tokens=max_tokens, stop=stop or (), options=options, grammar=grammar)
             if talk.dropped_tokens:
                 note(f"(the context is full: {talk.dropped_tokens} tokens of the conversation were left out)")
 
@@ -130,6 +138,19 @@ def push(
         note(f"on the phone; with QAIRT's libraries beside it (see {folder}/README.md) this answers the sample prompt:")
     for command in [*(commands if dry_run else []), run_command(name)]:
         typer.echo(shlex.join(command))
+
+
+def _grammar(model: LanguageModel, schema: Path | None, regex: str | None, lark: Path | None) -> Grammar | None:
+    from headrace.files import read_text
+
+    chosen = [
+        (kind, source if isinstance(source, str) else read_text(source))
+        for kind, source in (("json_schema", schema), ("regex", regex), ("lark", lark))
+        if source is not None
+    ]
+    if len(chosen) > 1:
+        raise UserError(f"{' and '.join(kind for kind, _ in chosen)} were both given; expected one of them")
+    return model.grammar(*chosen[0]) if chosen else None
 
 
 def _open_model(bundle: Path, runner: str | None, threads: int | None, speculate: str | None) -> LanguageModel:

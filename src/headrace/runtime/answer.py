@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from headrace.runtime.grammar import Grammar
 from headrace.runtime.sampling import SamplingOptions
 from headrace.text.streaming import TextStream
 from headrace.text.tokenizer import Tokenizer
@@ -97,9 +98,11 @@ class Answer:
         limits: where the answer ends.
         continues: the answer goes on from the prompt's text (see `Tokenizer.decode`).
         logprobs: tell how likely each token was, and so many of the likeliest at its place; None: tell nothing.
+        grammar: what the text must be; a stop string then ends it only where it is complete.
 
     Attributes:
         limits, logprobs: as given.
+        grammar: where the text is in its grammar, or None.
         usage: what it took so far.
         tokens: prompt and answer so far as the model has them before it, where an engine answers.
         finish: why it has ended, or None.
@@ -109,14 +112,27 @@ class Answer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, limits: Limits, *, continues: bool = False, logprobs: int | None = None
+        self,
+        tokenizer: Tokenizer,
+        limits: Limits,
+        *,
+        continues: bool = False,
+        logprobs: int | None = None,
+        grammar: Grammar | None = None,
     ) -> None:
         self.limits = limits
         self.logprobs = logprobs
         self.usage = Usage()
         self.tokens: list[int] = []
         self.finish: str | None = None
-        self._stream = TextStream(tokenizer, limits.stops, continues=continues)
+        self.grammar = None if grammar is None else grammar.start()
+        # A grammar is about every byte, so then no leading space is taken away.
+        self._stream = TextStream(
+            tokenizer,
+            limits.stops,
+            continues=continues or grammar is not None,
+            may_stop=None if grammar is None else grammar.accepts,
+        )
 
     def take(self, token: int, likelihood: Likelihood | None = None) -> Token:
         """The next chosen token. An end token gives its Token too, without text of its own.
@@ -130,7 +146,8 @@ class Answer:
         if token in self.limits.stop_ids:
             return self.end(Token(token, "", likelihood=likelihood), "stop")
         made = Token(token, self._stream.push(token), likelihood=likelihood)
-        if self._stream.stopped:
+        complete = self.grammar is not None and self.grammar.take(token)
+        if self._stream.stopped or complete:
             return self.end(made, "stop")
         return self.end(made, "length") if self.usage.tokens >= self.limits.max_tokens else made
 

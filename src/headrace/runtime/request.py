@@ -26,7 +26,7 @@ class Request:
         answer: text, why it ended (`answer.finish`), and what it took (`answer.usage`).
         after: a request of the same prompt, whose cache this one waits for.
         done: it has ended, failed or was cancelled; its slot is free.
-        error: why it failed: the model's logits are damaged. Others go on.
+        error: why it failed: the model's logits are damaged, or its grammar ran into a limit. Others go on.
     """
 
     def __init__(
@@ -110,14 +110,15 @@ class Request:
         return made
 
     def _choose(self, logits: Logits) -> Token | None:
-        """The next token; None when the logits are damaged."""
+        """The next token; None when the request failed."""
         tokens = self.sequence.tokens
         try:
-            chosen = self._sampler.sample(logits, tokens, self._said)
+            allowed = None if self.answer.grammar is None else self.answer.grammar.allowed()
+            chosen = self._sampler.sample(logits, tokens, self._said, allowed)
+            token = self.answer.take(chosen, self._likelihood(logits, chosen))
         except HeadraceError as error:
             self.error, self.done = error, True
             return None
-        token = self.answer.take(chosen, self._likelihood(logits, chosen))
         if token.finish is None and len(tokens) >= self._context and not self._make_room():
             token = self.answer.end(token, "context")  # nothing can be computed behind the last place
         if token.finish is None:

@@ -7,7 +7,7 @@ all ids. Knows nothing about models, sampling or terminals.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from headrace.errors import UserError
 from headrace.text.tokenizer import Tokenizer
@@ -25,18 +25,28 @@ class TextStream:
         tokenizer: gives the bytes of each token.
         stops: strings that end the text.
         continues: the text goes on from a prompt, so a leading space is part of it (see `Tokenizer.decode`).
+        may_stop: asked with the whole text before a stop string whether it may end there; None: it always may.
 
     Raises:
         UserError: a stop string is empty.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), *, continues: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stops: Sequence[str] = (),
+        *,
+        continues: bool = False,
+        may_stop: Callable[[str], bool] | None = None,
+    ) -> None:
         if isinstance(stops, str) or not all(stops):
             raise UserError(f"stop strings are {stops!r}; expected a list of strings, none of them empty")
         self._tokenizer = tokenizer
         self._stops = tuple(stops)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._at_start = tokenizer.drops_leading_space and not continues
+        self._may_stop = may_stop
+        self._given = ""  # all text given out, where somebody will ask for it
         self._held = ""
         self._stopped = False
 
@@ -63,13 +73,24 @@ class TextStream:
         if self._stopped:
             return ""
         held = self._held + text
-        ends = [(at + len(stop), at) for stop in self._stops if (at := held.find(stop)) >= 0]
-        if ends:
-            self._stopped, self._held = True, ""
-            return held[: min(ends)[1]]
+        for _, at in sorted((at + len(stop), at) for stop in self._stops for at in _places(held, stop)):
+            if self._may_stop is None or self._may_stop(self._given + held[:at]):
+                self._stopped, self._held = True, ""
+                return held[:at]
         keep = max((_overlap(held, stop) for stop in self._stops), default=0)
         self._held = held[len(held) - keep :]
-        return held[: len(held) - keep]
+        given = held[: len(held) - keep]
+        if self._may_stop is not None:
+            self._given += given
+        return given
+
+
+def _places(text: str, stop: str) -> Iterator[int]:
+    """Where `stop` stands in `text`, occurrences that overlap included."""
+    at = text.find(stop)
+    while at >= 0:
+        yield at
+        at = text.find(stop, at + 1)
 
 
 def _overlap(text: str, stop: str) -> int:
