@@ -12,7 +12,7 @@ from enum import Enum
 from headrace.config import ModelConfig
 from headrace.errors import ConfigError
 
-__all__ = ["GraphStyle", "Part", "Port", "Role", "graph_name", "plan_parts", "ports"]
+__all__ = ["GraphStyle", "Part", "Port", "Role", "graph_name", "host_head_dim", "plan_parts", "ports"]
 
 MASK_DEPTH = 50.0  # device: how far below the others a blocked score is; exp(-50) is 2e-22
 
@@ -90,6 +90,11 @@ def graph_name(part: Part, length: int, context: int) -> str:
     return f"ar{length}_cl{context}_{part.number}_of_{part.count}"
 
 
+def host_head_dim(config: ModelConfig) -> int:
+    """Channels of a head in the host's cache: GroupQueryAttention takes multiples of 16, so others are padded."""
+    return -(-config.head_dim // 16) * 16
+
+
 def ports(
     config: ModelConfig,
     part: Part,
@@ -128,7 +133,7 @@ def _host_ports(config: ModelConfig, part: Part, kv_dtype: str) -> tuple[tuple[P
             Port("cos", tables, "float32"),
             Port("sin", tables, "float32"),
         ]
-    cache = ("batch", config.num_kv_heads, "capacity", config.head_dim)
+    cache = ("batch", config.num_kv_heads, "capacity", host_head_dim(config))
     for i in part.layers:
         inputs += [Port(f"past_key_{i}_in", cache, kv_dtype), Port(f"past_value_{i}_in", cache, kv_dtype)]
         outputs += [Port(f"past_key_{i}_out", cache, kv_dtype), Port(f"past_value_{i}_out", cache, kv_dtype)]

@@ -68,8 +68,12 @@ class Grid:
         """How many scales a row of `columns` has.
 
         Raises:
-            RecipeError: the block does not divide the row.
+            RecipeError: the block does not divide the row, or a row of 4-bit codes does not end with a byte.
         """
+        if columns * self.bits % 8:
+            raise RecipeError(
+                f"{name} has an odd number of columns ({columns}), which 4 bits do not pack; give it 8 bits"
+            )
         if self.block is None:
             return 1
         if columns % self.block:

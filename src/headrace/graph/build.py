@@ -93,11 +93,12 @@ class GraphBuilder:
             self._add(tensor.name, tensor)
         return self._constants[tensor.name]
 
-    def stored(self, name: str, tensor: StoredTensor, shape: Sequence[int] | None = None) -> ir.Value:
-        """An initializer whose bytes are in a weights file, interned by name; `shape`: another view of the bytes."""
+    def stored(self, name: str, tensor: StoredTensor, shape: Sequence[int] | None = None, *, bits: int = 8) -> ir.Value:
+        """An initializer whose bytes are in a weights file, interned by name; `shape`: another view of the bytes, as
+        unsigned integers of 4 bits where `bits` says so."""
         if name not in self._constants:
             dims = ir.Shape(tuple(shape) if shape is not None else tensor.shape)
-            dtype = _STORED[tensor.dtype]
+            dtype = ir.DataType.UINT4 if bits == 4 else _STORED[tensor.dtype]
             self._add(name, ir.ExternalTensor(tensor.file, tensor.offset, tensor.nbytes, dtype, shape=dims, name=name))
         return self._constants[name]
 

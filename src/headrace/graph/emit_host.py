@@ -29,11 +29,12 @@ from headrace.model import decoder
 from headrace.model.decoder import Residual
 from headrace.model.ops import Positions, attention_name
 from headrace.model.weights import Weight, weight_table
-from headrace.plan import GraphStyle, Part, Port, ports
+from headrace.plan import GraphStyle, Part, Port, host_head_dim, ports
 
 __all__ = ["HostWeights", "emit_host", "kernel_block"]
 
 MICROSOFT = "com.microsoft"
+SMALLEST_BLOCK = 16  # of MatMulNBits
 INT8_ACTIVATIONS = 4  # MatMulNBits accuracy_level: activations rounded to int8 a block, int32 sums
 
 
@@ -55,10 +56,10 @@ class HostWeights:
 def kernel_block(columns: int, stored_block: int | None) -> int:
     """The block MatMulNBits works with: the largest power of two ≤ 256 that divides the row and the stored block.
 
-    The kernel takes powers of two from 16 on and pads a row that is no multiple, so blocks that divide cost nothing.
+    The kernel takes powers of two from 16 on, and would pad a row that is no multiple.
     """
     block = 256
-    while block > 16 and (columns % block or (stored_block is not None and stored_block % block)):
+    while block > SMALLEST_BLOCK and (columns % block or (stored_block is not None and stored_block % block)):
         block //= 2
     return block
 
@@ -129,8 +130,10 @@ class _HostOps(Recorder):
         sources = [weight.stored_as for weight in weights]
         source, columns = sources[0], weights[0].matrix[1]
         grid, rows = self.weights.grids[source], sum(weight.shape[0] for weight in weights)
+        if columns % SMALLEST_BLOCK:
+            return self._float_matmul(x, weights, name)
         block = kernel_block(columns, grid.block)
-        blocks = -(-columns // block)
+        blocks = columns // block
         stored_blocks = grid.blocks(columns, source)
         packed = _behind(self.weights.tensors, [f"{s}_packed" for s in sources])
         data = self.graph.stored(f"{name}_packed.blocks", packed, (rows, blocks, block * grid.bits // 8))
@@ -151,6 +154,29 @@ class _HostOps(Recorder):
         if biases:
             inputs += [None, None, self.graph.stored(f"{name}.bias", _behind(self.weights.tensors, biases))]
         return self.graph.node("MatMulNBits", inputs, attributes, domain=MICROSOFT, name=name)[0]
+
+    def _float_matmul(self, x: ir.Value, weights: Sequence[Weight], name: str) -> ir.Value:
+        """The same for a row that no block of MatMulNBits divides, which has one scale (blocks that do not divide are
+        refused): float32 weights, which ONNX Runtime computes from the stored ones when the session is made."""
+        sources = [weight.stored_as for weight in weights]
+        grid, columns = self.weights.grids[sources[0]], weights[0].matrix[1]
+        rows = sum(weight.shape[0] for weight in weights)
+        packed = _behind(self.weights.tensors, [f"{s}_packed" for s in sources])
+        scales = self.graph.stored(f"{name}_scale", _behind(self.weights.tensors, [f"{s}_scale" for s in sources]))
+        codes = self.graph.stored(f"{name}_packed", packed, (rows, columns), bits=grid.bits)
+        kind = ir.DataType.FLOAT.value
+        codes = self.graph.one("Cast", [codes], to=kind, name=f"{name}.float")
+        scales = self.graph.one("Cast", [scales], to=kind, name=f"{name}_scale.float")
+        centre = self.graph.constant(f"zero_point_{grid.bits}", np.array(grid.zero_point, np.float32))
+        values = self.graph.one("Sub", [codes, centre], name=f"{name}.centred")
+        values = self.graph.one("Mul", [values, scales], name=f"{name}.weight")
+        values = self.transpose(values, (1, 0))
+        biases = [weight.bias for weight in weights if weight.bias is not None]
+        if not biases:
+            return self.graph.one("MatMul", [x, values], name=name)
+        product = self.graph.one("MatMul", [x, values], name=f"{name}.product")
+        bias = self.graph.stored(f"{name}.bias", _behind(self.weights.tensors, biases))
+        return self.graph.one("Add", [product, bias], name=name)
 
     def rms_norm(self, x: ir.Value, weight: str) -> ir.Value:
         attributes = {"epsilon": self.config.rms_norm_eps, "axis": -1, "stash_type": 1}
@@ -179,7 +205,7 @@ class _HostOps(Recorder):
     ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
         assert past is not None
         c = self.config
-        attributes: dict[str, int | str] = {
+        attributes: dict[str, int | float | str] = {
             "num_heads": c.num_heads,
             "kv_num_heads": c.num_kv_heads,
             "do_rotary": 1,
@@ -188,9 +214,14 @@ class _HostOps(Recorder):
         # The operator splits a joined product itself.
         heads: list[ir.Value | None] = [q, k, v]
         split, name = q.producer(), attention_name(layer)
-        if split is not None and split.op_type == "Split" and tuple(split.outputs) == (q, k, v):
+        cos, sin = at.cos, at.sin
+        if (padded := host_head_dim(c)) != c.head_dim:
+            attributes |= {"scale": c.head_dim**-0.5}
+            heads = [self._padded(x, padded) for x in (q, k, v)]
+            cos, sin = (self._pad_last(table, (padded - c.head_dim) // 2, 2) for table in (cos, sin))
+        elif split is not None and split.op_type == "Split" and tuple(split.outputs) == (q, k, v):
             heads = [split.inputs[0], None, None]
-        inputs = [*heads, *past, self.last_position, self.total_length, at.cos, at.sin]
+        inputs = [*heads, *past, self.last_position, self.total_length, cos, sin]
         if self.weights.kv_scales:
             key_scale, value_scale = self.weights.kv_scales[layer]
             inputs += [None, None, None]
@@ -200,7 +231,21 @@ class _HostOps(Recorder):
         mixed, key, value = self.graph.node(
             "GroupQueryAttention", inputs, attributes, domain=MICROSOFT, name=name, outputs=3
         )
+        if padded != c.head_dim:
+            half = self.reshape(mixed, (0, 0, 2 * c.num_heads, padded // 2))
+            mixed = self.reshape(self.slice(half, 3, 0, c.head_dim // 2), (0, 0, c.query_size))
         return mixed, (key, value)
+
+    def _padded(self, x: ir.Value, width: int) -> ir.Value:
+        """Heads (B, S, heads·D) with zeros behind each half, which rotary pairs with the same place of the other."""
+        half = self.config.head_dim // 2
+        halves = self.reshape(x, (0, 0, -1, half))
+        return self.reshape(self._pad_last(halves, width // 2 - half, 4), (0, 0, -1))
+
+    def _pad_last(self, x: ir.Value, zeros: int, rank: int) -> ir.Value:
+        """Zeros behind the last axis."""
+        pads = self.graph.constant(f"pad_{rank}_{zeros}", np.array([0] * (2 * rank - 1) + [zeros], np.int64))
+        return self.graph.one("Pad", [x, pads], name=f"{x.name}.padded")
 
     def _stored(self, name: str) -> ir.Value:
         return self.graph.stored(name, self.weights.tensors[name])

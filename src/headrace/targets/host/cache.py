@@ -10,6 +10,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from headrace.config import ModelConfig
+from headrace.plan import host_head_dim
 
 __all__ = ["HostCache"]
 
@@ -33,7 +34,7 @@ class HostCache:
 
     def __init__(self, config: ModelConfig, dtype: str, slots: int, context: int) -> None:
         # np.zeros maps pages when they are first written: a long context costs memory only as it fills.
-        shape = (slots, config.num_kv_heads, context, config.head_dim)
+        shape = (slots, config.num_kv_heads, context, host_head_dim(config))
         self.buffers: dict[str, NDArray[Any]] = {
             f"past_{kind}_{layer}": np.zeros(shape, _DTYPES[dtype])
             for layer in range(config.num_layers)
