@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from headrace.bundle.folder import Bundle, open_bundle
-from headrace.measure.fidelity import FidelityMeter, no_target
+from headrace.model.fidelity import FidelityMeter, no_target
 from headrace.model.reference import eager_logits
 from headrace.runners import open_runner
 from headrace.runtime.engine import Engine

@@ -21,7 +21,7 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter, quants
 
 from headrace.checkpoint import open_checkpoint
 from headrace.measure.evaluate import first_windows, read_text
-from headrace.measure.fidelity import FidelityMeter, no_target
+from headrace.model.fidelity import FidelityMeter, no_target
 from headrace.text.tokenizer_folder import load_tokenizer, save_tokenizer
 
 WINDOW = 512

@@ -39,8 +39,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime": {"text"},
     "targets": {"bundle", "config", "graph", "model", "plan", "runtime", "text"},
     "exporter": {
-        "architectures", "bundle", "checkpoint", "config", "graph", "model", "plan", "quantize", "runtime", "targets",
-        "text",
+        "architectures", "bundle", "checkpoint", "config", "graph", "model", "plan", "quantize", "runners",
+        "runtime", "targets", "text",
     },
     "genie_answers": {"runtime", "targets"},
     "runners": {"bundle", "genie_answers", "graph", "native", "runtime", "targets"},

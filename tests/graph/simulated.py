@@ -16,8 +16,8 @@ from headrace.bundle.grid import Grid, QuantizedTensor, dequantize, quantize_nea
 from headrace.bundle.weights import part_weights
 from headrace.checkpoint import open_checkpoint
 from headrace.config import ModelConfig
-from headrace.measure.fidelity import FidelityMeter, no_target
 from headrace.model.decoder import Residual, block, embed, head
+from headrace.model.fidelity import FidelityMeter, no_target
 from headrace.model.ops import Array, Eager, Positions
 from headrace.model.rope import rope_angles
 from headrace.model.weights import EMBEDDING, HEAD

@@ -11,11 +11,11 @@ from headrace.checkpoint import open_checkpoint
 from headrace.errors import ContextFull
 from headrace.language_model import load
 from headrace.measure.choices import Choices, answer_subject, choices_report
-from headrace.measure.fidelity import log_softmax
 from headrace.measure.item_sets import SETS, Item, Subject, open_set
 from headrace.measure.likelihood import likelihoods, split_pair
 from headrace.measure.questions import ask_bundle, following
 from headrace.measure.shared_prefix import next_logits
+from headrace.model.fidelity import log_softmax
 from headrace.model.reference import eager_logits
 from tests.exports import Exports
 from tests.measure.test_item_sets import CHOICES

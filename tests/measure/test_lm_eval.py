@@ -11,9 +11,9 @@ import pytest
 
 from headrace.language_model import load
 from headrace.measure.choices import answer_subject
-from headrace.measure.fidelity import log_softmax
 from headrace.measure.item_sets import SETS, open_set
 from headrace.measure.questions import following
+from headrace.model.fidelity import log_softmax
 from tests.exports import Exports
 from tests.measure.test_item_sets import CHOICES
 

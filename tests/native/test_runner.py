@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from headrace import runners
 from headrace.bundle.folder import Bundle, open_bundle
 from headrace.errors import ContextFull, TargetError, UserError
-from headrace.measure.fidelity import FidelityMeter, no_target
+from headrace.model.fidelity import FidelityMeter, no_target
 from headrace.native import runner as target
 from headrace.native.runner import NativeRunner
 from headrace.runtime.runner import Runner, Span

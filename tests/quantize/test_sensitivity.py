@@ -11,8 +11,8 @@ from headrace.bundle.grid import dequantize, quantize_nearest
 from headrace.bundle.recipe import Rule
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.checkpoint.tensor import LazyTensor
-from headrace.measure.fidelity import FidelityMeter, log_softmax, no_target
 from headrace.model.decoder import Residual, head
+from headrace.model.fidelity import FidelityMeter, log_softmax, no_target
 from headrace.model.ops import Eager
 from headrace.model.reference import eager_logits
 from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD, layer_weights, linears

@@ -6,7 +6,6 @@ a file laid out is written elsewhere.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,15 +19,15 @@ from headrace import __version__
 from headrace.bundle.encodings import write_encodings
 from headrace.bundle.folder import Bundle, publish
 from headrace.bundle.weights import WeightStore
-from headrace.checkpoint import Checkpoint
 from headrace.exporter.calibration import calibration_windows
 from headrace.exporter.estimate import estimate_disk
 from headrace.exporter.options import ExportOptions
 from headrace.exporter.origin import origin_of
+from headrace.exporter.proof import quantization_kl, refuse_broken
 from headrace.exporter.settings import ExportSettings, settle
 from headrace.exporter.snapdragon import compile_target
+from headrace.exporter.vocabulary import write_vocabulary
 from headrace.exporter.workspace import Workspace, output_folder, refuse_full_disk, telling_full_disk, workspace
-from headrace.files import write_file
 from headrace.graph.device_folder import OWN_FOLDER, bundle_device_graphs
 from headrace.graph.emit_host import HostWeights, emit_host
 from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD, layer_weights
@@ -40,8 +39,7 @@ from headrace.quantize.parallel import cores
 from headrace.quantize.pipeline import QuantizedLayer, load_weight, quantize_layers, quantize_table
 from headrace.quantize.ranges import collect_ranges
 from headrace.quantize.sensitivity import measure_sensitivity
-from headrace.text.tokenizer import Tokenizer
-from headrace.text.tokenizer_folder import load_tokenizer, save_tokenizer
+from headrace.text.sample import sample_ids
 from headrace.text.turns import turn_format
 
 __all__ = ["export"]
@@ -91,17 +89,18 @@ def _make(settings: ExportSettings, out: Path, work: Workspace, progress: Progre
     """Every step, each skipped where an earlier run has done it."""
     asked, jobs = settings.options, settings.options.jobs
     refuse_full_disk(out.parent, estimate_disk(settings) - _bytes_below(work.root))
-    tokenizer = _save_tokenizer(settings.checkpoint, work.bundle)
+    tokenizer = write_vocabulary(settings.checkpoint, work.bundle)
     turns = turn_format(tokenizer, settings.checkpoint.generation_config)
     windows = calibration_windows(tokenizer, turns, settings.texts, asked.windows, asked.window_length)
     settings = _within_budget(settings, work, windows, jobs, progress)
     kv_scales = _quantize(settings, work, windows, jobs, progress)
     _emit_graphs(settings, work.bundle, kv_scales, progress)
     manifest = _manifest(settings, kv_scales)
+    made = _unpublished(settings, work.bundle, manifest)
+    _prove(settings, made, manifest, sample_ids(tokenizer, made.context), progress)
     # Linears in blocks never reach a device, and a float cache neither: static ranges would be of no use.
     if kv_scales and not any(grid.block for grid in settings.grids.values()):
         _calibrate_device(settings, work.bundle, kv_scales, evenly(windows, RANGE_WINDOWS), progress)
-    made = _unpublished(settings, work.bundle, manifest)
     if asked.for_device:
         graphs = bundle_device_graphs(made, work.bundle / OWN_FOLDER if asked.keep_onnx else work.device)
         for target in asked.targets:
@@ -110,16 +109,20 @@ def _make(settings: ExportSettings, out: Path, work: Workspace, progress: Progre
     publish(work.bundle, out, manifest, aside=work.replaced)
 
 
+def _prove(
+    settings: ExportSettings, made: Bundle, manifest: dict[str, Any], ids: Sequence[int], progress: Progress
+) -> None:
+    """The bundle runs, and the manifest says what quantization cost."""
+    progress("checking", 0, 2)
+    with cores(settings.options.jobs):
+        manifest["provenance"]["quantization_kl"] = quantization_kl(settings.checkpoint, made, ids)
+    progress("checking", 1, 2)
+    refuse_broken(made, ids)
+    progress("checking", 2, 2)
+
+
 def _bytes_below(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def _save_tokenizer(source: Checkpoint, folder: Path) -> Tokenizer:
-    save_tokenizer(source.path, source.metadata or None, folder)
-    if source.generation_config:
-        text = json.dumps(dict(source.generation_config), ensure_ascii=False, indent=1)
-        write_file(folder / "generation_config.json", text.encode())
-    return load_tokenizer(folder)
 
 
 def _within_budget(

@@ -21,6 +21,7 @@ from headrace.checkpoint.lora import adapted, adapter_digest
 from headrace.config import ModelConfig
 from headrace.errors import CalibrationError, ConfigError, RecipeError
 from headrace.exporter.options import ExportOptions
+from headrace.exporter.vocabulary import check_vocabulary
 from headrace.graph.device_folder import refuse_blocks
 from headrace.model.weights import EMBEDDING, HEAD, quantized_weights, weight_table
 from headrace.plan import Part, plan_parts
@@ -172,6 +173,7 @@ def _check(settings: ExportSettings) -> None:
     if options.targets:
         refuse_contexts((*settings.prompt_lengths, 1), settings.contexts)
         find_toolchain()
+    check_vocabulary(settings.checkpoint, for_genie=bool(options.targets))
 
 
 def _contexts(config: ModelConfig, options: ExportOptions, parts: Sequence[Part]) -> tuple[int, ...]:

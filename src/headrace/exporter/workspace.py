@@ -191,8 +191,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 def _told(key: str, value: Any) -> str:
     if key == "recipe" and isinstance(value, dict):
         return str(value.get("name"))
-    if key == "calibration" and isinstance(value, list):
-        return ",".join(str(text.get("name")) for text in value)
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        return ",".join(str(item.get("name")) for item in value)  # texts, adapters
     return spelled(value) or "by default"
 
 

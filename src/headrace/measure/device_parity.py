@@ -23,8 +23,8 @@ from headrace.bundle.folder import Bundle
 from headrace.bundle.weights import WeightStore
 from headrace.graph.device_folder import kept_device_graphs
 from headrace.graph.emit_device import write_device_graphs
-from headrace.measure.fidelity import Fidelity, FidelityMeter, no_target
 from headrace.measure.link import Link
+from headrace.model.fidelity import Fidelity, FidelityMeter, no_target
 from headrace.model.ops import Array
 from headrace.model.reference import eager_logits
 from headrace.plan import graph_name, plan_parts

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from headrace.config import ModelConfig
 from headrace.errors import CalibrationError, UserError, did_you_mean
-from headrace.measure.fidelity import Fidelity, FidelityMeter, log_softmax, no_target
 from headrace.model.decoder import Residual, block, embed, head
+from headrace.model.fidelity import Fidelity, FidelityMeter, log_softmax, no_target
 from headrace.model.ops import Array
 from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD, layer_weights
 from headrace.progress import Progress, silent

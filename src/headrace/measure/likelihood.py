@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.measure.fidelity import log_softmax
+from headrace.model.fidelity import log_softmax
 
 __all__ = ["Encode", "Likelihood", "NextLogits", "likelihoods", "split_pair"]
 

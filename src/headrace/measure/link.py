@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.measure.fidelity import FidelityMeter, no_target
+from headrace.model.fidelity import fidelity
 
 __all__ = ["Link", "divergence"]
 
@@ -29,8 +29,6 @@ class Link:
 
 def divergence(name: str, expected: NDArray[np.float32], found: NDArray[np.float32], limit: float) -> Link:
     """The link that holds the mean KL of logits (S, V) to a limit."""
-    meter = FidelityMeter()
-    meter.add(expected, found, np.full(len(expected), no_target, np.int64))
-    result = meter.result()
+    result = fidelity(expected, found)
     ok = result.kl <= limit  # False for NaN
-    return Link(name, f"KL {result.kl:.4f}, top-1 {result.top1:.3f}", f"KL ≤ {limit:g}", ok)
+    return Link(name, f"KL {result.kl:.4f}, top-1 {result.top1:.3f}", f"KL ≤ {limit:.4g}", ok)

@@ -16,9 +16,9 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from headrace.language_model import load
-from headrace.measure.fidelity import log_softmax
 from headrace.measure.likelihood import likelihoods
 from headrace.measure.questions import following
+from headrace.model.fidelity import log_softmax
 
 __all__ = ["HeadraceLM"]
 

@@ -10,11 +10,10 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +29,7 @@ from headrace.plan import plan_parts
 from headrace.progress import Progress, silent
 from headrace.runners import open_runner
 from headrace.runtime.engine import Engine
+from headrace.text.sample import sample_ids
 from headrace.text.tokenizer_folder import load_tokenizer
 
 __all__ = ["DEPTHS", "verify_bundle"]
@@ -37,13 +37,6 @@ __all__ = ["DEPTHS", "verify_bundle"]
 DEPTHS = ("host", "device", "emulation", "genie")
 
 Logits = NDArray[np.float32]
-
-# Both languages, digits, punctuation; longer than one prompt step, so that the cache is read across steps.
-SAMPLE = (
-    "A headrace is the channel that carries a river to the machine. In 2026, 7 of 10 engineers measured first. "
-    "百川东到海，何时复西归？引水渠把河水送到机器。先测量，再优化；每一个数字背后都有一次测量。"
-)
-SAMPLE_TOKENS = 160
 
 # Float graphs do the eager decoder's arithmetic in another order: differences are float32 rounding, relative to the
 # largest logit, which grows with depth.
@@ -54,8 +47,11 @@ PARTS_LIMIT = 1e-5
 SHIPPED_KL = 0.1
 # Rounding an int8 activation depends on its block alone, so a step's length changes only the cache's rounding.
 STEPS_KL = 0.02
-# Against the checkpoint: far above any usable recipe (plain per-channel rounding of a 135M model: 1.2), far below
-# what a wrong layer gives (8 and more).
+# Against the checkpoint, the export's own figure on the very same tokens; another computer's float32 sums differ in the
+# last bits, which moves it by less than this.
+EXPORT_MARGIN, EXPORT_SLACK = 1.05, 1e-3
+# For a bundle without that figure: far above any usable recipe (plain per-channel rounding of a 135M model: 1.2), far
+# below what a wrong layer gives (8 and more).
 CHECKPOINT_KL = 2.5
 FLOAT_ARITHMETIC = 1  # MatMulNBits accuracy_level: float32 inside
 
@@ -132,7 +128,9 @@ def _numbers(bundle: Bundle, checkpoint: Path | None, adapters: Sequence[Path]) 
 
         source = open_origin(bundle, checkpoint, adapters)
         reference = eager_logits(config, lambda name: source.tensor(name).load(), np.array([ids]))[0]
-        yield divergence("checkpoint → quantized weights", reference, eager, CHECKPOINT_KL)
+        recorded = bundle.provenance.get("quantization_kl")
+        limit = recorded * EXPORT_MARGIN + EXPORT_SLACK if isinstance(recorded, int | float) else CHECKPOINT_KL
+        yield divergence("checkpoint → quantized weights", reference, eager, limit)
 
     with _variant(bundle, 1, store) as whole:
         one = _score(whole, ids)
@@ -148,9 +146,7 @@ def _numbers(bundle: Bundle, checkpoint: Path | None, adapters: Sequence[Path]) 
 
 
 def _sample(bundle: Bundle) -> list[int]:
-    ids = load_tokenizer(bundle.root).encode(SAMPLE)
-    ids = (ids * (SAMPLE_TOKENS // len(ids) + 1))[:SAMPLE_TOKENS]
-    return ids[: bundle.context]
+    return sample_ids(load_tokenizer(bundle.root), bundle.context)
 
 
 def _score(bundle: Bundle, ids: list[int], chunk: int | None = None) -> Logits:
@@ -166,14 +162,16 @@ def _variant(bundle: Bundle, parts: int, store: WeightStore) -> Iterator[Bundle]
     """The same weights under other graphs, float arithmetic, in a temporary folder beside the bundle: graphs may
     only point to files below their own folder, so the weights are linked there (copied where links are impossible)."""
     parent = bundle.root.resolve().parent
-    place: Callable[[Path, Path], Any] = os.link
     if not os.access(parent, os.W_OK):
-        parent, place = Path(tempfile.gettempdir()), shutil.copyfile
+        parent = Path(tempfile.gettempdir())
     with tempfile.TemporaryDirectory(dir=parent, prefix=".headrace-verify-") as name:
         folder = Path(name)
         (folder / "weights").mkdir()
         for file in sorted((bundle.root / "weights").iterdir()):
-            place(file, folder / "weights" / file.name)
+            try:
+                os.link(file, folder / "weights" / file.name)
+            except OSError:  # another disk, or one without hard links
+                shutil.copyfile(file, folder / "weights" / file.name)
         plan = plan_parts(bundle.config, parts)
         weights = HostWeights(store.tensors, store.grids)
         for part in plan:

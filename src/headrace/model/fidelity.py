@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Fidelity", "FidelityMeter", "log_softmax", "no_target"]
+__all__ = ["Fidelity", "FidelityMeter", "fidelity", "log_softmax", "no_target"]
 
 no_target = -1
 """In place of the next token where it is not known."""
@@ -108,3 +108,10 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     x -= x.max(-1, keepdims=True)
     x -= np.log(np.exp(x).sum(-1, keepdims=True))
     return x
+
+
+def fidelity(reference: NDArray[np.float32], logits: NDArray[np.float32]) -> Fidelity:
+    """What is told of rows (rows, V) without knowing the tokens that follow them: KL and top-1."""
+    meter = FidelityMeter()
+    meter.add(reference, logits, np.full(len(reference), no_target, np.int64))
+    return meter.result()

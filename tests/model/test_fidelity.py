@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from headrace.measure import fidelity
-from headrace.measure.fidelity import FidelityMeter, no_target
+from headrace.model import fidelity
+from headrace.model.fidelity import FidelityMeter, no_target
 
 # float32 logits, float64 sums.
 EXACT = 1e-9
