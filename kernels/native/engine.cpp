@@ -13,7 +13,8 @@ namespace {
 
 constexpr int kPart = 1024;        // positions of one piece of attention of a short span
 constexpr int kQueries = 32;       // queries of one piece of attention of a prompt
-constexpr size_t kChunk = 24576;   // bytes of weights that a thread takes at once when decoding
+constexpr size_t kLeastBytes = 6144, kMostBytes = 131072;  // of weights that a thread takes at once when decoding
+constexpr int kTogether = 4;        // rows that a thread quantizes at once
 constexpr int kWidest = 512;       // channels of such a chunk at most
 constexpr float kLog2e = 1.44269504088896340736f;
 
@@ -328,22 +329,32 @@ void Engine::linear(const LinearStep& step, Scratch& mine) {
   } else {
     Coarse target = shared_.coarse;
     target.m = coarse, target.k = k;
-    for (int i; (i = pool_.take()) < fine + coarse;)
-      if (i < fine) kernels_.fine(input(rows.fine[i]), k, four, eight, x.fine()[i]);
-      else kernels_.coarse(input(rows.coarse[i - fine]), i - fine, target);
+    const int together = fine + coarse > 8 * kTogether ? kTogether : 1;
+    for (int from; (from = pool_.take() * together) < fine + coarse;)
+      for (int i = from; i < std::min(from + together, fine + coarse); i++)
+        if (i < fine) kernels_.fine(input(rows.fine[i]), k, four, eight, x.fine()[i]);
+        else kernels_.coarse(input(rows.coarse[i - fine]), i - fine, target);
     pool_.meet();
   }
   const bool pairs = step.gated >= 0;
   const int count = pairs ? 1 : int(step.weights.size()), threads = pool_.threads();
+  size_t bytes = 0;  // that a thread takes at once: enough to read in a stream, few enough to end together
+  for (const Weight& w : step.weights) bytes += w.n * w.row_bytes();
+  bytes = std::min(kMostBytes, std::max(kLeastBytes, bytes / (threads * 32))) / (pairs ? 2 : 1);
+  const auto chunk_width = [&](int w) {
+    const size_t channels = round_up(bytes / step.weights[w].row_bytes() + 1, 16);
+    return coarse ? kernels_.panel : int(std::min<size_t>(kWidest, channels));
+  };
+  const auto chunks = [&](int w) { return (step.weights[w].n + chunk_width(w) - 1) / chunk_width(w); };
   int total = 0;  // chunks of all weights
-  for (int w = 0; w < count; w++) total += chunks(step.weights[w], coarse);
+  for (int w = 0; w < count; w++) total += chunks(w);
   // With prompts chunks are few and long: those that do not fill a round of threads are split by tokens.
   const int whole = coarse ? total / threads * threads : total, pieces = whole + (total - whole) * threads;
   for (int taken; (taken = pool_.take()) < pieces;) {
     int chunk = taken < whole ? taken : whole + (taken - whole) / threads, w = 0;
-    for (; chunk >= chunks(step.weights[w], coarse); w++) chunk -= chunks(step.weights[w], coarse);
+    for (; chunk >= chunks(w); w++) chunk -= chunks(w);
     const Weight& weight = step.weights[w];
-    const int width = chunk_width(weight, coarse), begin = chunk * width, end = std::min(weight.n, begin + width);
+    const int width = chunk_width(w), begin = chunk * width, end = std::min(weight.n, begin + width);
     const int part = taken < whole ? 0 : (taken - whole) % threads, parts = taken < whole ? 1 : threads;
     if (fine && part == 0) {
       const auto run = [&](const Weight& of, const Out& out, int column) {
@@ -360,15 +371,6 @@ void Engine::linear(const LinearStep& step, Scratch& mine) {
     };
     finish(step, rows.coarse.data() + first, last - first, w, begin, end, mine, run);
   }
-}
-
-int Engine::chunk_width(const Weight& weight, bool prompt) const {
-  return prompt ? kernels_.panel : int(std::min<size_t>(kWidest, round_up(kChunk / weight.row_bytes() + 1, 16)));
-}
-
-int Engine::chunks(const Weight& weight, bool prompt) const {
-  const int width = chunk_width(weight, prompt);
-  return (weight.n + width - 1) / width;
 }
 
 // Channels begin … end for some rows: run computes them, then comes what is fused after.

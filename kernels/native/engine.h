@@ -65,8 +65,6 @@ class Engine {
   void attention(const Step& step, Scratch& mine);
   void piece(const Step& step, const Piece& p, Scratch& mine);
   void linear(const LinearStep& step, Scratch& mine);
-  int chunk_width(const Weight& weight, bool prompt) const;
-  int chunks(const Weight& weight, bool prompt) const;
   template <class Run> void finish(const LinearStep& step, const int* rows, int count, int weight, int begin, int end,
                                    Scratch& mine, Run run);
   float* row(int r, int i) const { return registers_[r].data() + size_t(i) * strides_[r]; }

@@ -46,9 +46,11 @@ struct Fine {
 };
 
 // Coarse activations of m tokens: codes [k / kColumns][m][kColumns], in every eight columns the even ones first;
-// scales and sums of codes [k / kGroup][m]; sums of every 16 columns [k / 16][m].
+// scales and sums of codes [m][groups]; sums of every 16 columns [m][4 * groups]. Rows of scales and sums are apart, because
+// threads that write to one cache line wait for each other.
 struct Coarse {
   int m, k;
+  size_t groups() const { return round_up(k, kColumns) / kGroup; }
   int8_t* codes;
   float* scales;
   int32_t* sums;

@@ -7,33 +7,52 @@
 namespace headrace {
 namespace {
 
+// Codes of kGroup columns, in every eight the even ones first, their scale and sums.
+template <class V>
+inline void coarse_group(const float* x, int8_t* codes, float& scale, int32_t& sum, int32_t* sums16) {
+  constexpr int vectors = kGroup / V::lanes, loads = kGroup / V::bytes;
+  const auto magnitude = V::set32(0x7fffffff);
+  typename V::F values[vectors];
+  auto tops = V::zero();
+  HEADRACE_UNROLL for (int i = 0; i < vectors; i++) {
+    values[i] = V::loadf(x + i * V::lanes);
+    tops = V::max_unsigned(tops, V::and_bits(V::bits(values[i]), magnitude));
+  }
+  const uint32_t bits = V::top_unsigned(tops);
+  float top;
+  __builtin_memcpy(&top, &bits, 4);
+  const auto inverse = V::setf(top > 0 ? 127 / top : 0);
+  alignas(64) int32_t fours[kGroup / 4];  // sums of four codes
+  HEADRACE_UNROLL for (int j = 0; j < loads; j++) {
+    typename V::I four[4];
+    HEADRACE_UNROLL for (int i = 0; i < 4; i++) four[i] = V::to_int(V::mul(values[4 * j + i], inverse));
+    const auto ordered = V::evens_first(V::pack8(four));
+    V::store(codes + j * V::bytes, ordered);
+    V::store(fours + j * V::lanes, V::template dot8<4>(V::zero(), V::set8(1), ordered));
+  }
+  scale = top / 127;
+  sum = 0;
+  for (int s = 0; s < 4; s++) {
+    const int part = fours[4 * s] + fours[4 * s + 1] + fours[4 * s + 2] + fours[4 * s + 3];
+    sums16[s] = part;
+    sum += part;
+  }
+}
+
 template <class V>
 void coarse(const float* x, int row, const Coarse& out) {
   const int groups = int(round_up(out.k, kColumns)) / kGroup;
   for (int g = 0; g < groups; g++) {
     const int from = g * kGroup;
     int8_t* codes = out.codes + size_t(from / kColumns) * out.m * kColumns + size_t(row) * kColumns + from % kColumns;
-    const int n = out.k - from < 0 ? 0 : out.k - from < kGroup ? out.k - from : kGroup;
-    alignas(64) int8_t natural[kGroup] = {};
-    const float top = largest<V>(x + from, n), inverse = top > 0 ? 127 / top : 0;
-    int i = 0;
-    for (; i + V::lanes <= n; i += V::lanes)
-      V::store8(natural + i, V::to_int(V::mul(V::loadf(x + from + i), V::setf(inverse))));
-    for (; i < n; i++) natural[i] = int8_t(rounded(x[from + i] * inverse, 127));
-    alignas(64) int32_t fours[kGroup / 4];  // sums of four neighbours
-    for (int j = 0; j < kGroup; j += V::bytes) {
-      const auto ordered = V::evens_first(V::load(natural + j));
-      V::store(codes + j, ordered);
-      V::store(fours + j / 4, V::template dot8<4>(V::zero(), V::set8(1), ordered));
+    const size_t at = row * out.groups() + g;
+    const float* values = x + from;
+    float part[kGroup] = {};
+    if (from + kGroup > out.k) {  // what the row does not have is zero
+      for (int i = 0; from + i < out.k; i++) part[i] = x[from + i];
+      values = part;
     }
-    int total = 0;
-    for (int s = 0; s < 4; s++) {
-      const int sum = fours[4 * s] + fours[4 * s + 1] + fours[4 * s + 2] + fours[4 * s + 3];
-      out.sums16[size_t(g * 4 + s) * out.m + row] = sum;
-      total += sum;
-    }
-    out.scales[size_t(g) * out.m + row] = top / 127;
-    out.sums[size_t(g) * out.m + row] = total;
+    coarse_group<V>(values, codes, out.scales[at], out.sums[at], out.sums16 + 4 * at);
   }
 }
 
@@ -82,15 +101,15 @@ inline void multiply(const Weight& w, const Coarse& x, int from, int groups, int
       f[t][p] = from ? V::loadf(sums + (t * P + p) * V::lanes) : V::zerof();
   const int parts = Blocks && w.block < kGroup ? kGroup / w.block : 1;  // of a group
   for (int g = 0; g < groups; g++) {
-    const size_t group = size_t(from / kGroup + g) * x.m + token;
+    const size_t group = token * x.groups() + from / kGroup + g;  // of the first token
     for (int part = 0; part < parts; part++) {
       I sum[T][P];
       HEADRACE_UNROLL for (int t = 0; t < T; t++) {
         int total = 0;
-        if (parts == 1) total = x.sums[group + t];
+        if (parts == 1) total = x.sums[group + t * x.groups()];
         else
           for (int s = part * 4 / parts; s < (part + 1) * 4 / parts; s++)
-            total += x.sums16[(size_t(from / kGroup + g) * 4 + s) * x.m + token + t];
+            total += x.sums16[(group + t * x.groups()) * 4 + s];
         HEADRACE_UNROLL for (int p = 0; p < P; p++) sum[t][p] = V::set32(-zero_point * total);
       }
       const int first = g * kGroup / 4 + part * (kGroup / 4 / parts);
@@ -107,7 +126,7 @@ inline void multiply(const Weight& w, const Coarse& x, int from, int groups, int
         if constexpr (Blocks)
           scale = V::loadf(scales + (size_t(g * kGroup + part * (kGroup / parts)) / w.block * P + p) * V::lanes);
         HEADRACE_UNROLL for (int t = 0; t < T; t++) {
-          const F one = V::setf(x.scales[group + t]), total = V::to_float(sum[t][p]);
+          const F one = V::setf(x.scales[group + t * x.groups()]), total = V::to_float(sum[t][p]);
           f[t][p] = V::fma(Blocks ? V::mul(total, scale) : total, one, f[t][p]);
         }
       }

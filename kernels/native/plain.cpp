@@ -64,9 +64,10 @@ void coarse(const float* x, int row, const Coarse& out) {
       codes[place(k)] = int8_t(rounded(x[from + k] * inverse, 127));
       sums[k / 16] += codes[place(k)];
     }
-    out.scales[size_t(g) * out.m + row] = top / 127;
-    out.sums[size_t(g) * out.m + row] = sums[0] + sums[1] + sums[2] + sums[3];
-    for (int s = 0; s < 4; s++) out.sums16[size_t(g * 4 + s) * out.m + row] = sums[s];
+    const size_t at = row * out.groups() + g;
+    out.scales[at] = top / 127;
+    out.sums[at] = sums[0] + sums[1] + sums[2] + sums[3];
+    for (int s = 0; s < 4; s++) out.sums16[at * 4 + s] = sums[s];
   }
 }
 
@@ -79,7 +80,7 @@ void prompt(const Weight& w, const Coarse& x, int begin, int end, int first, int
         const int8_t* codes = x.codes + size_t(from / kColumns) * x.m * kColumns + size_t(i) * kColumns;
         int sum = 0;
         for (int k = from; k < from + group && k < w.k; k++) sum += code(w, n, k) * codes[place(k % kColumns)];
-        total += double(sum) * x.scales[size_t(from / kGroup) * x.m + i] * scale(w, n, from / block);
+        total += double(sum) * x.scales[i * x.groups() + from / kGroup] * scale(w, n, from / block);
       }
       out.y[out.rows[i] * out.stride + column + n - begin] = float(total) + (w.bias ? w.bias[n] : 0);
     }

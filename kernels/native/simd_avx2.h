@@ -122,6 +122,11 @@ struct Avx2 {
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(packed, packed));
   }
 
+  static I pack8(const I* v) {  // four vectors of int32 to one of bytes, saturating
+    const I all = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
+    return _mm256_permutevar8x32_epi32(all, _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0));
+  }
+
   static float half(uint16_t h) { return _cvtsh_ss(h); }
   // The first scales of p, each for `lanes / n` neighbouring lanes, n a power of two; only `there` of them exist.
   static F spread(const uint16_t* p, int n, int there) {

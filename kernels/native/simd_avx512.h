@@ -108,9 +108,13 @@ struct Avx512 {
   static void store16(int16_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(v)); }
   static void store8(int8_t* p, I v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(v)); }
 
-  static F load_halves(const uint16_t* p) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  static I pack8(const I* v) {  // four vectors of int32 to one of bytes, saturating
+    I all = _mm512_castsi128_si512(_mm512_cvtsepi32_epi8(v[0]));
+    all = _mm512_inserti32x4(all, _mm512_cvtsepi32_epi8(v[1]), 1);
+    all = _mm512_inserti32x4(all, _mm512_cvtsepi32_epi8(v[2]), 2);
+    return _mm512_inserti32x4(all, _mm512_cvtsepi32_epi8(v[3]), 3);
   }
+
   static float half(uint16_t h) { return _cvtsh_ss(h); }
   // The first scales of p, each for `lanes / n` neighbouring lanes, n a power of two; only `there` of them exist.
   static F spread(const uint16_t* p, int n, int there) {
