@@ -158,12 +158,69 @@ def test_a_manifest_that_lacks_or_misstates(path: Path, key: str, value: object)
         if value is ...:
             del raw[key]
 
-    if value in (None, 3, "x", [1], {"a": 1}) and key in ("provenance", "recipe"):
-        return  # told by whoever uses them
+    if key == "provenance" and value == {"a": 1}:
+        return  # whoever uses it says what is missing
     restate(path, change)
     with pytest.raises(UserError) as error:
         open_bundle(path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/passwd", "weights/../../secret", "out/secret", "a\\..\\b", "C:\\x", "a\0b"]
+)
+def test_a_manifest_that_names_other_peoples_files(path: Path, name: str) -> None:
+    (path.parent / "secret").write_text("x")
+    (path / "out").symlink_to(path.parent)
+    restate(path, lambda raw: raw["files"].update({name: {"bytes": 1, "sha256": "0" * 64}}))
+    assert refusal(path).endswith(f"names {name!r}, which is not below the bundle; export the bundle again")
+    (problem,) = check_files(path)
+    assert problem[0] == MANIFEST
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("plan.prompt_lengths", []),
+        ("plan.prompt_lengths", [0]),
+        ("plan.prompt_lengths", [8, 32]),
+        ("plan.prompt_lengths", [32.0]),
+        ("plan.prompt_lengths", [True]),
+        ("plan.prompt_lengths", "32"),
+        ("plan.prompt_lengths", [CONTEXT]),
+        ("plan.contexts", [-5]),
+        ("plan.contexts", [CONTEXT, 64]),
+        ("plan.contexts", [1 << 40]),
+        ("plan.parts", 0),
+        ("plan.parts", 99),
+        ("plan.parts", "five"),
+        ("kv_scales", [[1.0, 1.0]]),
+        ("kv_scales", [[1.0]] * LAYERS),
+        ("kv_scales", [[1.0, 0.0]] * LAYERS),
+        ("kv_scales", [[-1.0, 1.0]] * LAYERS),
+        ("kv_scales", [[float("nan"), 1.0]] * LAYERS),
+        ("kv_scales", [[float("inf"), 1.0]] * LAYERS),
+        ("kv_scales", [["1", "1"]] * LAYERS),
+        ("kv_scales", {"0": [1, 1]}),
+        ("provenance", None),
+        ("geometry.num_layers", 0),
+        ("geometry.head_dim", -16),
+        ("geometry.rms_norm_eps", float("nan")),
+    ],
+    ids=str,
+)
+def test_a_manifest_of_values_that_cannot_be(path: Path, key: str, value: object) -> None:
+    outer, _, inner = key.partition(".")
+
+    def change(raw: dict[str, Any]) -> None:
+        if inner:
+            raw[outer][inner] = value
+        else:
+            raw[outer] = value
+
+    restate(path, change)
+    line = refusal(path)
+    assert MANIFEST in line and line.endswith("export the bundle again") and len(line) < 400
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "\x00", "null", "[" * 100_000])

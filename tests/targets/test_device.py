@@ -268,7 +268,7 @@ def _bundle(made: tuple[QuantizedModel, Path], out: Path) -> Bundle:
         "kv_scales": [list(pair) for pair in model.kv_scales],
         "provenance": {},
     }
-    publish(work, out, manifest)
+    publish(work, out, manifest, aside=out.with_name("aside"))
     return open_bundle(out)
 
 

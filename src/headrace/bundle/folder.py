@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import Any
 from headrace.bundle.recipe import Recipe
 from headrace.bundle.weights import WeightStore
 from headrace.config import ModelConfig
-from headrace.errors import BundleError, RecipeError
+from headrace.errors import BundleError, ConfigError, RecipeError
 from headrace.files import read_json, sha256_file, sync, temporary_name, write_file
 from headrace.plan import Part, plan_parts
 
@@ -133,20 +134,45 @@ def open_bundle(path: Path) -> Bundle:
         )
     try:
         config = ModelConfig.from_dict(raw["geometry"])
-        plan = raw["plan"]
+        plan, scales = raw["plan"], raw["kv_scales"]
+        lengths, contexts = _lengths(plan, "prompt_lengths", config), _lengths(plan, "contexts", config)
+        _expect(lengths == sorted(lengths, reverse=True) and contexts == sorted(contexts), "plan", plan)
+        _expect(lengths[0] < contexts[-1], "plan", plan)
+        pairs = isinstance(scales, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in scales)
+        _expect(pairs and len(scales) in (0, config.num_layers), "kv_scales", scales)
+        _expect(all(_is_scale(value) for pair in scales for value in pair), "kv_scales", scales)
+        _expect(isinstance(raw["provenance"], dict), "provenance", raw["provenance"])
         return Bundle(
             root=path,
             config=config,
             parts=plan_parts(config, plan["parts"]),
-            prompt_lengths=tuple(plan["prompt_lengths"]),
-            contexts=tuple(plan["contexts"]),
+            prompt_lengths=tuple(lengths),
+            contexts=tuple(contexts),
             recipe=Recipe.from_dict(raw["recipe"]),
-            kv_scales=tuple((float(k), float(v)) for k, v in raw["kv_scales"]),
+            kv_scales=tuple((float(k), float(v)) for k, v in scales),
             provenance=raw["provenance"],
             files=raw["files"],
         )
-    except (AttributeError, KeyError, TypeError, ValueError, RecipeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, ConfigError, RecipeError) as error:
         raise BundleError(f"{path / MANIFEST} lacks or misstates {error}; export the bundle again") from None
+
+
+def _expect(holds: bool, key: str, value: object) -> None:
+    if not holds:
+        shown = repr(value)
+        raise ValueError(f"{key!r}: {shown[:80]}{' …' if len(shown) > 80 else ''}")
+
+
+def _lengths(plan: Mapping[str, Any], key: str, config: ModelConfig) -> list[int]:
+    """Token counts of a manifest, at least one."""
+    values = plan[key]
+    whole = isinstance(values, list) and values and all(type(value) is int for value in values)
+    _expect(bool(whole) and all(1 <= value <= config.max_context for value in values), key, values)
+    return list(values)
+
+
+def _is_scale(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value > 0
 
 
 def check_files(path: Path, progress: Callable[[str], None] | None = None) -> list[tuple[str, str]]:
@@ -239,9 +265,16 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise BundleError(f"{path / MANIFEST} was changed (its digest differs); export the bundle again")
     files = raw.get("files")
     if not isinstance(files, dict) or not all(
-        isinstance(f, dict) and {"bytes", "sha256"} <= set(f) for f in files.values()
+        isinstance(f, dict) and type(f.get("bytes")) is int and isinstance(f.get("sha256"), str) for f in files.values()
     ):
         raise BundleError(f"{path / MANIFEST} lacks or misstates 'files'; export the bundle again")
+    root = path.resolve()
+    for name in files:
+        # Neither `..`, nor an absolute name, nor a link may lead to a file that is not the bundle's.
+        if "\0" in name or "\\" in name or not (root / name).resolve().is_relative_to(root):
+            raise BundleError(
+                f"{path / MANIFEST} names {name!r}, which is not below the bundle; export the bundle again"
+            )
     return raw
 
 
