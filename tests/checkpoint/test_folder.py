@@ -404,10 +404,10 @@ ROPE: dict[str, tuple[dict[str, Any], str | tuple[float, str | None]]] = {
     "theta is null": ({"rope_theta": None}, (10000.0, None)),
     "yarn": (
         {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
-        r"rope_scaling 'yarn' is not supported.*up to the context of 32768 tokens: remove rope_scaling",
+        "rope_scaling 'yarn' is not supported.*not trained with it is right without it up to 32768 tokens: for those,",
     ),
     "dynamic": (
-        {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "'dynamic' is not supported.*it was trained with",
+        {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "'dynamic' is not supported.*it changes nothing up to 512 tokens: to",
     ),
     "longrope": ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "'longrope' is not supported"),
     "mrope": ({"rope_scaling": {"type": "mrope", "mrope_section": [1, 1]}}, "'mrope' is not supported"),

@@ -15,11 +15,6 @@ DEFAULT_ROPE_THETA = 10000.0  # RoFormer's base, what every model that names non
 DEFAULT_CONTEXT = 2048  # LlamaConfig's max_position_embeddings
 CONTEXT_KEYS = ("max_position_embeddings", "max_sequence_length", "model_max_length", "n_positions", "seq_length")
 
-# Ways to stretch rotary positions that headrace does not have. The first group leaves a model as it is up to its
-# original context; the others change it everywhere, or are for images.
-STRETCHED_LATER = ("yarn", "dynamic", "ntk")
-STRETCHED_ALWAYS = ("longrope", "su", "mrope", "proportional")
-
 
 def integer(raw: Mapping[str, Any], *keys: str, default: int | None = None) -> int:
     """The first of `keys` that is there, a whole number ≥ 1.
@@ -126,11 +121,18 @@ def rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
                 f"low_freq_factor {scaling.low_freq_factor}"
             )
         return theta, scaling
-    advice = ""
-    if kind in STRETCHED_LATER:
-        length = section.get("original_max_position_embeddings")
-        upto = f"of {length} tokens" if isinstance(length, int) and 0 < length < 1 << 31 else "it was trained with"
-        advice = f"; without it the model is the same up to the context {upto}: remove rope_scaling from config.json"
-    elif kind in STRETCHED_ALWAYS:
-        advice = "; fetch a model without it"
+    advice = _without(raw, section, kind)
     raise ConfigError(f"rope_scaling {shown(kind)} is not supported; expected 'default', 'linear' or 'llama3'{advice}")
+
+
+def _without(raw: Mapping[str, Any], section: Mapping[str, Any], kind: object) -> str:
+    """How far a model goes without a scaling that headrace does not have."""
+    if kind in ("dynamic", "ntk"):  # begins where the trained context ends
+        return f"; it changes nothing up to {context(raw)} tokens: to use those, remove rope_scaling from config.json"
+    if kind == "yarn":
+        length = integer(section, "original_max_position_embeddings", default=context(raw))
+        return (
+            f"; a model that was not trained with it is right without it up to {length} tokens: for those, remove "
+            "rope_scaling from config.json"
+        )
+    return "; fetch a model without it"
