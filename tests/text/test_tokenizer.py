@@ -504,3 +504,10 @@ class TestBaichuan:
         assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.add_bos) == (1, (2,), False)
         assert tokenizer.encode("</s>", special=True) == [2]
         assert tokenizer.decode(tokenizer.encode("百川东到海 12345 😀")) == "百川东到海 12345 😀"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_a_pointer_in_place_of_a_vocabulary(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2001107\n")
+    with pytest.raises(TokenizerError, match=f"{name} is a git-lfs pointer.*; run: git lfs pull$"):
+        load_tokenizer(tmp_path)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.errors import TokenizerError
-from headrace.files import write_file
+from headrace.files import stands_for, write_file
 from headrace.text.tokenizer import Tokenizer
 from headrace.text.tokenizer_config import TokenizerConfig
 
@@ -81,6 +81,9 @@ def save_tokenizer(source: Path, gguf_metadata: Mapping[str, Any] | None, out: P
 def _vocabulary_file(folder: Path) -> str:
     for name in (JSON_FILE, MODEL_FILE):
         if (folder / name).is_file():
+            with (folder / name).open("rb") as file:
+                if instead := stands_for(file.read(512)):
+                    raise TokenizerError(f"{folder / name} is {instead}")
             return name
     raise TokenizerError(
         f"{folder} has neither {JSON_FILE} nor {MODEL_FILE}; copy the tokenizer's files into that folder"
