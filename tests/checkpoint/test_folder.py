@@ -292,7 +292,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"2 .safetensors files \(a.safetensors, b.safetensors\) and no index",
     ),
     "adapter": (lambda f: emptied(f, "adapter_model.safetensors", "adapter_config.json"), "a LoRA adapter; give the"),
-    "trainer's folder": (lambda f: emptied(f, "checkpoint-5/model.safetensors"), "are in checkpoint-5: name that"),
+    "trainer's folder": (lambda f: emptied(f, "checkpoint-5/x", "checkpoint-10/x"), "are in checkpoint-10: name that"),
     "consolidated": (lambda f: emptied(f, "consolidated.safetensors"), "original format of Meta and Mistral"),
     "deepspeed": (lambda f: emptied(f, "global_step10/x", "zero_to_fp32.py"), "run its zero_to_fp32.py"),
     "fsdp": (lambda f: emptied(f, "__0_0.distcp"), "accelerate merge-weights"),

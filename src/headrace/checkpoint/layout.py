@@ -94,10 +94,9 @@ def _indexed(index: Path) -> Layout:
     for name in names:
         if name not in there:
             raise CheckpointError(f"{index.parent / name} is missing, although {index.name} names it; fetch it")
+    sets = {_set_name(name) for name in names} - {None}
     files = {index.parent / name for name in names}
-    for name in names:
-        if (match := SHARD.fullmatch(name)) and int(match[3]) <= SHARDS_LIMIT:
-            files |= {p for p in _set_of(index.parent / name, match) if p.exists()}
+    files |= {path for path in index.parent.iterdir() if _set_name(path.name) in sets}
     return Layout(tuple(sorted(files)), index, weight_map)
 
 
@@ -119,19 +118,20 @@ def shard_set(path: Path) -> tuple[Path, ...]:
         return (path,)
     if not 0 < int(match[3]) <= SHARDS_LIMIT:
         raise CheckpointError(f"{path} is one of {match[3]} files; expected 1 to {SHARDS_LIMIT}")
-    files = _set_of(path, match)
-    for file in files:
+    start = path.name[: match.start(2)]
+    files = []
+    for number in range(1, int(match[3]) + 1):
+        file = path.with_name(f"{start}{number:05}-of-{match[3]}{match[4]}")
         if not file.exists():
-            raise CheckpointError(f"{file} is missing, although {path.name} is one of {len(files)}; fetch it")
-    return files
+            raise CheckpointError(f"{file} is missing, although {path.name} is one of {int(match[3])}; fetch it")
+        files.append(file)
+    return tuple(files)
 
 
-def _set_of(path: Path, match: re.Match[str]) -> tuple[Path, ...]:
-    separator = path.name[len(match[1])]
-    total = int(match[3])
-    return tuple(
-        path.with_name(f"{match[1]}{separator}{number:05}-of-{match[3]}{match[4]}") for number in range(1, total + 1)
-    )
+def _set_name(name: str) -> tuple[str, str, str] | None:
+    """What the names of a set of shards have in common; None for another name."""
+    match = SHARD.fullmatch(name)
+    return (name[: match.start(2)], match[3], match[4]) if match else None
 
 
 def _instead(folder: Path) -> str:
@@ -141,7 +141,8 @@ def _instead(folder: Path) -> str:
     if any(name.startswith("adapter_") for name in names):
         return ", but a LoRA adapter; give the model it was trained on, and the adapter with --lora"
     if trained:
-        return f" of its own; they are in {trained[-1]}: name that folder"
+        last = max(trained, key=lambda name: int(name.rpartition("-")[2]))
+        return f" of its own; they are in {last}: name that folder"
     if any(name.startswith("consolidated") for name in names):
         return " but consolidated.*, the original format of Meta and Mistral; fetch the files in Hugging Face's format"
     if any(name.startswith("global_step") or name == "zero_to_fp32.py" for name in names):

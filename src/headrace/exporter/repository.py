@@ -161,11 +161,11 @@ def _shards_of(by_name: Mapping[str, RepositoryFile], name: str) -> list[str]:
     match = SHARD.fullmatch(name)
     if match is None:
         return [name]
-    total = int(match[3])
-    start = name[: match.start(2)]
-    names = [f"{start}{number:05}-of-{match[3]}{match[4]}" for number in range(1, min(total, 10_000) + 1)]
-    if lacking := [each for each in names if each not in by_name]:
-        raise CheckpointError(f"the repository lacks {lacking[0]}, although it has {name}; expected all {total} files")
+    start, names = name[: match.start(2)], []
+    for number in range(1, int(match[3]) + 1):
+        names.append(f"{start}{number:05}-of-{match[3]}{match[4]}")
+        if names[-1] not in by_name:
+            raise CheckpointError(f"the repository lacks {names[-1]}, although it has {name}; expected all {match[3]}")
     return names
 
 
