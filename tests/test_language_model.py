@@ -27,7 +27,8 @@ TIE_TOLERANCE = 0.3
 
 @pytest.fixture(scope="module")
 def models(exports: Exports) -> Iterator[dict[str, LanguageModel]]:
-    opened = {kind: headrace.load(exports.bundle(kind)) for kind in MODELS}
+    # A fixed runner: which one is the default depends on what is installed.
+    opened = {kind: headrace.load(exports.bundle(kind), runner="host") for kind in MODELS}
     yield opened
     for model in opened.values():
         model.close()
@@ -133,7 +134,8 @@ def test_a_conversation_keeps_its_cache(
     list(chat.say("the sea", max_tokens=1, options=greedy))
     shared = common_prefix(prompt, before + [t.id for t in first[:-1]])
     assert shared >= len(before)
-    assert spans.tokens == len(prompt) - shared
+    # Of a prompt so many are computed that the runner's arithmetic is that of a prompt.
+    assert spans.tokens == max(len(prompt) - shared, 1 + model.engine.runner.fine_tokens)
     assert [m.role for m in chat.messages] == ["system", "user", "assistant", "user", "assistant"]
 
 

@@ -23,7 +23,7 @@ class ScriptedRunner:
 
     Args:
         logits: the tokens of a slot so far → logits (V,) of the next one.
-        vocab_size, context, slots, prompt_length: as a `Runner` has them.
+        vocab_size, context, slots, prompt_length, fine_tokens: as a `Runner` has them.
 
     Attributes:
         calls: the spans of every `run`, in order.
@@ -41,11 +41,13 @@ class ScriptedRunner:
         context: int = 64,
         slots: int = 1,
         prompt_length: int = 8,
+        fine_tokens: int = 0,
     ) -> None:
         self.vocab_size = vocab_size
         self.context = context
         self.slots = slots
         self.prompt_length = prompt_length
+        self.fine_tokens = fine_tokens
         self.calls: list[tuple[Span, ...]] = []
         self.cache: list[list[int]] = [[] for _ in range(slots)]
         self.closed = False

@@ -287,3 +287,16 @@ def test_a_kept_cache_gives_a_fresh_ones_logits(exports: Exports, tmp_path: Path
         b = Engine(HostRunner(bundle)).score(other)[-1]
         np.testing.assert_allclose(a, b, atol=SAME_TOLERANCE if kv == "float32" else TIE_TOLERANCE)
         assert a.argmax() == b.argmax()
+
+
+def test_a_reused_prompt_is_computed_in_a_prompts_arithmetic() -> None:
+    """Where a runner computes few tokens finer than many, what is left of a prompt is never few."""
+    runner = ScriptedRunner(prefix_logits(16), vocab_size=16, context=64, prompt_length=8, fine_tokens=3)
+    engine = Engine(runner)
+    prompt = [1 + i % 9 for i in range(18)]
+    for _ in range(2):
+        sequence = engine.open(prompt)
+        engine.extend(sequence)
+        engine.release(sequence)
+    assert [len(span.ids) for span in runner.spans] == [8, 6, 4, 4]
+    assert runner.spans[-1].start == 14

@@ -26,6 +26,9 @@ def serve(
     queue: Annotated[int, typer.Option("--queue", min=0, help="Requests that may wait beside them.")] = 64,
     seconds: Annotated[float, typer.Option("--seconds", min=1, help="The longest time of a request.")] = 600,
     max_body: Annotated[int, typer.Option("--max-body", min=1024, help="Bytes of a request's body.")] = 8 << 20,
+    speculate: Annotated[
+        str | None, typer.Option("--speculate", help="Guess ahead: lookup (texts repeat themselves) or a draft BUNDLE.")
+    ] = None,
     runner: RunnerName = None,
     threads: Threads = None,
 ) -> None:
@@ -52,6 +55,7 @@ def serve(
             runner=runner,
             threads=useful_threads(threads),
             slots=slots,
+            speculate=speculate,
             door=ServerOptions(api_key=key, max_body=max_body),
             limits=WorkerOptions(queue=queue, seconds=seconds),
             progress=progress,

@@ -19,10 +19,14 @@ from headrace.model.rope import rope_tables
 from headrace.native.program import COSINES, SINES, record_program
 from headrace.runtime.runner import Logits, SlotLengths, Span
 
-__all__ = ["CALL_TOKENS", "NativeRunner"]
+__all__ = ["CALL_TOKENS", "FINE_TOKENS", "NativeRunner"]
 
 CALL_TOKENS = 256
 """Most tokens of one call: weights are unpacked once a call, so more gain little."""
+
+
+FINE_TOKENS = 8
+"""Spans of so few tokens have int16 activations, longer ones int8 (kShort in kernels/native/activations.h)."""
 
 
 class NativeRunner:
@@ -56,6 +60,7 @@ class NativeRunner:
         self.context = context or bundle.context
         self.slots = slots
         self.prompt_length = CALL_TOKENS
+        self.fine_tokens = FINE_TOKENS
         self._held = SlotLengths(slots, self.context, config.vocab_size)
         self._position_bytes = 2 * config.num_layers * config.kv_size * (1 if bundle.kv_scales else 4)
         self.kv_bytes = slots * self.context * self._position_bytes

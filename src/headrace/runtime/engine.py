@@ -276,7 +276,7 @@ class Engine:
             assert isinstance(sequence, Sequence)
             slot = self.slots.place(sequence, keep)
             keep.add(slot)
-            ids = tuple(sequence.tokens[sequence.held : sequence.held + self.runner.prompt_length])
+            ids = tuple(sequence.tokens[sequence.held : sequence.held + self._chunk(sequence.pending)])
             whole = len(ids) == sequence.pending
             wanted = tuple(range(len(ids) - 1, len(ids) + len(draft))) if whole else ()
             spans.append(Span(slot, sequence.held, (*ids, *draft), wanted))
@@ -290,8 +290,16 @@ class Engine:
             rows = logits[at : at + len(span.wanted)]
             at += len(rows)
             sequence.last = rows[0] if len(rows) else None
+            sequence.answered = sequence.answered or bool(len(rows))
             out.append(rows if len(rows) else None)
         return out
+
+    def _chunk(self, pending: int) -> int:
+        """How many of the pending tokens are computed next. A prompt's last chunk is never so short that a runner would
+        compute it in another arithmetic than the rest."""
+        size, fine = self.runner.prompt_length, self.runner.fine_tokens
+        rest = pending - size
+        return size - (fine + 1 - rest) if 0 < rest <= fine < size // 2 else size
 
     def _own(self) -> None:
         thread = threading.current_thread()

@@ -53,6 +53,7 @@ class Runner(Protocol):
         context: positions that each slot has.
         slots: how many sequences it holds at once.
         prompt_length: the most tokens of a span that it computes well in one go; more are allowed.
+        fine_tokens: spans of so few tokens are computed in a finer arithmetic than longer ones; 0 where all are alike.
         kv_bytes: bytes of all slots at full context.
     """
 
@@ -60,6 +61,7 @@ class Runner(Protocol):
     context: int
     slots: int
     prompt_length: int
+    fine_tokens: int
     kv_bytes: int
 
     def run(self, spans: Sequence[Span]) -> Logits:

@@ -17,6 +17,7 @@ class Sequence:
         slot: where its keys and values are; None before the first step, and while others needed the slot.
         held: how many of the tokens the slot holds.
         last: logits (V,) after the last token, where they are known.
+        answered: its prompt has been computed; what is pending from then on is the answer's.
         released: the engine may give its slot away; it takes no part in any step again.
         reuses: what others hold of it need not be computed again, and others may use what it holds.
     """
@@ -26,6 +27,7 @@ class Sequence:
         self.slot: int | None = None
         self.held = 0
         self.last: Logits | None = None
+        self.answered = False
         self.released = False
         self.reuses = reuses
 

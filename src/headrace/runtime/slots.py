@@ -57,7 +57,9 @@ class Slots:
 
     def _settle(self, sequence: Sequence, keep: Collection[int]) -> None:
         ids = sequence.tokens
-        most = max(len(ids) - 1, 0)  # the last token's logits have to be computed
+        # The last token's logits have to be computed, and of a prompt so many beside it that the arithmetic is a
+        # prompt's: an answer is the same whether or not its prompt's beginning was held.
+        most = max(len(ids) - 1 - (0 if sequence.answered else self.runner.fine_tokens), 0)
         best, shared = None, 0
         for slot, other in enumerate(self._owners if sequence.reuses else ()):
             if other is not None and other.reuses and (n := common_prefix(other.tokens[: other.held], ids)) > shared:

@@ -29,6 +29,8 @@ class Metrics:
             "headrace_cached_prompt_tokens", "Tokens of prompts that the cache already held", ["model"], registry=r
         )
         self.generated_tokens = Counter("headrace_generated_tokens", "Tokens of answers", ["model"], registry=r)
+        self.drafted_tokens = Counter("headrace_drafted_tokens", "Tokens guessed ahead", ["model"], registry=r)
+        self.accepted_tokens = Counter("headrace_accepted_tokens", "Guessed tokens that came", ["model"], registry=r)
         self.queued = Gauge("headrace_queued_requests", "Requests that wait for a slot", ["model"], registry=r)
         self.active = Gauge("headrace_active_answers", "Answers under way", ["model"], registry=r)
         self.cache_bytes = Gauge("headrace_kv_cache_bytes", "Bytes of the key and value cache", ["model"], registry=r)

@@ -29,6 +29,7 @@ def serve(
     runner: str | None = None,
     threads: int | None = None,
     slots: int = 4,
+    speculate: str | None = None,
     door: ServerOptions | None = None,
     limits: WorkerOptions | None = None,
     progress: Progress = silent,
@@ -43,6 +44,7 @@ def serve(
         runner: the best installed one by default.
         threads: physical cores by default.
         slots: answers that run at once, for each model.
+        speculate: guess ahead, "lookup" or a draft bundle's folder (see `headrace.load`).
         door: key and limits of requests.
         limits: limits of each model.
         progress: told how many models are loaded.
@@ -59,7 +61,7 @@ def serve(
             name = path.resolve().name.removesuffix(".bundle")
             if name in workers:
                 raise UserError(f"two bundles are called {name}; rename one of the folders")
-            model = load(path, runner=runner, threads=threads, slots=slots)
+            model = load(path, runner=runner, threads=threads, slots=slots, speculate=speculate)
             workers[name] = ModelWorker(name, model, limits or WorkerOptions(), metrics)
         progress("loading", len(bundles), len(bundles))
         for worker in workers.values():

@@ -319,6 +319,10 @@ class ModelWorker:
         job.last[index] = now
         job.usage.completion_tokens += 1
         self._metrics.generated_tokens.labels(self.name).inc()
+        if token.finish is not None:
+            took = request.answer.usage
+            self._metrics.drafted_tokens.labels(self.name).inc(took.drafted_tokens)
+            self._metrics.accepted_tokens.labels(self.name).inc(took.accepted_tokens)
         if token.likelihood is None:
             return Piece(index, token.text, token.finish)
         spell, told = self._spell, token.likelihood

@@ -69,6 +69,7 @@ class DeviceRunner:
         self.vocab_size = config.vocab_size
         self.context = max(contexts)
         self.prompt_length = max(lengths)
+        self.fine_tokens = 0
         self.slots = slots
         self.kv_bytes = 2 * config.num_layers * config.kv_size * self.context * slots
         self._threads = threads or default_threads()

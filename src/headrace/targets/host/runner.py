@@ -48,6 +48,7 @@ class HostRunner:
         self.vocab_size = config.vocab_size
         self.context = context or bundle.context
         self.prompt_length = bundle.prompt_length
+        self.fine_tokens = 1  # MatMulNBits has a kernel of its own for a single row
         self.slots = slots
         self._held = SlotLengths(slots, self.context, config.vocab_size)
         self._hidden = config.hidden_size
