@@ -67,6 +67,18 @@ def refusal(path: Path) -> str:
     return message
 
 
+def test_a_manifest_of_before_biases_opens(path: Path) -> None:
+    """Its geometry lacks the fields that came later: they have defaults."""
+    before = open_bundle(path).config
+
+    def older(raw: dict[str, Any]) -> None:
+        for key in ("qkv_bias", "output_bias", "mlp_bias", "sliding_window"):
+            del raw["geometry"][key]
+
+    restate(path, older)
+    assert open_bundle(path).config == before
+
+
 def test_the_list_of_files_is_complete(path: Path) -> None:
     assert sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()) == sorted(FILES)
 
