@@ -58,6 +58,7 @@ def main() -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path, nargs="+", required=True)
     parser.add_argument("--types", nargs="+", default=["Q4_0", "IQ4_XS"])
+    parser.add_argument("--windows", type=int, default=8, help="of 512 tokens, from the text's beginning")
     options = parser.parse_args()
     exact = options.model.with_name(f"{options.model.stem}.f16.gguf")
     if not exact.exists():
@@ -70,7 +71,7 @@ def main() -> int:
         save_tokenizer(options.model, open_checkpoint(options.model).metadata, Path(scratch))
         tokenizer = load_tokenizer(Path(scratch))
         for text in options.text:
-            windows = first_windows(tokenizer.encode(read_text(text)), text.name, WINDOW)
+            windows = first_windows(tokenizer.encode(read_text(text)), text.name, WINDOW, options.windows)
             np.save(f"{scratch}/windows.npy", windows)
             reference = logits(exact, windows, scratch, "reference")
             for kind, file in files.items():
