@@ -64,8 +64,9 @@ NEVER = {  # what a part of the package must not pull in, even indirectly
     "headrace.language_model": ("onnx", "onnx_ir", "torch"),
     "headrace.native.program": ("onnx", "onnx_ir", "torch", "onnxruntime"),
     "headrace.targets.host.runner": ("onnx", "onnx_ir", "torch"),
-    "headrace.exporter.job": ("torch", "onnxruntime", "onnxruntime_qnn"),
+    "headrace.exporter.job": ("torch", "onnxruntime", "onnxruntime_qnn", "onnx_ir", "sympy"),
 }
+ONNX_HOMES = {"targets/qualcomm/worker.py"}  # beside graph/: the compiler's child process, which reads a graph's ports
 JUNK = {"utils", "util", "common", "helpers", "helper", "misc", "_shared"}
 
 
@@ -100,10 +101,10 @@ def test_file_follows_the_rules(path: Path) -> None:
         public = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
         if public:
             assert ast.get_docstring(node), f"{node.name} is public and has no docstring"
-    if "graph" not in path.relative_to(SOURCE).parts:
+    if path.relative_to(SOURCE).as_posix() not in ONNX_HOMES and module != "graph":
         roots = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
         roots |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
-        assert "onnx_ir" not in roots, "graph/ is the only home of onnx_ir"
+        assert not {"onnx", "onnx_ir"} & roots, "graph/ is the only home of onnx"
 
 
 def test_imports_go_downwards_only() -> None:

@@ -77,7 +77,7 @@ def test_decoding_is_bound_by_what_a_token_moves() -> None:
     plan = planned()
     moved = 32 * (CODES + 2 * (5 * H + 2 * F)) + TABLE + 3 * (1 << 30)  # all linears, the head, the cache thrice
     shares = [row.share for row in published()]
-    assert {row["device"] for row in plan["phones"]} == set(chips()) >= {soc.name for soc in SOCS}
+    assert {row["device"] for row in plan["phones"]} == set(chips()) <= {soc.name for soc in SOCS}
     for row in plan["phones"]:
         peak = chips()[row["device"]] / moved
         assert row["tok_s"]["low"] == pytest.approx(peak * min(shares), rel=0.01)

@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 
 from headrace.quantize.parallel import cores, spread
 
@@ -44,3 +45,14 @@ def test_products_do_not_depend_on_jobs() -> None:
         with cores(jobs):
             results += spread(lambda _: a @ a.T, range(2))
     assert all(np.array_equal(result, results[0]) for result in results)
+
+
+def test_a_blas_has_one_thread_inside_and_its_own_outside() -> None:
+    def blas() -> list[int]:
+        return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+
+    np.ones((2, 2)) @ np.ones((2, 2))
+    before = blas()
+    with cores(2):
+        assert set(blas()) == {1}
+    assert blas() == before and before

@@ -1,1 +1,1 @@
-"""ONNX graphs from the decoder: the only home of onnx_ir."""
+"""ONNX graphs from the decoder: the only home of onnx."""

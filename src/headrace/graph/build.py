@@ -3,28 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
+import onnx
 from numpy.typing import NDArray
+from onnx import TensorProto
 
 from headrace.bundle.weights import StoredTensor
 from headrace.files import write_file
 from headrace.plan import Port
 
-__all__ = ["GraphBuilder", "ir_type"]
+__all__ = ["FLOAT", "GraphBuilder", "Node", "Value", "element_type"]
 
-_STORED = {"U8": ir.DataType.UINT8, "F16": ir.DataType.FLOAT16, "F32": ir.DataType.FLOAT}
+FLOAT = int(TensorProto.FLOAT)  # what Cast takes
+_STORED = {"U8": TensorProto.UINT8, "F16": TensorProto.FLOAT16, "F32": TensorProto.FLOAT}
 IR_VERSION = 11  # opset 23's; the newest that onnxruntime 1.31 reads is above it
 
 
-def ir_type(dtype: str) -> ir.DataType:
+def element_type(dtype: str) -> int:
     """The ONNX element type of a NumPy (or ml_dtypes) name."""
     if dtype == "int4":
-        return ir.DataType.INT4
-    return ir.DataType.from_numpy(np.dtype(dtype))
+        return int(TensorProto.INT4)
+    return int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
+
+
+@dataclass(eq=False)
+class Value:
+    """A tensor of a graph in the making: its name, and the node whose result it is, None for inputs and weights."""
+
+    name: str
+    producer: Node | None = None
+
+
+@dataclass(eq=False)
+class Node:
+    """An operator in a graph in the making; an input that is left out is None."""
+
+    op_type: str
+    inputs: tuple[Value | None, ...]
+    attributes: Mapping[str, Any]
+    domain: str
+    name: str
+    outputs: tuple[Value, ...] = ()
+
+    def to_proto(self) -> onnx.NodeProto:
+        """As ONNX has it."""
+        return onnx.helper.make_node(
+            self.op_type,
+            ["" if value is None else value.name for value in self.inputs],
+            [value.name for value in self.outputs],
+            name=self.name,
+            domain=self.domain,
+            **self.attributes,
+        )
 
 
 class GraphBuilder:
@@ -38,96 +72,101 @@ class GraphBuilder:
     def __init__(self, name: str, opsets: Mapping[str, int]) -> None:
         self.name = name
         self.opsets = dict(opsets)
-        self.inputs: list[ir.Value] = []
-        self.outputs: list[ir.Value] = []
-        self.nodes: list[ir.Node] = []
-        self._constants: dict[str, ir.Value] = {}
+        self.inputs: list[tuple[Value, Port]] = []
+        self.outputs: list[tuple[Value, Port]] = []
+        self.nodes: list[Node] = []
+        self._constants: dict[str, tuple[Value, TensorProto]] = {}
         self._names: set[str] = set()
 
-    def input(self, port: Port) -> ir.Value:
+    def input(self, port: Port) -> Value:
         """Declare an input."""
-        value = ir.Value(name=port.name, shape=ir.Shape(port.shape), type=ir.TensorType(ir_type(port.dtype)))
-        self.inputs.append(value)
+        value = Value(port.name)
+        self.inputs.append((value, port))
         return value
 
-    def output(self, value: ir.Value, port: Port) -> None:
+    def output(self, value: Value, port: Port) -> None:
         """Declare an output: the value takes the port's name, type and shape."""
         value.name = port.name
-        value.shape = ir.Shape(port.shape)
-        value.type = ir.TensorType(ir_type(port.dtype))
-        self.outputs.append(value)
+        self.outputs.append((value, port))
 
     def node(
         self,
         op_type: str,
-        inputs: Sequence[ir.Value | None],
+        inputs: Sequence[Value | None],
         attributes: Mapping[str, Any] | None = None,
         *,
         domain: str = "",
         name: str,
         outputs: int = 1,
-    ) -> list[ir.Value]:
+    ) -> list[Value]:
         """Record a node; its results are named after it."""
         name = self._unique(name)
         names = [name] + [f"{name}#{i}" for i in range(1, outputs)]
-        values = [ir.Value(name=n) for n in names]
-        self.nodes.append(
-            ir.node(op_type, list(inputs), attributes or {}, domain=domain, outputs=values, name=f"{name}/{op_type}")
-        )
-        return values
+        made = Node(op_type, tuple(inputs), attributes or {}, domain, f"{name}/{op_type}")
+        made.outputs = tuple(Value(n, made) for n in names)
+        self.nodes.append(made)
+        return list(made.outputs)
 
-    def one(self, op_type: str, inputs: Sequence[ir.Value | None], *, name: str, **attributes: Any) -> ir.Value:
+    def one(self, op_type: str, inputs: Sequence[Value | None], *, name: str, **attributes: Any) -> Value:
         """A node of the standard domain with one result."""
         return self.node(op_type, inputs, attributes, name=name)[0]
 
-    def constant(self, name: str, array: NDArray[Any]) -> ir.Value:
+    def constant(self, name: str, array: NDArray[Any]) -> Value:
         """A small initializer inside the graph, interned by name."""
         if name not in self._constants:
-            self._add(name, ir.tensor(array, name=name))
-        return self._constants[name]
+            self._add(onnx.numpy_helper.from_array(np.asarray(array), name))
+        return self._constants[name][0]
 
-    def tensor(self, tensor: ir.TensorProtocol) -> ir.Value:
-        """Any other initializer, interned by its name."""
-        assert tensor.name is not None
-        if tensor.name not in self._constants:
-            self._add(tensor.name, tensor)
-        return self._constants[tensor.name]
+    def external(self, name: str, file: str, offset: int, nbytes: int, dtype: int, shape: Sequence[int]) -> Value:
+        """An initializer whose bytes are in a file beside the graph, interned by name.
 
-    def stored(self, name: str, tensor: StoredTensor, shape: Sequence[int] | None = None, *, bits: int = 8) -> ir.Value:
+        Args:
+            name: its name.
+            file: relative to the graph.
+            offset, nbytes: where in the file.
+            dtype: the ONNX element type.
+            shape: of the tensor.
+        """
+        if name not in self._constants:
+            tensor = TensorProto(name=name, data_type=dtype, dims=shape, data_location=TensorProto.EXTERNAL)
+            for key, value in (("location", file), ("offset", offset), ("length", nbytes)):
+                tensor.external_data.add(key=key, value=str(value))
+            self._add(tensor)
+        return self._constants[name][0]
+
+    def stored(self, name: str, tensor: StoredTensor, shape: Sequence[int] | None = None, *, bits: int = 8) -> Value:
         """An initializer whose bytes are in a weights file, interned by name; `shape`: another view of the bytes, as
         unsigned integers of 4 bits where `bits` says so."""
-        if name not in self._constants:
-            dims = ir.Shape(tuple(shape) if shape is not None else tensor.shape)
-            dtype = ir.DataType.UINT4 if bits == 4 else _STORED[tensor.dtype]
-            self._add(name, ir.ExternalTensor(tensor.file, tensor.offset, tensor.nbytes, dtype, shape=dims, name=name))
-        return self._constants[name]
+        dtype = TensorProto.UINT4 if bits == 4 else _STORED[tensor.dtype]
+        return self.external(
+            name, tensor.file, tensor.offset, tensor.nbytes, dtype, tensor.shape if shape is None else tuple(shape)
+        )
 
-    def model(self) -> ir.Model:
+    def model(self) -> onnx.ModelProto:
         """The finished graph: only what its outputs need."""
-        needed = set(self.outputs)
+        needed = {id(value) for value, _ in self.outputs}
         nodes = []
         for node in reversed(self.nodes):
-            if not needed.isdisjoint(node.outputs):
-                nodes.append(node)
-                needed.update(value for value in node.inputs if value is not None)
-        graph = ir.Graph(
-            self.inputs,
-            self.outputs,
-            nodes=reversed(nodes),
-            initializers=[value for value in self._constants.values() if value in needed],
-            opset_imports=self.opsets,
-            name=self.name,
+            if any(id(value) in needed for value in node.outputs):
+                nodes.append(node.to_proto())
+                needed.update(id(value) for value in node.inputs if value is not None)
+        graph = onnx.helper.make_graph(
+            nodes[::-1],
+            self.name,
+            [_described(*each) for each in self.inputs],
+            [_described(*each) for each in self.outputs],
+            [tensor for value, tensor in self._constants.values() if id(value) in needed],
         )
-        return ir.Model(graph, ir_version=IR_VERSION, producer_name="headrace")
+        opsets = [onnx.helper.make_operatorsetid(domain, version) for domain, version in self.opsets.items()]
+        return onnx.helper.make_model(graph, ir_version=IR_VERSION, producer_name="headrace", opset_imports=opsets)
 
     def save(self, path: Path) -> None:
         """Write the graph to `path`; stored initializers stay where they are."""
-        write_file(path, ir.to_proto(self.model()).SerializeToString(deterministic=True))
+        write_file(path, self.model().SerializeToString(deterministic=True))
 
-    def _add(self, name: str, tensor: ir.TensorProtocol) -> None:
-        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)  # type: ignore[arg-type]
-        self._constants[name] = value
-        self._names.add(name)
+    def _add(self, tensor: TensorProto) -> None:
+        self._constants[tensor.name] = Value(tensor.name), tensor
+        self._names.add(tensor.name)
 
     def _unique(self, name: str) -> str:
         candidate, number = name, 1
@@ -136,3 +175,7 @@ class GraphBuilder:
             candidate = f"{name}~{number}"
         self._names.add(candidate)
         return candidate
+
+
+def _described(value: Value, port: Port) -> onnx.ValueInfoProto:
+    return onnx.helper.make_tensor_value_info(value.name, element_type(port.dtype), port.shape)

@@ -19,12 +19,11 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-import onnx_ir as ir
 
 from headrace.bundle.encodings import GATED_OUTLIERS, Encoding, port_encodings
 from headrace.config import ModelConfig
 from headrace.errors import CalibrationError
-from headrace.graph.build import GraphBuilder, ir_type
+from headrace.graph.build import GraphBuilder, Value, element_type
 from headrace.graph.check import check_graph
 from headrace.graph.device_weights import DeviceWeights, EmbeddingForm, ReadWeight, derive_weights
 from headrace.graph.record import Recorder
@@ -52,11 +51,11 @@ class _DeviceOps(Recorder):
         self.encodings = encodings
         self.split_heads = False
         self._grids: dict[str, Encoding] = {}
-        self._apart: dict[str, ir.Value] = {}  # outliers of a gated product, by its name
+        self._apart: dict[str, Value] = {}  # outliers of a gated product, by its name
 
     # Grids.
 
-    def dequantized(self, codes: ir.Value, encoding: Encoding) -> ir.Value:
+    def dequantized(self, codes: Value, encoding: Encoding) -> Value:
         """The real value of a quantized tensor."""
         name = f"{codes.name}.real"
         value = self.graph.one("DequantizeLinear", [codes, *self._scale_and_zero(encoding)], name=name)
@@ -64,18 +63,18 @@ class _DeviceOps(Recorder):
         self._grids[value.name] = encoding
         return value
 
-    def quantized(self, x: ir.Value, encoding: Encoding, name: str) -> ir.Value:
+    def quantized(self, x: Value, encoding: Encoding, name: str) -> Value:
         """The codes of a real value, named `name`."""
         return self.graph.one("QuantizeLinear", [x, *self._scale_and_zero(encoding)], name=name)
 
-    def _on_grid(self, raw: ir.Value, name: str) -> ir.Value:
+    def _on_grid(self, raw: Value, name: str) -> Value:
         """A named result on its own grid."""
         if name not in self.encodings:
             raise CalibrationError(f"the encodings lack {name!r}; calibrate and export again")
         encoding = self.encodings[name]
         return self.dequantized(self.quantized(raw, encoding, name), encoding)
 
-    def _moved(self, op: str, x: ir.Value, inputs: Sequence[ir.Value], suffix: str, **attributes: object) -> ir.Value:
+    def _moved(self, op: str, x: Value, inputs: Sequence[Value], suffix: str, **attributes: object) -> Value:
         """The same values elsewhere, on the same grid."""
         assert x.name is not None
         encoding = self._grids[x.name]
@@ -83,13 +82,13 @@ class _DeviceOps(Recorder):
         raw = self.graph.one(op, [x, *inputs], name=f"{name}.raw", **attributes)
         return self.dequantized(self.quantized(raw, encoding, name), encoding)
 
-    def _scale_and_zero(self, e: Encoding) -> tuple[ir.Value, ir.Value]:
+    def _scale_and_zero(self, e: Encoding) -> tuple[Value, Value]:
         return (
             self.graph.constant(f"scale_{e.scale!r}", np.array(e.scale, np.float32)),
             self.graph.constant(f"zero_{e.dtype}_{e.zero_point}", np.array(e.zero_point, e.dtype)),
         )
 
-    def _constant(self, name: str, value: float) -> ir.Value:
+    def _constant(self, name: str, value: float) -> Value:
         """A positive number as the top of a uint16 grid."""
         e = Encoding(float(np.float32(value / 65535)), 0)
         codes = self.graph.constant("top_uint16", np.array([65535], np.uint16))
@@ -97,18 +96,17 @@ class _DeviceOps(Recorder):
 
     # Weights.
 
-    def _external(self, name: str) -> ir.Value:
+    def _external(self, name: str) -> Value:
         t = self.weights.tensors[name]
-        shape, dtype = ir.Shape(t.shape), ir_type(t.dtype)
-        return self.graph.tensor(ir.ExternalTensor(t.file, t.offset, t.nbytes, dtype, shape=shape, name=name))
+        return self.graph.external(name, t.file, t.offset, t.nbytes, element_type(t.dtype), t.shape)
 
-    def _table(self, name: str) -> ir.Value:
+    def _table(self, name: str) -> Value:
         """A stored tensor with one scale, real."""
         encoding = self.weights.tensors[name].encoding
         assert encoding is not None
         return self.dequantized(self._external(name), encoding)
 
-    def embed(self, ids: ir.Value, weight: str) -> ir.Value:
+    def embed(self, ids: Value, weight: str) -> Value:
         name = weight_table(self.config)[weight].module
         table = self._table(f"{weight}.codes")
         assert table.name is not None
@@ -133,10 +131,10 @@ class _DeviceOps(Recorder):
         raw = self.graph.one("Mul", [picked, self.reshape(step, (0, 0, blocks, 1))], name=f"{name}.raw")
         return self.reshape(self._on_grid(raw, name), (0, 0, columns))
 
-    def bias(self, weight: str) -> ir.Value:
+    def bias(self, weight: str) -> Value:
         return self._table(f"{weight}.codes")
 
-    def product(self, x: ir.Value, weight: str, name: str) -> ir.Value:
+    def product(self, x: Value, weight: str, name: str) -> Value:
         few = self._apart.get(x.name or "")
         if few is None:
             return self._product(x, weight, name)
@@ -144,7 +142,7 @@ class _DeviceOps(Recorder):
         inliers = self._product(x, weight, f"{name}.inliers")
         return self.add(inliers, self._product(few, f"{weight}.outliers", f"{name}.outliers"), name)
 
-    def _product(self, x: ir.Value, weight: str, name: str) -> ir.Value:
+    def _product(self, x: Value, weight: str, name: str) -> Value:
         codes, scale = self._external(f"{weight}.codes"), self._external(f"{weight}.scale")
         bits, outputs = self.weights.bits[weight], self.weights.tensors[f"{weight}.scale"].shape[0]
         # Without a zero point of its own the compiler reads int4 codes as 0 … 15, silently.
@@ -153,7 +151,7 @@ class _DeviceOps(Recorder):
         real = self.graph.one("DequantizeLinear", [codes, scale, zero], axis=1, name=f"{weight}.real")
         return self._on_grid(self.graph.one("MatMul", [x, real], name=f"{name}.raw"), name)
 
-    def gated(self, gate: ir.Value, up: ir.Value, layer: int) -> ir.Value:
+    def gated(self, gate: Value, up: Value, layer: int) -> Value:
         """As `Ops.gated`; the outlier channels are kept apart for the linear that follows."""
         name = mlp_name(layer)
         apart = self.encodings.get(f"{name}.{GATED_OUTLIERS}")
@@ -166,12 +164,12 @@ class _DeviceOps(Recorder):
         self._apart[gated.name] = self.multiply(*few, name=f"{name}.{GATED_OUTLIERS}")
         return gated
 
-    def _channels(self, x: ir.Value, channels: Sequence[int]) -> ir.Value:
+    def _channels(self, x: Value, channels: Sequence[int]) -> Value:
         """Some of the last axis."""
         wanted = self.graph.constant(f"channels_{'_'.join(map(str, channels))}", np.array(channels, np.int32))
         return self._moved("Gather", x, [wanted], "outliers", axis=2)
 
-    def rms_norm(self, x: ir.Value, weight: str) -> ir.Value:
+    def rms_norm(self, x: Value, weight: str) -> Value:
         name = weight_table(self.config)[weight].module
         gain = self._table(f"{weight}.codes")
         eps = self.config.rms_norm_eps
@@ -180,60 +178,60 @@ class _DeviceOps(Recorder):
 
     # Arithmetic.
 
-    def matmul(self, a: ir.Value, b: ir.Value, name: str) -> ir.Value:
+    def matmul(self, a: Value, b: Value, name: str) -> Value:
         return self._on_grid(super().matmul(a, b, f"{name}.raw"), name)
 
-    def softmax(self, x: ir.Value, name: str) -> ir.Value:
+    def softmax(self, x: Value, name: str) -> Value:
         return self._on_grid(super().softmax(x, f"{name}.raw"), name)
 
-    def sigmoid(self, x: ir.Value, name: str) -> ir.Value:
+    def sigmoid(self, x: Value, name: str) -> Value:
         return self._on_grid(super().sigmoid(x, f"{name}.raw"), name)
 
-    def add(self, a: ir.Value, b: ir.Value, name: str) -> ir.Value:
+    def add(self, a: Value, b: Value, name: str) -> Value:
         return self._on_grid(super().add(a, b, f"{name}.raw"), name)
 
-    def subtract(self, a: ir.Value, b: ir.Value, name: str) -> ir.Value:
+    def subtract(self, a: Value, b: Value, name: str) -> Value:
         return self._on_grid(super().subtract(a, b, f"{name}.raw"), name)
 
-    def multiply(self, a: ir.Value, b: ir.Value, name: str) -> ir.Value:
+    def multiply(self, a: Value, b: Value, name: str) -> Value:
         return self._on_grid(super().multiply(a, b, f"{name}.raw"), name)
 
-    def scale(self, x: ir.Value, factor: float, name: str) -> ir.Value:
+    def scale(self, x: Value, factor: float, name: str) -> Value:
         return self._on_grid(super().multiply(x, self._constant(f"{name}.factor", factor), f"{name}.raw"), name)
 
-    def concat(self, parts: Sequence[ir.Value], axis: int, name: str) -> ir.Value:
+    def concat(self, parts: Sequence[Value], axis: int, name: str) -> Value:
         return self._on_grid(super().concat(parts, axis, f"{name}.joined"), name)
 
-    def to_cache(self, x: ir.Value, name: str) -> ir.Value:
+    def to_cache(self, x: Value, name: str) -> Value:
         return self._on_grid(x, name)
 
     # Movement.
 
-    def slice(self, x: ir.Value, axis: int, start: int, stop: int) -> ir.Value:
+    def slice(self, x: Value, axis: int, start: int, stop: int) -> Value:
         bounds = [self.graph.constant(f"int_{n}", np.array([n], np.int64)) for n in (start, stop, axis)]
         return self._moved("Slice", x, bounds, f"{start}_{stop}")
 
-    def reshape(self, x: ir.Value, shape: Sequence[int]) -> ir.Value:
+    def reshape(self, x: Value, shape: Sequence[int]) -> Value:
         target = self.graph.constant(f"shape_{'_'.join(map(str, shape))}", np.array(shape, np.int64))
         return self._moved("Reshape", x, [target], "reshaped")
 
-    def transpose(self, x: ir.Value, order: Sequence[int]) -> ir.Value:
+    def transpose(self, x: Value, order: Sequence[int]) -> Value:
         return self._moved("Transpose", x, [], "turned", perm=list(order))
 
-    def rows(self, x: ir.Value, wanted: ir.Value) -> ir.Value:
+    def rows(self, x: Value, wanted: Value) -> Value:
         raise NotImplementedError("device graphs give the logits of every token")
 
     # Attention: the cache comes and goes as (kvH, 1, …).
 
     def attention(
         self,
-        q: ir.Value,
-        k: ir.Value,
-        v: ir.Value,
-        at: Positions[ir.Value],
-        past: tuple[ir.Value, ir.Value] | None,
+        q: Value,
+        k: Value,
+        v: Value,
+        at: Positions[Value],
+        past: tuple[Value, Value] | None,
         layer: int,
-    ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
+    ) -> tuple[Value, tuple[Value, Value]]:
         assert past is not None
         if self.split_heads:
             return self._attention_by_head(q, k, v, at, past, attention_name(layer))
@@ -243,13 +241,13 @@ class _DeviceOps(Recorder):
 
     def _attention_by_head(
         self,
-        q: ir.Value,
-        k: ir.Value,
-        v: ir.Value,
-        at: Positions[ir.Value],
-        past: tuple[ir.Value, ir.Value],
+        q: Value,
+        k: Value,
+        v: Value,
+        at: Positions[Value],
+        past: tuple[Value, Value],
         name: str,
-    ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
+    ) -> tuple[Value, tuple[Value, Value]]:
         """The same, KV head by KV head: past heads are cut out of the ports, no tensor holds all heads' keys."""
         group = self.config.group_size
         one = _DeviceOps(
@@ -300,7 +298,7 @@ def emit_device(
     given = {port.name: graph.input(port) for port in inputs}
     real = {name: ops.dequantized(value, grids[name]) for name, value in given.items() if name in grids}
     stream = decoder.embed(ops, given["input_ids"]) if part.embeds else Residual(real[f"hidden_{part.number - 1}"])
-    made: dict[str, ir.Value] = {}
+    made: dict[str, Value] = {}
     for layer in part.layers:
         at = Positions(real["position_ids_cos"], real["position_ids_sin"], real["attention_mask"])
         past = real[f"past_key_{layer}_in"], real[f"past_value_{layer}_in"]

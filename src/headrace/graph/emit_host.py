@@ -17,13 +17,12 @@ from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 
 import numpy as np
-import onnx_ir as ir
 
 from headrace.bundle.grid import Grid
 from headrace.bundle.weights import StoredTensor
 from headrace.config import ModelConfig
 from headrace.errors import RecipeError
-from headrace.graph.build import GraphBuilder
+from headrace.graph.build import FLOAT, GraphBuilder, Value
 from headrace.graph.record import Recorder
 from headrace.model import decoder
 from headrace.model.decoder import Residual
@@ -71,10 +70,10 @@ class _HostOps(Recorder):
         super().__init__(config, graph)
         self.weights = weights
         self.accuracy_level = accuracy_level
-        self.last_position: ir.Value | None = None
-        self.total_length: ir.Value | None = None
+        self.last_position: Value | None = None
+        self.total_length: Value | None = None
 
-    def embed(self, ids: ir.Value, weight: str) -> ir.Value:
+    def embed(self, ids: Value, weight: str) -> Value:
         """(codes[ids] − 128) · scales[ids], in blocks when the table has any."""
         g = self.graph
         grid = self.weights.grids[weight]
@@ -85,37 +84,37 @@ class _HostOps(Recorder):
         if grid.bits != 8:
             raise RecipeError(f"{weight} has {grid.bits} bits; the embedding takes 8, change its rule")
         picked = g.one("Gather", [codes, ids], name=f"{weight}.picked")
-        values = g.one("Cast", [picked], to=ir.DataType.FLOAT.value, name=f"{weight}.float")
+        values = g.one("Cast", [picked], to=FLOAT, name=f"{weight}.float")
         centre = g.constant(f"zero_point_{grid.bits}", np.array(grid.zero_point, np.float32))
         values = g.one("Sub", [values, centre], name=f"{weight}.centred")
         step = g.one("Gather", [scales, ids], name=f"{weight}.steps")
-        step = g.one("Cast", [step], to=ir.DataType.FLOAT.value, name=f"{weight}.steps_float")
+        step = g.one("Cast", [step], to=FLOAT, name=f"{weight}.steps_float")
         if blocks > 1:
             values = self.reshape(values, (0, 0, blocks, columns // blocks))
             step = self.reshape(step, (0, 0, blocks, 1))
             return self.reshape(g.one("Mul", [values, step], name=f"{weight}.scaled"), (0, 0, columns))
         return g.one("Mul", [values, step], name=row.module)
 
-    def linear(self, x: ir.Value, weight: str) -> ir.Value:
+    def linear(self, x: Value, weight: str) -> Value:
         row = weight_table(self.config)[weight]
         return self._matmul(x, (row,), row.module)
 
-    def product(self, x: ir.Value, weight: str, name: str) -> ir.Value:
+    def product(self, x: Value, weight: str, name: str) -> Value:
         return self._matmul(x, (replace(weight_table(self.config)[weight], bias=None),), name)
 
-    def bias(self, weight: str) -> ir.Value:
+    def bias(self, weight: str) -> Value:
         return self._stored(weight)
 
-    def linears(self, x: ir.Value, weights: Sequence[str]) -> tuple[ir.Value, ...]:
+    def linears(self, x: Value, weights: Sequence[str]) -> tuple[Value, ...]:
         """One MatMulNBits for neighbours of one input and one grid: their rows stand behind each other in the file, and
         a small model's token is mostly threads coming together after each product."""
-        made: list[ir.Value] = []
+        made: list[Value] = []
         rows = (weight_table(self.config)[weight] for weight in weights)
         for _, run in groupby(rows, lambda row: (self.weights.grids[row.name], row.bias is None)):
             made += self._joined_linears(x, list(run))
         return tuple(made)
 
-    def _joined_linears(self, x: ir.Value, weights: Sequence[Weight]) -> list[ir.Value]:
+    def _joined_linears(self, x: Value, weights: Sequence[Weight]) -> list[Value]:
         if len(weights) == 1:
             return [self.linear(x, weights[0].name)]
         joined = self._matmul(x, weights, "+".join(weight.module for weight in weights))
@@ -123,7 +122,7 @@ class _HostOps(Recorder):
         sizes = self.graph.constant("sizes_" + "_".join(map(str, rows)), rows)
         return self.graph.node("Split", [joined, sizes], {"axis": -1}, name=f"{joined.name}.split", outputs=len(rows))
 
-    def _matmul(self, x: ir.Value, weights: Sequence[Weight], name: str) -> ir.Value:
+    def _matmul(self, x: Value, weights: Sequence[Weight], name: str) -> Value:
         """MatMulNBits, with a bias where the weights have one. Stored scales are float16, a channel's or a block's; the
         kernel wants float32 for each of its blocks: Cast and Expand are folded when the session is made, so neither
         disk nor steps pay for it."""
@@ -139,7 +138,7 @@ class _HostOps(Recorder):
         data = self.graph.stored(f"{name}_packed.blocks", packed, (rows, blocks, block * grid.bits // 8))
         stored = _behind(self.weights.tensors, [f"{s}_scale" for s in sources])
         scales = self.graph.stored(f"{name}_scale", stored)
-        scales = self.graph.one("Cast", [scales], to=ir.DataType.FLOAT.value, name=f"{name}_scale.float")
+        scales = self.graph.one("Cast", [scales], to=FLOAT, name=f"{name}_scale.float")
         if stored_blocks != blocks:
             scales = self._expand(scales, rows, stored_blocks, blocks // stored_blocks, name)
         attributes = {
@@ -149,13 +148,13 @@ class _HostOps(Recorder):
             "block_size": block,
             "accuracy_level": self.accuracy_level,
         }
-        inputs: list[ir.Value | None] = [x, data, scales]
+        inputs: list[Value | None] = [x, data, scales]
         biases = [weight.bias for weight in weights if weight.bias is not None]
         if biases:
             inputs += [None, None, self.graph.stored(f"{name}.bias", _behind(self.weights.tensors, biases))]
         return self.graph.node("MatMulNBits", inputs, attributes, domain=MICROSOFT, name=name)[0]
 
-    def _float_matmul(self, x: ir.Value, weights: Sequence[Weight], name: str) -> ir.Value:
+    def _float_matmul(self, x: Value, weights: Sequence[Weight], name: str) -> Value:
         """The same for a row that no block of MatMulNBits divides, which has one scale (blocks that do not divide are
         refused): float32 weights, which ONNX Runtime computes from the stored ones when the session is made."""
         sources = [weight.stored_as for weight in weights]
@@ -164,7 +163,7 @@ class _HostOps(Recorder):
         packed = _behind(self.weights.tensors, [f"{s}_packed" for s in sources])
         scales = self.graph.stored(f"{name}_scale", _behind(self.weights.tensors, [f"{s}_scale" for s in sources]))
         codes = self.graph.stored(f"{name}_packed", packed, (rows, columns), bits=grid.bits)
-        kind = ir.DataType.FLOAT.value
+        kind = FLOAT
         codes = self.graph.one("Cast", [codes], to=kind, name=f"{name}.float")
         scales = self.graph.one("Cast", [scales], to=kind, name=f"{name}_scale.float")
         centre = self.graph.constant(f"zero_point_{grid.bits}", np.array(grid.zero_point, np.float32))
@@ -178,12 +177,12 @@ class _HostOps(Recorder):
         bias = self.graph.stored(f"{name}.bias", _behind(self.weights.tensors, biases))
         return self.graph.one("Add", [product, bias], name=name)
 
-    def rms_norm(self, x: ir.Value, weight: str) -> ir.Value:
+    def rms_norm(self, x: Value, weight: str) -> Value:
         attributes = {"epsilon": self.config.rms_norm_eps, "axis": -1, "stash_type": 1}
         inputs, name = [x, self._stored(weight)], weight_table(self.config)[weight].module
         return self.graph.one("SimplifiedLayerNormalization", inputs, name=name, **attributes)
 
-    def add_norm(self, x: ir.Value, update: ir.Value, weight: str, name: str) -> tuple[ir.Value, ir.Value]:
+    def add_norm(self, x: Value, update: Value, weight: str, name: str) -> tuple[Value, Value]:
         normed, _, _, total = self.graph.node(
             "SkipSimplifiedLayerNormalization",
             [x, update, self._stored(weight)],
@@ -196,13 +195,13 @@ class _HostOps(Recorder):
 
     def attention(
         self,
-        q: ir.Value,
-        k: ir.Value,
-        v: ir.Value,
-        at: Positions[ir.Value],
-        past: tuple[ir.Value, ir.Value] | None,
+        q: Value,
+        k: Value,
+        v: Value,
+        at: Positions[Value],
+        past: tuple[Value, Value] | None,
         layer: int,
-    ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
+    ) -> tuple[Value, tuple[Value, Value]]:
         assert past is not None
         c = self.config
         attributes: dict[str, int | float | str] = {
@@ -212,14 +211,14 @@ class _HostOps(Recorder):
             "rotary_interleaved": 0,
         }
         # The operator splits a joined product itself.
-        heads: list[ir.Value | None] = [q, k, v]
-        split, name = q.producer(), attention_name(layer)
+        heads: list[Value | None] = [q, k, v]
+        split, name = q.producer, attention_name(layer)
         cos, sin = at.cos, at.sin
         if (padded := host_head_dim(c)) != c.head_dim:
             attributes |= {"scale": c.head_dim**-0.5}
             heads = [self._padded(x, padded) for x in (q, k, v)]
             cos, sin = (self._pad_last(table, (padded - c.head_dim) // 2, 2) for table in (cos, sin))
-        elif split is not None and split.op_type == "Split" and tuple(split.outputs) == (q, k, v):
+        elif split is not None and split.op_type == "Split" and split.outputs == (q, k, v):
             heads = [split.inputs[0], None, None]
         inputs = [*heads, *past, self.last_position, self.total_length, cos, sin]
         if self.weights.kv_scales:
@@ -236,21 +235,21 @@ class _HostOps(Recorder):
             mixed = self.reshape(self.slice(half, 3, 0, c.head_dim // 2), (0, 0, c.query_size))
         return mixed, (key, value)
 
-    def _padded(self, x: ir.Value, width: int) -> ir.Value:
+    def _padded(self, x: Value, width: int) -> Value:
         """Heads (B, S, heads·D) with zeros behind each half, which rotary pairs with the same place of the other."""
         half = self.config.head_dim // 2
         halves = self.reshape(x, (0, 0, -1, half))
         return self.reshape(self._pad_last(halves, width // 2 - half, 4), (0, 0, -1))
 
-    def _pad_last(self, x: ir.Value, zeros: int, rank: int) -> ir.Value:
+    def _pad_last(self, x: Value, zeros: int, rank: int) -> Value:
         """Zeros behind the last axis."""
         pads = self.graph.constant(f"pad_{rank}_{zeros}", np.array([0] * (2 * rank - 1) + [zeros], np.int64))
         return self.graph.one("Pad", [x, pads], name=f"{x.name}.padded")
 
-    def _stored(self, name: str) -> ir.Value:
+    def _stored(self, name: str) -> Value:
         return self.graph.stored(name, self.weights.tensors[name])
 
-    def _expand(self, scales: ir.Value, rows: int, blocks: int, times: int, source: str) -> ir.Value:
+    def _expand(self, scales: Value, rows: int, blocks: int, times: int, source: str) -> Value:
         """(N, blocks) → (N, blocks · times): each scale repeated."""
         scales = self.reshape(scales, (rows, blocks, 1))
         target = self.graph.constant(f"shape_{rows}_{blocks}_{times}", np.array((rows, blocks, times), np.int64))
