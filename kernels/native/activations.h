@@ -42,7 +42,11 @@ class Activations {
     scales_.grow(groups * coarse_rows);
     sums_.grow(groups * coarse_rows);
     sums16_.grow(groups * 4 * coarse_rows);
-    coarse = {coarse_rows, k, codes_.data(), scales_.data(), sums_.data(), sums16_.data()};
+    tiles_.grow(round_up(k, kPad) * 2 * round_up(coarse_rows, 16));
+    tile_scales_.grow(coarse_rows);
+    tile_sums_.grow(coarse_rows);
+    coarse = {coarse_rows, k, codes_.data(), scales_.data(), sums_.data(), sums16_.data(), tiles_.data(),
+              tile_scales_.data(), tile_sums_.data()};
   }
   Fine* fine() { return fine_.data(); }
   const Fine* fine() const { return fine_.data(); }
@@ -51,9 +55,9 @@ class Activations {
  private:
   Buffer<uint8_t> fine_memory_;
   std::vector<Fine> fine_;
-  Buffer<int8_t> codes_;
-  Buffer<float> scales_;
-  Buffer<int32_t> sums_, sums16_;
+  Buffer<int8_t> codes_, tiles_;
+  Buffer<float> scales_, tile_scales_;
+  Buffer<int32_t> sums_, sums16_, tile_sums_;
 };
 
 }  // namespace headrace

@@ -2,6 +2,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 #include "error.h"
@@ -9,21 +13,35 @@
 namespace headrace {
 namespace {
 
+#if defined(__x86_64__)
+// Whether there are tiles of bytes, and the system lets this process use them, which it must be asked for once.
+bool tiles() {
+#if defined(__linux__)
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  const bool there = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1) && (d >> 25 & 1);
+  return there && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 // __builtin_cpu_supports also asks whether the system saves the wide registers.
 bool supported(const Kernels* kernels) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-
   if (kernels == &avx2_kernels) return avx2;
   if (kernels == &avx2vnni_kernels) {
     unsigned a = 0, b = 0, c = 0, d = 0;
     return avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
   }
-  if (kernels == &avx512vnni_kernels)
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512vnni");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512vnni");
+  if (kernels == &avx512vnni_kernels || kernels == &amx_emulated_kernels) return avx512;
+  if (kernels == &amx_kernels) return avx512 && tiles();
 #endif
   return kernels == &plain_kernels;
 }
@@ -33,9 +51,13 @@ bool supported(const Kernels* kernels) {
 const std::vector<const Kernels*>& known_kernels() {
   static const std::vector<const Kernels*> all = {
 #if defined(__x86_64__)
-      &avx512vnni_kernels, &avx2vnni_kernels, &avx2_kernels,
+      &amx_kernels, &avx512vnni_kernels, &avx2vnni_kernels, &avx2_kernels,
 #endif
-      &plain_kernels};
+      &plain_kernels,
+#if defined(__x86_64__)
+      &amx_emulated_kernels,
+#endif
+  };
   return all;
 }
 

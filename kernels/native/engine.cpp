@@ -329,11 +329,19 @@ void Engine::linear(const LinearStep& step, Scratch& mine) {
   } else {
     Coarse target = shared_.coarse;
     target.m = coarse, target.k = k;
-    const int together = fine + coarse > 8 * kTogether ? kTogether : 1;
-    for (int from; (from = pool_.take() * together) < fine + coarse;)
-      for (int i = from; i < std::min(from + together, fine + coarse); i++)
-        if (i < fine) kernels_.fine(input(rows.fine[i]), k, four, eight, x.fine()[i]);
-        else kernels_.coarse(input(rows.coarse[i - fine]), i - fine, target);
+    bool scaled_rows = false, blocks = false;
+    for (const Weight& w : step.weights) (w.block ? blocks : scaled_rows) = true;
+    // Single fine rows, then coarse ones a few at a time.
+    const int together = std::max(kernels_.tokens, coarse > 8 * kTogether ? kTogether : 1);
+    for (int taken; (taken = pool_.take()) < fine + (coarse + together - 1) / together;) {
+      if (taken < fine) {
+        kernels_.fine(input(rows.fine[taken]), k, four, eight, x.fine()[taken]);
+        continue;
+      }
+      const int first = (taken - fine) * together;
+      for (int i = first; i < std::min(first + together, coarse); i++)
+        kernels_.coarse(input(rows.coarse[i]), i, scaled_rows, blocks, target);
+    }
     pool_.meet();
   }
   const bool pairs = step.gated >= 0;

@@ -55,6 +55,10 @@ struct Coarse {
   float* scales;
   int32_t* sums;
   int32_t* sums16;
+  // Of variants with tiles, for weights with one scale a row: int16 codes in two bytes (linear_tiles.h), scale and sum a token.
+  int8_t* tiles;
+  float* tile_scales;
+  int32_t* tile_sums;
 };
 
 // Where results go: row i of the activations to y + rows[i] * stride, columns from `column` on.
@@ -85,12 +89,14 @@ struct Kernels {
   float (*quantize)(const float* x, int k, int16_t* codes);
   void (*fine)(const float* x, int k, bool four, bool eight, Fine& out);
   void (*decode)(const Weight& w, const Fine* x, int m, int begin, int end, const Out& out, int column);
-  void (*coarse)(const float* x, int row, const Coarse& out);
+  // rows, blocks: what scales the weights have that the activations are for.
+  void (*coarse)(const float* x, int row, bool rows, bool blocks, const Coarse& out);
   // Channels begin … end of tokens first … last.
   void (*prompt)(const Weight& w, const Coarse& x, int begin, int end, int first, int last, const Out& out, int column,
                  void* scratch);
   size_t (*prompt_scratch)(int m);
-  int panel;  // output channels that prompt likes to do at a time
+  int panel;   // output channels that prompt likes to do at a time
+  int tokens;  // tokens whose coarse activations share cache lines: made by one thread
   void (*rms_norm)(const float* x, const float* weight, float eps, int k, float* y);
   void (*add)(const float* a, const float* b, int k, float* y);
   void (*silu_mul)(const float* gate, const float* up, int k, float* y);
@@ -104,7 +110,7 @@ struct Kernels {
 
 extern const Kernels plain_kernels;
 #if defined(__x86_64__)
-extern const Kernels avx2_kernels, avx2vnni_kernels, avx512vnni_kernels;
+extern const Kernels avx2_kernels, avx2vnni_kernels, avx512vnni_kernels, amx_kernels, amx_emulated_kernels;
 #endif
 
 }  // namespace headrace

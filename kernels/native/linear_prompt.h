@@ -40,7 +40,7 @@ inline void coarse_group(const float* x, int8_t* codes, float& scale, int32_t& s
 }
 
 template <class V>
-void coarse(const float* x, int row, const Coarse& out) {
+void coarse(const float* x, int row, bool, bool, const Coarse& out) {
   const int groups = int(round_up(out.k, kColumns)) / kGroup;
   for (int g = 0; g < groups; g++) {
     const int from = g * kGroup;

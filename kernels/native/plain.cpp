@@ -53,7 +53,7 @@ void decode(const Weight& w, const Fine* x, int m, int begin, int end, const Out
 
 int place(int k) { return k / 8 * 8 + k % 2 * 4 + k % 8 / 2; }  // in every eight columns the even ones first
 
-void coarse(const float* x, int row, const Coarse& out) {
+void coarse(const float* x, int row, bool, bool, const Coarse& out) {
   for (int c = 0; c < out.k; c += kColumns) std::memset(out.codes + (size_t(c) * out.m + size_t(row) * kColumns), 0, kColumns);
   for (int g = 0; g * kGroup < out.k; g++) {
     const int from = g * kGroup, n = out.k - from < kGroup ? out.k - from : kGroup;
@@ -164,7 +164,7 @@ void attend(const Attend& a) {
 
 }  // namespace
 
-const Kernels plain_kernels = {"plain", quantize, fine,     decode, coarse,   prompt, prompt_scratch, 16,
+const Kernels plain_kernels = {"plain", quantize, fine,     decode, coarse,   prompt, prompt_scratch, 16, 1,
                                rms_norm, add,     silu_mul, rope,   cache_codes, attend, attend_float};
 
 }  // namespace headrace

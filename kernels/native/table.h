@@ -13,7 +13,7 @@ namespace {
 template <class V>
 constexpr Kernels table(const char* name) {
   return {name,           quantize<V>,           fine<V>,     decode<V>, coarse<V>,   prompt<V>, prompt_scratch<V>,
-          V::panels * V::lanes, rms_norm<V>, add<V>, silu_mul<V>, rope<V>, cache_codes<V>, attend<V>, attend_float};
+          V::panels * V::lanes, 1, rms_norm<V>, add<V>, silu_mul<V>, rope<V>, cache_codes<V>, attend<V>, attend_float};
 }
 
 }  // namespace
