@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -90,6 +91,26 @@ def test_logprobs_are_those_of_the_model(serving: Callable[..., ModelWorker], ex
         row = model.logits(ids)[-1].astype(np.float64)
     expected = row.max() - np.log(np.exp(row).sum())
     assert made.pieces[0].logprob == pytest.approx(expected, abs=1e-4)  # float32 logits
+
+
+def test_an_answer_follows_its_schema(serving: Callable[..., ModelWorker]) -> None:
+    """Beside an answer without one; a schema that is none is refused by its field."""
+    schema = {
+        "type": "object",
+        "properties": {"deep": {"type": "boolean"}, "kind": {"enum": ["river", "sea"]}},
+        "required": ["deep", "kind"],
+        "additionalProperties": False,
+    }
+    worker = serving()
+    strict = ask("The river", max_tokens=150, n=2, grammar=("json_schema", json.dumps(schema)))
+    made = asyncio.run(answers(worker, [strict, ask("The sea")]))
+    for answer in made[0]:
+        found = json.loads(answer.text)
+        assert type(found["deep"]) is bool and found["kind"] in ("river", "sea") and answer.finish == "stop"
+    assert made[1][0].text
+    with pytest.raises(Refused, match="the JSON schema cannot be read") as refused:
+        asyncio.run(answers(worker, [ask("x", grammar=("json_schema", "{"))]))
+    assert refused.value.field == "response_format"
 
 
 def test_a_turn_computes_only_what_is_new(serving: Callable[..., ModelWorker]) -> None:

@@ -21,10 +21,11 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from headrace.errors import HeadraceError
+from headrace.errors import HeadraceError, UserError
 from headrace.language_model import LanguageModel
 from headrace.model.weights import weight_table
 from headrace.runtime.answer import Answer, Limits, Token
+from headrace.runtime.grammar import Grammar
 from headrace.runtime.request import Request
 from headrace.runtime.sampling import SamplingOptions
 from headrace.server.generation import GenerationRequest, Logprob, Piece, Refused, Usage
@@ -61,6 +62,7 @@ class _Job:
     limits: Limits
     request: GenerationRequest
     continues: bool
+    grammar: Grammar | None
     loop: asyncio.AbstractEventLoop
     pieces: asyncio.Queue[Piece | Exception]
     usage: Usage
@@ -157,6 +159,7 @@ class ModelWorker:
         room = self._engine.context - len(ids)
         limits = Limits(min(request.max_tokens or room, room), stop_ids, request.stop)
         options = model.sampling_options(**request.sampling)
+        grammar = self._grammar(request)
         if self._waiting + request.n > self._options.queue:
             raise Refused(
                 f"{self._waiting} requests wait already; try again in {RETRY_SECONDS} s",
@@ -164,7 +167,15 @@ class ModelWorker:
                 retry_after=RETRY_SECONDS,
             )
         job = _Job(
-            ids, options, limits, request, continues, asyncio.get_running_loop(), asyncio.Queue(), Usage(len(ids))
+            ids,
+            options,
+            limits,
+            request,
+            continues,
+            grammar,
+            asyncio.get_running_loop(),
+            asyncio.Queue(),
+            Usage(len(ids)),
         )
         self._waiting += request.n
         self._metrics.queued.labels(self.name).set(self._waiting)
@@ -222,6 +233,14 @@ class ModelWorker:
             raise Refused(f"prompt has an id outside of the vocabulary; expected 0 … {size - 1}", field="prompt")
         return ids, True, frozenset(model.tokenizer.eos_ids)
 
+    def _grammar(self, request: GenerationRequest) -> Grammar | None:
+        if request.grammar is None:
+            return None
+        try:
+            return self._model.grammar(*request.grammar)
+        except UserError as error:
+            raise Refused(str(error), field="response_format") from None
+
     # In the worker's thread
 
     def _serve(self) -> None:
@@ -256,7 +275,11 @@ class ModelWorker:
                 # Each answer of one request needs random numbers of its own, the same whatever else runs.
                 options = job.options if seed is None or index == 0 else replace(job.options, seed=seed + index)
                 answer = Answer(
-                    self._model.tokenizer, job.limits, continues=job.continues, logprobs=job.request.top_logprobs
+                    self._model.tokenizer,
+                    job.limits,
+                    continues=job.continues,
+                    logprobs=job.request.top_logprobs,
+                    grammar=job.grammar,
                 )
                 request = self._engine.submit(job.ids, options, answer, after=made[0] if made else None)
                 made.append(request)
