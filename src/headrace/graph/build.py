@@ -144,18 +144,18 @@ class GraphBuilder:
 
     def model(self) -> onnx.ModelProto:
         """The finished graph: only what its outputs need."""
-        needed = {id(value) for value, _ in self.outputs}
+        needed = {value for value, _ in self.outputs}
         nodes = []
         for node in reversed(self.nodes):
-            if any(id(value) in needed for value in node.outputs):
+            if not needed.isdisjoint(node.outputs):
                 nodes.append(node.to_proto())
-                needed.update(id(value) for value in node.inputs if value is not None)
+                needed.update(value for value in node.inputs if value is not None)
         graph = onnx.helper.make_graph(
             nodes[::-1],
             self.name,
             [_described(*each) for each in self.inputs],
             [_described(*each) for each in self.outputs],
-            [tensor for value, tensor in self._constants.values() if id(value) in needed],
+            [tensor for value, tensor in self._constants.values() if value in needed],
         )
         opsets = [onnx.helper.make_operatorsetid(domain, version) for domain, version in self.opsets.items()]
         return onnx.helper.make_model(graph, ir_version=IR_VERSION, producer_name="headrace", opset_imports=opsets)

@@ -14,7 +14,7 @@ from typing import Any
 from headrace.bundle.folder import Bundle
 from headrace.measure.bench import parameter_count
 from headrace.measure.record import bundle_digest
-from headrace.model.weights import quantized_weights
+from headrace.model.weights import Weight, quantized_weights
 from headrace.plan import GraphStyle, Port, ports
 from headrace.quantize.budget import average_bits
 from headrace.targets.device_loop import longest_prompt
@@ -151,7 +151,7 @@ def _weights(facts: Facts, bundle: Bundle) -> None:
         f"{len(eight)} of {len(linears)} linears have 8 bits; on average over their weights a code has "
         f"{average_bits(config, rules):.3g} bits.",
     )
-    facts.put("eight", eight, where, _by_module(eight) or "none but the tables")
+    facts.put("eight", eight, where, _by_module([table[name] for name in eight]) or "none but the tables")
     each = 2 * config.num_layers * config.kv_size * (1 if bundle.kv_scales else 4)
     facts.put(
         "kv",
@@ -161,12 +161,11 @@ def _weights(facts: Facts, bundle: Bundle) -> None:
     )
 
 
-def _by_module(names: Sequence[str]) -> str:
+def _by_module(linears: Sequence[Weight]) -> str:
     """ "`mlp.down_proj` 0, 2–5": layers by module."""
     layers: dict[str, list[int]] = defaultdict(list)
-    for name in names:
-        _, layer, module = name.removesuffix(".weight").split(".", 2)
-        layers[module].append(int(layer))
+    for linear in linears:
+        layers[linear.role.value].append(linear.layer or 0)
     return "; ".join(f"`{module}` of {_ranges(found)}" for module, found in layers.items())
 
 
