@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
@@ -48,6 +49,14 @@ BAICHUAN2 = ModelConfig(
     num_heads=32, num_kv_heads=32, head_dim=128, rms_norm_eps=1e-6, rope_theta=10000.0, max_context=4096,
     tied_head=False,
 )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def any_size() -> Iterator[None]:
+    """Tiny models are estimated like large ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("headrace.measure.measured_facts.LEAST_SHARE", 0.0)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +122,14 @@ def test_its_numbers_are_the_bundles(card: str, bundle: Path) -> None:
         "headrace.json", "plan", "given", "measurements/bench-host.json", "measurements/text.json",
         "measurements/ceval.json",
     }  # fmt: skip
+
+
+def test_a_model_far_smaller_than_published_ones_is_not_estimated(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headrace.measure.measured_facts.LEAST_SHARE", 0.5)
+    text = make_card(bundle, GIVEN)
+    assert "estimated, `plan`" not in text and "measured, `bench-host.json`" in text
 
 
 def test_a_bundle_without_measurements_says_so(exports: Exports) -> None:

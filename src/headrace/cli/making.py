@@ -89,6 +89,7 @@ def plan(
     """Say what an export with the same options and its bundle will need, before anything is made."""
     from headrace.exporter.estimate import plan_export
     from headrace.exporter.options import ExportOptions, read_size
+    from headrace.exporter.roofline import LEAST_SHARE
     from headrace.exporter.settings import settle
 
     report = plan_export(settle(checkpoint, ExportOptions.of(options)), read_size("--phone-memory", phone_memory))
@@ -113,7 +114,7 @@ def plan(
     ]
     table(phones, ("estimated, not measured", "context", "response rate", "first token, one step", "longest prompt"))
     off = [abs(row["error"]) for row in report["calibration"]]
-    small = report["weight_bytes"] < report["least_published_bytes"] / 2
+    small = report["weight_bytes"] < LEAST_SHARE * report["least_published_bytes"]
     typer.echo(
         f"from {len(off)} published rows; each, left out, is estimated {min(off):.0%} to {max(off):.0%} off"
         + ("; this model is far smaller than any of them: other costs than bytes will show" if small else "")

@@ -17,8 +17,19 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-__all__ = ["Estimate", "Published", "Workload", "calibration", "chips", "estimate_decode", "estimate_step", "published"]
+__all__ = [
+    "LEAST_SHARE",
+    "Estimate",
+    "Published",
+    "Workload",
+    "calibration",
+    "chips",
+    "estimate_decode",
+    "estimate_step",
+    "published",
+]
 
+LEAST_SHARE = 0.5  # of the smallest published model's bytes: below, other costs than bytes show
 CACHE_PASSES = 3  # read, written joined with the step's own, read by attention
 
 

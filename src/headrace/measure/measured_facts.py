@@ -7,6 +7,7 @@ from typing import Any
 
 from headrace.bundle.folder import MEASUREMENTS, Bundle
 from headrace.exporter.estimate import plan_model
+from headrace.exporter.roofline import LEAST_SHARE
 from headrace.measure.facts import PLAN, Facts, human, table_rows
 from headrace.targets.qualcomm.soc import SOCS
 
@@ -51,9 +52,9 @@ def _speeds(facts: Facts, bundle: Bundle, records: Records) -> None:
         )
         values.append([file, [d["tok_s"] for d in decode], [p["seconds"] for p in first]])
     sources = [f"{MEASUREMENTS}/{file}" for file, _ in _of(records, "bench")]
-    if facts["precision"].value["a16"]:
+    if facts["precision"].value["a16"] and (phones := _estimated(facts, bundle)):
         sources.append(PLAN)
-        for phone, row in _estimated(facts, bundle):
+        for phone, row in phones:
             rows.append((title, "a phone", *row))
             values.append(phone)
     if not rows:
@@ -62,13 +63,14 @@ def _speeds(facts: Facts, bundle: Bundle, records: Records) -> None:
 
 
 def _estimated(facts: Facts, bundle: Bundle) -> list[tuple[dict[str, Any], tuple[str, ...]]]:
-    """Phones that published rows tell of, and those the bundle was compiled for."""
+    """Phones that published rows tell of, and those the bundle was compiled for; none for a model far smaller than
+    any published one, of which bytes do not say how fast it is."""
     report = plan_model(bundle.config, bundle.recipe, bundle.parts, (bundle.context,), bundle.prompt_length)
+    if report["weight_bytes"] < LEAST_SHARE * report["least_published_bytes"]:
+        return []
     wanted = {row["chip"] for row in report["calibration"]} | set(facts["targets"].value if "targets" in facts else ())
     off = [abs(row["error"]) for row in report["calibration"]]
     told = f"{len(off)} published rows; each of them, left out, is estimated {min(off):.0%} to {max(off):.0%} off"
-    if report["weight_bytes"] < report["least_published_bytes"] / 2:
-        told += ". This model is far smaller than any of them: other costs than bytes will show"
     facts.put("calibration", report["calibration"], PLAN, told)
     found: list[tuple[dict[str, Any], tuple[str, ...]]] = []
     for phone in report["phones"]:
