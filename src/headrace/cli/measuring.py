@@ -159,7 +159,7 @@ def _show_bench(report: dict[str, Any]) -> None:
         typer.echo(
             f"guessing ahead by {guessed['how']}: {guessed['tok_s']:.1f} instead of {guessed['plain_tok_s']:.1f} "
             f"tok/s, {guessed['acceptance']:.0%} of {guessed['drafted_tokens']} guesses came, "
-            f"{'the same answers' if guessed['same'] else 'OTHER ANSWERS'}"
+            f"{'the same answers' if guessed['same'] else 'not the same answers'}"
         )
     table(
         [
