@@ -59,7 +59,7 @@ def test_the_range_holds_the_rows_and_no_more() -> None:
 
 def test_a_chip_without_a_published_step_gets_none() -> None:
     work = Workload.of(**BAICHUAN2, context=4096)
-    assert {soc.name for soc in SOCS} <= set(chips())
+    assert set(chips()) <= {soc.name for soc in SOCS}  # of others no data sheet states the memory's bandwidth
     assert estimate_step("snapdragon-8-gen2", work) is None
     slower, faster = (estimate_decode(f"snapdragon-8-{name}", work) for name in ("gen2", "elite"))
     assert slower.middle / faster.middle == pytest.approx(67.2 / 84.8)
