@@ -16,9 +16,9 @@ from headrace.errors import BundleError, CalibrationError
 from headrace.model.decoder import block, embed
 from headrace.model.ops import Array, Eager
 from headrace.plan import plan_parts
-from headrace.quantize.calibrate import causal_positions
 from headrace.quantize.device_encodings import HEADROOM, device_encodings
 from headrace.quantize.ranges import Ranges, collect_ranges
+from headrace.quantize.windows import causal_positions
 
 CONFIG = ModelConfig(
     architecture="llama",

@@ -7,7 +7,7 @@ import pytest
 
 from headrace.errors import CalibrationError, UserError
 from headrace.exporter.calibration import calibration_windows
-from headrace.quantize.calibrate import cut_windows
+from headrace.quantize.windows import cut_windows
 from headrace.text.tokenizer import Tokenizer
 from headrace.text.turns import IdTurns, RawTurns, TurnFormat, turn_format
 

@@ -16,9 +16,10 @@ from headrace.errors import CalibrationError, CheckpointError, RecipeError
 from headrace.model.decoder import Residual, block, embed
 from headrace.model.ops import Eager
 from headrace.model.weights import EMBEDDING, input_groups, layer_weights, linears
-from headrace.quantize import calibrate
-from headrace.quantize.calibrate import (
-    Follower,
+from headrace.quantize import windows as windows_module
+from headrace.quantize.pipeline import QuantizedLayer, quantize_layers, quantize_table
+from headrace.quantize.windows import (
+    LeanEager,
     Walk,
     attention_energy,
     causal_positions,
@@ -26,7 +27,6 @@ from headrace.quantize.calibrate import (
     embed_windows,
     evenly,
 )
-from headrace.quantize.pipeline import QuantizedLayer, quantize_layers, quantize_table
 from tests.tiny import write_llama
 
 # The follower sums scores in another order than the plain decoder.
@@ -123,7 +123,7 @@ def test_windows_that_walk_together_do_not_matter(
     whole = embed_windows(source.config, source.tensor(EMBEDDING).load(), ids)
     stream, (keys, values) = block(Eager(source.config, weights.__getitem__), 0, Residual(whole), at, None)
     expected = stream.settle(Eager(source.config, {}.__getitem__))
-    monkeypatch.setattr(calibrate, "_TOKENS", tokens)
+    monkeypatch.setattr(windows_module, "_TOKENS", tokens)
     states = embed_windows(source.config, source.tensor(EMBEDDING).load(), ids)
     steps = Walk(source.config, weights, 0, states, at)
     while steps.advance():
@@ -135,14 +135,14 @@ def test_windows_that_walk_together_do_not_matter(
 
 def test_large_hidden_states_are_in_a_file(source: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     table, ids = source.tensor(EMBEDDING).load(), windows(source)
-    monkeypatch.setattr(calibrate, "_MAPPED", 0)
+    monkeypatch.setattr(windows_module, "_MAPPED", 0)
     states = embed_windows(source.config, table, ids)
     assert isinstance(states, np.memmap)
     assert np.array_equal(states, table[ids])
 
 
 def test_hidden_states_without_room_are_one_line(source: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate, "_MAPPED", 0)
+    monkeypatch.setattr(windows_module, "_MAPPED", 0)
     full = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
     with pytest.raises(CalibrationError, match=r"has 0\.0 GB free and hidden states take .* set TMPDIR to a folder"):
@@ -179,7 +179,7 @@ def test_follower_computes_what_the_decoder_says(source: Checkpoint) -> None:
     weights = {name: source.tensor(name).load() for name in [EMBEDDING, *layer_weights(source.config, 0)]}
     at = causal_positions(source.config, ids.shape[1])
     results = []
-    for ops in (Eager(source.config, weights.__getitem__), Follower(source.config, weights)):
+    for ops in (Eager(source.config, weights.__getitem__), LeanEager(source.config, weights)):
         stream: Residual[np.ndarray] = embed(ops, ids)
         stream, _ = block(ops, 0, stream, at, None)
         results.append(stream.settle(ops))

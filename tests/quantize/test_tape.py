@@ -10,8 +10,8 @@ from headrace.checkpoint import open_checkpoint
 from headrace.model.decoder import Residual, block, head
 from headrace.model.ops import Array, Eager
 from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD, layer_weights
-from headrace.quantize.calibrate import causal_positions
 from headrace.quantize.tape import Node, Tape
+from headrace.quantize.windows import causal_positions
 from tests.tiny import write_llama
 
 # Central differences in float64 with a step of 1e-5 are good to about 1e-9 of the result's curvature.

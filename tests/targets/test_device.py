@@ -20,7 +20,7 @@ from headrace.errors import BundleError, ContextFull
 from headrace.graph.emit_device import write_device_graphs
 from headrace.model.reference import eager_logits
 from headrace.plan import plan_parts
-from headrace.quantize.calibrate import cut_windows
+from headrace.quantize.windows import cut_windows
 from headrace.runtime.engine import Engine
 from headrace.runtime.runner import Span
 from headrace.targets.device import DEVICE_FOLDER, DeviceRunner, run_session

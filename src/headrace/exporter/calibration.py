@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.quantize.calibrate import cut_windows
+from headrace.quantize.windows import cut_windows
 from headrace.text.conversation import conversation
 from headrace.text.tokenizer import Tokenizer
 from headrace.text.turns import TurnFormat

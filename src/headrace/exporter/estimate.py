@@ -22,7 +22,7 @@ from headrace.exporter.roofline import Workload, calibration, chips, estimate_de
 from headrace.exporter.settings import ExportSettings
 from headrace.model.weights import EMBEDDING, HEAD, input_groups, linears, quantized_weights, weight_table
 from headrace.plan import Part, plan_parts
-from headrace.quantize.budget import average_bits, spend
+from headrace.quantize.budget import average_bits, within_budget
 from headrace.quantize.descent import SWEEPS
 from headrace.quantize.methods import find_method
 from headrace.quantize.parallel import cores, spread
@@ -190,7 +190,9 @@ def _forecast_recipe(settings: ExportSettings) -> Recipe:
     options, config = settings.options, settings.config
     if options.bits is None and options.size is None:
         return settings.recipe
-    return spend(settings.recipe, config, _EQUAL, bits=options.bits, size=options.size, parts=settings.parts).recipe
+    return within_budget(
+        settings.recipe, config, _EQUAL, bits=options.bits, size=options.size, parts=settings.parts
+    ).recipe
 
 
 def estimate_export(

@@ -32,13 +32,13 @@ from headrace.graph.device_folder import OWN_FOLDER, bundle_device_graphs
 from headrace.graph.emit_host import HostWeights, emit_host
 from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD, layer_weights
 from headrace.progress import Progress, silent
-from headrace.quantize.budget import spend
-from headrace.quantize.calibrate import evenly
+from headrace.quantize.budget import within_budget
 from headrace.quantize.device_encodings import device_encodings
 from headrace.quantize.parallel import cores
 from headrace.quantize.pipeline import QuantizedLayer, load_weight, quantize_layers, quantize_table
 from headrace.quantize.ranges import collect_ranges
 from headrace.quantize.sensitivity import measure_sensitivity
+from headrace.quantize.windows import evenly
 from headrace.text.sample import sample_ids
 from headrace.text.turns import turn_format
 
@@ -143,8 +143,8 @@ def _within_budget(
                 progress=lambda done, total: progress("measuring sensitivity", done, total),
             )
         work.keep_costs(costs)
-    bought = spend(settings.recipe, settings.config, costs, bits=bits, size=size, parts=settings.parts)
-    return replace(settings, recipe=bought.recipe)
+    chosen = within_budget(settings.recipe, settings.config, costs, bits=bits, size=size, parts=settings.parts)
+    return replace(settings, recipe=chosen.recipe)
 
 
 def _quantize(

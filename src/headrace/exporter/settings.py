@@ -25,7 +25,7 @@ from headrace.exporter.vocabulary import check_vocabulary
 from headrace.graph.device_folder import refuse_blocks
 from headrace.model.weights import EMBEDDING, HEAD, quantized_weights, weight_table
 from headrace.plan import Part, plan_parts
-from headrace.quantize.budget import spend
+from headrace.quantize.budget import within_budget
 from headrace.quantize.methods import find_method
 from headrace.quantize.pipeline import Source
 from headrace.quantize.rotation import Rotated
@@ -159,7 +159,7 @@ def _check(settings: ExportSettings) -> None:
         find_method(rule.method)
     layouts(settings.config, settings.parts, settings.grids)  # refuses blocks that do not divide
     if options.bits is not None or options.size is not None:
-        spend(recipe, settings.config, _NO_COSTS, bits=options.bits, size=options.size, parts=settings.parts)
+        within_budget(recipe, settings.config, _NO_COSTS, bits=options.bits, size=options.size, parts=settings.parts)
     if options.keep_grid and recipe.rotate:
         raise RecipeError("--keep-grid keeps weights as they are and --rotate changes them; expected one of them")
     for target in options.targets:

@@ -23,7 +23,7 @@ from headrace.model.fidelity import Fidelity, FidelityMeter, log_softmax, no_tar
 from headrace.model.ops import Array
 from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD, layer_weights
 from headrace.progress import Progress, silent
-from headrace.quantize.calibrate import Follower, causal_positions
+from headrace.quantize.windows import LeanEager, causal_positions
 
 __all__ = [
     "TASKS",
@@ -108,16 +108,16 @@ def follow(
     """
     at = causal_positions(config, windows.shape[1])
     table = {EMBEDDING: weights(EMBEDDING)}
-    stream: Residual[Array] = embed(Follower(config, table), cast(Array, windows))
+    stream: Residual[Array] = embed(LeanEager(config, table), cast(Array, windows))
     del table
     for layer in range(config.num_layers):
         progress("reference", layer, config.num_layers)
-        ops = Follower(config, {name: weights(name) for name in layer_weights(config, layer)})
+        ops = LeanEager(config, {name: weights(name) for name in layer_weights(config, layer)})
         stream, _ = block(ops, layer, stream, at, None)
         stream = Residual(stream.settle(ops))
     progress("reference", config.num_layers, config.num_layers)
     hidden = stream.x[:, windows.shape[1] // 2 :].copy()
-    last = Follower(config, {FINAL_NORM: weights(FINAL_NORM), HEAD: weights(HEAD)})
+    last = LeanEager(config, {FINAL_NORM: weights(FINAL_NORM), HEAD: weights(HEAD)})
     return Reference(hidden, lambda window: cast(Array, head(last, Residual(hidden[window : window + 1]))[0]))
 
 

@@ -18,14 +18,14 @@ from headrace.errors import RecipeError
 from headrace.model.weights import Role, Weight, linears, quantized_weights, weight_table
 from headrace.plan import Part, plan_parts
 
-__all__ = ["Spending", "average_bits", "spend", "weight_bytes"]
+__all__ = ["Budgeted", "average_bits", "weight_bytes", "within_budget"]
 
 _EIGHT = Grid(8)
 _ROUNDING = 1e-3  # bytes: a budget that fits exactly must not fail by float arithmetic
 
 
 @dataclass(frozen=True)
-class Spending:
+class Budgeted:
     """What a budget bought.
 
     Attributes:
@@ -58,7 +58,7 @@ def weight_bytes(config: ModelConfig, rules: Mapping[str, Rule], parts: Sequence
     return sum(layout.nbytes for layout in layouts(config, parts or plan_parts(config, 1), grids))
 
 
-def spend(
+def within_budget(
     recipe: Recipe,
     config: ModelConfig,
     costs: Mapping[str, float],
@@ -66,7 +66,7 @@ def spend(
     bits: float | None = None,
     size: int | None = None,
     parts: Sequence[Part] | None = None,
-) -> Spending:
+) -> Budgeted:
     """Give 8 bits per channel to the linears where that gains most KL per byte.
 
     Args:
@@ -108,7 +108,7 @@ def spend(
             left -= extra[name]
     mixed = _with_eight(recipe, rules, [table[name] for name in chosen])
     final = mixed.resolve(quantized_weights(config))
-    return Spending(
+    return Budgeted(
         mixed,
         tuple(chosen),
         average_bits(config, final),

@@ -25,12 +25,12 @@ from headrace.errors import CheckpointError
 from headrace.model.ops import Array, Positions
 from headrace.model.weights import EMBEDDING, Role, find_weight, layer_weights, linears, weight_table
 from headrace.quantize.awq import find_scale
-from headrace.quantize.calibrate import Walk, attention_energy, causal_positions, embed_windows
 from headrace.quantize.equalize import equalize_keys
 from headrace.quantize.exact import keep_grid
 from headrace.quantize.methods import find_method
 from headrace.quantize.parallel import cores, spread
 from headrace.quantize.statistics import InputStatistics
+from headrace.quantize.windows import Walk, attention_energy, causal_positions, embed_windows
 
 __all__ = [
     "QuantizedLayer",
@@ -102,7 +102,7 @@ class _Pass:
     looked_at: Array | None = None  # attention energy of each token, (tokens,), mean 1
     keeps: bool = False
 
-    def arrive(
+    def quantize_group(
         self, names: tuple[str, ...], x: Sequence[Array], states: Sequence[Array], reference: Sequence[Array] | None
     ) -> None:
         """Quantize a group of linears.
@@ -139,14 +139,14 @@ class _Pass:
             weight = self.weights[name] if scale is None else self.weights[name] * scale
             return methods[name].quantize(weight, seen[name], self.rules[name].grid)  # type: ignore[arg-type]
 
-        def bring(name: str) -> QuantizedTensor:
+        def alone(name: str) -> QuantizedTensor:
             bias = weight_table(self.config)[name].bias
             return replace(on_grid(name), bias=None if bias is None else self.weights[bias])
 
         # Column loops of small linears leave the other cores idle, and do not depend on each other. A large one keeps
         # all busy by itself, and takes memory.
         small = max(self.weights[name].size for name in names) <= _SMALL
-        for name, quantized in zip(names, spread(bring, names) if small else map(bring, names), strict=True):
+        for name, quantized in zip(names, spread(alone, names) if small else map(alone, names), strict=True):
             self.done[name] = quantized
             self.weights[name] = dequantize(quantized) if scale is None else dequantize(quantized) / scale
 
@@ -294,7 +294,7 @@ def quantize_layer(
     while names := steps.advance():
         if reference is not None:
             reference.advance()
-        work.arrive(names, steps.inputs, steps.states, None if reference is None else reference.inputs)
+        work.quantize_group(names, steps.inputs, steps.states, None if reference is None else reference.inputs)
     if reference is not None:
         reference.advance()
     gains = (name for name, row in layer_weights(config, number).items() if row.role.is_norm)

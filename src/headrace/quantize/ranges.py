@@ -20,8 +20,8 @@ from headrace.config import ModelConfig
 from headrace.model.decoder import Residual, block, embed, head
 from headrace.model.ops import Array, Positions
 from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD, Role, find_weight, layer_weights
-from headrace.quantize.calibrate import causal_positions
 from headrace.quantize.outliers import SplitEager, find_outliers
+from headrace.quantize.windows import causal_positions
 
 __all__ = ["Ranges", "collect_ranges"]
 

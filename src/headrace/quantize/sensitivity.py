@@ -27,10 +27,10 @@ from headrace.config import ModelConfig
 from headrace.model.decoder import Residual, block, head
 from headrace.model.ops import Array, Positions
 from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD
-from headrace.quantize.calibrate import Walk, causal_positions, embed_windows, evenly
 from headrace.quantize.parallel import spread
 from headrace.quantize.pipeline import Source, load_layer, quantize_layer
 from headrace.quantize.tape import Node, Tape
+from headrace.quantize.windows import Walk, causal_positions, embed_windows, evenly
 
 __all__ = ["RANKING_WINDOWS", "fisher_gradient", "measure_sensitivity"]
 

@@ -19,8 +19,8 @@ from headrace.bundle.encodings import GATED_OUTLIERS, Encoding
 from headrace.config import ModelConfig
 from headrace.model.decoder import Residual, block, embed, head
 from headrace.model.ops import Array, Eager
-from headrace.quantize.calibrate import causal_positions
 from headrace.quantize.outliers import SplitEager
+from headrace.quantize.windows import causal_positions
 
 __all__ = ["Simulated", "simulated_logits"]
 

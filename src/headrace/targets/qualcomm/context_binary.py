@@ -49,7 +49,6 @@ class GraphInfo:
         name, inputs, outputs: as compiled, in the binary's order.
         shared_bytes: weights that the binary holds once for all its graphs; 0 when nothing is shared.
         own_bytes: instructions and constants of this graph alone.
-        spill_fill_bytes: scratch memory beyond VTCM that it needs when it runs.
         vtcm_bytes: the processor's fast memory that it was planned for.
     """
 
@@ -58,7 +57,6 @@ class GraphInfo:
     outputs: tuple[TensorInfo, ...]
     shared_bytes: int
     own_bytes: int
-    spill_fill_bytes: int
     vtcm_bytes: int
 
 
@@ -285,7 +283,6 @@ def _graph(graph: _Graph) -> GraphInfo:
         tuple(_tensor(t) for t in graph.outputs[: graph.output_count]),
         blob.shared_weights,
         blob.op_data + blob.constants,
-        blob.spill_fill,
         blob.vtcm,
     )
 

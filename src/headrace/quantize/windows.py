@@ -27,7 +27,7 @@ from headrace.model.rope import rope_tables
 from headrace.model.weights import EMBEDDING, Role, Weight, find_weight
 from headrace.quantize.parallel import spread
 
-__all__ = ["Follower", "Walk", "attention_energy", "causal_positions", "cut_windows", "embed_windows", "pieces"]
+__all__ = ["LeanEager", "Walk", "attention_energy", "causal_positions", "cut_windows", "embed_windows", "pieces"]
 
 _TOKENS = 2048  # that walk together from one group of linears to the next
 _MAPPED = 1 << 30  # bytes of hidden states above which they are in a file, which the system may write out
@@ -86,7 +86,7 @@ def embed_windows(config: ModelConfig, table: Array, windows: NDArray[np.int64])
             states: Array = np.memmap(file, np.float32, "w+", shape=shape)
     else:
         states = np.empty(shape, np.float32)
-    ops = Follower(config, {EMBEDDING: table})
+    ops = LeanEager(config, {EMBEDDING: table})
     for some, ids in zip(pieces(states), pieces(windows), strict=True):
         some[:] = ops.embed(ids, EMBEDDING)
     return states
@@ -98,7 +98,7 @@ def pieces(of_windows: NDArray[Any]) -> list[NDArray[Any]]:
     return [of_windows[start : start + count] for start in range(0, len(of_windows), count)]
 
 
-class Follower(Eager):
+class LeanEager(Eager):
     """Eager with one layer's weights, in little memory: what is not read again is written over.
 
     The sums of the residual stream take the place of the stream that a block was given. Keys and values are not kept,
@@ -188,7 +188,7 @@ class Walk:
         self, config: ModelConfig, weights: Mapping[str, Array], layer: int, states: Array, at: Positions[Array]
     ) -> None:
         self.states = pieces(states)
-        self._ops = [Follower(config, weights) for _ in self.states]
+        self._ops = [LeanEager(config, weights) for _ in self.states]
         self._steps = [
             walk(ops, layer, Residual(some), at, None) for ops, some in zip(self._ops, self.states, strict=True)
         ]
@@ -240,7 +240,7 @@ def attention_energy(
     query, key = (find_weight(config, role, layer) for role in (Role.QUERY, Role.KEY))
     config, weights = _some_heads(config, weights, [query, key])
 
-    class Watch(Follower):
+    class Watch(LeanEager):
         """Computes queries and keys, and how they meet."""
 
         def __init__(self, stream: Array, energy: Array) -> None:
