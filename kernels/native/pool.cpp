@@ -5,8 +5,8 @@
 namespace headrace {
 namespace {
 
-constexpr int kSpins = 4000;                             // looks before the processor is yielded, about 50 to 100 us
-constexpr auto kAwake = std::chrono::milliseconds(3);    // how long a worker waits for the next run before it sleeps
+constexpr int kSpins = 4000;                           // looks before a thread sleeps or yields, about 50 to 100 us
+constexpr auto kAwake = std::chrono::milliseconds(2);  // how long a worker looks for the next run before it sleeps
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -40,7 +40,7 @@ void Pool::run(const std::function<void(int)>& work) {
     std::lock_guard<std::mutex> lock(mutex_);
     work_ = &work;
     job_.fetch_add(1, std::memory_order_release);
-    sleepers = asleep_ > 0;
+    sleepers = idle_ > 0;
   }
   if (sleepers) wake_.notify_all();
   work(0);
@@ -58,12 +58,22 @@ void Pool::meet() {
     arrived_.store(0, std::memory_order_relaxed);
     next_.store(0, std::memory_order_relaxed);
     meetings_++;
-    meeting_.store(now + 1, std::memory_order_release);
+    // In one order with asleep_: either a sleeper sees that the meeting is over, or it is seen here.
+    meeting_.store(now + 1, std::memory_order_seq_cst);
+    if (asleep_.load(std::memory_order_seq_cst) > 0) {
+      { std::lock_guard<std::mutex> lock(mutex_); }
+      met_.notify_all();
+    }
     return;
   }
-  for (int looks = 0; meeting_.load(std::memory_order_acquire) == now; looks++)
-    if (looks < kSpins) pause();
-    else std::this_thread::yield();
+  for (int looks = 0; looks < kSpins; looks++) {
+    if (meeting_.load(std::memory_order_acquire) != now) return;
+    pause();
+  }
+  std::unique_lock<std::mutex> lock(mutex_);
+  asleep_.fetch_add(1, std::memory_order_seq_cst);
+  met_.wait(lock, [&] { return meeting_.load(std::memory_order_seq_cst) != now; });
+  asleep_.fetch_sub(1, std::memory_order_relaxed);
 }
 
 void Pool::serve(int thread) {
@@ -78,9 +88,9 @@ void Pool::serve(int thread) {
       std::this_thread::yield();
       if (std::chrono::steady_clock::now() < until) continue;
       std::unique_lock<std::mutex> lock(mutex_);
-      asleep_++;
+      idle_++;
       wake_.wait(lock, [&] { return job_.load(std::memory_order_acquire) != seen; });
-      asleep_--;
+      idle_--;
     }
     seen++;
     if (stop_) return;

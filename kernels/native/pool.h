@@ -1,6 +1,7 @@
 // Threads that run one function together and meet inside it.
 //
-// A thread that waits spins for a bounded time, then yields its processor at every look; between runs it sleeps after that.
+// A thread that waits spins for a bounded time and then sleeps. Sleeping frees its processor, so that the system moves the
+// thread that is waited for there, should another program have taken its own.
 // Work inside a phase is taken from a counter, which the last thread to arrive at a meeting sets back.
 #pragma once
 #include <atomic>
@@ -40,10 +41,11 @@ class Pool {
   alignas(64) std::atomic<uint32_t> job_{0};
   int64_t meetings_ = 0;
   bool stop_ = false;
-  int asleep_ = 0;
+  std::atomic<int> asleep_{0};  // in meetings
+  int idle_ = 0;                // between runs
   const std::function<void(int)>* work_ = nullptr;
   std::mutex mutex_;
-  std::condition_variable wake_;
+  std::condition_variable wake_, met_;
   std::vector<std::thread> workers_;
 };
 
