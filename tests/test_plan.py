@@ -11,13 +11,9 @@ from hypothesis import strategies as st
 
 from headrace.config import ModelConfig
 from headrace.errors import ConfigError
-from headrace.plan import GraphStyle, Port, Role, graph_name, plan_parts, ports
+from headrace.plan import GraphStyle, Port, graph_name, plan_parts, ports
 
 CONFIG = ModelConfig("llama", 160, 64, 96, 30, 4, 2, 16, 1e-5, 10000.0, 512, False)
-
-
-def test_roles_are_the_cards() -> None:
-    assert (Role.PROMPT.value, Role.TOKEN.value) == (128, 1)
 
 
 def test_thirty_layers_over_five_parts() -> None:

@@ -12,16 +12,9 @@ from enum import Enum
 from headrace.config import ModelConfig
 from headrace.errors import ConfigError
 
-__all__ = ["GraphStyle", "Part", "Port", "Role", "graph_name", "host_head_dim", "plan_parts", "ports"]
+__all__ = ["GraphStyle", "Part", "Port", "graph_name", "host_head_dim", "plan_parts", "ports"]
 
 MASK_DEPTH = 50.0  # device: how far below the others a blocked score is; exp(-50) is 2e-22
-
-
-class Role(Enum):
-    """Which of the two graphs over one part's weights: the value is its usual number of tokens a step."""
-
-    PROMPT = 128
-    TOKEN = 1
 
 
 class GraphStyle(Enum):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import replace
+from collections.abc import AsyncIterator, Mapping
 from importlib import resources
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException
@@ -25,6 +24,10 @@ from headrace.server.metrics import Metrics
 __all__ = ["create_app"]
 
 OLLAMA_VERSION = "0.12.0"  # of the API that is spoken, not of a program
+PING_SECONDS = 15  # between two signs of life, for proxies that end silent connections
+
+T = TypeVar("T")
+EventCall: TypeAlias = openai_responses.ResponseCall | anthropic_messages.MessagesCall
 
 
 def create_app(models: Mapping[str, ServedModel], options: ServerOptions, metrics: Metrics) -> FastAPI:
@@ -56,37 +59,20 @@ def create_app(models: Mapping[str, ServedModel], options: ServerOptions, metric
 
 
 def _openai_routes(app: FastAPI, door: Door) -> None:
-    async def answer(request: Request, read: Callable[[object], openai_chat.Call]) -> Response:
-        call = read(await door.body(request))
-        served = door.model(call.model)
-        call = replace(call, model=served.name)
-        generator = served.submit(call.request)
-        if call.stream:
-            return EventSourceResponse(_closing(call.chunks(generator), generator), sep="\n", ping=15)
-        answers = await door.whole(request, generator, call.request.n)
-        return JSONResponse(call.whole(answers, generator.usage))
-
     @app.post("/v1/chat/completions", openapi_extra=_json_body("messages"))
     async def chat_completions(request: Request) -> Response:
         """OpenAI: answer a conversation."""
-        return await answer(request, openai_chat.chat_call)
+        return await door.answer(request, openai_chat.chat_call, _chunks)
 
     @app.post("/v1/completions", openapi_extra=_json_body("prompt"))
     async def completions(request: Request) -> Response:
         """OpenAI: continue a text."""
-        return await answer(request, openai_chat.completion_call)
+        return await door.answer(request, openai_chat.completion_call, _chunks)
 
     @app.post("/v1/responses", openapi_extra=_json_body("input"))
     async def responses(request: Request) -> Response:
         """OpenAI: answer, in the form of the responses API."""
-        call = openai_responses.response_call(await door.body(request))
-        served = door.model(call.model)
-        call = replace(call, model=served.name)
-        generator = served.submit(call.request)
-        if call.stream:
-            return EventSourceResponse(_events(call.events(generator), generator), sep="\n", ping=15)
-        answers = await door.whole(request, generator, 1)
-        return JSONResponse(call.whole(answers, generator.usage))
+        return await door.answer(request, openai_responses.response_call, _events)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -103,35 +89,19 @@ def _anthropic_routes(app: FastAPI, door: Door) -> None:
     @app.post("/v1/messages", openapi_extra=_json_body("messages"))
     async def messages(request: Request) -> Response:
         """Anthropic: answer a conversation."""
-        call = anthropic_messages.messages_call(await door.body(request))
-        served = door.model(call.model)
-        call = replace(call, model=served.name)
-        generator = served.submit(call.request)
-        if call.stream:
-            return EventSourceResponse(_events(call.events(generator), generator), sep="\n", ping=15)
-        answers = await door.whole(request, generator, 1)
-        return JSONResponse(call.whole(answers, generator.usage))
+        return await door.answer(request, anthropic_messages.messages_call, _events)
 
 
 def _ollama_routes(app: FastAPI, door: Door) -> None:
-    async def answer(request: Request, read: Callable[[object], ollama.OllamaCall]) -> Response:
-        call = read(await door.body(request))
-        served = door.model(call.model)
-        generator = served.submit(call.request)
-        if call.stream:
-            return StreamingResponse(_closing(call.lines(generator), generator), media_type="application/x-ndjson")
-        answers = await door.whole(request, generator, 1)
-        return JSONResponse(call.whole(answers, generator.usage))
-
     @app.post("/api/chat", openapi_extra=_json_body("messages"))
     async def chat(request: Request) -> Response:
         """Ollama: answer a conversation."""
-        return await answer(request, ollama.chat_call)
+        return await door.answer(request, ollama.chat_call, _lines)
 
     @app.post("/api/generate", openapi_extra=_json_body("prompt"))
     async def generate(request: Request) -> Response:
         """Ollama: answer a prompt."""
-        return await answer(request, ollama.generate_call)
+        return await door.answer(request, ollama.generate_call, _lines)
 
     @app.get("/api/version")
     async def version() -> dict[str, str]:
@@ -214,19 +184,31 @@ def _service_routes(app: FastAPI, door: Door, counted: Metrics) -> None:
         return {"prompt": text, "tokens": ids}
 
 
-async def _closing(chunks: AsyncIterator[str], generator: Generator) -> AsyncIterator[str]:
-    """Chunks of a stream; when the client leaves, its slots are freed."""
-    try:
-        async for chunk in chunks:
-            yield chunk
-    finally:
-        await generator.aclose()
+def _chunks(call: openai_chat.Call, generator: Generator) -> Response:
+    """Server-sent events of data alone."""
+    return EventSourceResponse(_closing(call.chunks(generator), generator), sep="\n", ping=PING_SECONDS)
 
 
-async def _events(events: AsyncIterator[tuple[str, str]], generator: Generator) -> AsyncIterator[dict[str, str]]:
-    try:
-        async for event, data in events:
+def _events(call: EventCall, generator: Generator) -> Response:
+    """Server-sent events with names."""
+
+    async def named() -> AsyncIterator[dict[str, str]]:
+        async for event, data in call.events(generator):
             yield {"event": event, "data": data}
+
+    return EventSourceResponse(_closing(named(), generator), sep="\n", ping=PING_SECONDS)
+
+
+def _lines(call: ollama.OllamaCall, generator: Generator) -> Response:
+    """JSON, a line each."""
+    return StreamingResponse(_closing(call.lines(generator), generator), media_type="application/x-ndjson")
+
+
+async def _closing(parts: AsyncIterator[T], generator: Generator) -> AsyncIterator[T]:
+    """The parts of a stream; when the client leaves, its slots are freed."""
+    try:
+        async for part in parts:
+            yield part
     finally:
         await generator.aclose()
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headrace.errors import ContextFull, HeadraceError, UserError
-from headrace.server.generation import Answer, GenerationRequest, Generator, Refused, collect
+from headrace.server.generation import Answer, GenerationRequest, Generator, Refused, Usage, collect
 from headrace.server.metrics import Metrics
 
 __all__ = ["Door", "Gate", "ServedModel", "ServerOptions", "error_response"]
@@ -72,6 +72,34 @@ class ServedModel(Protocol):
 
     def render(self, request: GenerationRequest) -> tuple[str, list[int]]:
         """The prompt of a conversation, as text and ids."""
+
+
+class Call(Protocol):
+    """A body that a dialect has read; a dataclass.
+
+    Attributes:
+        model: the model asked for, or nothing.
+        request: what to generate.
+        stream: answer piece by piece.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def request(self) -> GenerationRequest: ...
+
+    @property
+    def stream(self) -> bool: ...
+
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
+        """The response to a request that is answered at once."""
+        ...
+
+
+C = TypeVar("C", bound=Call)
 
 
 class Gate:
@@ -160,7 +188,29 @@ class Door:
             raise Refused(f"model {name!r} is not served here; expected {known}", status=404, field="model")
         return self.models[name]
 
-    async def whole(self, request: Request, generator: Generator, n: int) -> list[Answer]:
+    async def answer(
+        self, request: Request, read: Callable[[object], C], streamed: Callable[[C, Generator], Response]
+    ) -> Response:
+        """Answer a request in its dialect.
+
+        Args:
+            request: the request.
+            read: its body as the dialect reads it.
+            streamed: the response of an answer that is given piece by piece.
+
+        Raises:
+            UserError: the body is wrong, or the model cannot answer it.
+        """
+        call = read(await self.body(request))
+        served = self.model(call.model)
+        call = call if call.model else replace(call, model=served.name)
+        generator = served.submit(call.request)
+        if call.stream:
+            return streamed(call, generator)
+        answers = await self._whole(request, generator, call.request.n)
+        return JSONResponse(call.whole(answers, generator.usage))
+
+    async def _whole(self, request: Request, generator: Generator, n: int) -> list[Answer]:
         """The answers. When the client goes before they are whole, its slots are free within one token.
 
         Raises:
