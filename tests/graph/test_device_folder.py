@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,3 +48,29 @@ def test_device_graphs_are_made_once_a_bundle(
 def test_kept_graphs_are_the_bundles_own(exports: Exports) -> None:
     phone = exports.bundle("phone", **PHONE)
     assert kept_device_graphs(open_bundle(phone)) == phone / "device"
+
+
+def test_two_at_once_make_one(exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second waits, says for whom, and takes what the first has made."""
+    bundle = open_bundle(exports.copy(tmp_path / "b", "phone", parts=3))
+    made: list[Path] = []
+    told: list[str] = []
+    waits = threading.Event()
+
+    def slow(bundle: Bundle, folder: Path) -> Any:
+        made.append(folder)
+        assert waits.wait(60)
+        return bundle_device_graphs(bundle, folder)
+
+    def progress(stage: str, done: int, total: int) -> None:
+        told.append(stage)
+        waits.set()
+
+    monkeypatch.setattr(device_folder, "bundle_device_graphs", slow)
+    threads = [threading.Thread(target=kept_device_graphs, args=(bundle, progress)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1 and set(told) == {f"process {os.getpid()} makes b.device"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "b.device"]
