@@ -10,7 +10,7 @@ import tokenizers
 from headrace.text.pre_tokenizers import PRE_TOKENIZERS
 from tests.text.vocabularies import byte_level_tokenizer
 
-# Each family once: names that share one way are compared with their first.
+# Each family once: the test below sees that none is missing.
 WORDS = {
     "gpt-2": ("it's 2024  ok!", ["it", "'s", " 2024", " ", " ok", "!"]),
     "smollm": ("it's 2024  ok!", ["it", "'s", " ", "2", "0", "2", "4", " ", " ok", "!"]),
@@ -43,14 +43,14 @@ def words(folder: Path, pre: str, text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("pre", WORDS)
-def test_each_family_cuts_its_way(tmp_path: Path, pre: str) -> None:
+def test_each_family_cuts_as_published(tmp_path: Path, pre: str) -> None:
     text, expected = WORDS[pre]
     assert words(tmp_path, pre, text) == expected
 
 
-def test_every_way_is_tested() -> None:
+def test_every_family_is_tested() -> None:
     tested = {PRE_TOKENIZERS[pre].patterns for pre in WORDS}
-    assert {way.patterns for way in PRE_TOKENIZERS.values()} == tested
+    assert {pre.patterns for pre in PRE_TOKENIZERS.values()} == tested
 
 
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS)

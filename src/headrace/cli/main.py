@@ -21,7 +21,7 @@ from headrace.cli.making import export, inspect, plan, pull
 from headrace.cli.measuring import bench, card, evaluate, verify
 from headrace.cli.running import chat, push
 from headrace.cli.serving import generate, serve
-from headrace.cli.streams import flush_output, forgive_streams
+from headrace.cli.streams import flush_output, prepare_streams
 from headrace.errors import HeadraceError, VerificationFailed
 
 __all__ = ["app", "main"]
@@ -39,11 +39,11 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the program and exit with its status."""
-    forgive_streams()
+    prepare_streams()
     status = _run(sys.argv[1:])
     error = flush_output()
     if error is not None and not isinstance(error, BrokenPipeError):
-        status = _told("error", error)
+        status = _report("error", error)
     sys.exit(status)
 
 
@@ -51,25 +51,25 @@ def _run(arguments: list[str]) -> int:
     try:
         return int(app(arguments or ["--help"], prog_name="headrace", standalone_mode=False) or 0)
     except VerificationFailed as error:
-        return _told("failed", error, status=1)
+        return _report("failed", error, status=1)
     except TyperException as error:
         hint = getattr(getattr(error, "ctx", None), "command_path", "headrace")
         text = error.format_message() if hasattr(error, "format_message") else str(error)
-        return _told("error", error, f"{text.rstrip('. ')}; see: {hint} --help")
+        return _report("error", error, f"{text.rstrip('. ')}; see: {hint} --help")
     except (KeyboardInterrupt, typer.Abort):
         note("")
         return 130
     except BrokenPipeError:
         return 0  # whoever read our output has gone
     except (HeadraceError, OSError, MemoryError) as error:
-        return _told("error", error)
+        return _report("error", error)
     except (SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # a mistake of ours, or of a library; Rust's panics are no Exception
-        return _told("error", error, f"unexpected {type(error).__name__}: {error}; {TRACEBACK}=1 shows where")
+        return _report("error", error, f"unexpected {type(error).__name__}: {error}; {TRACEBACK}=1 shows where")
 
 
-def _told(kind: str, error: BaseException, text: str | None = None, status: int = 2) -> int:
+def _report(kind: str, error: BaseException, text: str | None = None, status: int = 2) -> int:
     """One line about an error, whatever its message is made of: the status to exit with."""
     if os.environ.get(TRACEBACK):
         traceback.print_exception(error)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from headrace.cli.console import human_bytes, note, print_json, progress_bars, table
-from headrace.cli.options import Adapters, BundlePath, Json, RunnerName, Save, Threads, useful_threads
+from headrace.cli.options import Adapters, BundlePath, Json, RunnerName, Save, Threads, limit_threads
 from headrace.errors import UserError, VerificationFailed
 from headrace.exporter.options import read_lengths
 
@@ -92,7 +92,7 @@ def bench(
         from headrace.measure.plots import need_matplotlib
 
         need_matplotlib()  # told before the measurement
-    threads = useful_threads(threads)
+    threads = limit_threads(threads)
     with progress_bars() as progress:
         report = bench_bundle(
             bundle,
@@ -231,7 +231,7 @@ def evaluate(
     from headrace.measure.questions import ask_bundle
     from headrace.measure.record import make_record, save_record
 
-    threads = useful_threads(threads)
+    threads = limit_threads(threads)
     wanted = () if tasks is None else parse_tasks(tasks, (*TASKS, *SETS))
     on_text = [task for task in wanted if task in TASKS]
     on_questions = [task for task in wanted if task in SETS]

@@ -22,8 +22,8 @@ __all__ = [
     "RunnerName",
     "Save",
     "Threads",
+    "limit_threads",
     "takes_export_options",
-    "useful_threads",
 ]
 
 Verb = TypeVar("Verb", bound=Callable[..., None])
@@ -45,7 +45,7 @@ Save = Annotated[
 ]
 
 
-def useful_threads(threads: int | None) -> int | None:
+def limit_threads(threads: int | None) -> int | None:
     """As many threads as were asked for, but no more than this program has processors, with a note: more would wait
     for each other, and a step could take minutes."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

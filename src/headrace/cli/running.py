@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from headrace.cli.console import note, progress_bars
-from headrace.cli.options import BundlePath, RunnerName, Threads, useful_threads
+from headrace.cli.options import BundlePath, RunnerName, Threads, limit_threads
 from headrace.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def chat(
     """Talk with a bundle."""
     from headrace.cli.answer_view import print_answer
 
-    with _open_model(bundle, runner, useful_threads(threads), speculate) as model:
+    with _open_model(bundle, runner, limit_threads(threads), speculate) as model:
         options = model.sampling_options(
             temperature=0.0 if greedy else temperature,
             top_k=top_k,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from headrace.cli.console import note, print_json, progress_bars
-from headrace.cli.options import BundlePath, Json, RunnerName, Threads, useful_threads
+from headrace.cli.options import BundlePath, Json, RunnerName, Threads, limit_threads
 from headrace.errors import UserError
 
 __all__ = ["generate", "serve"]
@@ -53,7 +53,7 @@ def serve(
             host=host,
             port=port,
             runner=runner,
-            threads=useful_threads(threads),
+            threads=limit_threads(threads),
             slots=slots,
             speculate=speculate,
             door=ServerOptions(api_key=key, max_body=max_body),
@@ -87,7 +87,7 @@ def generate(
 
     count = len(read_prompts(source))  # what is wrong there is told before a model is loaded
     with progress_bars() as progress:
-        opened = load(bundle, runner=runner, threads=useful_threads(threads), slots=slots, progress=progress)
+        opened = load(bundle, runner=runner, threads=limit_threads(threads), slots=slots, progress=progress)
         with opened as model:
             sampling = model.sampling_options(
                 temperature=0.0 if greedy else temperature, top_k=top_k, top_p=top_p, seed=seed

@@ -11,20 +11,20 @@ import os
 import sys
 from contextlib import suppress
 
-__all__ = ["flush_output", "forgive_streams"]
+__all__ = ["flush_output", "prepare_streams"]
 
 
-def forgive_streams() -> None:
+def prepare_streams() -> None:
     """Make stdin, stdout and stderr safe to use, whatever the program was started with."""
     for handle, name in enumerate(("stdin", "stdout", "stderr")):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, _nowhere(name, handle))
+            setattr(sys, name, _null_stream(name, handle))
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace" if name == "stderr" else "replace")
 
 
-def _nowhere(name: str, handle: int) -> io.TextIOWrapper:
+def _null_stream(name: str, handle: int) -> io.TextIOWrapper:
     """An open stream to the null device under the handle of a standard stream that was closed.
 
     The handle itself has to be taken, or the next file that is opened gets it, and a library that prints to it would

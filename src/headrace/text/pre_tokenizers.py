@@ -1,7 +1,7 @@
 """PRE_TOKENIZERS: how each family of byte-level vocabularies cuts a text into words before it joins bytes.
 
-A GGUF file only names its way (tokenizer.ggml.pre); a tokenizer.json spells it out. Each entry follows the family's own
-published tokenizer.json. Knows nothing about files.
+A GGUF file only names the family (tokenizer.ggml.pre); a tokenizer.json spells the patterns out. Each entry follows the
+family's own published tokenizer.json. Knows nothing about files.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ __all__ = ["PRE_TOKENIZERS", "PreTokenizer"]
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """A family's way to cut a text.
+    """How one family of vocabularies cuts a text into words.
 
     Attributes:
         patterns: regular expressions, one after the other; each cuts every piece that the ones before made, and what
@@ -30,19 +30,19 @@ class PreTokenizer:
 
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Llama 3's pattern: a sign goes with the word behind it, signs take the line breaks behind them, and numbers come in
 # threes; the others below say where they differ from it.
 SIGNS_AND_SPACE = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-LLAMA3 = rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{SIGNS_AND_SPACE}"
-QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")  # digits one by one
-SEED_CODER = QWEN2.replace(r"[^\s\p{L}\p{N}]+[\r\n]*", r"[^\s\p{L}\p{N}\r\n]+")
+LLAMA3_PATTERN = rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{SIGNS_AND_SPACE}"
+QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")  # digits one by one
+SEED_CODER_PATTERN = QWEN2_PATTERN.replace(r"[^\s\p{L}\p{N}]+[\r\n]*", r"[^\s\p{L}\p{N}\r\n]+")
 # A word is capitals, then small letters: camelCase is two words. A slash may follow signs.
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*%s"
 SIGNS_WITH_SLASH = SIGNS_AND_SPACE.replace(r"[\r\n]*", r"[\r\n/]*", 1)
-TEKKEN = CASED.replace("%s", "") + rf"|\p{{N}}|{SIGNS_WITH_SLASH}"
-GPT4O = CASED.replace("%s", CONTRACTIONS + "?") + rf"|\p{{N}}{{1,3}}|{SIGNS_WITH_SLASH}"
+TEKKEN_PATTERN = CASED.replace("%s", "") + rf"|\p{{N}}|{SIGNS_WITH_SLASH}"
+GPT4O_PATTERN = CASED.replace("%s", CONTRACTIONS + "?") + rf"|\p{{N}}{{1,3}}|{SIGNS_WITH_SLASH}"
 # DeepSeek's first vocabularies list letters of two cases, as an older Unicode had them (code points, hexadecimal); then
 # signs, then Chinese and what stands near it in Unicode.
 CASED_LETTERS = (
@@ -64,7 +64,7 @@ def _code_points(ranges: str) -> str:
     return "".join("-".join(rf"\x{{{end}}}" for end in item.split("-")) for item in ranges.split())
 
 
-DEEPSEEK_LLM = (
+DEEPSEEK_LLM_PATTERNS = (
     r"[\r\n]",
     rf"\s?[{_code_points(CASED_LETTERS)}]+",
     r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
@@ -72,49 +72,49 @@ DEEPSEEK_LLM = (
     CHINESE_AND_NEAR,
     r"\p{N}+",
 )
-DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", CHINESE_AND_NEAR, r"\p{N}")
-DEEPSEEK_V3 = (
+DEEPSEEK_CODER_PATTERNS = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", CHINESE_AND_NEAR, r"\p{N}")
+DEEPSEEK_V3_PATTERNS = (
     r"\p{N}{1,3}",
     r"[一-龥぀-ゟ゠-ヿ]+",
     rf"{ASCII_SIGNS}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
 
-GPT2_WAY, LLAMA3_WAY = PreTokenizer((GPT2,)), PreTokenizer((LLAMA3,))
-DIGITS_APART = PreTokenizer((r"\p{N}", GPT2))
-LLAMA3_WHOLE = replace(LLAMA3_WAY, whole_words_first=True, begins=True)
+GPT2, LLAMA3 = PreTokenizer((GPT2_PATTERN,)), PreTokenizer((LLAMA3_PATTERN,))
+DIGITS_APART = PreTokenizer((r"\p{N}", GPT2_PATTERN))
+LLAMA3_WHOLE_WORDS = replace(LLAMA3, whole_words_first=True, begins=True)
 FALCON_SIGNS = r"[\p{P}\$\+<=>\^~\|`]+"
 
-# tokenizer.ggml.pre → its way; "default" is llama.cpp's for files that name none.
+# tokenizer.ggml.pre → how it cuts; "default" is llama.cpp's for files that name none.
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {
-    "gpt-2": GPT2_WAY,
-    "phi-2": GPT2_WAY,
-    "mpt": GPT2_WAY,
-    "trillion": GPT2_WAY,
-    "mellum": GPT2_WAY,
-    "a.x-4.0": GPT2_WAY,
+    "gpt-2": GPT2,
+    "phi-2": GPT2,
+    "mpt": GPT2,
+    "trillion": GPT2,
+    "mellum": GPT2,
+    "a.x-4.0": GPT2,
     "smollm": DIGITS_APART,
     "starcoder": DIGITS_APART,
     "refact": DIGITS_APART,
     "command-r": DIGITS_APART,
     "minerva-7b": DIGITS_APART,
-    "llama-bpe": LLAMA3_WHOLE,
-    "llama3": LLAMA3_WHOLE,
-    "llama-v3": LLAMA3_WHOLE,
-    "falcon3": LLAMA3_WHOLE,
-    "pixtral": LLAMA3_WHOLE,
-    "midm-2.0": LLAMA3_WHOLE,
-    "smaug-bpe": LLAMA3_WAY,
-    "qwen2": PreTokenizer((QWEN2,), composes=True),
-    "deepseek-r1-qwen": PreTokenizer((QWEN2,), composes=True),
-    "megrez": PreTokenizer((QWEN2,), composes=True),
-    "minicpm5": PreTokenizer((r"\p{N}{1,3}", LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}+")), whole_words_first=True),
-    "seed-coder": PreTokenizer((SEED_CODER,)),
-    "tekken": PreTokenizer((TEKKEN,), whole_words_first=True, begins=True),
-    "gpt-4o": PreTokenizer((GPT4O,)),
-    "deepseek-llm": PreTokenizer(DEEPSEEK_LLM),
-    "deepseek-coder": PreTokenizer(DEEPSEEK_CODER),
-    "deepseek-v3": PreTokenizer(DEEPSEEK_V3),
-    "falcon": PreTokenizer((FALCON_SIGNS, GPT2, r"[0-9][0-9][0-9]")),
-    "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
+    "llama-bpe": LLAMA3_WHOLE_WORDS,
+    "llama3": LLAMA3_WHOLE_WORDS,
+    "llama-v3": LLAMA3_WHOLE_WORDS,
+    "falcon3": LLAMA3_WHOLE_WORDS,
+    "pixtral": LLAMA3_WHOLE_WORDS,
+    "midm-2.0": LLAMA3_WHOLE_WORDS,
+    "smaug-bpe": LLAMA3,
+    "qwen2": PreTokenizer((QWEN2_PATTERN,), composes=True),
+    "deepseek-r1-qwen": PreTokenizer((QWEN2_PATTERN,), composes=True),
+    "megrez": PreTokenizer((QWEN2_PATTERN,), composes=True),
+    "minicpm5": PreTokenizer((r"\p{N}{1,3}", LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}+")), whole_words_first=True),
+    "seed-coder": PreTokenizer((SEED_CODER_PATTERN,)),
+    "tekken": PreTokenizer((TEKKEN_PATTERN,), whole_words_first=True, begins=True),
+    "gpt-4o": PreTokenizer((GPT4O_PATTERN,)),
+    "deepseek-llm": PreTokenizer(DEEPSEEK_LLM_PATTERNS),
+    "deepseek-coder": PreTokenizer(DEEPSEEK_CODER_PATTERNS),
+    "deepseek-v3": PreTokenizer(DEEPSEEK_V3_PATTERNS),
+    "falcon": PreTokenizer((FALCON_SIGNS, GPT2_PATTERN, r"[0-9][0-9][0-9]")),
+    "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", GPT2_PATTERN, r"\p{N}+", r"[0-9][0-9][0-9]")),
 }

@@ -2,7 +2,7 @@
 
 A template is code from whoever made the checkpoint. Jinja's immutable sandbox keeps it from the computer; the bounds
 here keep it from looping, joining, repeating or padding its way through time and memory. Every loop, call, filter and
-joined text is charged to the budget of the rendering it belongs to. Knows nothing about messages or tokens.
+joined text counts against the limits of the rendering it belongs to. Knows nothing about messages or tokens.
 
 Source of the settings: transformers, utils/chat_template_utils.py.
 """
@@ -27,7 +27,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-__all__ = ["MAX_CHARACTERS", "MAX_STEPS", "SandboxEnvironment", "budget"]
+__all__ = ["MAX_CHARACTERS", "MAX_STEPS", "SandboxEnvironment", "limited"]
 
 MAX_CHARACTERS = 16 << 20  # characters and list items that one rendering may make, intermediate ones included
 MAX_REPEAT = 1 << 20  # characters or items made at once by repeating or padding
@@ -40,7 +40,7 @@ MULTIPLYING = frozenset({
 })  # fmt: skip
 
 
-class _Budget:
+class _Limits:
     """What one rendering may still use."""
 
     def __init__(self) -> None:
@@ -61,13 +61,13 @@ class _Budget:
             raise SecurityError(f"it makes more than {MAX_CHARACTERS} characters")
 
 
-_current: ContextVar[_Budget] = ContextVar("budget of a rendering")
+_current: ContextVar[_Limits] = ContextVar("limits of a rendering")
 
 
 @contextmanager
-def budget() -> Iterator[None]:
-    """What is rendered inside shares one budget; outside of one, nothing can be rendered."""
-    token = _current.set(_Budget())
+def limited() -> Iterator[None]:
+    """What is rendered inside shares one set of limits; outside of one, nothing can be rendered."""
+    token = _current.set(_Limits())
     try:
         yield
     finally:
@@ -134,8 +134,8 @@ def _check_widths(text: str) -> None:
         raise SecurityError("a width in its format is too large")
 
 
-class _Generator(CodeGenerator):
-    """Jinja's compiler, but `a ~ b` goes through the environment, which charges it."""
+class _Compiler(CodeGenerator):
+    """Jinja's compiler, but `a ~ b` goes through the environment, which counts it."""
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         self.write("environment.joined((")
@@ -145,7 +145,7 @@ class _Generator(CodeGenerator):
         self.write("))")
 
 
-class _Generation(Extension):
+class _GenerationTag(Extension):
     """Hugging Face's `{% generation %}` marks the assistant's words for training; here it only passes them on."""
 
     tags = {"generation"}  # noqa: RUF012  jinja's own declaration
@@ -157,14 +157,16 @@ class _Generation(Extension):
 
 
 class SandboxEnvironment(ImmutableSandboxedEnvironment):
-    """Compiles templates that charge what they do to the `budget()` they are rendered in."""
+    """Compiles templates whose work counts against the `limited()` they are rendered in."""
 
-    code_generator_class = _Generator
+    code_generator_class = _Compiler
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], finalize=_shown)
-        self.filters = {name: _charged(name, function) for name, function in self.filters.items()}
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols], finalize=_written
+        )
+        self.filters = {name: _counted_filter(name, function) for name, function in self.filters.items()}
         self.filters["tojson"] = _tojson
         self.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
         self.globals.pop("lipsum")  # random text without a bound
@@ -178,10 +180,10 @@ class SandboxEnvironment(ImmutableSandboxedEnvironment):
         return tree
 
     def counted(self, items: Iterable[Any]) -> Iterator[Any]:
-        """The items of a loop, each charged."""
-        spent = _current.get()
+        """The items of a loop, each counted."""
+        limits = _current.get()
         for item in items:
-            spent.step()
+            limits.step()
             yield item
 
     def joined(self, parts: Sequence[Any]) -> str:
@@ -191,10 +193,10 @@ class SandboxEnvironment(ImmutableSandboxedEnvironment):
 
     def concat(self, parts: Iterable[str]) -> str:
         """The text of a block or a macro."""
-        spent = _current.get()
+        limits = _current.get()
         texts = []
         for text in parts:
-            spent.make(len(text))
+            limits.make(len(text))
             texts.append(text)
         return "".join(texts)
 
@@ -217,8 +219,8 @@ class SandboxEnvironment(ImmutableSandboxedEnvironment):
 
     def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
         """Jinja's hook for calls."""
-        spent = _current.get()
-        spent.step()
+        limits = _current.get()
+        limits.step()
         owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
         if isinstance(owner, (str, bytes)):
             if name == "join" and len(args) == 1:
@@ -227,7 +229,7 @@ class SandboxEnvironment(ImmutableSandboxedEnvironment):
         if isinstance(function, LoopContext) and args:  # a recursive loop calls itself with the items of a branch
             args = (self.counted(args[0]), *args[1:])
         result = super().call(context, function, *args, **kwargs)
-        spent.make(_size(result))
+        limits.make(_size(result))
         return result
 
     def wrap_str_format(self, value: Any) -> Any:
@@ -238,27 +240,27 @@ class SandboxEnvironment(ImmutableSandboxedEnvironment):
         return wrapped
 
 
-def _charged(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter whose result is charged, and refused beforehand where it could be huge."""
+def _counted_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter whose result counts, and which is refused beforehand where it could be huge."""
     skipped = 1 if hasattr(function, "jinja_pass_arg") else 0  # jinja gives some filters the environment first
 
     @functools.wraps(function)
     def filtered(*args: Any, **kwargs: Any) -> Any:
-        spent = _current.get()
-        spent.step()
+        limits = _current.get()
+        limits.step()
         if name == "join" and len(args) > skipped:
             args = (*args[:skipped], list(args[skipped]), *args[skipped + 1 :])
         values = args[skipped:]
         if values:
             _check_growth(name, values[0], [*values[1:], *kwargs.values()])
         result = function(*args, **kwargs)
-        spent.make(_size(result))
+        limits.make(_size(result))
         return result
 
     return filtered
 
 
-def _shown(value: Any) -> Any:
+def _written(value: Any) -> Any:
     """Jinja's hook for whatever is written."""
     if not isinstance(value, str):
         _check_text(value)

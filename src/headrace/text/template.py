@@ -50,12 +50,12 @@ class ChatTemplate:
         Raises:
             TokenizerError: the template refused the conversation, failed, or went beyond a bound.
         """
-        from headrace.text.sandbox import budget
+        from headrace.text.sandbox import limited
 
         # Templates ask `if tools` and also `if tools is not none`: the names are there, and None.
         names = {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": ask, **marks}
         try:
-            with budget():
+            with limited():
                 return self._template.render(names)
         except Exception as error:  # a template's mistake can be any exception: TypeError, KeyError, …
             raise _refused(error) from None

@@ -24,7 +24,7 @@ __all__ = ["sentencepiece_to_tokenizer_json"]
 SPACE = "\u2581"  # ▁, how SentencePiece spells a space
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 # Three of Unicode's non-characters, which no text holds; they mark how a user-defined piece is spelled: see `_spaces`.
-APART = "\ufdd0\ufdd1\ufdd2"
+PIECE_MARK = "\ufdd0\ufdd1\ufdd2"
 
 
 def sentencepiece_to_tokenizer_json(
@@ -60,7 +60,7 @@ def sentencepiece_to_tokenizer_json(
                 f"{model} has user-defined pieces, and {config.tokenizer_class} puts a space before a text, which "
                 "tokenizer.json cannot say of both; expected add_prefix_space: false in tokenizer_config.json"
             )
-        defined = {i: APART + piece for i, piece in defined.items()}
+        defined = {i: PIECE_MARK + piece for i, piece in defined.items()}
 
     vocabulary = {defined.get(i, piece.piece): i for i, piece in enumerate(spec.pieces)}
     added = {i: _added(i, p.piece, True) for i, p in enumerate(spec.pieces) if p.type in (CONTROL, UNKNOWN)}
@@ -90,7 +90,7 @@ def sentencepiece_to_tokenizer_json(
         "decoder": {
             "type": "Sequence",
             "decoders": [
-                *([_replace(APART, "")] if defined else []),
+                *([_replace(PIECE_MARK, "")] if defined else []),
                 _replace(SPACE, " "),
                 {"type": "ByteFallback"},
                 {"type": "Fuse"},
@@ -118,7 +118,8 @@ def _spaces(config: TokenizerConfig, prefix: bool, defined: bool) -> tuple[list[
 
     SentencePiece puts it before each stretch between special tokens; so does a normalizer's Prepend. Prepend would also
     be applied to the spelling of a user-defined piece, which then would be found behind a space alone: such a piece is
-    spelled with `APART` in front, and "▁" + `APART`, which only these spellings have then, is taken away again.
+    spelled with `PIECE_MARK` in front, and "▁" with `PIECE_MARK` behind it, which then only these spellings have, is
+    taken away again.
     """
     spell = _replace(" ", SPACE)
     if not prefix:
@@ -126,7 +127,11 @@ def _spaces(config: TokenizerConfig, prefix: bool, defined: bool) -> tuple[list[
     if config.is_llama:
         scheme = "always" if config.space_before_every_stretch else "first"
         return [spell], {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False}
-    return [{"type": "Prepend", "prepend": SPACE}, spell, *([_replace(SPACE + APART, "")] if defined else [])], None
+    return [
+        {"type": "Prepend", "prepend": SPACE},
+        spell,
+        *([_replace(SPACE + PIECE_MARK, "")] if defined else []),
+    ], None
 
 
 def _replace(old: str, new: str) -> dict[str, Any]:

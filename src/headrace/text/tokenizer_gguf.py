@@ -107,7 +107,7 @@ def _unknown(metadata: Mapping[str, Any], pieces: list[str], kinds: list[int]) -
 
 
 def _byte_level(metadata: Mapping[str, Any], pieces: list[str], kinds: list[int]) -> tuple[str, bytes]:
-    way = _pre_tokenizer(metadata)
+    pre = _pre_tokenizer(metadata)
     vocabulary: dict[str, int] = {}
     added = []
     for i, (piece, kind) in enumerate(zip(pieces, kinds, strict=True)):
@@ -123,7 +123,7 @@ def _byte_level(metadata: Mapping[str, Any], pieces: list[str], kinds: list[int]
         merges.append([left, right])
     cuts: list[dict[str, Any]] = [
         {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-        for pattern in way.patterns
+        for pattern in pre.patterns
     ]
     prefix = _flag(metadata, "add_space_prefix", False)
     byte_level = {"type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": True, "use_regex": False}
@@ -134,7 +134,7 @@ def _byte_level(metadata: Mapping[str, Any], pieces: list[str], kinds: list[int]
         "truncation": None,
         "padding": None,
         "added_tokens": added,
-        "normalizer": {"type": "NFC"} if way.composes else None,
+        "normalizer": {"type": "NFC"} if pre.composes else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*cuts, byte_level]},
         "post_processor": None,
         "decoder": byte_level,
@@ -146,7 +146,7 @@ def _byte_level(metadata: Mapping[str, Any], pieces: list[str], kinds: list[int]
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": way.whole_words_first,
+            "ignore_merges": pre.whole_words_first,
             "vocab": vocabulary,
             "merges": merges,
         },

@@ -6,6 +6,8 @@ from typing import Any
 
 import onnxruntime as ort
 
+from headrace.errors import BundleError
+
 __all__ = ["default_threads", "make_session"]
 
 _pool: int | None = None
@@ -30,9 +32,17 @@ def _share_threads(threads: int) -> None:
 
 
 def make_session(path: str, threads: int, options: Any = None) -> Any:
-    """An onnxruntime session on the CPU in the shared pool; `options`: the caller's own `SessionOptions`."""
+    """An onnxruntime session on the CPU in the shared pool; `options`: the caller's own `SessionOptions`.
+
+    Raises:
+        BundleError: ONNX Runtime cannot open the graph, or the weights that it names.
+    """
     _share_threads(threads)
     options = options or ort.SessionOptions()
     options.use_per_session_threads = False
     options.log_severity_level = 3
-    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    try:
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no class of their own in common
+        reason = " ".join(str(error).split())
+        raise BundleError(f"ONNX Runtime cannot open {path}: {reason}; export the bundle again") from None
