@@ -187,6 +187,8 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[UserError], str]] = {
     ),
     "another rank": (lambda f: edit(f, r=8), ConfigError, r"shapes \[4, 64\] and \[64, 4\]; expected rank 8"),
     "rank is a word": (lambda f: edit(f, r="four"), ConfigError, "r is 'four'; expected a whole number"),
+    "a pattern without end": (lambda f: edit(f, rank_pattern={"(a+)+!": 4}), ConfigError, "without repeated groups"),
+    "a huge factor": (lambda f: edit(f, lora_alpha=1e300), ConfigError, "expected below 1e.06"),
     "a broken pattern": (lambda f: edit(f, rank_pattern={"(": 4}), ConfigError, "no regular expression"),
     "a pattern's word": (lambda f: edit(f, alpha_pattern={"q_proj": "x"}), ConfigError, "gives 'x' for"),
     "pattern is a list": (lambda f: edit(f, rank_pattern=[4]), ConfigError, "expected an object"),

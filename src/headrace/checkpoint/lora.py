@@ -38,6 +38,8 @@ ADAPTER_FILES: Mapping[str, Callable[[Path], dict[str, LazyTensor]]] = {
     "adapter_model.safetensors": read_safetensors,
     "adapter_model.bin": read_torch,
 }
+FACTOR_LIMIT = 1e6  # of alpha over rank; published adapters have 0.1 to 64
+PATTERN_LIMIT = 200  # characters of a module's pattern
 DEFAULT_RANK, DEFAULT_ALPHA = 8, 8.0  # LoraConfig's
 # base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight; an embedding's pair has no ".weight".
 TENSOR = re.compile(r"base_model\.model\.(?:model\.)?(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
@@ -168,7 +170,10 @@ def _change(path: Path, raw: Mapping[str, Any], module: str, pair: Mapping[str, 
             f"which is what {CONFIG} says"
         )
     alpha = _pattern(raw, "alpha_pattern", module, number(raw, "lora_alpha", DEFAULT_ALPHA))
-    return _Change(a, b, alpha / (math.sqrt(rank) if boolean(raw, "use_rslora", False) else rank), turned)
+    factor = alpha / (math.sqrt(rank) if boolean(raw, "use_rslora", False) else rank)
+    if not abs(factor) < FACTOR_LIMIT:
+        raise ConfigError(f"{path}: lora_alpha over r is {factor:g} for {module!r}; expected below {FACTOR_LIMIT:g}")
+    return _Change(a, b, factor, turned)
 
 
 def _pattern(raw: Mapping[str, Any], key: str, module: str, default: float) -> float:
@@ -177,12 +182,17 @@ def _pattern(raw: Mapping[str, Any], key: str, module: str, default: float) -> f
     if not isinstance(patterns, Mapping):
         raise ConfigError(f"{key} is {shown(patterns)}; expected an object")
     for pattern, value in patterns.items():
+        # A repeated group, or many repetitions, can take for ever on a name that does not fit.
+        if len(pattern) > PATTERN_LIMIT or re.search(r"\)[*+?{]", pattern) or len(re.findall("[*+{]", pattern)) > 3:
+            raise ConfigError(
+                f"{key} has {shown(pattern)}; expected a module's name, or a pattern without repeated groups"
+            )
         try:
             fits = re.match(rf"(.*\.)?({pattern})$", f"model.{module}")
         except re.error as error:
             raise ConfigError(f"{key} has {shown(pattern)}, which is no regular expression: {error}") from None
         if fits:
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < FACTOR_LIMIT:
                 raise ConfigError(f"{key} gives {shown(value)} for {module!r}; expected a number above 0")
             return value
     return default
