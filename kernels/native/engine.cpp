@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kPart = 1024;        // positions of one piece of attention of a short span
 constexpr int kQueries = 32;       // queries of one piece of attention of a prompt
-constexpr size_t kLeastBytes = 6144, kMostBytes = 131072;  // of weights that a thread takes at once when decoding
+constexpr size_t kLeastBytes = 12288, kMostBytes = 131072;  // of weights that a thread takes at once when decoding
 constexpr int kTogether = 4;        // rows that a thread quantizes at once
 constexpr int kWidest = 512;       // channels of such a chunk at most
 constexpr float kLog2e = 1.44269504088896340736f;
@@ -30,6 +30,7 @@ struct Engine::Scratch {
   Buffer<int16_t> q, p;
   Buffer<float> q_scale, m, l, sum, turned;
   Buffer<int> limit, s, order;  // order: 0, 1, 2, …
+  int number = 0;  // of the thread
   bool leads = false;
 };
 
@@ -40,6 +41,7 @@ Engine::Engine(std::unique_ptr<Program> program, int slots, int context, int thr
   for (const int width : program_->registers) strides_.push_back(round_up(width, 16) | 16);
   for (size_t i = 0; i < strides_.size(); i++) registers_.emplace_back();
   for (int i = 0; i < threads; i++) scratch_.push_back(std::make_unique<Scratch>());
+  for (int i = 0; i < threads; i++) scratch_[i]->number = i;
   scratch_[0]->leads = true;
 }
 
@@ -358,7 +360,12 @@ void Engine::linear(const LinearStep& step, Scratch& mine) {
   for (int w = 0; w < count; w++) total += chunks(w);
   // With prompts chunks are few and long: those that do not fill a round of threads are split by tokens.
   const int whole = coarse ? total / threads * threads : total, pieces = whole + (total - whole) * threads;
-  for (int taken; (taken = pool_.take()) < pieces;) {
+  // When decoding, most pieces are a thread's own, in the order of memory, and only the rest is taken from the counter: threads
+  // that take in turn wait for each other's caches.
+  const int own = coarse ? 0 : pieces * 3 / (4 * threads);
+  for (int done = 0;; done++) {
+    const int taken = done < own ? mine.number * own + done : threads * own + pool_.take();
+    if (taken >= pieces) break;
     int chunk = taken < whole ? taken : whole + (taken - whole) / threads, w = 0;
     for (; chunk >= chunks(w); w++) chunk -= chunks(w);
     const Weight& weight = step.weights[w];
