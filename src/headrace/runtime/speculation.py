@@ -9,13 +9,14 @@ often guesses came and from what steps of each length took. Knows no engine.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 __all__ = ["Costs", "Drafter", "Pace", "PromptLookup", "Speculation", "prompt_lookup"]
 
 LENGTHS = (1, 2, 3, 4, 5, 7)  # drafts worth trying; native kernels compute up to 8 tokens exactly as they would one
-FORGET = 0.1  # how far one more observation moves an estimate
+FORGET = 0.2  # how far one more observation moves an estimate
 GUESS = 0.6  # how often a guess comes, before anything is known
 DEAREST = 0.05  # what a guess costs of a step, before anything is known; low, so that it is tried
 SILENCE = 64  # most steps in a row without a guess where guessing does not pay
@@ -38,19 +39,20 @@ class PromptLookup:
         longest, shortest: how many of the last tokens must be the same, longest first.
     """
 
-    def __init__(self, longest: int = 4, shortest: int = 2) -> None:
+    def __init__(self, longest: int = 5, shortest: int = 3) -> None:
         self._sizes = range(longest, shortest - 1, -1)
-        self._seen: list[int] = []
+        self._count = 0  # tokens seen
         self._after: dict[tuple[int, ...], int] = {}  # the last tokens → the place behind them, when last seen
 
     def draft(self, tokens: Sequence[int], most: int) -> list[int]:
-        if list(tokens[: len(self._seen)]) != self._seen:  # the window moved
-            self._seen, self._after = [], {}
-        for end in range(len(self._seen) + 1, len(tokens)):  # what ends with the very last token has no successor yet
+        """At most `most` guesses. From call to call the text may only grow; a shorter one is another text."""
+        if len(tokens) < self._count:  # the window moved
+            self._count, self._after = 0, {}
+        for end in range(max(self._count, 1), len(tokens)):  # what ends with the very last token has no successor yet
             for size in self._sizes:
                 if size <= end:
                     self._after[tuple(tokens[end - size : end])] = end
-        self._seen = list(tokens[: len(tokens) - 1])
+        self._count = len(tokens)
         for size in self._sizes:
             place = self._after.get(tuple(tokens[-size:])) if size <= len(tokens) else None
             if place is not None:
@@ -99,9 +101,12 @@ class Pace:
     def length(self, most: int) -> int:
         """How many guesses to make, at most `most`."""
         best, best_rate = 0, GAIN
-        for n in LENGTHS:
-            rate = sum(self._chance**i for i in range(n + 1)) / self._costs.of(n + 1)
-            if n <= most and rate > best_rate:
+        for n in LENGTHS[: bisect_right(LENGTHS, most)]:
+            tokens = (1 - self._chance ** (n + 1)) / (1 - self._chance) if self._chance < 1 else n + 1
+            if tokens <= best_rate:  # even if it cost nothing more
+                continue
+            rate = tokens / self._costs.of(n + 1)
+            if rate > best_rate:
                 best, best_rate = n, rate
         if best or most < 1:
             return best
