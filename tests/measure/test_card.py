@@ -250,3 +250,12 @@ def test_bundles_side_by_side(bundle: Path, exports: Exports, capsys: pytest.Cap
     assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
     assert lines[2].startswith("| river.bundle |") and "text.txt" in lines[2]
     assert lines[3].count("–") >= 4  # nothing was measured of the other
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "qwen2.5-coder-0.5b", "tiny-baichuan2"])
+def test_example_cards_are_what_card_writes(name: str) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "examples" / f"{name}.md").read_text(encoding="utf-8")
+    assert huggingface_hub.ModelCard(text).data.to_dict()["library_name"] == "headrace"
+    assert differences(text, text) == []
+    for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
+        assert (Path(__file__).parents[2] / "docs" / "examples" / picture).is_file()
