@@ -17,7 +17,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,8 @@ class Figure:
         model: "shape" or "smol".
         question: what every contestant is asked.
         peers: who is asked beside headrace.
-        rounds: how often, at least.
+        trial: what peers with several settings are asked to choose one; the question itself when None.
+        rounds: how often.
         bytes_read: of weights and cache that an answer must read at least; 0: not bound by bytes.
         operations: int8 operations that an answer must do; 0: not bound by them.
     """
@@ -50,6 +51,7 @@ class Figure:
     question: dict[str, Any]
     peers: tuple[str, ...]
     rounds: int = ROUNDS
+    trial: dict[str, Any] | None = None
     bytes_read: float = 0
     operations: float = 0
 
@@ -61,11 +63,14 @@ def figures(models: Models, quick: bool) -> list[Figure]:
     def decode(model: str, name: str, depth: int, tokens: int, peers: tuple[str, ...], rounds: int) -> Figure:
         question = {"do": "decode", "depth": depth, "tokens": tokens}
         size = {"shape": shape, "smol": smol}[model].token_bytes(depth)
-        return Figure(name, model, question, peers, rounds, bytes_read=size)
+        return Figure(name, model, question, peers, rounds, {**question, "depth": min(depth, most)}, bytes_read=size)
 
     def prompt(model: str, name: str, tokens: int, peers: tuple[str, ...], rounds: int) -> Figure:
+        question = {"do": "prompt", "tokens": tokens}
         work = {"shape": shape, "smol": smol}[model].prompt_operations(tokens)
-        return Figure(name, model, {"do": "prompt", "tokens": tokens}, peers, rounds, operations=work)
+        return Figure(name, model, question, peers, rounds, {**question, "tokens": min(tokens, most)}, operations=work)
+
+    most = 1024 if quick else LONG  # tokens of a trial
 
     both, rounds = ("llama", "openvino"), ROUNDS if quick else ROUNDS + 2
     return [
@@ -81,11 +86,10 @@ def figures(models: Models, quick: bool) -> list[Figure]:
 
 def run_figure(figure: Figure, arena: Arena, machine: Machine) -> dict[str, Any]:
     """Ask everybody in turn: medians, ratios, and how near the machine's limit headrace comes."""
-    ours, peers = arena.headrace(figure.model), arena.peers(figure.model, figure.peers)
-    chosen = {name: _best(variants, figure) for name, variants in peers.items()}
-    contestants = {"headrace": ours, **chosen}
-    for contestant in (ours,) if figure.rounds > 1 else ():
-        contestant.ask(figure.question)  # the peers' round that does not count was the choice among their settings
+    chosen = arena.peers(figure.model, figure.peers, figure.trial or figure.question)
+    contestants = {"headrace": arena.headrace(figure.model), **chosen}
+    for contestant in contestants.values():
+        contestant.ask(figure.trial or figure.question)  # does not count
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     peaks = [machine.peaks()]
     for number in range(figure.rounds):
@@ -113,14 +117,6 @@ def run_figure(figure: Figure, arena: Arena, machine: Machine) -> dict[str, Any]
         if all("amx_tops" in p for p in known):
             result["of_amx_peak"] = rate / max(p["amx_tops"] for p in known)
     return result
-
-
-def _best(variants: Sequence[Any], figure: Figure) -> Any:
-    """The setting that answers fastest; several are asked once each."""
-    if len(variants) == 1:
-        variants[0].ask(figure.question)
-        return variants[0]
-    return min(variants, key=lambda v: v.ask(figure.question)["seconds"])
 
 
 def cold_start(arena: Arena, rounds: int) -> dict[str, Any]:
@@ -178,7 +174,7 @@ def main() -> None:
     args = parser.parse_args()
     started = time.monotonic()
     models = Models(args.work, layers=8 if args.quick else 32, peer_python=args.peer_python, tokenizer=args.tokenizer)
-    arena = Arena(models, args.peer_python, args.threads, args.runner)
+    arena = Arena(models, args.peer_python, args.threads, args.runner, quick=args.quick)
     machine = Machine(args.work, args.threads)
     wanted = args.figures.split(",") if args.figures else None
     report: dict[str, Any] = {"ratios": {}, "figures": {}, "missing": arena.missing}

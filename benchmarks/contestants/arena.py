@@ -16,8 +16,9 @@ from contestants.models import Models
 
 HERE = Path(__file__).parent
 COLD_TOKENS = 16
-LLAMA_SETTINGS = ((), ("flash=1",), ("flash=1", "cache=q8_0"))
+LLAMA_SETTINGS = (("flash=1", "cache=q8_0"), (), ("flash=1",))
 OPENVINO_SETTINGS = (("group=0",), ("group=128",))
+QUICK = {"llama": 2, "openvino": 1}  # settings that are tried when there is little time
 TEXT = "In the beginning of spring, seven of ten engineers measured the river first and then built"
 SLOTS = 8
 PACKAGES = {"llama": "llama_cpp", "openvino": "openvino"}
@@ -59,16 +60,18 @@ class Arena:
         missing: peers whose package is not there, and which.
     """
 
-    def __init__(self, models: Models, peer_python: str, threads: int, runner: str) -> None:
+    def __init__(self, models: Models, peer_python: str, threads: int, runner: str, *, quick: bool) -> None:
         self.models = models
         self.python = peer_python
         self.threads = threads
         self.runner = runner
+        self.quick = quick
         self.missing = {
             peer: f"{package} is not installed in {Path(peer_python).name}"
             for peer, package in PACKAGES.items()
             if subprocess.run([peer_python, "-c", f"import {package}"], capture_output=True).returncode
         }
+        self.ended: list[dict[str, Any]] = []
         self._running: dict[tuple[str, ...], Contestant] = {}
 
     def headrace(self, model: str) -> Contestant:
@@ -76,16 +79,32 @@ class Arena:
         script, bundle = str(HERE / "run_headrace.py"), str(self.models.bundle[model])
         return self._start([sys.executable, script, bundle, str(self.threads), self.runner, str(SLOTS)])
 
-    def peers(self, model: str, names: tuple[str, ...]) -> dict[str, list[Contestant]]:
-        """Those of the peers that are there, each with all its settings."""
-        found: dict[str, list[Contestant]] = {}
+    def peers(self, model: str, names: tuple[str, ...], question: dict[str, Any]) -> dict[str, Contestant]:
+        """Those of the peers that are there, each with the setting that answers the question fastest, tried once."""
+        commands: dict[str, list[list[str]]] = {}
         if "llama" in names and "llama" not in self.missing:
             command = [self.python, str(HERE / "run_llama.py"), str(self.models.gguf[model]), str(self.threads)]
-            found["llama"] = [self._start([*command, *settings]) for settings in LLAMA_SETTINGS]
+            commands["llama"] = [[*command, *settings] for settings in LLAMA_SETTINGS]
         if "openvino" in names and "openvino" not in self.missing:
             command = [self.python, str(HERE / "run_openvino.py"), self.models.openvino_geometry(), str(self.threads)]
-            found["openvino"] = [self._start([*command, *settings]) for settings in OPENVINO_SETTINGS]
-        return found
+            commands["openvino"] = [[*command, *settings] for settings in OPENVINO_SETTINGS]
+        return {
+            name: self._fastest(tried[: QUICK[name]] if self.quick else tried, question)
+            for name, tried in commands.items()
+        }
+
+    def _fastest(self, commands: list[list[str]], question: dict[str, Any]) -> Contestant:
+        """Two processes at most at a time: those of a large model do not fit into memory all together."""
+        best, least = commands[0], float("inf")
+        for command in commands if len(commands) > 1 else ():
+            contestant = self._start(command)
+            contestant.ask(question)
+            seconds = contestant.ask(question)["seconds"]
+            if command is not best:
+                self._end(best if seconds < least else command)
+            if seconds < least:
+                best, least = command, seconds
+        return self._start(best)
 
     def first_token(self, model: str) -> list[str]:
         """headrace's whole command: a prompt of 16 tokens, one token."""
@@ -104,9 +123,12 @@ class Arena:
 
     def close(self) -> list[dict[str, Any]]:
         """Let everybody go: what they were."""
-        about = [contestant.end() for contestant in self._running.values()]
-        self._running.clear()
-        return about
+        for key in list(self._running):
+            self._end(list(key))
+        return self.ended
+
+    def _end(self, command: list[str]) -> None:
+        self.ended.append(self._running.pop(tuple(command)).end())
 
     def _start(self, command: list[str]) -> Contestant:
         key = tuple(command)

@@ -20,6 +20,13 @@ from openvino import opset13 as op
 from openvino.op.util import Variable, VariableInfo
 
 NOISE = np.random.default_rng(0).integers(0, 256, 1 << 24, np.uint8)
+KEPT: list[Any] = []  # constants of packed types point into the arrays they were made of, also once compiled
+
+
+def noise(count: int) -> Any:
+    """So many random bytes."""
+    KEPT.append(np.resize(NOISE, count))
+    return KEPT[-1]
 
 
 def floats(*values: float) -> Any:
@@ -33,11 +40,12 @@ def weight(rows: int, columns: int, bits: int, group: int) -> Any:
     rng = np.random.default_rng(1)
     scales = op.constant((rng.random((rows, blocks, 1)) * 0.002 + 0.001).astype(np.float16))
     if bits == 4:
-        codes = ov.Tensor(np.resize(NOISE, rows * columns // 2), ov.Shape([rows, blocks, size]), ov.Type.u4)
-        zeros = ov.Tensor(np.full((rows * blocks + 1) // 2, 0x88, np.uint8), ov.Shape([rows, blocks, 1]), ov.Type.u4)
+        codes = ov.Tensor(noise(rows * columns // 2), ov.Shape([rows, blocks, size]), ov.Type.u4)
+        KEPT.append(np.full((rows * blocks + 1) // 2, 0x88, np.uint8))
+        zeros = ov.Tensor(KEPT[-1], ov.Shape([rows, blocks, 1]), ov.Type.u4)
         centred = op.subtract(op.convert(op.constant(codes), "f16"), op.convert(op.constant(zeros), "f16"))
     else:
-        codes = np.resize(NOISE, rows * columns).reshape(rows, blocks, size).view(np.int8)
+        codes = noise(rows * columns).reshape(rows, blocks, size).view(np.int8)
         centred = op.convert(op.constant(codes), "f16")
     whole = op.reshape(op.multiply(centred, scales), op.constant(np.array([rows, columns])), False)
     return op.convert(whole, "f32")
@@ -83,7 +91,7 @@ class OpenVino:
         g = self.geometry
         ids = op.parameter([1, -1], ov.Type.i64, name="input_ids")
         beam = op.parameter([1], ov.Type.i32, name="beam_idx")
-        table = np.resize(NOISE, g["vocab"] * g["hidden"]).view(np.int8).reshape(g["vocab"], g["hidden"])
+        table = noise(g["vocab"] * g["hidden"]).view(np.int8).reshape(g["vocab"], g["hidden"])
         rows = op.gather(op.constant(table), ids, op.constant(0))
         x = op.multiply(op.convert(rows, "f32"), floats(0.001))
         for layer in range(g["layers"]):
