@@ -170,11 +170,12 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, help="a SentencePiece model for the shape's vocabulary")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runner", default="native", help="headrace's own: native or host")
+    parser.add_argument("--huge-pages", action="store_true", help="headrace's weights copied into huge pages")
     parser.add_argument("--figures", help="only these, separated by commas; also cold_start and batches")
     args = parser.parse_args()
     started = time.monotonic()
     models = Models(args.work, layers=8 if args.quick else 32, peer_python=args.peer_python, tokenizer=args.tokenizer)
-    arena = Arena(models, args.peer_python, args.threads, args.runner, quick=args.quick)
+    arena = Arena(models, args.peer_python, args.threads, args.runner, quick=args.quick, huge=args.huge_pages)
     machine = Machine(args.work, args.threads)
     wanted = args.figures.split(",") if args.figures else None
     report: dict[str, Any] = {"ratios": {}, "figures": {}, "missing": arena.missing}

@@ -60,12 +60,13 @@ class Arena:
         missing: peers whose package is not there, and which.
     """
 
-    def __init__(self, models: Models, peer_python: str, threads: int, runner: str, *, quick: bool) -> None:
+    def __init__(self, models: Models, peer_python: str, threads: int, runner: str, *, quick: bool, huge: bool) -> None:
         self.models = models
         self.python = peer_python
         self.threads = threads
         self.runner = runner
         self.quick = quick
+        self.huge = huge
         self.missing = {
             peer: f"{package} is not installed in {Path(peer_python).name}"
             for peer, package in PACKAGES.items()
@@ -77,7 +78,8 @@ class Arena:
     def headrace(self, model: str) -> Contestant:
         """Ours."""
         script, bundle = str(HERE / "run_headrace.py"), str(self.models.bundle[model])
-        return self._start([sys.executable, script, bundle, str(self.threads), self.runner, str(SLOTS)])
+        more = ["huge"] if self.huge else []
+        return self._start([sys.executable, script, bundle, str(self.threads), self.runner, str(SLOTS), *more])
 
     def peers(self, model: str, names: tuple[str, ...], question: dict[str, Any]) -> dict[str, Contestant]:
         """Those of the peers that are there, each with the setting that answers the question fastest, tried once."""

@@ -1,4 +1,4 @@
-"""headrace as a contestant.  usage: run_headrace.py BUNDLE THREADS RUNNER [SLOTS]"""
+"""headrace as a contestant.  usage: run_headrace.py BUNDLE THREADS RUNNER SLOTS [huge]"""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from headrace.runtime.runner import Span
 class Headrace:
     """A runner, driven as the engine drives it: chunks of a prompt, then spans of one token."""
 
-    def __init__(self, bundle: Path, threads: int, runner: str, slots: int) -> None:
+    def __init__(self, bundle: Path, threads: int, runner: str, slots: int, huge: bool) -> None:
         opened = open_bundle(bundle)
-        self.runner = open_runner(opened, runner, Options(threads=threads, slots=slots))
+        self.runner = open_runner(opened, runner, Options(threads=threads, slots=slots, huge_pages=huge))
         self.ids = ids_of(self.runner.context, self.runner.vocab_size)
         self.held = [0] * slots
         self.next = [0] * slots
         self.about = {
-            "name": f"headrace {runner}",
+            "name": f"headrace {runner}{' huge pages' if huge else ''}",
             "isa": getattr(self.runner, "isa", "onnxruntime"),
             "weight_bytes": opened.weight_bytes,
             "prompt_length": self.runner.prompt_length,
@@ -59,5 +59,5 @@ class Headrace:
 
 
 if __name__ == "__main__":
-    bundle, threads, runner, *slots = sys.argv[1:]
-    serve(Headrace(Path(bundle), int(threads), runner, int(slots[0]) if slots else 1))
+    bundle, threads, runner, slots, *more = sys.argv[1:]
+    serve(Headrace(Path(bundle), int(threads), runner, int(slots), more == ["huge"]))

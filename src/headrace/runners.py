@@ -27,12 +27,15 @@ class Options:
         threads: size of the thread pool; None for physical cores.
         slots: sequences held at once.
         context: positions of a slot; None for the bundle's.
+        huge_pages: native: weights are copied into huge pages, which takes a second or more at 7B and decodes faster
+            where the system's pages are small.
         progress: told what is being made before the first use.
     """
 
     threads: int | None = None
     slots: int = 1
     context: int | None = None
+    huge_pages: bool = False
     progress: Progress = silent
 
 
@@ -50,7 +53,13 @@ def _native(bundle: Bundle, options: Options) -> Runner:
     """headrace-kernels."""
     from headrace.native.runner import NativeRunner
 
-    return NativeRunner(bundle, threads=options.threads, slots=options.slots, context=options.context)
+    return NativeRunner(
+        bundle,
+        threads=options.threads,
+        slots=options.slots,
+        context=options.context,
+        huge_pages=options.huge_pages,
+    )
 
 
 def _device(bundle: Bundle, options: Options) -> Runner:

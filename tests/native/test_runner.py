@@ -195,6 +195,12 @@ def test_threads_do_not_change_an_answer(calm: Bundle) -> None:
     np.testing.assert_array_equal(run(one, IDS[:1], 60), run(two, IDS[:1], 60))
 
 
+def test_weights_in_huge_pages_are_the_same_weights(calm: Bundle) -> None:
+    mapped = NativeRunner(calm)
+    copied = runners.open_runner(calm, "native", runners.Options(huge_pages=True))
+    np.testing.assert_array_equal(run(copied, IDS, wanted=range(60)), run(mapped, IDS, wanted=range(60)))
+
+
 def test_it_is_a_runner_and_the_default(calm: Bundle) -> None:
     runner = runners.open_runner(calm)
     assert isinstance(runner, NativeRunner)

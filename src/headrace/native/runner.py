@@ -16,6 +16,7 @@ import numpy as np
 from headrace.bundle.folder import Bundle
 from headrace.errors import TargetError
 from headrace.model.rope import rope_tables
+from headrace.native.huge_pages import in_huge_pages
 from headrace.native.program import COSINES, SINES, record_program
 from headrace.runtime.runner import Logits, SlotLengths, Span
 
@@ -38,6 +39,7 @@ class NativeRunner:
         slots: sequences held at once.
         context: positions of a slot, the bundle's by default.
         isa: one of `headrace_kernels.available_isas()`; the best by default, or what HEADRACE_ISA says.
+        huge_pages: copy the weights into huge pages, see huge_pages.py, instead of mapping their files.
 
     Attributes:
         isa: the instruction set that runs.
@@ -54,6 +56,7 @@ class NativeRunner:
         slots: int = 1,
         context: int | None = None,
         isa: str | None = None,
+        huge_pages: bool = False,
     ) -> None:
         config = bundle.config
         self.vocab_size = config.vocab_size
@@ -71,12 +74,14 @@ class NativeRunner:
                 f"runner 'native' needs headrace-kernels, which is not installed ({error}); "
                 "run: pip install ./kernels, or take --runner host"
             ) from None
-        program = record_program(bundle, self.context).to_dict()
-        cos, sin = rope_tables(config, self.context)
+        recorded = record_program(bundle, self.context)
+        program, (cos, sin) = recorded.to_dict(), rope_tables(config, self.context)
+        arrays = {COSINES: cos, SINES: sin}
+        if huge_pages:
+            arrays |= in_huge_pages(bundle.root, recorded.tensors)
+            program |= {"files": [], "tensors": {}}
         try:
-            self.engine = headrace_kernels.Engine(
-                program, {COSINES: cos, SINES: sin}, slots=slots, threads=threads or 0, isa=isa
-            )
+            self.engine = headrace_kernels.Engine(program, arrays, slots=slots, threads=threads or 0, isa=isa)
         except headrace_kernels.ProgramError as error:
             raise TargetError(f"{bundle.root} cannot run natively: {error}; take --runner host") from None
         self.isa: str = self.engine.isa
