@@ -144,6 +144,8 @@ def test_limits(serving: Callable[..., ModelWorker]) -> None:
     assert all(a[0].finish for a in asyncio.run(crowd()))
     with pytest.raises(ContextFull, match=rf"the context holds {CONTEXT}"):
         asyncio.run(answers(worker, [ask("long " * 300)]))
+    with pytest.raises(UserError, match="the prompt is empty"):
+        asyncio.run(answers(worker, [ask("", prompt=[])]))
     with pytest.raises(UserError, match="top_p"):
         asyncio.run(answers(worker, [ask("x", sampling={"top_p": 0.0})]))
     with pytest.raises(Refused, match="outside of the vocabulary"):

@@ -14,6 +14,7 @@ from headrace.runtime.runner import Logits
 from headrace.runtime.sampling import Sampler, SamplingOptions, log_probabilities
 from headrace.runtime.sequence import Sequence
 from headrace.runtime.speculation import Speculation
+from headrace.text.tokenizer import check_ids
 
 __all__ = ["Request"]
 
@@ -46,6 +47,7 @@ class Request:
             raise ContextFull(len(prompt), context)
         if answer.limits.max_tokens < 1:
             raise UserError(f"max_tokens is {answer.limits.max_tokens}; expected 1 or more")
+        check_ids(prompt, vocab_size)
         options.check_vocabulary(vocab_size)
         self.sequence = Sequence(prompt)
         self.answer = answer

@@ -284,7 +284,9 @@ class ModelWorker:
                 request = self._engine.submit(job.ids, options, answer, after=made[0] if made else None)
                 made.append(request)
                 self._jobs[request] = (job, index)
-        except HeadraceError as error:
+        except Exception as error:  # whatever is wrong with one request, the others go on
+            if not isinstance(error, HeadraceError):
+                _log.exception("a request of %s could not begin", self.name)
             for request in made:
                 request.cancel()
                 self._jobs.pop(request, None)
