@@ -82,7 +82,8 @@ def test_worked_examples_leave_when_there_is_no_room() -> None:
     answer_subject(chosen, SUBJECT, encode, model, room=whole)
     assert len(model.asked[0]) == whole - 2
     shorter = Knowing()
-    answer_subject(chosen, SUBJECT, encode, shorter, room=whole - 1)
+    found = answer_subject(chosen, SUBJECT, encode, shorter, room=whole - 1)
+    assert found.shots == 1 and choices_report("mmlu", [found])["shots"] == 1
     assert len(shorter.asked[0]) == len(encode(chosen.examples(SUBJECT, 1) + chosen.ask(ITEMS[0])))
     with pytest.raises(ContextFull):
         answer_subject(chosen, SUBJECT, encode, model, room=50)

@@ -31,12 +31,14 @@ class Choices:
         answers: the right options, (items,).
         chosen: the likeliest ones, (items,).
         log_likelihoods: of all options, float64 (items, 4).
+        shots: worked examples that there was room for.
     """
 
     subject: str
     answers: NDArray[np.int64]
     chosen: NDArray[np.int64]
     log_likelihoods: NDArray[np.float64]
+    shots: int = SHOTS
 
     @property
     def right(self) -> NDArray[np.bool_]:
@@ -66,7 +68,7 @@ def answer_subject(
     Raises:
         ContextFull: an item does not fit even without worked examples.
     """
-    beginning = _beginning(chosen_set, subject, encode, room, shots)
+    beginning, used = _beginning(chosen_set, subject, encode, room, shots)
     pairs = [
         split_pair(encode, beginning + chosen_set.ask(item), answer)
         for item in subject.items
@@ -74,37 +76,38 @@ def answer_subject(
     ]
     found = np.array([one.log for one in likelihoods(pairs, following)]).reshape(-1, len(LETTERS))
     answers = np.array([item.answer for item in subject.items])
-    return Choices(subject.name, answers, found.argmax(1), found)
+    return Choices(subject.name, answers, found.argmax(1), found, used)
 
 
-def _beginning(chosen_set: ItemSet, subject: Subject, encode: Encode, room: int, shots: int) -> str:
-    """Worked examples, as many as leave room for the longest item."""
+def _beginning(chosen_set: ItemSet, subject: Subject, encode: Encode, room: int, shots: int) -> tuple[str, int]:
+    """Worked examples, as many as leave room for the longest item, and how many they are."""
     longest = max((chosen_set.ask(item) for item in subject.items), key=len) + chosen_set.answers()[0]
     for count in range(min(shots, len(subject.examples)), -1, -1):
         beginning = chosen_set.examples(subject, count)
         needed = len(encode(beginning + longest))
         if needed <= room:
-            return beginning
+            return beginning, count
     raise ContextFull(needed, room)
 
 
 def choices_report(
-    task: str, subjects: Sequence[Choices], reference: Sequence[Choices] | None = None, *, shots: int = SHOTS
+    task: str, subjects: Sequence[Choices], reference: Sequence[Choices] | None = None
 ) -> dict[str, Any]:
     """Accuracy per subject and together, with 95 % intervals, beside a reference if there is one.
 
     Returns:
-        {task, shots, subjects [{subject, items, right, accuracy, low, high}], items, right, accuracy, low, high (over
-        items, Wilson), macro {accuracy, low, high} (mean over subjects, bootstrap)}; with a reference, everywhere
-        `reference` {right, accuracy, low, high} and `flips` {lost, gained, changed, p} (McNemar).
+        {task, shots (the fewest of a subject), subjects [{subject, shots, items, right, accuracy, low, high}], items,
+        right, accuracy, low, high (over items, Wilson), macro {accuracy, low, high} (mean over subjects, bootstrap)};
+        with a reference, everywhere `reference` {right, accuracy, low, high} and `flips` {lost, gained, changed, p}
+        (McNemar).
     """
     rows = []
     for number, one in enumerate(subjects):
         other = None if reference is None else reference[number]
-        rows.append({"subject": one.subject, **_told([one], None if other is None else [other])})
+        rows.append({"subject": one.subject, "shots": one.shots, **_told([one], None if other is None else [other])})
     return {
         "task": task,
-        "shots": shots,
+        "shots": min(one.shots for one in subjects),
         **_told(subjects, reference),
         "macro": _macro(subjects) | ({} if reference is None else {"reference": _macro(reference)}),
         "subjects": rows,

@@ -78,7 +78,7 @@ def ask_bundle(
 
                     before.append(answer_subject(*common, reference, model.context - 1, shots=shots))
             progress(chosen_set.name, len(subjects), len(subjects))
-            reports.append(choices_report(chosen_set.name, found, before or None, shots=shots))
+            reports.append(choices_report(chosen_set.name, found, before or None))
     return reports
 
 
