@@ -51,7 +51,7 @@ chat: setup $(BUNDLE)/headrace.json
 	@$(BIN)/headrace chat $(BUNDLE) $${PROMPT:+"--prompt=$$PROMPT"}
 
 test: setup
-	@$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90 $(ARGS)
+	@$(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=95 $(ARGS)
 	@test ! -f .venv/kernels || $(BIN)/python -m pytest -q -c kernels/pyproject.toml --rootdir kernels kernels/tests
 
 check: setup

@@ -206,7 +206,8 @@ def test_a_file_that_cannot_grow(exports: Exports, tmp_path: Path, limit: int) -
     """
     done = command(exports, tmp_path / "out", before=before)
     assert done.returncode == 2, done
-    (line,) = [line for line in done.stderr.splitlines() if not line.endswith(": done") and "calibration" not in line]
+    # What measures coverage cannot write its own file under this limit, and may say so too.
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert line.startswith(f"error: {tmp_path} has no room left (File too large); free some and go on with --resume")
     resumed = command(exports, tmp_path / "out", "--resume")
     assert resumed.returncode == 0, resumed

@@ -99,7 +99,7 @@ def test_a_broken_layer_is_the_first_that_is_named(
     assert broken(links)[0] == f"  layer {first}"
     assert DEVICE[-1] not in broken(links), "the kept graphs are another derivation and sound"
     assert _run(["verify", str(path), "--through", "device", "--layers"]) == 1
-    assert f"failed:   layer {first}: SQNR" in capfd.readouterr().err
+    assert f"failed: layer {first}: SQNR" in capfd.readouterr().err
 
 
 def test_a_range_that_is_too_small_breaks_the_grids(

@@ -139,25 +139,24 @@ def plot_speeds(
         UserError: matplotlib is not installed.
     """
     made: list[Path] = []
-    rows = max(len(bars) for _, bars in groups)
-    with _figure(path, title, note, made, panels=len(groups), height=1.6 + 0.42 * rows) as panels:
+    names = list(dict.fromkeys(name for _, bars in groups for name, *_ in bars))
+    with _figure(path, title, note, made, panels=len(groups), height=1.9 + 0.42 * len(names)) as panels:
         for axes, (what, bars) in zip(panels, groups):
-            names = [name for name, *_ in bars]
-            middle = [value for _, value, _, _ in bars]
-            error = [[v - low for _, v, low, _ in bars], [high - v for _, v, _, high in bars]]
-            colours = [OURS[0] if name.startswith("headrace") else "#B8B8B8" for name in names]
-            axes.barh(names, middle, xerr=error, color=colours, ecolor="#777777", height=0.62)
-            for place, (value, upper) in enumerate(zip(middle, error[1])):
-                axes.annotate(f"{value:.3g}", (value + upper, place), xytext=(4, 0), textcoords="offset points",
-                              va="center", fontsize=9)  # fmt: skip
-            axes.invert_yaxis()
+            for name, value, low, high in bars:
+                colour = OURS[0] if name.startswith("headrace") else "#B8B8B8"
+                place = names.index(name)
+                error = [[value - low], [high - value]]
+                axes.barh([place], [value], xerr=error, color=colour, ecolor="#777777", height=0.62)
+                axes.annotate(f"{value:.0f}" if value >= 100 else f"{value:.1f}", (high, place), xytext=(4, 0),
+                              textcoords="offset points", va="center", fontsize=9)  # fmt: skip
+            axes.set_yticks(range(len(names)), names if axes is panels[0] else [""] * len(names))
+            axes.set_ylim(len(names) - 0.5, -0.5)
+            axes.set_xlim(0, 1.3 * max(high for *_, high in bars))
+            axes.locator_params(axis="x", nbins=3)
             axes.grid(axis="y", visible=False)
             axes.spines["left"].set_visible(False)
             axes.tick_params(axis="y", length=0)
-            axes.margins(x=0.16)
-            axes.set_xlabel(what)
-            if axes is not panels[0]:
-                axes.set_yticklabels([])
+            axes.set_xlabel(what, fontsize=9)
     return made
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from headrace.errors import did_you_mean
+from headrace.errors import did_you_mean, shown
 from headrace.server.generation import Refused
 
 __all__ = ["MAX_ANSWERS", "MAX_TOP_LOGPROBS", "Body", "text_of"]
@@ -48,7 +48,7 @@ class Body:
         # bool is an int for Python, but not for JSON.
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             wanted = expected or " or ".join(t.__name__ for t in types)
-            raise Refused(f"{name} is {_short(value)}; expected {wanted}", field=name)
+            raise Refused(f"{name} is {shown(value)}; expected {wanted}", field=name)
         return value
 
     def number(self, name: str, low: float, high: float) -> float | None:
@@ -74,7 +74,7 @@ class Body:
         value = self.take(name, str, list, default=[], expected="a string or a list of strings")
         items = [value] if isinstance(value, str) else value
         if not all(isinstance(item, str) and item for item in items) or len(items) > MAX_STOPS:
-            raise Refused(f"{name} is {_short(value)}; expected at most {MAX_STOPS} non-empty strings", field=name)
+            raise Refused(f"{name} is {shown(value)}; expected at most {MAX_STOPS} non-empty strings", field=name)
         return tuple(items)
 
     def only(self, name: str, *values: Any) -> None:
@@ -112,9 +112,4 @@ def text_of(content: object, where: str) -> str:
                 raise Refused(f"{where} has a part of type {kind!r}; expected text", field=where)
             texts.append(part["text"])
         return "".join(texts)
-    raise Refused(f"{where} is {_short(content)}; expected text or a list of text parts", field=where)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"
+    raise Refused(f"{where} is {shown(content)}; expected text or a list of text parts", field=where)
