@@ -116,7 +116,7 @@ class Encoding:
 
 
 MASK = Encoding(float(np.float32(MASK_DEPTH / 65535)), 65535)
-"""attention_mask: 65535 adds 0, 0 adds −50."""
+"""attention_mask: 65535 adds 0, 0 adds −`MASK_DEPTH`."""
 
 ANGLE = Encoding(float(np.float32(2 / 65535)), 32768)
 """position_ids_cos, position_ids_sin: −1 … 1."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from headrace.errors import TargetError
+from headrace.plan import MASK_DEPTH
 from headrace.targets.qualcomm import toolchain
 from headrace.targets.qualcomm.context_binary import read_context_binaries, read_context_binary
 from tests.targets.qualcomm.conftest import TinyTarget
@@ -23,7 +24,7 @@ def test_tensors_are_read_as_compiled(target: TinyTarget) -> None:
     by_name = {tensor.name: tensor for tensor in (*graph.inputs, *graph.outputs)}
     mask = by_name["attention_mask"]
     assert (mask.shape, mask.dtype, mask.offset, mask.zero_point) == ((1, 1, 32, 72), "uint16", -65535, 65535)
-    assert mask.scale == pytest.approx(50 / 65535)
+    assert mask.scale == pytest.approx(MASK_DEPTH / 65535)
     assert (by_name["past_key_0_in"].shape, by_name["past_key_0_in"].dtype) == ((2, 1, 64, 40), "uint8")
     ids = read_context_binary(target.shared[0].path).graphs[0].inputs[0]
     assert (ids.dtype, ids.scale, ids.zero_point) == ("int32", None, None)
