@@ -41,7 +41,7 @@ __all__ = ["Depth", "device_links", "emulated_loop"]
 
 # What rounding every result to 16 bits may cost; the residual of some models spans four orders of magnitude.
 GRID_KL = 0.1
-# Device graphs round in other places than the simulation (fused kernels, floored rotary tables, a mask of −50), and the
+# Device graphs round in other places than the simulation (fused kernels, floored rotary tables, a finite mask), and the
 # emulator, which computes as the chip does, in others again. One code that falls the other way in the first layer makes
 # all after it independent roundings of one model: SmolLM2's then differ by half of what its 8-bit cache costs. So what
 # rounding costs is allowed, and in a calm model this much.
