@@ -81,8 +81,8 @@ def test_angles_are_rounded_down(x: float) -> None:
     assert (code + 1 - ANGLE.zero_point) * ANGLE.scale > x or code == 65535
 
 
-def test_mask_adds_zero_or_minus_fifty() -> None:
-    np.testing.assert_allclose(MASK.dequantize(np.array([0, 65535], np.uint16)), [-50, 0], rtol=1e-6)
+def test_mask_adds_zero_or_minus_its_depth() -> None:
+    np.testing.assert_allclose(MASK.dequantize(np.array([0, 65535], np.uint16)), [-100, 0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -108,7 +108,7 @@ def test_structure_decides_some_grids(ranges: Ranges) -> None:
         assert found[name] == found[f"{name}.low"] == found[f"{name}.high"]
         assert found[name].low <= min(ranges.seen[f"{name}.low"][0], ranges.seen[f"{name}.high"][0]) / FLOAT32_SLACK
     masked, scores = (found[f"layers.1.self_attn.{n}scores"] for n in ("masked_", ""))
-    assert masked.low == pytest.approx(scores.low - 50, abs=2 * masked.scale)
+    assert masked.low == pytest.approx(scores.low - 100, abs=2 * masked.scale)
     assert masked.high == pytest.approx(scores.high, abs=2 * masked.scale)
     assert found["layers.0.self_attn.weights"] == found["layers.0.mlp.silu.sigmoid"] == Encoding.of_range(0, 1)
 
