@@ -93,7 +93,7 @@ def verify_bundle(
     if files_only or not links[0].ok:
         return links
     bundle = open_bundle(path)
-    total = (5 if checkpoint is None else 6) + 1 + len(instruction_sets())
+    total = (5 if checkpoint is None else 6) + (2 * len(instruction_sets()) or 1)
     for link in _numbers(bundle, checkpoint, adapters):
         links.append(link)
         progress("comparing", len(links) - 1, total)
