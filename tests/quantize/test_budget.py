@@ -22,7 +22,7 @@ def test_bits_are_spent_and_not_passed() -> None:
     total = sum(r * c for r, c in (weight_table(CONFIG)[n].matrix for n in COSTS))
     assert 5.0 - smallest / total < spent.bits <= 5.0 + 1e-9
     rules = spent.recipe.resolve(quantized_weights(CONFIG))
-    assert {n for n in COSTS if rules[n].bits == 8} == set(spent.eight)
+    assert {n for n in COSTS if rules[n].bits == 8} == set(spent.eight_bit)
     assert average_bits(CONFIG, rules) == spent.bits
     assert spent.cost == pytest.approx(sum(COSTS[n] for n in COSTS if rules[n].bits == 4))
 
@@ -40,7 +40,7 @@ def test_the_most_gain_for_a_byte_comes_first() -> None:
     costs["layers.11.self_attn.k_proj.weight"] = 0.1  # small and dear
     costs["layers.1.mlp.down_proj.weight"] = 0.2
     spent = within_budget(RECIPE, CONFIG, costs, bits=4.2)
-    assert spent.eight[:2] == ("layers.11.self_attn.k_proj.weight", "layers.1.mlp.down_proj.weight")
+    assert spent.eight_bit[:2] == ("layers.11.self_attn.k_proj.weight", "layers.1.mlp.down_proj.weight")
 
 
 def test_layer_1_is_not_layer_11() -> None:
@@ -54,7 +54,7 @@ def test_layer_1_is_not_layer_11() -> None:
 
 def test_everything_may_become_eight_bits() -> None:
     spent = within_budget(RECIPE, CONFIG, COSTS, bits=8)
-    assert len(spent.eight) == len(COSTS) and spent.bits == 8 and spent.cost == 0
+    assert len(spent.eight_bit) == len(COSTS) and spent.bits == 8 and spent.cost == 0
 
 
 def test_what_cannot_be_met_says_what_can() -> None:

@@ -72,14 +72,14 @@ def test_descent_gains_something(grid: Grid) -> None:
     )
 
 
-@given(seed=st.integers(0, 1000), lazy=st.sampled_from([1, 7, 16, 64, 100]))
-def test_gptq_codes_do_not_depend_on_its_block_size(seed: int, lazy: int) -> None:
+@given(seed=st.integers(0, 1000), batch=st.sampled_from([1, 7, 16, 64, 100]))
+def test_gptq_codes_do_not_depend_on_its_block_size(seed: int, batch: int) -> None:
     weight, inputs = problem(seed)
     grid = Grid(4, 32)
     moment = gptq.damped(InputStatistics.of(inputs).moment)
     scales = gptq.solve(weight, moment, grid).scales
-    whole = gptq.solve_codes(weight, gptq.factorize(moment), scales, grid, lazy=weight.shape[1])
-    parts = gptq.solve_codes(weight, gptq.factorize(moment), scales, grid, lazy=lazy)
+    whole = gptq.solve_codes(weight, gptq.factorize(moment), scales, grid, batch=weight.shape[1])
+    parts = gptq.solve_codes(weight, gptq.factorize(moment), scales, grid, batch=batch)
     assert np.mean(whole != parts) <= EDGE_SHARE
 
 
@@ -109,7 +109,7 @@ def test_division_undoes_the_product(size: int) -> None:
     rng = np.random.default_rng(size)
     x, wanted = rng.normal(size=(size * 2, size)).astype(np.float32), rng.normal(size=(5, size)).astype(np.float32)
     moment = gptq.damped(x.T @ x)
-    found = gptq.divide(wanted @ moment, gptq.upper_factor(moment))
+    found = gptq.divide_by_moment(wanted @ moment, gptq.upper_factor(moment))
     assert np.abs(found - wanted).max() < DIVIDED_NOISE * np.abs(wanted).max()
 
 

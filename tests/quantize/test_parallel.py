@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_info
 
-from headrace.quantize.parallel import cores, spread
+from headrace.quantize.parallel import cores, parallel_map
 
 
 def test_results_are_in_order_with_and_without_cores() -> None:
     expected = [n * n for n in range(20)]
-    assert spread(lambda n: n * n, range(20)) == expected
+    assert parallel_map(lambda n: n * n, range(20)) == expected
     with cores(3):
-        assert spread(lambda n: n * n, range(20)) == expected
+        assert parallel_map(lambda n: n * n, range(20)) == expected
 
 
 def test_cores_work_at_the_same_time_and_a_worker_spreads_to_itself() -> None:
@@ -23,19 +23,19 @@ def test_cores_work_at_the_same_time_and_a_worker_spreads_to_itself() -> None:
 
     def outer(n: int) -> list[str]:
         meet.wait()
-        return spread(lambda _: threading.current_thread().name, range(3))
+        return parallel_map(lambda _: threading.current_thread().name, range(3))
 
     with cores(2):
-        names = spread(outer, range(2))
+        names = parallel_map(outer, range(2))
     assert [len(set(some)) for some in names] == [1, 1] and names[0] != names[1]
 
 
 def test_the_first_error_is_raised_and_no_thread_is_left() -> None:
     before = threading.active_count()
     with pytest.raises(ZeroDivisionError), cores(2):
-        spread(lambda n: 1 // n, [1, 0, 2])
+        parallel_map(lambda n: 1 // n, [1, 0, 2])
     assert threading.active_count() == before
-    assert spread(lambda n: threading.current_thread(), [0]) == [threading.main_thread()]
+    assert parallel_map(lambda n: threading.current_thread(), [0]) == [threading.main_thread()]
 
 
 def test_products_do_not_depend_on_jobs() -> None:
@@ -43,7 +43,7 @@ def test_products_do_not_depend_on_jobs() -> None:
     results = []
     for jobs in (1, 2, 4):
         with cores(jobs):
-            results += spread(lambda _: a @ a.T, range(2))
+            results += parallel_map(lambda _: a @ a.T, range(2))
     assert all(np.array_equal(result, results[0]) for result in results)
 
 

@@ -19,17 +19,17 @@ from headrace.model.weights import EMBEDDING, input_groups, layer_weights, linea
 from headrace.quantize import windows as windows_module
 from headrace.quantize.pipeline import QuantizedLayer, quantize_layers, quantize_table
 from headrace.quantize.windows import (
+    LayerWalk,
     LeanEager,
-    Walk,
     attention_energy,
     causal_positions,
     cut_windows,
     embed_windows,
-    evenly,
+    evenly_spaced,
 )
 from tests.tiny import write_llama
 
-# The follower sums scores in another order than the plain decoder.
+# `LeanEager` sums scores in another order than the plain decoder.
 ORDER_NOISE = 1e-4
 
 
@@ -104,8 +104,8 @@ def test_a_linear_is_calibrated_on_the_quantized_ones_before_it(source: Checkpoi
     for number in range(2):
         stream, _ = block(ops, number, stream, at, None)
     states = embed_windows(source.config, weights[EMBEDDING], ids)
-    Walk(source.config, weights, 0, states, at).finish()
-    steps, groups = Walk(source.config, weights, 1, states, at), []
+    LayerWalk(source.config, weights, 0, states, at).finish()
+    steps, groups = LayerWalk(source.config, weights, 1, states, at), []
     while names := steps.advance():
         groups.append(names)
         last = np.concatenate(steps.inputs)
@@ -125,7 +125,7 @@ def test_windows_that_walk_together_do_not_matter(
     expected = stream.settle(Eager(source.config, {}.__getitem__))
     monkeypatch.setattr(windows_module, "_TOKENS", tokens)
     states = embed_windows(source.config, source.tensor(EMBEDDING).load(), ids)
-    steps = Walk(source.config, weights, 0, states, at)
+    steps = LayerWalk(source.config, weights, 0, states, at)
     while steps.advance():
         assert sum(map(len, steps.inputs)) == len(ids) and len(steps.inputs) == -(-5 // max(1, tokens // 40))
     assert np.abs(states - expected).max() < ORDER_NOISE * np.abs(expected).max()
@@ -204,7 +204,7 @@ def test_windows_are_spread_and_short_text_is_refused() -> None:
     ids = np.arange(1000)
     assert cut_windows(ids, 100, 3)[:, 0].tolist() == [0, 400, 900]
     assert cut_windows(ids, 100, 50).shape == (10, 100)
-    assert evenly(ids[:, None], 4)[:, 0].tolist() == [0, 333, 666, 999]
+    assert evenly_spaced(ids[:, None], 4)[:, 0].tolist() == [0, 333, 666, 999]
     with pytest.raises(CalibrationError, match="1000 tokens, which is less than one window of 1001"):
         cut_windows(ids, 1001, 1)
 

@@ -25,7 +25,7 @@ from headrace.plan import Part, plan_parts
 from headrace.quantize.budget import average_bits, within_budget
 from headrace.quantize.descent import SWEEPS
 from headrace.quantize.methods import find_method
-from headrace.quantize.parallel import cores, spread
+from headrace.quantize.parallel import cores, parallel_map
 from headrace.quantize.sensitivity import RANKING_WINDOWS
 from headrace.targets.qualcomm.compile_cost import estimate_compile
 
@@ -218,10 +218,10 @@ def estimate_export(
             columns = group[0].matrix[1]
             methods = {name: find_method(rules[name].method) for name in shapes}
             moments = (2 if number == 0 else 1) * any(method.calibrated for method in methods.values())
-            moments += any(method.follows for method in methods.values())
+            moments += any(method.uses_reference for method in methods.values())
             operations += tokens * moments * columns**2 + ranked * columns**2
             for name, (n, k) in shapes.items():
-                walks = 2 if methods[name].follows else 1  # the float model's beside
+                walks = 2 if methods[name].uses_reference else 1  # the float model's beside
                 operations += 2 * n * k * (walks * tokens + _RANKING_PASSES * ranked)
                 operations += _SOLVING[rules[name].method] * n * k**2 + methods[name].calibrated * k**3 / 3
                 operations += bool(ranked) * (n * k**2 + k**3 / 3)
@@ -241,6 +241,6 @@ def _matmul_speed(jobs: int) -> float:
     with cores(jobs):
         for _ in range(10):
             started = time.perf_counter()
-            spread(lambda _: a @ a, range(jobs))
+            parallel_map(lambda _: a @ a, range(jobs))
             best = min(best, time.perf_counter() - started)
     return float(jobs * 2 * _PROBE**3 / best)

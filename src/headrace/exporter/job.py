@@ -38,7 +38,7 @@ from headrace.quantize.parallel import cores
 from headrace.quantize.pipeline import QuantizedLayer, load_weight, quantize_layers, quantize_table
 from headrace.quantize.ranges import collect_ranges
 from headrace.quantize.sensitivity import measure_sensitivity
-from headrace.quantize.windows import evenly
+from headrace.quantize.windows import evenly_spaced
 from headrace.text.sample import sample_ids
 from headrace.text.turns import turn_format
 
@@ -100,7 +100,7 @@ def _make(settings: ExportSettings, out: Path, work: Workspace, progress: Progre
     _prove(settings, made, manifest, sample_ids(tokenizer, made.context), progress)
     # Linears in blocks never reach a device, and a float cache neither: static ranges would be of no use.
     if kv_scales and not any(grid.block for grid in settings.grids.values()):
-        _calibrate_device(settings, work.bundle, kv_scales, evenly(windows, RANGE_WINDOWS), progress)
+        _calibrate_device(settings, work.bundle, kv_scales, evenly_spaced(windows, RANGE_WINDOWS), progress)
     if asked.for_device:
         graphs = bundle_device_graphs(made, work.bundle / OWN_FOLDER if asked.keep_onnx else work.device)
         for target in asked.targets:

@@ -1,6 +1,6 @@
 """AWQ: strong channels are scaled up before rounding and down again in the operation before, exactly in float.
 
-    W·x = (W·s)·(x/s), and x/s is for nothing: 1/s moves into the norm's gain, the rows of v_proj, or those of up_proj
+    W·x = (W·s)·(x/s), and x/s costs nothing at run time: 1/s moves into a norm's gain or the rows of v_proj or up_proj
 
 Source: Lin et al. 2023 (AWQ): s = (size of the channel)^α, the α of least output error. The error is measured here
 with the whole second moment, not with sampled outputs. This file does not know which operation comes before.
@@ -22,7 +22,7 @@ __all__ = ["find_scale"]
 Array = NDArray[np.float32]
 
 _POWERS = np.linspace(0, 1, 9)
-_SPREAD = 1e4  # a channel that never fires is scaled as one this much weaker than the mean
+_SPREAD = 1e4  # a channel that is always 0 is scaled like one this many times weaker than the mean
 
 
 def find_scale(

@@ -1,4 +1,4 @@
-"""Who gets 8 bits under a budget: greedy by KL gained per byte, and the choice as rules anyone can read.
+"""Which linears get 8 bits under a budget: greedily by KL gained per byte. The choice is written as recipe rules.
 
 Knows no weights and no text: only geometry, a recipe, and what each linear's 4 bits cost.
 """
@@ -18,26 +18,26 @@ from headrace.errors import RecipeError
 from headrace.model.weights import Role, Weight, linears, quantized_weights, weight_table
 from headrace.plan import Part, plan_parts
 
-__all__ = ["Budgeted", "average_bits", "weight_bytes", "within_budget"]
+__all__ = ["BudgetedRecipe", "average_bits", "weight_bytes", "within_budget"]
 
 _EIGHT = Grid(8)
 _ROUNDING = 1e-3  # bytes: a budget that fits exactly must not fail by float arithmetic
 
 
 @dataclass(frozen=True)
-class Budgeted:
-    """What a budget bought.
+class BudgetedRecipe:
+    """A recipe that keeps within a budget, and what it comes to.
 
     Attributes:
         recipe: the recipe with rules for the 8-bit linears in front.
-        eight: their names, in the order they were chosen.
+        eight_bit: names of the linears that got 8 bits, in the order they were chosen.
         bits: code bits averaged over the linears.
         nbytes: of all weights files.
         cost: the KL that the linears left at 4 bits are predicted to cost together.
     """
 
     recipe: Recipe
-    eight: tuple[str, ...]
+    eight_bit: tuple[str, ...]
     bits: float
     nbytes: int
     cost: float
@@ -66,7 +66,7 @@ def within_budget(
     bits: float | None = None,
     size: int | None = None,
     parts: Sequence[Part] | None = None,
-) -> Budgeted:
+) -> BudgetedRecipe:
     """Give 8 bits per channel to the linears where that gains most KL per byte.
 
     Args:
@@ -95,7 +95,7 @@ def within_budget(
             f"({least_bytes / 1e6:.1f} MB) without any 8-bit layer; give more or use larger blocks"
         )
     table = weight_table(config)
-    extra = {name: _extra(table[name], rules[name].grid, count_scales=size is not None) for name in candidates}
+    extra = {name: _extra_bytes(table[name], rules[name].grid, count_scales=size is not None) for name in candidates}
     if bits is not None:
         elements = sum(linear.size for linear in linears(config).values())
         left = (bits - least_bits) * elements / 8 + _ROUNDING
@@ -106,9 +106,9 @@ def within_budget(
         if extra[name] <= left:
             chosen.append(name)
             left -= extra[name]
-    mixed = _with_eight(recipe, rules, [table[name] for name in chosen])
+    mixed = _with_eight_bit_rules(recipe, rules, [table[name] for name in chosen])
     final = mixed.resolve(quantized_weights(config))
-    return Budgeted(
+    return BudgetedRecipe(
         mixed,
         tuple(chosen),
         average_bits(config, final),
@@ -117,20 +117,21 @@ def within_budget(
     )
 
 
-def _extra(weight: Weight, grid: Grid, *, count_scales: bool) -> int:
-    """Bytes that 8 bits take beyond what the weight has now."""
+def _extra_bytes(weight: Weight, grid: Grid, *, count_scales: bool) -> int:
+    """Bytes that a weight takes at 8 bits, less what it takes now; with `count_scales`, its scales too."""
     rows, columns = weight.matrix
     if count_scales:
         return _EIGHT.nbytes(rows, columns) - grid.nbytes(rows, columns)
     return weight.size * (8 - grid.bits) // 8
 
 
-def _with_eight(recipe: Recipe, rules: Mapping[str, Rule], chosen: Sequence[Weight]) -> Recipe:
-    """Rules for the chosen linears, one for each kind, in front of the recipe's; rules left without a name go."""
+def _with_eight_bit_rules(recipe: Recipe, rules: Mapping[str, Rule], chosen: Sequence[Weight]) -> Recipe:
+    """Rules for the chosen linears, one for each kind, in front of the recipe's; rules that then match no weight are
+    dropped, since a recipe refuses them."""
     kinds: dict[Role, list[int]] = defaultdict(list)
     for weight in chosen:
         kinds[weight.role].append(weight.layer or 0)
-    # What is left to round at 8 bits is not worth a longer search, but it can take a whole correction.
+    # Rounding to 8 bits costs so little that a longer search does not pay, but the correction of `best` still does.
     names = {weight.name for weight in chosen}
     methods = {rules[name].method for name in names}
     method = "best" if methods == {"best"} else "gptq"

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from headrace.bundle.grid import Grid, QuantizedTensor
 from headrace.quantize import descent, gptq
-from headrace.quantize.parallel import spread
+from headrace.quantize.parallel import parallel_map
 from headrace.quantize.statistics import InputStatistics
 
 __all__ = ["corrected", "quantize"]
@@ -38,9 +38,9 @@ def corrected(weight: Array, statistics: InputStatistics) -> Array:
     factor, shift = gptq.upper_factor(gptq.damped(statistics.moment, DAMPING)), statistics.shift
 
     def strip(rows: slice) -> Array:
-        change = gptq.divide(weight[rows] @ shift, factor)
+        change = gptq.divide_by_moment(weight[rows] @ shift, factor)
         change *= np.float32(SHARE)
         change += weight[rows]
         return change
 
-    return np.concatenate(spread(strip, gptq.strips(len(weight))))
+    return np.concatenate(parallel_map(strip, gptq.row_strips(len(weight))))

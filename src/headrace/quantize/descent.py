@@ -13,20 +13,17 @@ from numpy.typing import NDArray
 
 from headrace.bundle.grid import Grid, QuantizedTensor, storable
 from headrace.quantize import gptq
-from headrace.quantize.parallel import spread
+from headrace.quantize.parallel import parallel_map
 from headrace.quantize.statistics import InputStatistics
 
 __all__ = ["improve", "quantize"]
 
 Array = NDArray[np.float32]
 
-SWEEPS, BLOCK_SWEEPS = (
-    2,
-    3,
-)  # with a scale a row or a block; one more gains less than 1 %, and costs a row's scale twice
-_LAZY = 128  # columns whose slopes come from one product
-_NEAR = 16  # of these, columns that hear of changes one after the other
-_LEAST = np.float32(0.3)  # a scale shrinks to no less than this share in a sweep
+SWEEPS, BLOCK_SWEEPS = 2, 3  # with one scale a row, and with one a block; one more sweep gains less than 1 %
+_BATCH = 128  # columns whose slopes are computed by one matrix product
+_INNER = 16  # of these, columns whose slopes are updated one at a time as codes change
+_LEAST = np.float32(0.3)  # in one sweep a scale does not shrink below this share of itself
 
 
 def quantize(weight: Array, statistics: InputStatistics, grid: Grid) -> QuantizedTensor:
@@ -42,14 +39,14 @@ def improve(weight: Array, moment: Array, start: QuantizedTensor, sweeps: int | 
         weight: (N, K).
         moment: (K, K), positive definite.
         start: where to begin; its grid is kept.
-        sweeps: times that every scale and code is visited; by default what pays.
+        sweeps: how often every scale and code is visited; None takes `SWEEPS` or `BLOCK_SWEEPS`.
     """
     times = (SWEEPS if start.scales.shape[1] == 1 else BLOCK_SWEEPS) if sweeps is None else sweeps
 
     def strip(rows: slice) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
         return _improve(weight[rows], start.codes[rows], start.scales[rows], moment, start.grid, times)
 
-    codes, scales = zip(*spread(strip, gptq.strips(len(weight))), strict=True)
+    codes, scales = zip(*parallel_map(strip, gptq.row_strips(len(weight))), strict=True)
     return QuantizedTensor(np.concatenate(codes), np.concatenate(scales), start.grid)
 
 
@@ -63,10 +60,11 @@ def _improve(
     error = np.ascontiguousarray(weight.T)
     for b in range(blocks):
         error[b * block : (b + 1) * block] -= codes[b * block : (b + 1) * block] * steps[b]
-    width = _LAZY if blocks == 1 else max(_LAZY, block)
+    width = _BATCH if blocks == 1 else max(_BATCH, block)
     panels = [slice(begin, min(begin + width, columns)) for begin in range(0, columns, width)]
-    # Of each column's slope, (moment @ error) (K, N), the share of the columns that the sweep to come visits later.
-    # They have not changed since the sweep before went the other way, and computed it as that of those visited.
+    # A column's slope is its row of moment @ error, (K, N). `later` holds the part of it that comes from the columns
+    # which this sweep visits later. Sweeps alternate in direction, so those columns have not changed since the sweep
+    # before, which computed the same part for the columns it had already visited.
     later = np.empty_like(error)
     for at in panels:
         np.matmul(moment[at, : at.start], error[: at.start], out=later[at])
@@ -88,7 +86,7 @@ def _improve(
 
 
 def _moved(step: Array, gain: Array, curvature: Array) -> Array:
-    """Scales (N,) at the least loss, as they are stored."""
+    """Scales (N,) of least loss, rounded as they are stored: one Newton step from `step`."""
     wanted = step + np.divide(gain, curvature, out=np.zeros_like(gain), where=curvature > 0)
     return storable(np.where(wanted > _LEAST * step, wanted, step)).astype(np.float32)
 
@@ -98,7 +96,7 @@ def _move_row_scale(
 ) -> None:
     """One scale a row, `step` (N,), to its optimum codesᵀ·H·w / codesᵀ·H·codes; in place, and so `error`, `later`.
 
-    The products of codes with all of H are twice those with one side of its diagonal.
+    H is symmetric, so only one side of its diagonal is multiplied: the other side counts the same once more.
     """
     gain, curvature = np.zeros_like(step), np.zeros_like(step)
     reach = np.empty_like(codes)
@@ -143,8 +141,8 @@ def _move_codes(codes: Array, steps: Array, error: Array, slope: Array, near: Ar
     bottom, top = np.float32(grid.bottom), np.float32(grid.top)
     changes = np.empty_like(slope)
     new = np.empty(codes.shape[1], np.float32)
-    for first in range(0, columns, _NEAR):
-        last = min(first + _NEAR, columns)
+    for first in range(0, columns, _INNER):
+        last = min(first + _INNER, columns)
         slope[first:last] -= near[first:last, :first] @ changes[:first]
         for j in range(first, last):
             here, change, step = slope[j], changes[j], steps[j // block]

@@ -1,8 +1,8 @@
-"""Keys of a like size: one 8-bit scale serves all keys of a layer, and should not be decided by a few of them.
+"""Keys of similar size in all channels: one 8-bit scale serves all keys of a layer, and a few must not decide it.
 
-A rotary pair (channels i and i + D/2 of a head) of the keys may be any number of times larger, if that of the queries
-is as many times smaller: scores stay, and rotation does not notice. Powers of two move through the float16 scales and
-the biases of q_proj and k_proj unrounded, so that codes stay too.
+A rotary pair (channels i and i + D/2 of a head) of the keys may be any number of times larger if the same pair of the
+queries is as many times smaller: scores stay the same, also after rope, which mixes only the two of a pair. Powers of
+two move through the float16 scales and the biases of q_proj and k_proj unrounded, so that codes stay too.
 
 Source: the idea of Xiao et al. 2023 (SmoothQuant), between two linears. Knows no cache and no text.
 """
@@ -24,7 +24,7 @@ _STEEPEST = 15  # a power of two beyond it is no float16
 def equalize_keys(
     q: QuantizedTensor, k: QuantizedTensor, peaks: NDArray[np.float32]
 ) -> tuple[QuantizedTensor, QuantizedTensor, float]:
-    """The same attention with keys as near to one size as powers of two bring them.
+    """The same attention with keys as near to one size as scaling by powers of two makes them.
 
     Args:
         q: q_proj, (heads·D, H); the heads that share a KV head are neighbours.

@@ -1,8 +1,8 @@
 """Weights that already lie on a recipe's grid: found again from their values, without knowing how they were stored.
 
 A 4-bit checkpoint (GGUF Q4_0, Q8_0) decodes to scale × integer exactly, in float32, since a float16 scale times a code
-of up to 8 bits has 19 bits at most. So the scale is the largest magnitude divided by some integer, and a try tells.
-Knows no file format.
+of up to 8 bits has 19 bits at most. So the scale is the largest magnitude divided by some integer of the grid: each is
+tried. Knows no file format.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ def keep_grid(weight: NDArray[np.float32], grid: Grid, name: str = "a weight") -
     peak = np.abs(blocks).max(1)
     scales = np.full(len(blocks), np.finfo(np.float16).smallest_subnormal, np.float16)
     codes = np.zeros(blocks.shape, np.int8)
-    open_ = np.flatnonzero(peak > 0)
+    unsolved = np.flatnonzero(peak > 0)
     # The largest magnitude's code; int4 reaches −8 but only 7, so a block may need a negative scale (Q4_0 has such).
     signs = (1, -1) if grid.bits == 4 and grid.block else (1,)
     for largest, sign in ((code, sign) for code in range(-grid.bottom, 0, -1) for sign in signs):
-        if not len(open_):
+        if not len(unsolved):
             break
-        scale = (peak[open_] / np.float32(sign * largest)).astype(np.float16)
+        scale = (peak[unsolved] / np.float32(sign * largest)).astype(np.float16)
         step = scale.astype(np.float32)[:, None]
         with np.errstate(divide="ignore", invalid="ignore"):
-            tried = np.rint(blocks[open_] / step)
-        fits = (tried * step == blocks[open_]) & (tried >= grid.bottom) & (tried <= grid.top)
+            tried = np.rint(blocks[unsolved] / step)
+        fits = (tried * step == blocks[unsolved]) & (tried >= grid.bottom) & (tried <= grid.top)
         whole = fits.all(1)
-        scales[open_[whole]] = scale[whole]
-        codes[open_[whole]] = tried[whole].astype(np.int8)
-        open_ = open_[~whole]
-    if len(open_):
+        scales[unsolved[whole]] = scale[whole]
+        codes[unsolved[whole]] = tried[whole].astype(np.int8)
+        unsolved = unsolved[~whole]
+    if len(unsolved):
         return None
     return QuantizedTensor(codes.reshape(rows, columns), scales.reshape(rows, -1), grid)

@@ -1,11 +1,11 @@
-"""GPTQ: columns are rounded one after the other, and each column's error is made up for by those still to come.
+"""GPTQ: columns are rounded one after the other; the columns not yet rounded make up for the errors of those before.
 
 Source: Frantar et al. 2022 (GPTQ), with columns in the order of falling activation energy ("act-order") and the
-scales of all blocks fixed beforehand ("static groups"), so that a block stays contiguous on disk. The error of a column
-is not pushed into the later ones: these gather it when their turn comes. With moment = U·D·Uᵀ, U upper with ones on its
-diagonal, the loss of errors e (one row of them) is Σ d_k (e_k + Σ_{j<k} e_j U_jk)², so column k is rounded from
-w_k + Σ_{j<k} e_j U_jk, which is what GPTQ does (Chee et al. 2023, QuIP, theorem 6) without inverting anything.
-This file does not know where the second moments come from.
+scales of all blocks fixed beforehand ("static groups"), so that a block stays contiguous on disk. Instead of adding a
+column's error to all later columns at once, each column sums up the earlier errors when its turn comes. With moment =
+U·D·Uᵀ, U upper with ones on its diagonal, the loss of errors e (one row of them) is Σ d_k (e_k + Σ_{j<k} e_j U_jk)², so
+column k is rounded from w_k + Σ_{j<k} e_j U_jk, which is what GPTQ does (Chee et al. 2023, QuIP, theorem 6) without
+inverting anything. This file does not know where the second moments come from.
 """
 
 from __future__ import annotations
@@ -16,43 +16,43 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.bundle.grid import Grid, QuantizedTensor, dequantize, fit_scales
-from headrace.quantize.parallel import spread
+from headrace.quantize.parallel import parallel_map
 from headrace.quantize.statistics import InputStatistics
 
 __all__ = [
     "damped",
-    "divide",
+    "divide_by_moment",
     "factorize",
     "quantize",
     "rounding_loss",
+    "row_strips",
     "solve",
     "solve_codes",
-    "strips",
     "upper_factor",
 ]
 
 Array = NDArray[np.float32]
 
 DAMPING = 0.1  # of the typical energy of a channel
-_POWERS = (0.5, 1.0)
-_TRIED = 48  # rows
-_LAZY = 128  # columns that hear of the error of all earlier ones in one product
-_NEAR = 16  # of these, columns that hear of it one after the other
+_POWERS = (0.5, 1.0)  # of a channel's energy, tried as weights of the clip search
+_TRIED = 48  # rows that each power is tried on
+_BATCH = 128  # columns that receive all earlier columns' errors by one matrix product
+_INNER = 16  # of these, columns that receive the errors of their neighbours one at a time
 _PANEL = 256  # columns of a factor that are computed at once
 _STRIP = 2048  # rows solved at once: bounds the temporary memory, and cores share strips
 
 
 def quantize(weight: Array, statistics: InputStatistics, grid: Grid) -> QuantizedTensor:
-    """A weight (N, K) to codes that keep weight·x, for the inputs of `statistics`, as well as rounding in turn can."""
+    """A weight (N, K) to codes that keep weight·x, for the inputs x that `statistics` describe."""
     return solve(weight, damped(statistics.moment), grid)
 
 
 def solve(weight: Array, moment: Array, grid: Grid) -> QuantizedTensor:
-    """Scales by the clip search, then the codes for them.
+    """Codes and scales of a weight (N, K) for a damped second moment (K, K): scales by the clip search, then codes.
 
-    The search counts a column's error by a power of its energy. By the energy itself a few strong channels decide
-    the clip of all the others, whose error GPTQ could have made up for: the root is better for most weights, the
-    energy for those whose input has huge channels. A few rows are tried with each.
+    The search weights a column's error by a power of its channel's energy. With the energy itself a few strong
+    channels decide the clip of all the others, whose error GPTQ could have made up for. The square root is better for
+    most weights, the energy for those whose input has huge channels, so both are tried on a few rows.
     """
     energy = np.diagonal(moment)
     powers = _POWERS if grid.bits == 4 else _POWERS[:1]  # int8 clips nothing
@@ -70,7 +70,7 @@ def solve(weight: Array, moment: Array, grid: Grid) -> QuantizedTensor:
         scales = fit_scales(weight[rows], grid, energy**best)
         return solve_codes(weight[rows], factor, scales, grid), scales
 
-    codes, scales = zip(*spread(strip, strips(len(weight))), strict=True)
+    codes, scales = zip(*parallel_map(strip, row_strips(len(weight))), strict=True)
     return QuantizedTensor(np.concatenate(codes), np.concatenate(scales), grid)
 
 
@@ -89,7 +89,8 @@ def damped(moment: Array, damping: float = DAMPING) -> Array:
 def upper_factor(moment: Array) -> Array:
     """The upper R, its diagonal positive, with moment = R Rᵀ, float32 (K, K).
 
-    From the last panel of columns to the first, each from those right of it. Only where float32 fails is it float64.
+    Panels of columns are computed from the last to the first, each from those to its right. It is done in float32,
+    and in float64 only if that fails.
     """
     try:
         return _factor_in_place(moment.copy())
@@ -105,7 +106,7 @@ def factorize(moment: Array) -> tuple[NDArray[np.intp], Array]:
     return order, factor
 
 
-def divide(values: Array, factor: Array) -> Array:
+def divide_by_moment(values: Array, factor: Array) -> Array:
     """values · (R Rᵀ)⁻¹ for a factor R (K, K) of `upper_factor`, (N, K), a panel of columns at a time."""
     out = values.copy()
     columns = len(factor)
@@ -118,7 +119,7 @@ def divide(values: Array, factor: Array) -> Array:
     return out
 
 
-def strips(rows: int) -> list[slice]:
+def row_strips(rows: int) -> list[slice]:
     """Rows that are solved together: an even number of equal strips, so that two cores end at the same time."""
     count = 1 if rows <= _STRIP else 2 * -(-rows // (2 * _STRIP))
     size = max(1, -(-rows // count))
@@ -130,7 +131,7 @@ def solve_codes(
     factors: tuple[NDArray[np.intp], Array],
     scales: NDArray[np.float16],
     grid: Grid,
-    lazy: int = _LAZY,
+    batch: int = _BATCH,
 ) -> NDArray[np.int8]:
     """The codes (N, K) that GPTQ finds for given scales.
 
@@ -139,7 +140,7 @@ def solve_codes(
         factors: of the second moment, from `factorize`.
         scales: (N, blocks), as stored.
         grid: bits and block.
-        lazy: columns that hear of all earlier errors in one product; changes the speed, not the result.
+        batch: columns that receive all earlier errors by one product; it changes the speed, not the result.
     """
     rows, columns = weight.shape
     order, factor = factors
@@ -149,12 +150,12 @@ def solve_codes(
     errors = np.empty((columns, rows), np.float32)  # weight − rounded, in order
     code = np.empty(rows, np.float32)
     bottom, top = np.float32(grid.bottom), np.float32(grid.top)
-    for start in range(0, columns, lazy):
-        stop = min(start + lazy, columns)
+    for start in range(0, columns, batch):
+        stop = min(start + batch, columns)
         exact = np.ascontiguousarray(weight[:, order[start:stop]].T)  # a column of the weight is contiguous
         wanted = exact + factor[:start, start:stop].T @ errors[:start]
-        for first in range(start, stop, _NEAR):
-            last = min(first + _NEAR, stop)
+        for first in range(start, stop, _INNER):
+            last = min(first + _INNER, stop)
             wanted[first - start : last - start] += factor[start:first, first:last].T @ errors[start:first]
             for i in range(first, last):
                 goal, step = wanted[i - start], steps[order[i] // block]
@@ -182,18 +183,20 @@ def _factor_in_place(moment: NDArray[Any]) -> NDArray[Any]:
         start = max(0, stop - _PANEL)
         panel, near = moment[:stop, start:stop], moment[start:stop, stop:].copy()
 
-        def gather(rows: slice, panel: NDArray[Any] = panel, near: NDArray[Any] = near, stop: int = stop) -> None:
+        def subtract_later(
+            rows: slice, panel: NDArray[Any] = panel, near: NDArray[Any] = near, stop: int = stop
+        ) -> None:
             panel[rows] -= moment[rows, stop:] @ near.T
 
-        spread(gather, strips(stop))
+        parallel_map(subtract_later, row_strips(stop))
         square = panel[start:].astype(np.float64)
         upper = np.linalg.cholesky(square[::-1, ::-1])[::-1, ::-1]
         inverse = np.linalg.inv(upper).astype(moment.dtype)
 
-        def settle(rows: slice, panel: NDArray[Any] = panel, inverse: NDArray[Any] = inverse) -> None:
+        def divide_by_square(rows: slice, panel: NDArray[Any] = panel, inverse: NDArray[Any] = inverse) -> None:
             panel[rows] = panel[rows] @ inverse.T
 
-        spread(settle, strips(start))
+        parallel_map(divide_by_square, row_strips(start))
         panel[start:] = upper
         moment[stop:, start:stop] = 0
     return moment

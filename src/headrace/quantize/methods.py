@@ -1,4 +1,4 @@
-"""The registry of methods: name → how a linear is brought to its grid. A new method is one file and one line here."""
+"""The registry of methods: name → how a linear is quantized. A new method is one file and one line here."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ class Method:
 
     Attributes:
         quantize: (weight (N, K) float32, statistics of its input, grid) → codes and scales.
-        calibrated: it looks at the statistics.
-        scaled: before, channels are scaled as AWQ finds best; needs all linears of one input to use the method.
-        follows: the statistics hold the shift from the float model's inputs, which is followed beside.
+        calibrated: it uses the statistics.
+        scaled: input channels are scaled beforehand as AWQ finds best; all linears of that input must use the method.
+        uses_reference: the statistics also hold the shift from the float model's inputs, so the float model is
+            computed on the same windows.
     """
 
     quantize: Callable[[NDArray[np.float32], InputStatistics, Grid], QuantizedTensor]
     calibrated: bool
     scaled: bool = False
-    follows: bool = False
+    uses_reference: bool = False
 
 
 METHODS: Mapping[str, Method] = {
@@ -38,7 +39,7 @@ METHODS: Mapping[str, Method] = {
     "awq": Method(nearest.quantize, calibrated=True, scaled=True),
     "gptq": Method(gptq.quantize, calibrated=True),
     "descent": Method(descent.quantize, calibrated=True),
-    "best": Method(corrected.quantize, calibrated=True, follows=True),
+    "best": Method(corrected.quantize, calibrated=True, uses_reference=True),
 }
 
 

@@ -12,5 +12,5 @@ __all__ = ["quantize"]
 
 
 def quantize(weight: NDArray[np.float32], statistics: InputStatistics | None, grid: Grid) -> QuantizedTensor:
-    """A weight (N, K) to the nearest codes; `statistics` is not looked at."""
+    """A weight (N, K) to the nearest codes; `statistics` is not used."""
     return quantize_nearest(weight, grid)

@@ -1,7 +1,7 @@
 """Outlier channels of the gated product: one or two of thousands that are hundreds of times larger than all others.
 
-On a fixed 16-bit grid they alone decide the step, and what is left of the others is nothing (SmolLM2: KL 0.0010 in two
-layers). So a device computes them apart, on a grid of their own, and adds what the linear makes of them:
+On a fixed 16-bit grid they alone decide the step, and the other channels round to nothing (SmolLM2: KL 0.0010 in two
+layers). So a device computes them apart, on a grid of their own, and adds the linear's output for them:
 
     gated ─┬─ all channels, fine grid ───► down_proj, outlier columns 0 ─┬─► + ─► update
            └─ outliers, their own grid ──► down_proj, outlier columns ───┘
@@ -30,7 +30,7 @@ RATIO = 4.0  # times the largest peak that stays
 def find_outliers(peaks: NDArray[np.floating]) -> tuple[int, ...]:
     """The channels to compute apart, rising: of the strongest `MOST`, those `RATIO` times the next one's peak.
 
-    Never one alone: on a product of one column the HTP compiler takes all memory there is and does not come back.
+    Never one alone: on a product of one column the HTP compiler takes all memory and does not return.
 
     Args:
         peaks: the largest magnitude of each channel, (I,).
@@ -49,7 +49,7 @@ class SplitEager(Eager):
 
     def __init__(self, config: ModelConfig, weights: Callable[[str], Array]) -> None:
         super().__init__(config, weights)
-        self._apart: tuple[list[int], Array] | None = None  # until the linear that follows takes them
+        self._apart: tuple[list[int], Array] | None = None  # until the linear that follows uses them
 
     @abstractmethod
     def outliers(self, name: str, gated: Array) -> Sequence[int]:

@@ -14,18 +14,18 @@ from typing import TypeVar
 
 from threadpoolctl import threadpool_limits
 
-__all__ = ["cores", "spread"]
+__all__ = ["cores", "parallel_map"]
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-# A pool's own threads do not inherit it: what they spread in turn they do themselves.
+# The pool's own threads do not inherit it: a parallel_map inside one of them runs in that thread.
 _POOL: ContextVar[ThreadPoolExecutor | None] = ContextVar("pool", default=None)
 
 
 @contextmanager
 def cores(jobs: int) -> Iterator[None]:
-    """Inside, `spread` uses `jobs` threads."""
+    """Inside, `parallel_map` uses `jobs` threads."""
     with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(jobs) as pool:
         token = _POOL.set(pool)
         try:
@@ -34,7 +34,7 @@ def cores(jobs: int) -> Iterator[None]:
             _POOL.reset(token)
 
 
-def spread(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """The function's results in the order of the items; the first error is raised."""
+def parallel_map(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """The function's results in the order of the items; the first error is raised. Without `cores`, in this thread."""
     pool = _POOL.get()
     return list(map(function, items)) if pool is None else list(pool.map(function, items))

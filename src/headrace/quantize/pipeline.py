@@ -1,10 +1,10 @@
-"""Layer after layer: calibrate on the layers quantized before, quantize, hand the layer over, go on.
+"""Layer after layer: calibrate on the outputs of the layers quantized before, quantize, emit, go on.
 
     windows ─ embed ─► layer 0 ─► layer 1 ─► … ─► the final norm's input
-                         │ at each group of linears: second moments ─► codes ─► the group computes with them
+                         │ at each group of linears: second moments ─► codes ─► the group is computed with them
 
-Every linear is calibrated on what the quantized linears before it give, also those of its own layer. A layer that
-was finished earlier (a resumed export) is replayed with its codes, which gives bit-identical inputs to the rest.
+Every linear is calibrated on what the quantized linears before it give, also those of its own layer. A layer that an
+interrupted export has finished is computed again with its codes, which gives bit-identical inputs to the rest.
 This file does not know where layers go, nor how a method works.
 """
 
@@ -28,9 +28,9 @@ from headrace.quantize.awq import find_scale
 from headrace.quantize.equalize import equalize_keys
 from headrace.quantize.exact import keep_grid
 from headrace.quantize.methods import find_method
-from headrace.quantize.parallel import cores, spread
+from headrace.quantize.parallel import cores, parallel_map
 from headrace.quantize.statistics import InputStatistics
-from headrace.quantize.windows import Walk, attention_energy, causal_positions, embed_windows
+from headrace.quantize.windows import LayerWalk, attention_energy, causal_positions, embed_windows
 
 __all__ = [
     "QuantizedLayer",
@@ -43,9 +43,9 @@ __all__ = [
 ]
 
 
-_SMALL = 1 << 22  # elements of a linear that does not keep several cores busy
+_SMALL = 1 << 22  # elements of a linear too small to keep several cores busy
 _LARGEST = float(np.finfo(np.float16).max)  # of a weight: scales are float16
-_SKETCH = 512  # sums that tell a token's length to 6 %
+_SKETCH = 512  # random projections that estimate a token's squared length to 6 %
 
 
 class Source(Protocol):
@@ -86,21 +86,31 @@ class QuantizedLayer:
 
 
 @dataclass
-class _Pass:
-    """The layer in work: its weights, float until their group's turn has come; what it becomes; its channel scales.
+class _LayerQuantizer:
+    """One layer, quantized a group of linears at a time.
 
     A group whose methods scale channels is stored as W·s, and 1/s goes into the operation before: a norm's gain, or
-    a linear's rows. What the layer computes with stays W·s / s, since its input was computed before s was known.
+    a linear's rows. The layer itself goes on with W·s / s, since its input was computed before s was known.
+
+    Attributes:
+        config: the geometry.
+        rules: canonical name → rule.
+        weights: what the layer computes with, float32: the checkpoint's until their group is quantized.
+        quantized: codes and scales of the linears quantized so far.
+        gains: norms that took up channel scales.
+        value_scale: channel scale of v_proj's rows, (kv_heads·D,), or None.
+        attention_weights: how much each token's error in keys and values counts, (tokens,), mean 1; None: equally.
+        keep: a linear that lies on its rule's grid is kept as it is.
     """
 
     config: ModelConfig
     rules: Mapping[str, Rule]
     weights: dict[str, Array]
-    done: dict[str, QuantizedTensor] = field(default_factory=dict)
+    quantized: dict[str, QuantizedTensor] = field(default_factory=dict)
     gains: dict[str, Array] = field(default_factory=dict)
-    value_scale: Array | None = None  # of v_proj's rows, (kv_heads·D,)
-    looked_at: Array | None = None  # attention energy of each token, (tokens,), mean 1
-    keeps: bool = False
+    value_scale: Array | None = None
+    attention_weights: Array | None = None
+    keep: bool = False
 
     def quantize_group(
         self, names: tuple[str, ...], x: Sequence[Array], states: Sequence[Array], reference: Sequence[Array] | None
@@ -109,45 +119,47 @@ class _Pass:
 
         Args:
             names: of the weights.
-            x: their input, in pieces (W, S, K).
-            states: the residual stream beside it, in the same pieces, (W, S, H).
-            reference: the input that the float model has, or None.
+            x: their input, in batches of windows (W', S, K).
+            states: the residual stream at the same tokens, in the same batches, (W', S, H).
+            reference: the input that the float model has there, or None.
         """
         methods = {name: find_method(self.rules[name].method) for name in names}
-        inputs = [_flat(some) for some in x]
-        exact = None
-        if reference is not None and any(method.follows for method in methods.values()):
-            exact = [_flat(some) for some in reference]
+        inputs = [_flat(batch) for batch in x]
+        float_inputs = None
+        if reference is not None and any(method.uses_reference for method in methods.values()):
+            float_inputs = [_flat(batch) for batch in reference]
         scale: Array | None = None
-        if all(method.scaled for method in methods.values()) and not self.keeps:
+        if all(method.scaled for method in methods.values()) and not self.keep:
             scale = self._scale(names, InputStatistics.of(inputs))
-        seen: dict[str, InputStatistics | None] = dict.fromkeys(names)
+        statistics: dict[str, InputStatistics | None] = dict.fromkeys(names)
         latest: tuple[Array, InputStatistics] | None = None
         token_weights: Mapping[str, Array] = {}
         if any(method.calibrated for method in methods.values()):
-            token_weights = self._token_weights(names, inputs, [_flat(some) for some in states])
+            token_weights = self._token_weights(names, inputs, [_flat(batch) for batch in states])
         for name in names:
             if methods[name].calibrated:
                 counts = token_weights[name]
                 if latest is None or latest[0] is not counts:
-                    latest = counts, InputStatistics.of(inputs, counts, exact)
-                seen[name] = latest[1] if scale is None else latest[1].scaled(scale)
+                    latest = counts, InputStatistics.of(inputs, counts, float_inputs)
+                statistics[name] = latest[1] if scale is None else latest[1].scaled(scale)
 
-        def on_grid(name: str) -> QuantizedTensor:
-            if self.keeps and (kept := keep_grid(self.weights[name], self.rules[name].grid, name)) is not None:
+        def quantize_weight(name: str) -> QuantizedTensor:
+            if self.keep and (kept := keep_grid(self.weights[name], self.rules[name].grid, name)) is not None:
                 return kept
             weight = self.weights[name] if scale is None else self.weights[name] * scale
-            return methods[name].quantize(weight, seen[name], self.rules[name].grid)  # type: ignore[arg-type]
+            return methods[name].quantize(weight, statistics[name], self.rules[name].grid)  # type: ignore[arg-type]
 
-        def alone(name: str) -> QuantizedTensor:
+        def quantize_linear(name: str) -> QuantizedTensor:
             bias = weight_table(self.config)[name].bias
-            return replace(on_grid(name), bias=None if bias is None else self.weights[bias])
+            return replace(quantize_weight(name), bias=None if bias is None else self.weights[bias])
 
-        # Column loops of small linears leave the other cores idle, and do not depend on each other. A large one keeps
-        # all busy by itself, and takes memory.
+        # Small linears are quantized side by side, since one alone leaves cores idle. A large one keeps all cores busy
+        # by itself, and needs the memory.
         small = max(self.weights[name].size for name in names) <= _SMALL
-        for name, quantized in zip(names, spread(alone, names) if small else map(alone, names), strict=True):
-            self.done[name] = quantized
+        for name, quantized in zip(
+            names, parallel_map(quantize_linear, names) if small else map(quantize_linear, names), strict=True
+        ):
+            self.quantized[name] = quantized
             self.weights[name] = dequantize(quantized) if scale is None else dequantize(quantized) / scale
 
     def _token_weights(
@@ -155,15 +167,16 @@ class _Pass:
     ) -> dict[str, Array]:
         """How much each token's error in a linear's output counts, (tokens,), mean 1.
 
-        What reaches the residual stream counts in proportion to the stream there, since a norm follows: SmolLM2's
-        first token is a thousand times larger than the others. Keys and values count as often as they are looked at.
+        An output that is added to the residual stream counts in inverse proportion to the stream's energy at that
+        token, since a norm follows: SmolLM2's first token is a thousand times larger than the others. Keys and values
+        count by the attention that their token gets.
         """
         row = weight_table(self.config)[names[0]]
         weight = self.weights[row.name] if row.role.writes_stream else None
         bias = self.weights[row.bias] if weight is not None and row.bias is not None else None
         signs: Array | None = None
         if weight is not None and len(weight) > 2 * _SKETCH:
-            # The length of the sum of stream and output, from a few sums of its channels with random signs.
+            # The energy of stream plus output, estimated from a few sums of its channels with random signs.
             signs = np.random.default_rng(0).choice(np.array([-1, 1], np.float32), (_SKETCH, len(weight)))
             weight = signs @ weight
             bias = None if bias is None else signs @ bias
@@ -176,17 +189,17 @@ class _Pass:
                     residual += bias
             return np.asarray(np.einsum("tk,tk->t", residual, residual), np.float32)
 
-        energies = np.concatenate(spread(energy, zip(inputs, stream, strict=True)))
+        energies = np.concatenate(parallel_map(energy, zip(inputs, stream, strict=True)))
         share = 1 / np.maximum(energies, np.finfo(np.float32).tiny)
         share /= share.mean()
         found = dict.fromkeys(names, share)
-        if self.looked_at is not None:
+        if self.attention_weights is not None:
             table = weight_table(self.config)
-            found.update({n: self.looked_at for n in names if table[n].role in (Role.KEY, Role.VALUE)})
+            found.update({n: self.attention_weights for n in names if table[n].role in (Role.KEY, Role.VALUE)})
         return found
 
     def _scale(self, names: tuple[str, ...], statistics: InputStatistics) -> Array:
-        """The scale of a group's input channels, folded into the operation before."""
+        """The scale (K,) of a group's input channels; its inverse is folded into the operation before."""
         c, table = self.config, weight_table(self.config)
         before = table[names[0]].producer
         assert before is not None, "every linear of a layer has one"
@@ -199,7 +212,7 @@ class _Pass:
             self.gains[producer.name] = self.weights[producer.name] / scale
             return scale
         rows = scale.reshape(-1, *heads)[:, 0].reshape(-1)
-        self.done[producer.name] = self.done[producer.name].scaled(1 / rows)
+        self.quantized[producer.name] = self.quantized[producer.name].scaled(1 / rows)
         if producer.role is Role.VALUE:
             self.value_scale = rows
         return scale
@@ -273,24 +286,23 @@ def quantize_layer(
     number: int,
     states: Array,
     at: Positions[Array],
-    reference: Walk | None = None,
+    reference: LayerWalk | None = None,
     *,
     keep: bool = False,
-    like_keys: bool = False,
+    equalize: bool = False,
 ) -> QuantizedLayer:
-    """What one layer became, for its input `states` (W, S, H), which becomes that of the layer after it.
+    """Quantize one layer for its input `states` (W, S, H), which is overwritten by the layer's output.
 
-    `reference` is the float model on its way through the same layer; it is led through. With `like_keys` q_proj and
+    `reference` is the float model at the same layer; it is computed to the end of it. With `equalize` q_proj and
     k_proj are scaled against each other at the end, so they no longer approximate the checkpoint's one by one.
     """
     config = source.config
-    work = _Pass(config, rules, load_layer(source, number), keeps=keep)
+    work = _LayerQuantizer(config, rules, load_layer(source, number), keep=keep)
     query, key, value = (find_weight(config, r, number).name for r in (Role.QUERY, Role.KEY, Role.VALUE))
-    looking = (rules[name] for name in (key, value))
-    if any(rule.bits == 4 and find_method(rule.method).calibrated for rule in looking):
+    if any(rules[name].bits == 4 and find_method(rules[name].method).calibrated for name in (key, value)):
         energy = attention_energy(config, work.weights, number, states, at).reshape(-1)
-        work.looked_at = (energy / energy.mean() + 1) / 2
-    steps = Walk(config, work.weights, number, states, at)
+        work.attention_weights = (energy / energy.mean() + 1) / 2
+    steps = LayerWalk(config, work.weights, number, states, at)
     while names := steps.advance():
         if reference is not None:
             reference.advance()
@@ -303,9 +315,11 @@ def quantize_layer(
     if work.value_scale is not None:
         values = values / work.value_scale.reshape(values.shape)
     key_peak = float(steps.key_peaks.max())
-    if like_keys:
-        work.done[query], work.done[key], key_peak = equalize_keys(work.done[query], work.done[key], steps.key_peaks)
-    return QuantizedLayer(number, work.done, norms, key_peak, float(values.max()))
+    if equalize:
+        work.quantized[query], work.quantized[key], key_peak = equalize_keys(
+            work.quantized[query], work.quantized[key], steps.key_peaks
+        )
+    return QuantizedLayer(number, work.quantized, norms, key_peak, float(values.max()))
 
 
 def _quantize_layers(
@@ -322,29 +336,29 @@ def _quantize_layers(
     at = causal_positions(config, windows.shape[1])
     table = source.tensor(EMBEDDING).load() if embedding is None else dequantize(embedding)
     states = embed_windows(config, table, windows)
-    exact: Array | None = None
-    if any(find_method(rules[name].method).follows for name in linears(config)):
-        exact = embed_windows(config, source.tensor(EMBEDDING).load(), windows)
+    float_states: Array | None = None
+    if any(find_method(rules[name].method).uses_reference for name in linears(config)):
+        float_states = embed_windows(config, source.tensor(EMBEDDING).load(), windows)
     del table
     for number in range(config.num_layers):
         if progress is not None:
             progress(number, config.num_layers)
-        reference: Walk | None = None
-        if exact is not None:
+        reference: LayerWalk | None = None
+        if float_states is not None:
             weights = load_layer(source, number)
-            reference = Walk(config, weights, number, exact, at)
+            reference = LayerWalk(config, weights, number, float_states, at)
             del weights
         known = finished(number)
         if known is None:
-            emit(quantize_layer(source, rules, number, states, at, reference, keep=keep, like_keys=not keep))
+            emit(quantize_layer(source, rules, number, states, at, reference, keep=keep, equalize=not keep))
             continue
-        Walk(config, known.weights(config), number, states, at).finish()
+        LayerWalk(config, known.weights(config), number, states, at).finish()
         if reference is not None:
             reference.finish()
     if progress is not None:
         progress(config.num_layers, config.num_layers)
 
 
-def _flat(some: Array) -> Array:
+def _flat(batch: Array) -> Array:
     """(W, S, K) → (tokens, K)."""
-    return some.reshape(-1, some.shape[-1])
+    return batch.reshape(-1, batch.shape[-1])

@@ -6,7 +6,8 @@
 
 R is a Hadamard matrix with random signs, so that the residual stream's few huge channels, which would decide the step
 of a fixed 16-bit grid, are shared by all.
-Source: Ashkboos et al. 2024 (QuaRot), the parts that are folded offline. This file does not know what gains by it.
+Source: Ashkboos et al. 2024 (QuaRot), the parts that are folded offline. This file does not know how weights are
+quantized afterwards.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ def orthogonal(size: int, seed: int = 0) -> Array:
     base = _paley(4 * odd) if odd > 1 and size % 4 == 0 else None
     if base is None:
         base = np.linalg.qr(generator.normal(size=(odd, odd)))[0] if odd > 1 else np.ones((1, 1))
-    spread = np.asarray(base / np.sqrt((base * base).sum(0)[0]), np.float32)
-    while len(spread) < size:
-        spread = np.block([[spread, spread], [spread, -spread]]) / np.sqrt(np.float32(2))
-    spread *= generator.choice(np.array([-1, 1], np.float32), size)
-    spread.flags.writeable = False
-    return spread
+    matrix = np.asarray(base / np.sqrt((base * base).sum(0)[0]), np.float32)
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]]) / np.sqrt(np.float32(2))
+    matrix *= generator.choice(np.array([-1, 1], np.float32), size)
+    matrix.flags.writeable = False
+    return matrix
 
 
 def _paley(order: int) -> NDArray[np.float64] | None:

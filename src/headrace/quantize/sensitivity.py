@@ -1,12 +1,12 @@
-"""How much each linear's rounding costs in KL, from one walk back through the float model, and who gets 8 bits.
+"""How much each linear's rounding costs in KL, from one backward pass through the float model.
 
 Rounding a linear changes its output at token t by e_t. To second order that costs
 
     KL ≈ ½ · mean over tokens of (g_t · e_t)²,
 
 where g_t is the gradient at that output of v·logits for random v with covariance diag(p) − p pᵀ, the Fisher
-information of the prediction p: the Hessian of KL. Costs of different linears add up. Layers are walked back one at
-a time, so one layer's weights are in memory, beside the hidden states of a few windows.
+information of the prediction p: the Hessian of KL. Costs of different linears add up. The backward pass takes one layer
+at a time, so memory holds one layer's weights and the hidden states of a few windows.
 
 Source: second-order pruning and quantization (LeCun et al. 1990; Dong et al. 2019, HAWQ), with a randomised Fisher
 factor. This file does not know how a rule's method works, nor how a recipe is stored.
@@ -27,14 +27,14 @@ from headrace.config import ModelConfig
 from headrace.model.decoder import Residual, block, head
 from headrace.model.ops import Array, Positions
 from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD
-from headrace.quantize.parallel import spread
+from headrace.quantize.parallel import parallel_map
 from headrace.quantize.pipeline import Source, load_layer, quantize_layer
 from headrace.quantize.tape import Node, Tape
-from headrace.quantize.windows import Walk, causal_positions, embed_windows, evenly
+from headrace.quantize.windows import LayerWalk, causal_positions, embed_windows, evenly_spaced
 
 __all__ = ["RANKING_WINDOWS", "fisher_gradient", "measure_sensitivity"]
 
-RANKING_WINDOWS = 4  # 2,048 tokens rank linears
+RANKING_WINDOWS = 4  # 2,048 tokens are enough to rank linears
 _RANKING = {"descent": "gptq", "best": "gptq", "awq": "gptq"}  # a longer search ranks no better
 
 
@@ -47,7 +47,7 @@ def measure_sensitivity(
     seed: int = 0,
     progress: Callable[[int, int], Any] | None = None,
 ) -> dict[str, float]:
-    """The KL, in nats, that bringing each linear alone to its rule's grid costs.
+    """The KL, in nats, that quantizing each linear alone by its rule costs.
 
     Args:
         source: the checkpoint.
@@ -58,7 +58,7 @@ def measure_sensitivity(
         progress: called with (layers walked, all): forward and back count one each.
     """
     config = source.config
-    windows = evenly(windows, RANKING_WINDOWS)
+    windows = evenly_spaced(windows, RANKING_WINDOWS)
     rules = {name: replace(rule, method=_RANKING.get(rule.method, rule.method)) for name, rule in rules.items()}
     at = causal_positions(config, windows.shape[1])
     inputs = _forward(source, windows, at, progress)
@@ -71,7 +71,7 @@ def measure_sensitivity(
         x = inputs.pop()
         layer = quantize_layer(source, rules, number, x.copy(), at, keep=keep)
         errors = {name: weights[name] - dequantize(linear) for name, linear in layer.linears.items()}
-        found = _walk_back(config, number, weights, errors, x, grads, at)
+        found = _backward_through_layer(config, number, weights, errors, x, grads, at)
         costs.update({name: found[name] for name in errors})
     if progress is not None:
         progress(2 * config.num_layers, 2 * config.num_layers)
@@ -101,7 +101,7 @@ def fisher_gradient(source: Source, stream: Array, generator: np.random.Generato
         tape.backward(logits, v)
         return np.asarray(cast(Array, node.grad)[0])
 
-    return np.stack(spread(gradient, zip(stream, generator.spawn(len(stream)), strict=True)))
+    return np.stack(parallel_map(gradient, zip(stream, generator.spawn(len(stream)), strict=True)))
 
 
 def _forward(
@@ -118,11 +118,11 @@ def _forward(
             progress(number, 2 * config.num_layers)
         inputs.append(inputs[-1].copy())
         weights = load_layer(source, number)
-        Walk(config, weights, number, inputs[-1], at).finish()
+        LayerWalk(config, weights, number, inputs[-1], at).finish()
     return inputs
 
 
-def _walk_back(
+def _backward_through_layer(
     config: ModelConfig,
     number: int,
     weights: Mapping[str, Array],
@@ -148,5 +148,5 @@ def _walk_back(
         grad[:] = cast(Array, node.grad)[0]
         return costs
 
-    found = spread(window_back, zip(x, grads, strict=True))
+    found = parallel_map(window_back, zip(x, grads, strict=True))
     return {name: sum(costs[name] for costs in found) / (x.shape[0] * x.shape[1]) for name in errors}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.quantize.parallel import spread
+from headrace.quantize.parallel import parallel_map
 
 __all__ = ["InputStatistics"]
 
@@ -26,7 +26,7 @@ class InputStatistics:
         peak: float32 (K,), the largest |x| of each channel.
         tokens: how many inputs were seen.
         shift: float32 (K, K), the weighted mean of (x* − x) xᵀ, where x* is the input that the float model has at the
-            same token; None when only x was followed.
+            same token; None when the float model was not computed.
     """
 
     moment: Array
@@ -54,27 +54,27 @@ class InputStatistics:
         moment = np.zeros((columns, columns), np.float32)
         shift = None if exact is None else np.zeros_like(moment)
         peak = np.zeros(columns, np.float32)
-        # The longest first: a core that is done takes the next.
+        # The longest strip first, so that cores finish at about the same time.
         strips = [slice(start, min(start + _STRIP, columns)) for start in range(0, columns, _STRIP)][::-1]
         begin = 0
         for number, piece in enumerate(pieces):
             end = begin + len(piece)
             root = np.float32(1) if weights is None else np.sqrt(weights[begin:end])[:, None]
-            some = piece * root
+            weighted = piece * root
 
-            def count(at: slice, some: Array = some) -> None:
-                mine = some[:, at]
-                moment[at, at] += mine.T @ mine  # which NumPy knows to be symmetric
-                moment[at, : at.start] += mine.T @ some[:, : at.start]
+            def add_moment(at: slice, weighted: Array = weighted) -> None:
+                mine = weighted[:, at]
+                moment[at, at] += mine.T @ mine  # NumPy computes half of a product with its own transpose
+                moment[at, : at.start] += mine.T @ weighted[:, : at.start]
 
-            spread(count, strips)
+            parallel_map(add_moment, strips)
             if shift is not None and exact is not None:
-                away = (exact[number] - piece) * root
+                moved = (exact[number] - piece) * root
 
-                def follow(at: slice, some: Array = some, away: Array = away) -> None:
-                    shift[at] += away[:, at].T @ some
+                def add_shift(at: slice, weighted: Array = weighted, moved: Array = moved) -> None:
+                    shift[at] += moved[:, at].T @ weighted
 
-                spread(follow, strips)
+                parallel_map(add_shift, strips)
             np.maximum(peak, np.maximum(piece.max(0), -piece.min(0)), out=peak)
             begin = end
         moment /= tokens

@@ -4,8 +4,8 @@
     backward: tape.backward(output, g)     walks them in reverse; `at_linear` sees (weight, input, output gradient)
 
 A layer at a time: keep the layers' inputs, run a block on a tape, pull the gradient back to its input, go to the
-layer before. Only weights' outputs are reported, never weight gradients: who wants those has x and g. This file
-does not know what gradients are for.
+layer before. Gradients of weights are not computed: `at_linear` gets the two factors they are made of. This file does
+not know what gradients are for.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Node", "Tape"]
 
 
 class Node:
-    """A value, and the gradient gathered for it so far; a constant gathers none."""
+    """A value, and the gradient summed for it so far; a constant has none."""
 
     __slots__ = ("constant", "grad", "value")
 
@@ -30,7 +30,7 @@ class Node:
         self.constant = constant
         self.grad: Array | None = None
 
-    def give(self, grad: Array) -> None:
+    def add_grad(self, grad: Array) -> None:
         """Add to the gradient, summing over the axes that were broadcast."""
         if self.constant:
             return
@@ -66,7 +66,7 @@ class Tape(PrimitiveOps[Node]):
 
     def backward(self, output: Node, grad: Array) -> None:
         """Carry `grad`, of `output`'s shape, to every node it was made of; the tape is empty afterwards."""
-        output.give(grad)
+        output.add_grad(grad)
         while self._steps:
             node, pull = self._steps.pop()
             if node.grad is not None:
@@ -87,7 +87,7 @@ class Tape(PrimitiveOps[Node]):
         def pull(g: Array) -> None:
             if self._at_linear is not None:
                 self._at_linear(weight, x.value, g)
-            x.give(g @ matrix)
+            x.add_grad(g @ matrix)
 
         return self._record(x.value @ matrix.T, pull)
 
@@ -102,56 +102,56 @@ class Tape(PrimitiveOps[Node]):
 
         def pull(g: Array) -> None:
             scaled = g * gain
-            x.give(inverse * (scaled - unit * np.mean(scaled * unit, axis=-1, keepdims=True)))
+            x.add_grad(inverse * (scaled - unit * np.mean(scaled * unit, axis=-1, keepdims=True)))
 
         return self._record(unit * gain, pull)
 
     def matmul(self, a: Node, b: Node, name: str) -> Node:
         def pull(g: Array) -> None:
-            a.give(g @ b.value.swapaxes(-1, -2))
-            b.give(a.value.swapaxes(-1, -2) @ g)
+            a.add_grad(g @ b.value.swapaxes(-1, -2))
+            b.add_grad(a.value.swapaxes(-1, -2) @ g)
 
         return self._record(a.value @ b.value, pull)
 
     def softmax(self, x: Node, name: str) -> Node:
         share = self._plain.softmax(x.value, name)
-        return self._record(share, lambda g: x.give(share * (g - np.sum(g * share, axis=-1, keepdims=True))))
+        return self._record(share, lambda g: x.add_grad(share * (g - np.sum(g * share, axis=-1, keepdims=True))))
 
     def sigmoid(self, x: Node, name: str) -> Node:
         y = self._plain.sigmoid(x.value, name)
-        return self._record(y, lambda g: x.give(g * y * (1 - y)))
+        return self._record(y, lambda g: x.add_grad(g * y * (1 - y)))
 
     def add(self, a: Node, b: Node, name: str) -> Node:
         def pull(g: Array) -> None:
-            a.give(g)
-            b.give(g)
+            a.add_grad(g)
+            b.add_grad(g)
 
         return self._record(a.value + b.value, pull)
 
     def subtract(self, a: Node, b: Node, name: str) -> Node:
         def pull(g: Array) -> None:
-            a.give(g)
-            b.give(-g)
+            a.add_grad(g)
+            b.add_grad(-g)
 
         return self._record(a.value - b.value, pull)
 
     def multiply(self, a: Node, b: Node, name: str) -> Node:
         def pull(g: Array) -> None:
-            a.give(g * b.value)
-            b.give(g * a.value)
+            a.add_grad(g * b.value)
+            b.add_grad(g * a.value)
 
         return self._record(a.value * b.value, pull)
 
     def scale(self, x: Node, factor: float, name: str) -> Node:
         number = np.float32(factor)
-        return self._record(x.value * number, lambda g: x.give(g * number))
+        return self._record(x.value * number, lambda g: x.add_grad(g * number))
 
     def concat(self, parts: Sequence[Node], axis: int, name: str) -> Node:
         edges = np.cumsum([part.value.shape[axis] for part in parts])[:-1]
 
         def pull(g: Array) -> None:
             for part, piece in zip(parts, np.split(g, edges, axis), strict=True):
-                part.give(piece)
+                part.add_grad(piece)
 
         return self._record(np.concatenate([part.value for part in parts], axis), pull)
 
@@ -161,16 +161,16 @@ class Tape(PrimitiveOps[Node]):
             index = [slice(None)] * whole.ndim
             index[axis] = slice(start, stop)
             whole[tuple(index)] = g
-            x.give(whole)
+            x.add_grad(whole)
 
         return self._record(self._plain.slice(x.value, axis, start, stop), pull)
 
     def reshape(self, x: Node, shape: Sequence[int]) -> Node:
-        return self._record(self._plain.reshape(x.value, shape), lambda g: x.give(g.reshape(x.value.shape)))
+        return self._record(self._plain.reshape(x.value, shape), lambda g: x.add_grad(g.reshape(x.value.shape)))
 
     def transpose(self, x: Node, order: Sequence[int]) -> Node:
         back = np.argsort(order)
-        return self._record(np.transpose(x.value, order), lambda g: x.give(np.transpose(g, back)))
+        return self._record(np.transpose(x.value, order), lambda g: x.add_grad(np.transpose(g, back)))
 
     def rows(self, x: Node, wanted: Node) -> Node:
         index = np.asarray(wanted.value, np.intp)
@@ -178,7 +178,7 @@ class Tape(PrimitiveOps[Node]):
         def pull(g: Array) -> None:
             whole = np.zeros_like(x.value)
             np.add.at(whole.swapaxes(0, 1), index, g.swapaxes(0, 1))
-            x.give(whole)
+            x.add_grad(whole)
 
         return self._record(np.take(x.value, index, axis=1), pull)
 

@@ -1,8 +1,9 @@
-"""Calibration windows, their hidden states, and the Eager that walks them through a layer in little memory.
+"""Calibration windows, their hidden states, and a layer computed on them in little memory.
 
-The text is cut into windows; all windows walk through the decoder a layer at a time, so that one layer's weights are
-in memory and every window's hidden states are. Within a layer a few windows at a time go from one group of linears to
-the next, where they wait for the others. Knows no method, no file and no text: only token ids.
+The text is cut into windows. All windows are computed a layer at a time, so that memory holds one layer's weights and
+the hidden states of every window. Within a layer, batches of a few windows are computed up to the next group of
+linears; once all have reached it, their inputs there are known and the group can be quantized. Knows no method, no file
+and no text: only token ids.
 """
 
 from __future__ import annotations
@@ -25,13 +26,21 @@ from headrace.model.ops import Array, Eager, Positions
 from headrace.model.reference import causal_mask
 from headrace.model.rope import rope_tables
 from headrace.model.weights import EMBEDDING, Role, Weight, find_weight
-from headrace.quantize.parallel import spread
+from headrace.quantize.parallel import parallel_map
 
-__all__ = ["LeanEager", "Walk", "attention_energy", "causal_positions", "cut_windows", "embed_windows", "pieces"]
+__all__ = [
+    "LayerWalk",
+    "LeanEager",
+    "attention_energy",
+    "causal_positions",
+    "cut_windows",
+    "embed_windows",
+    "window_batches",
+]
 
-_TOKENS = 2048  # that walk together from one group of linears to the next
+_TOKENS = 2048  # of the windows that are computed together
 _MAPPED = 1 << 30  # bytes of hidden states above which they are in a file, which the system may write out
-_HEADS = 8  # KV heads whose attention says how much a token is looked at
+_HEADS = 8  # KV heads that attention energy is measured on
 _QUERIES = 128  # of a window, whose scores are held at once
 _STEEP = np.float32(80)  # silu(−80) is −1e-33: zero beside anything
 
@@ -53,10 +62,10 @@ def cut_windows(ids: NDArray[np.integer[Any]], length: int, count: int) -> NDArr
             f"the text has {len(ids)} tokens, which is less than one window of {length}; "
             "give more text or a shorter window"
         )
-    return evenly(np.asarray(ids[: have * length], np.int64).reshape(have, length), count)
+    return evenly_spaced(np.asarray(ids[: have * length], np.int64).reshape(have, length), count)
 
 
-def evenly(windows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+def evenly_spaced(windows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     """At most `count` windows, from the first to the last: of several texts, some of each."""
     return windows[np.linspace(0, len(windows) - 1, min(count, len(windows))).round().astype(np.intp)]
 
@@ -87,26 +96,26 @@ def embed_windows(config: ModelConfig, table: Array, windows: NDArray[np.int64])
     else:
         states = np.empty(shape, np.float32)
     ops = LeanEager(config, {EMBEDDING: table})
-    for some, ids in zip(pieces(states), pieces(windows), strict=True):
-        some[:] = ops.embed(ids, EMBEDDING)
+    for batch, ids in zip(window_batches(states), window_batches(windows), strict=True):
+        batch[:] = ops.embed(ids, EMBEDDING)
     return states
 
 
-def pieces(of_windows: NDArray[Any]) -> list[NDArray[Any]]:
-    """Views of a few windows each, of an array (W, S, …)."""
+def window_batches(of_windows: NDArray[Any]) -> list[NDArray[Any]]:
+    """Views of an array (W, S, …), a few windows each: those that are computed together."""
     count = max(1, _TOKENS // of_windows.shape[1])
     return [of_windows[start : start + count] for start in range(0, len(of_windows), count)]
 
 
 class LeanEager(Eager):
-    """Eager with one layer's weights, in little memory: what is not read again is written over.
+    """Eager with one layer's weights, in little memory: arrays that are not read again are overwritten.
 
     The sums of the residual stream take the place of the stream that a block was given. Keys and values are not kept,
     only how large they were.
 
     Args:
         config: the geometry.
-        weights: canonical name → float32 array; may change while a block waits.
+        weights: canonical name → float32 array; may change between two groups of linears.
 
     Attributes:
         key_peaks: the largest |key|, after rope, of each channel, (kv_heads, D).
@@ -134,7 +143,7 @@ class LeanEager(Eager):
         return mixed, (keys[..., :0].copy(), values[:, :, :0].copy())
 
     def gated(self, gate: Array, up: Array, layer: int) -> Array:
-        """As `Ops.gated`, in the gate's own memory: these arrays are the largest of all, and nobody reads it again."""
+        """As `Ops.gated`, in the gate's own memory: these arrays are the largest of all, and it is not read again."""
         e = np.negative(gate)
         np.minimum(e, _STEEP, out=e)  # exp must not overflow
         np.exp(e, out=e)
@@ -170,39 +179,39 @@ class LeanEager(Eager):
                 yield window, at, scores
 
 
-class Walk:
-    """All windows on their way through a layer: a few at a time from one group of linears to the next.
+class LayerWalk:
+    """One layer computed on all windows, pausing before each group of linears until all windows have reached it.
 
     Args:
         config: the geometry.
-        weights: of the layer; a group's may change while it waits.
+        weights: of the layer; those of the group that is paused at may change.
         layer: its number.
         states: hidden states (W, S, H); after the last group they are those after the layer.
         at: positions of a window.
 
     Attributes:
-        inputs: of the group that waits, (W', S, K) for the windows that walk together, or none at the end.
+        inputs: of the group that is paused at, (W', S, K) of each batch of windows; empty at the end.
     """
 
     def __init__(
         self, config: ModelConfig, weights: Mapping[str, Array], layer: int, states: Array, at: Positions[Array]
     ) -> None:
-        self.states = pieces(states)
+        self.states = window_batches(states)
         self._ops = [LeanEager(config, weights) for _ in self.states]
         self._steps = [
-            walk(ops, layer, Residual(some), at, None) for ops, some in zip(self._ops, self.states, strict=True)
+            walk(ops, layer, Residual(batch), at, None) for ops, batch in zip(self._ops, self.states, strict=True)
         ]
         self.inputs: list[Array] = []
 
     def advance(self) -> tuple[str, ...]:
         """Go on to the next group of linears: its weights' names, or none at the end."""
         self.inputs.clear()
-        arrived = spread(self._step, range(len(self._steps)))
-        self.inputs = [group[1] for group in arrived if group is not None]
-        return next((group[0] for group in arrived if group is not None), ())
+        groups = parallel_map(self._step, range(len(self._steps)))
+        self.inputs = [group[1] for group in groups if group is not None]
+        return next((group[0] for group in groups if group is not None), ())
 
     def finish(self) -> None:
-        """Go on to the end, stopping nowhere."""
+        """Compute the rest of the layer without pausing."""
         while self.advance():
             pass
 
@@ -227,11 +236,11 @@ class Walk:
 def attention_energy(
     config: ModelConfig, weights: Mapping[str, Array], layer: int, states: Array, at: Positions[Array]
 ) -> Array:
-    """How much each token is looked at in a layer: the sum of squared attention shares over all queries and heads,
-    each query's in proportion to its residual stream `states` (W, S, H).
+    """How much attention each token gets in a layer: the sum of its squared attention shares over all queries and
+    heads. A query counts in inverse proportion to the energy of its residual stream `states` (W, S, H).
 
-    An error in a token's value reaches every query in proportion to its share. The first token, where many heads
-    rest when they have nothing to look for, has hundreds of times the energy of the others.
+    An error in a token's value reaches every query in proportion to its share. Many heads attend to the first
+    token when nothing else is relevant, so it has hundreds of times the energy of the others.
 
     Returns:
         (windows, length) float32.
@@ -240,12 +249,12 @@ def attention_energy(
     query, key = (find_weight(config, role, layer) for role in (Role.QUERY, Role.KEY))
     config, weights = _some_heads(config, weights, [query, key])
 
-    class Watch(LeanEager):
-        """Computes queries and keys, and how they meet."""
+    class EnergyObserver(LeanEager):
+        """Computes attention shares alone, and adds up their energy."""
 
         def __init__(self, stream: Array, energy: Array) -> None:
             super().__init__(config, weights)
-            self.weak = 1 / np.maximum(np.einsum("bsk,bsk->bs", stream, stream), np.finfo(np.float32).tiny)
+            self.query_weights = 1 / np.maximum(np.einsum("bsk,bsk->bs", stream, stream), np.finfo(np.float32).tiny)
             self.energy = energy
 
         def linears(self, x: Array, weights: Sequence[str]) -> tuple[Array, ...]:
@@ -255,22 +264,22 @@ def attention_energy(
         def weighted_values(self, q: Array, keys: Array, values: Array, mask: Array, name: str) -> Array:
             for window, queries, shares in self.shares(q, keys, mask):
                 np.square(shares, out=shares)
-                self.energy[window, : queries.stop] += (self.weak[window, queries] @ shares).sum(0)
+                self.energy[window, : queries.stop] += (self.query_weights[window, queries] @ shares).sum(0)
             return q
 
-    def count(some: tuple[Array, Array]) -> None:
-        steps = walk(Watch(*some), layer, Residual(some[0]), at, None)
+    def add_energy(batch: tuple[Array, Array]) -> None:
+        steps = walk(EnergyObserver(*batch), layer, Residual(batch[0]), at, None)
         next(steps), next(steps)  # attention lies between the first two groups of linears
         steps.close()
 
-    spread(count, zip(pieces(states), pieces(energy), strict=True))
+    parallel_map(add_energy, zip(window_batches(states), window_batches(energy), strict=True))
     return energy
 
 
 def _some_heads(
     config: ModelConfig, weights: Mapping[str, Array], projections: Sequence[Weight]
 ) -> tuple[ModelConfig, Mapping[str, Array]]:
-    """A layer with a few of its KV heads, and the query heads that share them: they speak for all."""
+    """A layer reduced to a few of its KV heads and the query heads that share them, as a sample of all."""
     kv_heads = config.num_kv_heads
     chosen = range(0, kv_heads, max(1, kv_heads // _HEADS))
     few = replace(config, num_kv_heads=len(chosen), num_heads=len(chosen) * config.group_size)
