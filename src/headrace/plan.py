@@ -14,10 +14,6 @@ from headrace.errors import ConfigError
 
 __all__ = ["GraphStyle", "Part", "Port", "graph_name", "host_head_dim", "plan_parts", "ports"]
 
-MASK_DEPTH = 100.0
-"""On a device: what is taken from a blocked score. An empty position scores 0, so its negative must be well below the
-best score that a token finds among those it may look at: Qwen2.5-0.5B has −64, where 50 let empty positions win."""
-
 
 class GraphStyle(Enum):
     """HOST: dynamic batch and length, float I/O, fused operators. DEVICE: static, quantized I/O."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +11,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.bundle.encodings import ANGLE, MASK, Encoding, port_encodings, read_encodings, write_encodings
+from headrace.bundle.encodings import (
+    ANGLE,
+    ATTENTION_MASK,
+    Encoding,
+    mask_encoding,
+    port_encodings,
+    read_encodings,
+    write_encodings,
+)
 from headrace.config import ModelConfig
 from headrace.errors import BundleError, CalibrationError
 from headrace.model.decoder import block, embed
 from headrace.model.ops import Array, Eager
 from headrace.plan import plan_parts
-from headrace.quantize.device_encodings import HEADROOM, device_encodings
-from headrace.quantize.ranges import Ranges, collect_ranges
+from headrace.quantize.device_encodings import HEADROOM, LEAST_MASK_DEPTH, MASK_LEAD, device_encodings
+from headrace.quantize.ranges import Ranges, collect_ranges, mask_gap
 from headrace.quantize.windows import causal_positions
 
 CONFIG = ModelConfig(
@@ -82,7 +91,7 @@ def test_angles_are_rounded_down(x: float) -> None:
 
 
 def test_mask_adds_zero_or_minus_its_depth() -> None:
-    np.testing.assert_allclose(MASK.dequantize(np.array([0, 65535], np.uint16)), [-100, 0], rtol=1e-6)
+    np.testing.assert_allclose(mask_encoding(70).dequantize(np.array([0, 65535], np.uint16)), [-70, 0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -108,7 +117,7 @@ def test_structure_decides_some_grids(ranges: Ranges) -> None:
         assert found[name] == found[f"{name}.low"] == found[f"{name}.high"]
         assert found[name].low <= min(ranges.seen[f"{name}.low"][0], ranges.seen[f"{name}.high"][0]) / FLOAT32_SLACK
     masked, scores = (found[f"layers.1.self_attn.{n}scores"] for n in ("masked_", ""))
-    assert masked.low == pytest.approx(scores.low - 100, abs=2 * masked.scale)
+    assert masked.low == pytest.approx(scores.low - LEAST_MASK_DEPTH, abs=2 * masked.scale)
     assert masked.high == pytest.approx(scores.high, abs=2 * masked.scale)
     assert found["layers.0.self_attn.weights"] == found["layers.0.mlp.silu.sigmoid"] == Encoding.of_range(0, 1)
 
@@ -185,7 +194,7 @@ def test_ports_take_the_grid_of_what_they_carry(ranges: Ranges) -> None:
     assert ports["hidden_2"] == found["layers.1.residual"]
     assert ports["logits"] == found["lm_head"]
     assert ports["past_key_2_in"] == ports["past_key_2_out"] == Encoding(float(np.float32(0.01)), 128, 8)
-    assert ports["attention_mask"] == MASK
+    assert ports["attention_mask"] == mask_encoding(LEAST_MASK_DEPTH)
     assert "input_ids" not in ports
     with pytest.raises(CalibrationError, match=r"'embed_tokens' \(port hidden_1\)"):
         port_encodings(plan_parts(CONFIG, 3), {n: e for n, e in found.items() if n != "embed_tokens"})
@@ -194,9 +203,45 @@ def test_ports_take_the_grid_of_what_they_carry(ranges: Ranges) -> None:
 def test_missing_scales_and_ranges_are_named(ranges: Ranges) -> None:
     with pytest.raises(CalibrationError, match=r"0 layers; expected 3.*int8 KV"):
         device_encodings(CONFIG, ranges, [])
-    short = Ranges({name: r for name, r in ranges.seen.items() if name != "layers.1.self_attn.q_rope.low"})
+    seen = {name: r for name, r in ranges.seen.items() if name != "layers.1.self_attn.q_rope.low"}
+    short = replace(ranges, seen=seen)
     with pytest.raises(CalibrationError, match=r"layers\.1\.self_attn\.q_rope\.low"):
         device_encodings(CONFIG, short, [(0.01, 0.01)] * 3)
+
+
+def test_the_mask_is_as_deep_as_the_deepest_gap_asks(ranges: Ranges) -> None:
+    assert set(ranges.mask_gaps) == {f"layers.{i}.self_attn" for i in range(3)}
+    deep = replace(ranges, mask_gaps={**ranges.mask_gaps, "layers.1.self_attn": 64.0})
+    found = device_encodings(CONFIG, deep, [(0.01, 0.01)] * 3)
+    assert found[ATTENTION_MASK] == mask_encoding(HEADROOM * 64 + MASK_LEAD)
+    for layer in range(3):
+        masked, scores = (found[f"layers.{layer}.self_attn.{n}scores"] for n in ("masked_", ""))
+        assert masked.low == pytest.approx(scores.low - 100, abs=2 * masked.scale)
+    short = replace(ranges, mask_gaps={"layers.1.self_attn": 1.0})
+    with pytest.raises(CalibrationError, match="scores of 1 of 3 layers"):
+        device_encodings(CONFIG, short, [(0.01, 0.01)] * 3)
+
+
+def test_a_mask_gap_is_what_a_token_s_best_score_lacks() -> None:
+    mask = causal_positions(CONFIG, 3).mask
+    scores = np.array([[[[-64, 9, 9], [1, -3, 4], [-1, -2, -9]]]], np.float32)
+    assert mask_gap(scores[:, :, 1:2], mask[:, :, 1:2]) == 3  # 4 of a later token, 1 of the first
+    assert mask_gap(scores[:, :, 2:], mask[:, :, 2:]) == 1  # an empty position scores 0
+    assert mask_gap(scores, mask) == 73
+    assert mask_gap(np.abs(scores[:, :, 2:]), mask[:, :, 2:]) == 0
+
+
+@pytest.mark.parametrize("depth", [50, 100])
+def test_an_older_file_keeps_its_mask(ranges: Ranges, depth: int, tmp_path: Path) -> None:
+    found = device_encodings(
+        CONFIG,
+        replace(ranges, mask_gaps=dict.fromkeys(ranges.mask_gaps, (depth - MASK_LEAD) / HEADROOM)),
+        [(0.01, 0.01)] * 3,
+    )
+    del found[ATTENTION_MASK]
+    path = tmp_path / "encodings.json"
+    write_encodings(path, found)
+    assert read_encodings(path)[ATTENTION_MASK] == mask_encoding(depth)
 
 
 def test_a_file_comes_back(ranges: Ranges, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from headrace.bundle.encodings import ANGLE, GATED_OUTLIERS, MASK, Encoding
+from headrace.bundle.encodings import ANGLE, ATTENTION_MASK, GATED_OUTLIERS, Encoding
 from headrace.bundle.grid import Grid, QuantizedTensor, dequantize, quantize_nearest, round_codes, storable
 from headrace.bundle.weights import part_weights
 from headrace.checkpoint import open_checkpoint
@@ -21,7 +21,7 @@ from headrace.model.fidelity import FidelityMeter, no_target
 from headrace.model.ops import Array, Eager, Positions
 from headrace.model.rope import rope_angles
 from headrace.model.weights import EMBEDDING, HEAD
-from headrace.plan import MASK_DEPTH, plan_parts
+from headrace.plan import plan_parts
 from headrace.quantize.device_encodings import device_encodings
 from headrace.quantize.outliers import SplitEager
 from headrace.quantize.ranges import collect_ranges
@@ -29,6 +29,7 @@ from headrace.targets.host.sessions import default_threads, make_session
 from tests.tiny import write_baichuan, write_llama
 
 OUTLIERS = {1: (5, 60), 2: (33,)}  # layer → channels
+DEEP = 14.0  # 2 · 14² / √16 is a score of 98
 HUGE = 200  # times; their columns of down_proj are as much smaller, so that the model is the same
 
 
@@ -117,8 +118,7 @@ def simulated_logits(model: QuantizedModel, ids: NDArray[np.int64], ops: Eager |
     length = len(ids)
     angles = rope_angles(model.config, length)
     cos, sin = (ANGLE.dequantize(ANGLE.floor(table)) for table in (np.cos(angles), np.sin(angles)))
-    mask = MASK.dequantize(np.tri(length, dtype=np.uint16) * np.uint16(65535))
-    assert mask.min() >= -MASK_DEPTH * 1.001
+    mask = model.encodings[ATTENTION_MASK].dequantize(np.tri(length, dtype=np.uint16) * np.uint16(65535))
     at = Positions(cos[None, None], sin[None, None], mask[None, None])
     stream: Residual[Array] = embed(run, ids[None])  # type: ignore[arg-type]
     for layer in range(model.config.num_layers):
@@ -131,11 +131,11 @@ def simulated_logits(model: QuantizedModel, ids: NDArray[np.int64], ops: Eager |
 def tiny_model(folder: Path, kind: str, **shape: int) -> QuantizedModel:
     """A random decoder: "gqa", "mha" (Baichuan2: W_pack, NormHead), "tied" (GQA, the head is the embedding), "outliers"
     (gqa with two huge channels in the gated product of the second layer, one in the third's), "biased" (the same, and
-    every linear has a bias)."""
+    every linear has a bias), "deep" (biases of queries and keys make every score about −100, as Qwen2's do)."""
     if kind == "mha":
         written = write_baichuan(folder, **shape)
-    elif kind == "biased":
-        written = write_llama(folder, attention_bias=True, mlp_bias=True, **shape)
+    elif kind in ("biased", "deep"):
+        written = write_llama(folder, attention_bias=True, mlp_bias=kind == "biased", **shape)
     else:
         written = write_llama(folder, tied=kind == "tied", **shape)
     checkpoint = open_checkpoint(written)
@@ -143,6 +143,9 @@ def tiny_model(folder: Path, kind: str, **shape: int) -> QuantizedModel:
 
     def load(name: str) -> Array:
         value = checkpoint.tensor(name).load()
+        if kind == "deep" and name.endswith(("q_proj.bias", "k_proj.bias")):
+            slowest = value.reshape(-1, 2, checkpoint.config.head_dim // 2)[:, :, -1]  # hardly turns in a window
+            slowest[:] = DEEP if "q_proj" in name else -DEEP
         if kind in ("outliers", "biased"):
             for layer, channels in OUTLIERS.items():
                 if name in (f"layers.{layer}.mlp.up_proj.weight", f"layers.{layer}.mlp.up_proj.bias"):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from headrace.bundle.encodings import ANGLE, MASK
+from headrace.bundle.encodings import ANGLE, ATTENTION_MASK, mask_encoding
 from headrace.bundle.grid import Grid, QuantizedTensor, dequantize, quantize_nearest
 from headrace.errors import CalibrationError, RecipeError
 from headrace.graph import emit_device as emitter
@@ -50,7 +50,7 @@ LAYERS_LSB = 200
 KL = 1e-3  # three layers with spread-out random weights; 1e-4 measured
 CORRELATION = 0.9998
 
-KINDS = ("gqa", "mha", "tied", "outliers", "biased")
+KINDS = ("gqa", "mha", "tied", "outliers", "biased", "deep")
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +171,16 @@ def test_a_grid_of_their_own_is_nearer(models: dict[str, QuantizedModel]) -> Non
     assert split < joined
 
 
+def test_a_mask_that_is_too_shallow_lets_empty_positions_win(models: dict[str, QuantizedModel], tmp_path: Path) -> None:
+    """That is what the calibrated depth prevents, see `test_logits_are_the_simulation_s`."""
+    model = models["deep"]
+    assert -model.encodings[ATTENTION_MASK].low > 100
+    shallow = replace(model, encodings={**model.encodings, ATTENTION_MASK: mask_encoding(50)})
+    ids = tokens(model)
+    codes = chain(emit(shallow, tmp_path), feeds_for(model, ids))["logits"]
+    assert divergence(simulated_logits(model, ids), model.encodings["lm_head"].dequantize(codes[0])) > 100 * KL
+
+
 def half_full(model: QuantizedModel) -> dict[str, Any]:
     """A step over C − S random keys and values, all attended to."""
     feeds = feeds_for(model, tokens(model))
@@ -187,7 +197,7 @@ def step(ops: Eager, model: QuantizedModel, feeds: Mapping[str, Any]) -> None:
     at = Positions(
         ANGLE.dequantize(feeds["position_ids_cos"]),
         ANGLE.dequantize(feeds["position_ids_sin"]),
-        MASK.dequantize(feeds["attention_mask"]),
+        model.encodings[ATTENTION_MASK].dequantize(feeds["attention_mask"]),
     )
     stream: decoder.Residual[Array] = decoder.embed(ops, feeds["input_ids"])
     for i in range(model.config.num_layers):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from headrace.bundle.encodings import ATTENTION_MASK, mask_encoding, read_encodings, write_encodings
 from headrace.bundle.folder import open_bundle
 from headrace.bundle.grid import QuantizedTensor
 from headrace.cli.main import _run
@@ -20,8 +21,9 @@ from headrace.measure.parity import _sample
 from tests.exports import PHONE, Exports
 
 LAYERS = ["  layer 0", "  layer 1"]
+MASK = "blocked positions' share of attention"
 GRIDS = ["eager → the device's grids", "the same at the end of the context"]
-DEVICE = [*GRIDS, "the device's grids → device graphs on this CPU"]
+DEVICE = [GRIDS[0], MASK, GRIDS[1], "the device's grids → device graphs on this CPU"]
 
 
 def broken(links: list[Link]) -> list[str]:
@@ -35,8 +37,8 @@ def test_the_device_graphs_of_a_sound_model(exports: Exports, kind: str) -> None
     links = list(device_links(bundle, _sample(bundle), Depth.DEVICE, layers=True))
     assert broken(links) == []
     layers = [f"  layer {i}" for i in range(bundle.config.num_layers - 1)]
-    assert [link.name for link in links] == [*GRIDS, *layers, DEVICE[-1]]
-    assert all("SQNR" in link.found and "LSB" in link.found for link in links)
+    assert [link.name for link in links] == [*DEVICE[:-1], *layers, DEVICE[-1]]
+    assert all("SQNR" in link.found and "LSB" in link.found for link in links if link.name != MASK)
 
 
 @pytest.mark.qnn
@@ -46,7 +48,7 @@ def test_the_whole_chain(exports: Exports, capfd: pytest.CaptureFixture[str]) ->
     report = json.loads(capfd.readouterr().out.splitlines()[-1])
     links = {link["name"]: link for link in report["links"]}
     assert [link for link in report["links"] if not link["ok"]] == [] and status == 0
-    assert list(links)[-5:] == [*DEVICE, "device graphs → HTP emulation", "HTP emulation → Genie's tokens"]
+    assert list(links)[-6:] == [*DEVICE, "device graphs → HTP emulation", "HTP emulation → Genie's tokens"]
     assert links["HTP emulation → Genie's tokens"]["found"] == "8 of 8 equal"
 
 
@@ -117,6 +119,16 @@ def test_a_range_that_is_too_small_breaks_the_grids(
     # In a bundle that is opened anew the manifest's digest catches it before.
     assert _run(["verify", str(path), "--through", "device"]) == 1
     assert "encodings.json" in capfd.readouterr().err
+
+
+def test_a_mask_that_is_too_shallow_is_named(exports: Exports, tmp_path: Path) -> None:
+    path = exports.copy(tmp_path / "b", "calm")
+    bundle = open_bundle(path)
+    encodings = read_encodings(path / "encodings.json")
+    write_encodings(path / "encodings.json", encodings | {ATTENTION_MASK: mask_encoding(1)})
+    links = device_links(bundle, _sample(bundle), Depth.DEVICE)
+    mask = next(link for link in links if link.name == MASK)
+    assert not mask.ok and "mask 1 deep" in mask.found
 
 
 def test_depths_are_ordered_and_known(exports: Exports, capfd: pytest.CaptureFixture[str]) -> None:

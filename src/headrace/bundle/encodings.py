@@ -23,13 +23,14 @@ from headrace.files import read_json, write_file
 from headrace.model.decoder import residual_names
 from headrace.model.ops import attention_name
 from headrace.model.weights import Role
-from headrace.plan import MASK_DEPTH, Part
+from headrace.plan import Part
 
 __all__ = [
     "ANGLE",
+    "ATTENTION_MASK",
     "GATED_OUTLIERS",
-    "MASK",
     "Encoding",
+    "mask_encoding",
     "port_encodings",
     "read_encodings",
     "write_encodings",
@@ -115,11 +116,16 @@ class Encoding:
         return np.asarray(codes, np.float32)
 
 
-MASK = Encoding(float(np.float32(MASK_DEPTH / 65535)), 65535)
-"""attention_mask: 65535 adds 0, 0 adds −`MASK_DEPTH`."""
+ATTENTION_MASK = "attention_mask"
+"""Name of the port of the mask, and of its encoding: one for all layers, since Genie refuses parts that differ."""
 
 ANGLE = Encoding(float(np.float32(2 / 65535)), 32768)
 """position_ids_cos, position_ids_sin: −1 … 1."""
+
+
+def mask_encoding(depth: float) -> Encoding:
+    """The mask's grid: code 65535 adds 0 to a score, code 0 adds −`depth`."""
+    return Encoding(float(np.float32(depth / 65535)), 65535)
 
 
 def port_encodings(parts: Sequence[Part], encodings: Mapping[str, Encoding]) -> dict[str, Encoding]:
@@ -128,8 +134,8 @@ def port_encodings(parts: Sequence[Part], encodings: Mapping[str, Encoding]) -> 
     Raises:
         CalibrationError: an encoding is missing.
     """
-    found = {"position_ids_cos": ANGLE, "position_ids_sin": ANGLE, "attention_mask": MASK}
-    wanted: dict[str, str] = {}
+    found = {"position_ids_cos": ANGLE, "position_ids_sin": ANGLE}
+    wanted = {ATTENTION_MASK: ATTENTION_MASK}
     for part in parts:
         for layer in part.layers:
             for kind, cache in (("key", "k_cache"), ("value", "v_cache")):
@@ -190,12 +196,16 @@ def read_encodings(path: Path) -> dict[str, Encoding]:
     try:
         if raw["version"] != AIMET_VERSION:
             raise BundleError(f"{path} has version {raw['version']!r}; expected {AIMET_VERSION}: export again")
-        return {
+        found = {
             e["name"]: Encoding(
                 float(e["scale"][0]), -int(e["offset"][0]), int(e["bw"]), tuple(int(c) for c in e.get("channels", ()))
             )
             for e in raw["activation_encodings"]
         }
+        if ATTENTION_MASK not in found:  # a file of before the mask was calibrated: its masked scores tell the depth
+            scores, masked = (found[f"{attention_name(0)}.{kind}"] for kind in ("scores", "masked_scores"))
+            found[ATTENTION_MASK] = mask_encoding(round(scores.low - masked.low))
+        return found
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise BundleError(
             f"{path} cannot be read ({error}); expected encodings in AIMET 1.0.0 form: export again"

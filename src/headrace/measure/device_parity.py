@@ -7,8 +7,9 @@ where a model went wrong. Compares; makes nothing that is kept but the emulation
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -18,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.bundle.derived import derived_folder
-from headrace.bundle.encodings import Encoding, port_encodings, read_encodings
+from headrace.bundle.encodings import ATTENTION_MASK, Encoding, port_encodings, read_encodings
 from headrace.bundle.folder import Bundle
 from headrace.bundle.weights import WeightStore
+from headrace.config import ModelConfig
 from headrace.graph.device_folder import kept_device_graphs
 from headrace.graph.emit_device import write_device_graphs
 from headrace.measure.link import Link
@@ -28,6 +30,7 @@ from headrace.model.fidelity import Fidelity, FidelityMeter, no_target
 from headrace.model.ops import Array
 from headrace.model.reference import eager_logits
 from headrace.plan import graph_name, plan_parts
+from headrace.quantize.ranges import mask_gap
 from headrace.quantize.simulate import Simulated, simulated_logits
 from headrace.runtime.runner import Span
 from headrace.targets.device import DeviceRunner, exact_session, run_session
@@ -48,6 +51,7 @@ GRID_KL = 0.1
 ROUNDING_KL = 1e-3
 ROUNDING_TOP1 = 0.9  # near ties fall either way: 0.944 was seen on a sound model of random weights
 LAYER_SQNR = 20.0  # decibel of a layer's output over its error; a wrong scale or nibble order gives 0 and less
+BLOCKED_SHARE = 1e-3  # of a token's attention, for all positions together that the mask blocks
 TOKENS = 8
 
 
@@ -86,17 +90,18 @@ def device_links(bundle: Bundle, ids: Sequence[int], depth: Depth, *, layers: bo
     folder = kept_device_graphs(bundle)
 
     eager = eager_logits(config, store.read, np.array([ids]))[0]
-    seen: dict[str, Array] = {}
-    simulated = _simulate(bundle, store, encodings, ids, seen)
+    watched = _Watched(config, store.read, encodings)
+    simulated = simulated_logits(watched, np.asarray(ids), np.arange(len(ids)))
     grids = _fidelity(eager, simulated)
     yield _link("eager → the device's grids", eager, simulated, step, GRID_KL, 0.0)
+    yield _mask_link(-encodings[ATTENTION_MASK].low, watched.mask_gap, bundle.context)
     rounding = min(max(grids.kl, ROUNDING_KL), GRID_KL)
     # Attention sees only how far tokens are apart, so the eager logits are those of any place.
     far = Simulated(config, store.read, encodings)
     at_end = simulated_logits(far, np.asarray(ids), np.arange(len(ids)), bundle.context - len(ids))
     yield _link("the same at the end of the context", eager, at_end, step, min(2 * rounding, GRID_KL), 0.0)
     if layers:
-        yield from _layers(bundle, store, encodings, ids, seen)
+        yield from _layers(bundle, store, encodings, ids, watched.seen)
     runner = DeviceRunner.open(bundle, folder)
     try:
         on_cpu = runner.run([Span(0, 0, tuple(ids), tuple(range(len(ids))))])
@@ -115,16 +120,28 @@ def device_links(bundle: Bundle, ids: Sequence[int], depth: Depth, *, layers: bo
             yield _genie(emulated, loop, prompt)
 
 
-def _simulate(
-    bundle: Bundle, store: WeightStore, encodings: Mapping[str, Encoding], ids: Sequence[int], seen: dict[str, Array]
-) -> Array:
-    class Watched(Simulated):
-        def add_update(self, x: Array, update: Array, name: str) -> Array:
-            seen[name] = super().add_update(x, update, name)
-            return seen[name]
+class _Watched(Simulated):
+    """The simulation, with the residual stream after each sum, by name, and the largest `mask_gap`."""
 
-    run = Watched(bundle.config, store.read, encodings)
-    return simulated_logits(run, np.asarray(ids), np.arange(len(ids)))
+    def __init__(self, config: ModelConfig, weights: Callable[[str], Array], encodings: Mapping[str, Encoding]) -> None:
+        super().__init__(config, weights, encodings)
+        self.seen: dict[str, Array] = {}
+        self.mask_gap = 0.0
+
+    def add_update(self, x: Array, update: Array, name: str) -> Array:
+        self.seen[name] = super().add_update(x, update, name)
+        return self.seen[name]
+
+    def masked(self, scores: Array, mask: Array, name: str) -> Array:
+        self.mask_gap = max(self.mask_gap, mask_gap(scores, mask))
+        return super().masked(scores, mask, name)
+
+
+def _mask_link(depth: float, gap: float, context: int) -> Link:
+    """Whether the mask is deep enough for these tokens, were all of the context but one position blocked."""
+    share = context * math.exp(min(gap - depth, 0.0))
+    told = f"best scores at most {gap:.1f} below blocked ones, mask {depth:g} deep: share ≤ {share:.1e}"
+    return Link("blocked positions' share of attention", told, f"≤ {BLOCKED_SHARE:g}", share <= BLOCKED_SHARE)
 
 
 def _layers(

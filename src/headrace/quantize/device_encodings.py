@@ -8,13 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from headrace.bundle.encodings import GATED_OUTLIERS, Encoding
+from headrace.bundle.encodings import ATTENTION_MASK, GATED_OUTLIERS, Encoding, mask_encoding
 from headrace.config import ModelConfig
 from headrace.errors import CalibrationError
 from headrace.model.decoder import residual_names
 from headrace.model.ops import attention_name, mlp_name
 from headrace.model.weights import Role, find_weight, weight_table
-from headrace.plan import MASK_DEPTH
 from headrace.quantize.ranges import Ranges
 
 __all__ = ["HEADROOM", "device_encodings"]
@@ -22,6 +21,13 @@ __all__ = ["HEADROOM", "device_encodings"]
 HEADROOM = 1.25
 """How much wider than calibration saw a range is made: 16 bits have steps to spare, and a value that is clipped costs
 more than a coarser step. tiny-baichuan2, Chinese: KL 2.3e-4 at 1, 1.1e-4 at 1.2, 0.8e-4 at 1.4."""
+
+MASK_LEAD = 20.0
+"""How much lower than the best score a blocked one must be, at least, once the mask is added: e^−20 for each of 32,768
+blocked positions is 7e-5 of a token's attention."""
+
+LEAST_MASK_DEPTH = 50.0
+"""What most models do with: a shallower mask would gain nothing."""
 
 _UNIT = Encoding.of_range(0, 1)
 
@@ -34,8 +40,9 @@ def device_encodings(
     """The encoding of every named result of the decoder, by the name the `Ops` seam gives it.
 
     Some are not what calibration saw, but what the graph's structure asks for: both halves of a rotated head and
-    their concatenation are on one grid; sigmoids and softmaxes are 0 … 1; masked scores reach down by the mask's
-    depth; keys and values are the cache's. All but the residual stream have `HEADROOM`.
+    their concatenation are on one grid; sigmoids and softmaxes are 0 … 1; the mask is as deep as calibration asks
+    for, with `HEADROOM` and `MASK_LEAD`, and masked scores reach down by it; keys and values are the cache's. All but
+    the residual stream have `HEADROOM`.
 
     Args:
         config: the geometry.
@@ -59,6 +66,8 @@ def device_encodings(
     for feed_forward, channels in calibrated.outliers.items():
         apart = f"{feed_forward}.{GATED_OUTLIERS}"
         found[apart] = replace(found[apart], channels=channels)
+    depth = _mask_depth(calibrated, config.num_layers)
+    found[ATTENTION_MASK] = mask_encoding(depth)
     for layer, (key_scale, value_scale) in enumerate(kv_scales):
         attention, mlp = attention_name(layer), mlp_name(layer)
         for rope in (f"{attention}.q_rope", f"{attention}.k_rope"):
@@ -67,7 +76,7 @@ def device_encodings(
         low, high = (end / math.sqrt(config.head_dim) for end in _union(ranges, f"{attention}.q_rope.low"))
         found[f"{attention}.q_scaled"] = Encoding.of_range(low, high)
         low, high = _union(ranges, f"{attention}.scores")
-        found[f"{attention}.masked_scores"] = Encoding.of_range(low - MASK_DEPTH, high)
+        found[f"{attention}.masked_scores"] = Encoding.of_range(low - depth, high)
         found[f"{attention}.weights"] = found[f"{mlp}.silu.sigmoid"] = _UNIT
         found[f"{attention}.k_cache"] = Encoding(float(np.float32(key_scale)), 128, 8)
         found[f"{attention}.v_cache"] = Encoding(float(np.float32(value_scale)), 128, 8)
@@ -83,6 +92,16 @@ def _of_the_stream(config: ModelConfig) -> set[str]:
     modules = {row.module for row in weight_table(config).values() if row.role.writes_stream}
     sums = {name for layer in range(config.num_layers) for name in residual_names(layer)}
     return {find_weight(config, Role.EMBEDDING).module} | modules | sums
+
+
+def _mask_depth(calibrated: Ranges, layers: int) -> float:
+    gaps = [calibrated.mask_gaps.get(attention_name(layer)) for layer in range(layers)]
+    known = [gap for gap in gaps if gap is not None]
+    if len(known) < layers:
+        raise CalibrationError(
+            f"calibration saw the scores of {len(known)} of {layers} layers; calibrate and export again"
+        )
+    return math.ceil(max(LEAST_MASK_DEPTH, HEADROOM * max(known) + MASK_LEAD))
 
 
 def _union(ranges: Mapping[str, tuple[float, float]], *names: str) -> tuple[float, float]:

@@ -23,7 +23,7 @@ from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD, Role, find_weigh
 from headrace.quantize.outliers import SplitEager, find_outliers
 from headrace.quantize.windows import causal_positions
 
-__all__ = ["Ranges", "collect_ranges"]
+__all__ = ["Ranges", "collect_ranges", "mask_gap"]
 
 _ELEMENTS = 1 << 24  # of scores or logits held at once
 _FIRST_TOKENS = 1024  # of the vocabulary, each a window of its own
@@ -36,10 +36,12 @@ class Ranges:
     Attributes:
         seen: (low, high) of each named result.
         outliers: the outlier channels of each feed-forward's gated product that has some, by the feed-forward's name.
+        mask_gaps: `mask_gap` of each attention, by its name.
     """
 
     seen: dict[str, tuple[float, float]] = field(default_factory=dict)
     outliers: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    mask_gaps: dict[str, float] = field(default_factory=dict)
 
 
 class _Observer(SplitEager):
@@ -47,7 +49,7 @@ class _Observer(SplitEager):
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, Array], found: Ranges) -> None:
         super().__init__(config, weights.__getitem__)
-        self.seen, self.apart = found.seen, found.outliers
+        self.seen, self.apart, self.gaps = found.seen, found.outliers, found.mask_gaps
 
     def outliers(self, name: str, gated: Array) -> Sequence[int]:
         if f"{name}.gated" not in self.seen:  # the first windows decide
@@ -80,6 +82,12 @@ class _Observer(SplitEager):
         lowest, highest = self.seen.get(name, (np.inf, -np.inf))
         self.seen[name] = (min(lowest, low), max(highest, high))
 
+    def masked(self, scores: Array, mask: Array, name: str) -> Array:
+        """As `Ops.masked`, noting how deep a device's mask must be."""
+        attention = name.removesuffix(".masked_scores")
+        self.gaps[attention] = max(self.gaps.get(attention, 0.0), mask_gap(scores, mask))
+        return super().masked(scores, mask, name)
+
     def weighted_values(self, q: Array, keys: Array, values: Array, mask: Array, name: str) -> Array:
         """A few windows at a time: the scores of all would not fit in memory."""
         step = max(1, _ELEMENTS // (q.shape[1] * q.shape[2] * keys.shape[3]))
@@ -89,6 +97,21 @@ class _Observer(SplitEager):
                 for at in (slice(start, start + step) for start in range(0, len(q), step))
             ]
         )
+
+
+def mask_gap(scores: Array, mask: Array) -> float:
+    """How far a token's best score may be below those that the mask blocks: what a mask must take from these at least.
+
+    Blocked are later tokens of the same step, which may score anything, and empty positions of the cache, which score
+    0. Keys with large biases leave a token alone with −64 as its best score (Qwen2.5-0.5B).
+
+    Args:
+        scores: (B, heads, S, C), before the mask.
+        mask: (1, 1, S, C): 0 where a token may look, far below elsewhere.
+    """
+    best = (scores + mask).max(-1)
+    blocked = np.where(mask < 0, scores, np.float32(0)).max(-1)  # 0 also stands for the empty positions
+    return max(0.0, float((np.maximum(blocked, 0) - best).max()))
 
 
 def collect_ranges(

@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.bundle.encodings import GATED_OUTLIERS, Encoding
+from headrace.bundle.encodings import ATTENTION_MASK, GATED_OUTLIERS, Encoding
 from headrace.config import ModelConfig
 from headrace.model.decoder import Residual, block, embed, head
 from headrace.model.ops import Array, Eager
@@ -57,8 +57,11 @@ class Simulated(SplitEager):
         return self.encodings[name].simulate(x) if self.cache else x
 
     def masked(self, scores: Array, mask: Array, name: str) -> Array:
-        """As `Ops.masked`, unrounded: the device's mask is shallower than this one, whose sums no grid could hold."""
-        return scores + mask
+        """As `Ops.masked`, with the device's own mask, which is not as deep as the eager decoder's."""
+        if not self.activations:
+            return scores + mask
+        deepest = np.float32(self.encodings[ATTENTION_MASK].low)
+        return super().masked(scores, np.maximum(mask, deepest), name)
 
     def outliers(self, name: str, gated: Array) -> Sequence[int]:
         apart = self.encodings.get(f"{name}.{GATED_OUTLIERS}")

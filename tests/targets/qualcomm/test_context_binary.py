@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from headrace.errors import TargetError
-from headrace.plan import MASK_DEPTH
 from headrace.targets.qualcomm import toolchain
 from headrace.targets.qualcomm.context_binary import read_context_binaries, read_context_binary
 from tests.targets.qualcomm.conftest import TinyTarget
+from tests.targets.qualcomm.tiny_qdq import MASK_DEPTH
 
 HEADER = 4096  # a binary starts with tables of offsets
 

@@ -18,13 +18,13 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from headrace.bundle.encodings import ANGLE, MASK, Encoding
+from headrace.bundle.encodings import ANGLE, Encoding, mask_encoding
 from headrace.config import ModelConfig
 from headrace.model import decoder
 from headrace.model.ops import Array, Eager, Positions, PrimitiveOps
 from headrace.model.rope import rope_tables
 from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD
-from headrace.plan import MASK_DEPTH, GraphStyle, Part, graph_name, plan_parts, ports
+from headrace.plan import GraphStyle, Part, graph_name, plan_parts, ports
 
 __all__ = [
     "TinyModel",
@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 OPSET = 23
+MASK_DEPTH = 100.0
 DTYPES = {
     "int32": TensorProto.INT32,
     "uint8": TensorProto.UINT8,
@@ -62,7 +63,7 @@ class TinyModel:
         if port == "input_ids":
             return None
         if port == "attention_mask":
-            return MASK
+            return mask_encoding(MASK_DEPTH)
         if port.startswith("position_ids"):
             return ANGLE
         return self.encodings[port.removesuffix("_in").removesuffix("_out")]
