@@ -20,7 +20,7 @@ import numpy as np
 from gguf import GGUFReader, GGUFValueType, GGUFWriter, quants
 
 from headrace.checkpoint import open_checkpoint
-from headrace.measure.evaluate import first_windows, read_text
+from headrace.measure.text_score import first_windows, read_text
 from headrace.model.fidelity import FidelityMeter, no_target
 from headrace.text.tokenizer_folder import load_tokenizer, save_tokenizer
 

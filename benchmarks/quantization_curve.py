@@ -21,7 +21,7 @@ import headrace
 from headrace.bundle.folder import open_bundle
 from headrace.bundle.weights import WeightStore
 from headrace.checkpoint import Checkpoint, open_checkpoint
-from headrace.measure.evaluate import evaluate_text, first_windows, follow, read_text
+from headrace.measure.text_score import evaluate_text, first_windows, follow, read_text
 from headrace.model.reference import eager_logits
 from headrace.model.weights import quantized_weights
 from headrace.quantize.budget import average_bits

@@ -11,10 +11,11 @@ from headrace.bundle.folder import open_bundle
 from headrace.bundle.recipe import Recipe, Rule, load_recipe
 from headrace.config import ModelConfig
 from headrace.errors import RecipeError
-from headrace.exporter.estimate import _EFFICIENCY, estimate_export, plan_export, plan_model
+from headrace.exporter.estimate import _EFFICIENCY, estimate_export, plan_export
 from headrace.exporter.options import ExportOptions
-from headrace.exporter.roofline import chips, published
 from headrace.exporter.settings import settle
+from headrace.forecast.model import plan_model
+from headrace.forecast.roofline import chips, published
 from headrace.model.weights import quantized_weights
 from headrace.plan import plan_parts
 from headrace.quantize.methods import METHODS

@@ -16,9 +16,9 @@ from headrace.cli.main import _run
 from headrace.config import ModelConfig
 from headrace.errors import BundleError, UserError
 from headrace.measure.bench import bench_bundle
+from headrace.measure.bundle_score import evaluate_bundle
 from headrace.measure.card import card_problems, differences, gather_facts, make_card, write_card
 from headrace.measure.claims import claim_problems
-from headrace.measure.evaluation import evaluate_bundle
 from headrace.measure.questions import ask_bundle
 from headrace.measure.record import make_record, save_record
 from headrace.plan import plan_parts

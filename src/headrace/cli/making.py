@@ -89,8 +89,8 @@ def plan(
     """Say what an export with the same options and its bundle will need, before anything is made."""
     from headrace.exporter.estimate import plan_export
     from headrace.exporter.options import ExportOptions, read_size
-    from headrace.exporter.roofline import LEAST_SHARE
     from headrace.exporter.settings import settle
+    from headrace.forecast.roofline import LEAST_SHARE
 
     report = plan_export(settle(checkpoint, ExportOptions.of(options)), read_size("--phone-memory", phone_memory))
     if json:

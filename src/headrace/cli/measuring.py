@@ -225,11 +225,11 @@ def evaluate(
 ) -> None:
     """Measure perplexity and divergence from the checkpoint on text, and right answers to questions."""
     from headrace.bundle.folder import open_bundle
-    from headrace.measure.evaluate import TASKS, parse_tasks
-    from headrace.measure.evaluation import evaluate_bundle
+    from headrace.measure.bundle_score import evaluate_bundle
     from headrace.measure.item_sets import SETS
     from headrace.measure.questions import ask_bundle
     from headrace.measure.record import make_record, save_record
+    from headrace.measure.text_score import TASKS, parse_tasks
 
     threads = limit_threads(threads)
     wanted = () if tasks is None else parse_tasks(tasks, (*TASKS, *SETS))

@@ -1,5 +1,5 @@
-"""plan: what a model will need before anything is made: bytes a part, cache a context, time, memory and disk of the
-export, what phones will do with it (roofline.py) and whether it fits one (fit.py).
+"""plan: what an export will need before anything is made: time, memory and disk, beside what its bundle will need
+(forecast/).
 
 Everything is derived from geometry and recipe; the one thing measured is how fast this computer multiplies matrices.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,19 +17,18 @@ import numpy as np
 from headrace.bundle.recipe import Recipe, Rule
 from headrace.bundle.weights import layouts
 from headrace.config import ModelConfig
-from headrace.exporter.fit import PHONE_MEMORY, memory_fit, part_fit
-from headrace.exporter.roofline import Workload, calibration, chips, estimate_decode, estimate_step, published
 from headrace.exporter.settings import ExportSettings
-from headrace.model.weights import EMBEDDING, HEAD, input_groups, linears, quantized_weights, weight_table
-from headrace.plan import Part, plan_parts
-from headrace.quantize.budget import average_bits, within_budget
+from headrace.forecast.fit import PHONE_MEMORY
+from headrace.forecast.model import plan_model
+from headrace.model.weights import input_groups, linears, quantized_weights
+from headrace.quantize.budget import within_budget
 from headrace.quantize.descent import SWEEPS
 from headrace.quantize.methods import find_method
 from headrace.quantize.parallel import cores, parallel_map
 from headrace.quantize.sensitivity import RANKING_WINDOWS
 from headrace.targets.qualcomm.compile_cost import estimate_compile
 
-__all__ = ["ExportEstimate", "estimate_export", "plan_export", "plan_model"]
+__all__ = ["ExportEstimate", "estimate_export", "plan_export"]
 
 _PROBE = 1024  # rows of the matrices that are multiplied to learn this computer's speed
 # Share of the plain matrix product's speed that a whole layer reaches; benchmarks/layer_7b.py measures it.
@@ -59,12 +58,8 @@ def plan_export(settings: ExportSettings, phone_memory: int = PHONE_MEMORY) -> d
         phone_memory: of the phone it is for, bytes.
 
     Returns:
-        parts [{name, layers, weight_bytes}]; weight_bytes; contexts [{context, kv_bytes, run_bytes}]; export
-        {seconds, peak_bytes, tokens}; disk_bytes; compile {targets, seconds, peak_bytes} or None without a target;
-        phones [{device, context, tok_s, step_seconds, steps, ttft_seconds}], of which tok_s, step_seconds (of one
-        prompt step) and ttft_seconds (of `steps` of them, the longest prompt) are {estimated, low, high} or None where
-        nothing published says it; calibration: how far such estimates were off;
-        least_published_bytes: of the smallest model among its rows; fits [{what, needed, limit, ok, change}].
+        what `plan_model` returns, and: export {seconds, peak_bytes, tokens}; disk_bytes; compile {targets, seconds,
+        peak_bytes} or None without a target.
 
     Raises:
         RecipeError: a rule does not fit.
@@ -95,84 +90,6 @@ def plan_export(settings: ExportSettings, phone_memory: int = PHONE_MEMORY) -> d
             "peak_bytes": compiling.peak_bytes,
         }
     return report
-
-
-def plan_model(
-    config: ModelConfig,
-    recipe: Recipe,
-    parts: Sequence[Part],
-    contexts: Sequence[int],
-    prompt_length: int = 128,
-    phone_memory: int = PHONE_MEMORY,
-) -> dict[str, Any]:
-    """What a bundle of this geometry and recipe takes, on disk and when it runs: see `plan_export`.
-
-    Args:
-        config: the geometry of what is quantized.
-        recipe: grids and cache.
-        parts: the plan.
-        contexts: context lengths.
-        prompt_length: tokens of a prompt step.
-        phone_memory: of the phone it is for, bytes.
-    """
-    table = quantized_weights(config)
-    rules = recipe.resolve(table)
-    grids = {name: rule.grid for name, rule in rules.items()}
-
-    def part_sizes(count: int) -> list[int]:
-        return [layout.nbytes for layout in layouts(config, plan_parts(config, count), grids)]
-
-    sizes = [layout.nbytes for layout in layouts(config, parts, grids)]
-    kv_width = 1 if recipe.kv == "int8" else 4
-    kv_token = 2 * config.num_layers * config.kv_size * kv_width
-    # A token reads every linear and the head; of the embedding only a row.
-    head = weight_table(config)[HEAD].stored_as
-    read = sum(grids[n].nbytes(*weight.matrix) for n, weight in table.items() if n == head or n != EMBEDDING)
-    return {
-        "parts": [
-            {"name": part.name, "layers": len(part.layers), "weight_bytes": size} for part, size in zip(parts, sizes)
-        ],
-        "weight_bytes": sum(sizes),
-        "contexts": [
-            {"context": c, "kv_bytes": c * kv_token, "run_bytes": sum(sizes) + c * kv_token} for c in contexts
-        ],
-        "phones": [
-            _phone(device, config, c, read, c * kv_token, prompt_length) for device in chips() for c in contexts
-        ],
-        "calibration": calibration(),
-        "least_published_bytes": int(min(row.workload.weight_bytes for row in published())),
-        "fits": [
-            part_fit(part_sizes, len(parts), config.num_layers + 1).to_dict(),
-            memory_fit(sum(sizes), kv_token, contexts, recipe.kv, average_bits(config, rules), phone_memory).to_dict(),
-        ],
-    }
-
-
-def _phone(device: str, config: ModelConfig, context: int, read: int, cache: int, prompt_length: int) -> dict[str, Any]:
-    """What a device will do with a context: an estimate, with its range."""
-    plain = Workload.of(
-        layers=config.num_layers,
-        hidden=config.hidden_size,
-        heads=config.num_heads,
-        kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        feed_forward=config.intermediate_size,
-        vocabulary=config.vocab_size,
-        context=context,
-        step=prompt_length,
-    )
-    work = Workload(read, cache, plain.step_operations)
-    step = estimate_step(device, work)
-    # The longest prompt: its last step must end before the context does.
-    steps = max(1, -(-(context - prompt_length) // prompt_length))
-    return {
-        "device": device,
-        "context": context,
-        "tok_s": estimate_decode(device, work).to_dict(),
-        "step_seconds": None if step is None else step.to_dict(),
-        "steps": steps,
-        "ttft_seconds": None if step is None else step.times(steps).to_dict(),
-    }
 
 
 def estimate_disk(settings: ExportSettings) -> int:
@@ -221,7 +138,7 @@ def estimate_export(
             moments += any(method.uses_reference for method in methods.values())
             operations += tokens * moments * columns**2 + ranked * columns**2
             for name, (n, k) in shapes.items():
-                walks = 2 if methods[name].uses_reference else 1  # the float model's beside
+                walks = 2 if methods[name].uses_reference else 1  # the float model is computed too
                 operations += 2 * n * k * (walks * tokens + _RANKING_PASSES * ranked)
                 operations += _SOLVING[rules[name].method] * n * k**2 + methods[name].calibrated * k**3 / 3
                 operations += bool(ranked) * (n * k**2 + k**3 / 3)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from headrace.bundle.folder import MEASUREMENTS, Bundle
-from headrace.exporter.estimate import plan_model
-from headrace.exporter.roofline import LEAST_SHARE
+from headrace.forecast.model import plan_model
+from headrace.forecast.roofline import LEAST_SHARE
 from headrace.measure.facts import PLAN, Facts, human, table_rows
 from headrace.targets.qualcomm.soc import SOCS
 

@@ -124,9 +124,9 @@ def _numbers(bundle: Bundle, checkpoint: Path | None, adapters: Sequence[Path]) 
     ids = _sample(bundle)
     eager = eager_logits(config, store.read, np.array([ids]))[0]
     if checkpoint is not None:
-        from headrace.measure.origin import open_origin
+        from headrace.measure.original import open_original
 
-        source = open_origin(bundle, checkpoint, adapters)
+        source = open_original(bundle, checkpoint, adapters)
         reference = eager_logits(config, lambda name: source.tensor(name).load(), np.array([ids]))[0]
         recorded = bundle.provenance.get("quantization_kl")
         limit = recorded * EXPORT_MARGIN + EXPORT_SLACK if isinstance(recorded, int | float) else CHECKPOINT_KL

@@ -15,7 +15,7 @@ from headrace.language_model import LanguageModel, load
 from headrace.measure.choices import Choices, answer_subject, choices_report
 from headrace.measure.item_sets import SHOTS, open_set
 from headrace.measure.likelihood import NextLogits
-from headrace.measure.origin import open_origin
+from headrace.measure.original import open_original
 from headrace.measure.shared_prefix import next_logits
 from headrace.progress import Progress, silent
 
@@ -57,7 +57,7 @@ def ask_bundle(
     if data is None:
         raise UserError(f"{tasks[0]} needs its items; expected --data FOLDER in the set's published layout")
     opened = [open_set(task, data) for task in tasks]  # all are read before the first is asked
-    source = None if checkpoint is None else open_origin(open_bundle(path), checkpoint, adapters)
+    source = None if checkpoint is None else open_original(open_bundle(path), checkpoint, adapters)
     reports = []
     with load(path, runner=runner, threads=threads) as model:
         ask = following(model)

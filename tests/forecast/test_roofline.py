@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from headrace.exporter.fit import PART_LIMIT, memory_fit, part_fit
-from headrace.exporter.roofline import Workload, calibration, chips, estimate_decode, estimate_step, published
+from headrace.forecast.fit import PART_LIMIT, memory_fit, part_fit
+from headrace.forecast.roofline import Workload, calibration, chips, estimate_decode, estimate_step, published
 from headrace.targets.qualcomm.soc import SOCS
 
 H, F, V = 4096, 11008, 125696

@@ -1,4 +1,4 @@
-"""What a bundle is worth on text: binds bundle, checkpoint and texts to the scoring of evaluate.py."""
+"""evaluate: scores a bundle on texts, against its checkpoint where there is one; text_score.py does the scoring."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from headrace.bundle.encodings import read_encodings
 from headrace.bundle.folder import Bundle, open_bundle
 from headrace.bundle.weights import WeightStore
 from headrace.errors import UserError
-from headrace.measure.evaluate import TextScore, evaluate_text, first_windows, follow, parse_tasks, read_text
-from headrace.measure.origin import open_origin
+from headrace.measure.original import open_original
+from headrace.measure.text_score import TextScore, evaluate_text, first_windows, follow, parse_tasks, read_text
 from headrace.progress import Progress, silent
 from headrace.quantize.simulate import Simulated, simulated_logits
 from headrace.runners import Options, open_runner
@@ -82,7 +82,7 @@ def evaluate_bundle(
     score = _simulated(bundle, store, simulate) if simulate else _runs(bundle, runner, threads)
     config, weights = bundle.config, store.read
     if checkpoint is not None:
-        source = open_origin(bundle, checkpoint, adapters)
+        source = open_original(bundle, checkpoint, adapters)
         config, weights = source.config, lambda name: source.tensor(name).load()
     scores = []
     for name, ids in cut:

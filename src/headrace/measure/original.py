@@ -11,10 +11,10 @@ from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.checkpoint.lora import adapted, adapter_digest
 from headrace.errors import BundleError
 
-__all__ = ["open_origin"]
+__all__ = ["open_original"]
 
 
-def open_origin(bundle: Bundle, checkpoint: Path, adapters: Sequence[Path] = ()) -> Checkpoint:
+def open_original(bundle: Bundle, checkpoint: Path, adapters: Sequence[Path] = ()) -> Checkpoint:
     """What a bundle is compared with.
 
     Args:

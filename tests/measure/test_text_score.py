@@ -9,7 +9,7 @@ import pytest
 
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.errors import CalibrationError, UserError
-from headrace.measure.evaluate import evaluate_text, first_windows, follow, parse_tasks, read_text
+from headrace.measure.text_score import evaluate_text, first_windows, follow, parse_tasks, read_text
 from headrace.model.reference import eager_logits
 from tests.tiny import write_llama
 

@@ -217,6 +217,6 @@ def _scaled(peak: float, shares: Sequence[float]) -> Estimate:
 
 @cache
 def _data() -> dict[str, Any]:
-    text = resources.files("headrace.exporter").joinpath("published_speeds.json").read_text(encoding="utf-8")
+    text = resources.files("headrace.forecast").joinpath("published_speeds.json").read_text(encoding="utf-8")
     data: dict[str, Any] = json.loads(text)
     return data

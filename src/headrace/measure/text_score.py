@@ -1,4 +1,4 @@
-"""evaluate: perplexity of a model on text, and how near its predictions stay to those of a float reference.
+"""Perplexity of a model on text, and how near its predictions stay to those of a float reference.
 
 Text is cut into windows from its beginning; each window is scored over its second half, where every token has at
 least half a window of past. The reference is followed by the eager decoder, a layer at a time for all windows; of it

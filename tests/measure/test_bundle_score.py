@@ -14,7 +14,7 @@ from headrace.bundle.folder import open_bundle
 from headrace.checkpoint import open_checkpoint
 from headrace.cli.main import _run
 from headrace.errors import CalibrationError, UserError
-from headrace.measure.evaluation import evaluate_bundle
+from headrace.measure.bundle_score import evaluate_bundle
 from headrace.model.reference import eager_logits
 from headrace.text.tokenizer_folder import load_tokenizer
 from tests.exports import SMALL, Exports
