@@ -205,6 +205,24 @@ class LanguageModel:
             self._grammars = Grammars(self.tokenizer, self.bundle.config.vocab_size, stop_ids)
         return self._grammars.compile(kind, source)
 
+    def session(self, messages: Sequence[Message], tokens: Sequence[int]) -> Session:
+        """A conversation to be saved, with what is held of its tokens; no tokens where no engine answered."""
+        held, cache = self.engine.held(tokens) if tokens else (0, b"")
+        return Session(self.fingerprint, self.runner, tuple(messages), tuple(tokens[:held]), cache)
+
+    def hold(self, session: Session, path: Path) -> None:
+        """Hold the cache of a saved conversation, for a prompt that goes on with it; `path` is for the message.
+
+        Raises:
+            UserError: another model or runner made it, or it is damaged.
+        """
+        session.check(self.fingerprint, self.runner, path)
+        if session.tokens:
+            try:
+                self.engine.hold(session.tokens, session.cache)
+            except (ValueError, UserError) as error:
+                raise UserError(f"{path} does not fit this model ({error}); delete it to begin anew") from None
+
     @property
     def fingerprint(self) -> str:
         """sha256 over the model's geometry, weights, cache scales and vocabulary, hexadecimal."""
@@ -303,11 +321,7 @@ class Chat:
         Raises:
             UserError: it cannot be written.
         """
-        model, tokens, cache = self.model, tuple(self._tokens), b""
-        if tokens:  # an engine answered
-            count, cache = model.engine.held(tokens)
-            tokens = tokens[:count]
-        write_session(Path(path), Session(model.fingerprint, model.runner, tuple(self.messages), tokens, cache))
+        write_session(Path(path), self.model.session(self.messages, self._tokens))
 
     def restore(self, path: Path) -> None:
         """Take over a saved conversation.
@@ -318,12 +332,7 @@ class Chat:
         if self.messages:
             raise UserError("a saved conversation cannot be joined to one that has begun; expected no --system")
         session = read_session(path)
-        session.check(self.model.fingerprint, self.model.runner, path)
-        if session.tokens:
-            try:
-                self.model.engine.hold(session.tokens, session.cache)
-            except (ValueError, UserError) as error:
-                raise UserError(f"{path} does not fit this model ({error}); delete it to begin anew") from None
+        self.model.hold(session, path)
         self.messages, self._tokens = list(session.messages), session.tokens
 
 

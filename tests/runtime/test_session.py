@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,6 +111,42 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, damage: Callable[[bytes], by
         read_session(tmp_path / "absent")
     with pytest.raises(UserError, match="cannot be written"):
         write_session(tmp_path / "no" / "folder", Session("m", "host", ()))
+
+
+CALL = {"type": "function", "id": "c1", "function": {"name": "depth", "arguments": {"river": "长江"}}}
+
+
+def test_tool_calls_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "talk.session"
+    talk = (Message("user", "How deep?"), Message("assistant", "", calls=(CALL,)), Message("tool", "6 m"))
+    write_session(path, Session("m", "host", talk))
+    assert read_session(path).messages == talk
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),  # as files were before calls were kept
+        ({"calls": [{}]}, "lacks or misstates 'function'"),
+        ({"calls": [{"function": {"name": 1}}]}, "lacks or misstates the name of a call"),
+        ({"calls": 1}, "lacks or misstates"),
+        ({"ids": [float("inf")]}, "lacks or misstates"),
+        ({"role": "robot"}, "role is 'robot'"),
+    ],
+)
+def test_a_message_of_a_file(tmp_path: Path, change: dict[str, object], message: str | None) -> None:
+    path = tmp_path / "talk.session"
+    said = {"role": "user", "content": "Hi", "ids": None} | change
+    told = {"model": "m", "runner": "host", "messages": [said], "tokens": [], "cache_bytes": 0}
+    header = json.dumps(told).encode()
+    data = MAGIC + len(header).to_bytes(8, "little") + header
+    path.write_bytes(data + hashlib.sha256(data).digest())
+    if message is None:
+        assert read_session(path).messages == (Message("user", "Hi"),)
+        return
+    with pytest.raises(UserError, match=message) as error:
+        read_session(path)
+    assert "\n" not in str(error.value)
 
 
 def test_chat_keeps_a_session(exports: Exports, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

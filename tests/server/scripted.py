@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -35,6 +37,7 @@ class ScriptedModel:
         delay: seconds between two pieces.
         closed: how many requests ended or were left.
         said: pieces that were handed out.
+        breaks: fail behind the first piece, in a way that nobody foresaw.
     """
 
     words: list[str] = field(default_factory=lambda: ["Par", "is", "."])
@@ -46,8 +49,9 @@ class ScriptedModel:
     delay: float = 0.0
     closed: int = 0
     said: int = 0
+    breaks: bool = False
 
-    def submit(self, request: GenerationRequest) -> ScriptedGeneration:
+    async def submit(self, request: GenerationRequest) -> ScriptedGeneration:
         """Note the request and answer it."""
         self.seen.append(request)
         if self.full:
@@ -76,6 +80,16 @@ class ScriptedModel:
         text = "".join(str(m["content"]) for m in request.prompt if isinstance(m, Mapping))
         return text, self.tokenize(text, special=False)
 
+    async def save_session(self, request: GenerationRequest, path: Path) -> int:
+        """The messages alone."""
+        path.write_text(json.dumps(list(request.prompt)), encoding="utf-8")
+        return len(request.prompt)
+
+    async def restore_session(self, path: Path) -> tuple[list[dict[str, Any]], int]:
+        """What was saved."""
+        messages = json.loads(path.read_text(encoding="utf-8"))
+        return messages, len(messages)
+
 
 class ScriptedGeneration:
     """One scripted answer."""
@@ -95,6 +109,8 @@ class ScriptedGeneration:
                 told = self._request.top_logprobs is not None
                 top = (Logprob(word, -0.5), Logprob("x", -1.5)) if told else ()
                 yield Piece(choice, word, finish, word, -0.5 if told else None, top)
+            if self._model.breaks:
+                raise RuntimeError("a secret of the machine")
 
     async def aclose(self) -> None:
         """Count it."""

@@ -7,6 +7,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -225,6 +226,54 @@ def _talk_as_ollama(client: ollama.Client, address: str, model: ScriptedModel) -
     assert httpx.get(f"{address}/api/version").json()["version"]
     with pytest.raises(ollama.ResponseError, match="not served"):
         client.chat(model="other", messages=ASK)
+
+
+def test_a_stream_that_breaks_says_so(address: str, client: openai.OpenAI, model: ScriptedModel) -> None:
+    """As each client expects it, and without what went wrong inside."""
+    model.breaks = True
+    asked: Any = ASK[1:]
+    inside = "something went wrong inside the server"
+    with pytest.raises(openai.APIError, match=inside):
+        list(client.chat.completions.create(model="tiny", messages=asked, stream=True))
+    with pytest.raises(openai.APIError, match=inside):
+        list(client.responses.create(model="tiny", input="Hi", stream=True))
+    other = anthropic.Anthropic(base_url=address, api_key="none", max_retries=0)
+    with other, pytest.raises(anthropic.APIError, match=inside):
+        list(other.messages.create(model="tiny", max_tokens=9, messages=asked, stream=True))
+    third = ollama.Client(host=address)
+    with third._client, pytest.raises(ollama.ResponseError, match=inside):
+        list(third.chat(model="tiny", messages=asked, stream=True))
+    assert model.closed == 4
+
+
+def test_sessions(tmp_path: Path) -> None:
+    talk = [*ASK, {"role": "assistant", "content": "Paris."}]
+    model, folder = ScriptedModel(), tmp_path / "saved"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("not ours")
+    with (
+        running(model, options=ServerOptions(sessions=folder)) as address,
+        httpx.Client(base_url=address) as http,
+    ):
+        saved = http.put("/sessions/对话-1", json={"messages": talk}).json()
+        assert (saved["name"], saved["tokens"]) == ("对话-1", 3) and saved["bytes"] > 0
+        assert [s["name"] for s in http.get("/sessions").json()["sessions"]] == ["对话-1"]
+        restored = http.post("/sessions/对话-1/restore", json={"model": "tiny"}).json()
+        assert restored == {"name": "对话-1", "messages": talk, "tokens": 3}
+        for name in ("..", "a%2Fb", ".hidden", "x" * 49, "..%2Fnotes.txt", "a b", "%00"):
+            for method in ("PUT", "DELETE"):
+                answer = http.request(method, f"/sessions/{name}", json={"messages": talk})
+                assert answer.status_code in (400, 404, 405) and answer.json()["error"]["message"], name
+        missing = http.post("/sessions/absent/restore", json={})
+        assert missing.status_code == 404 and "there is no session 'absent'" in missing.text
+        assert http.delete("/sessions/对话-1").json() == {"deleted": "对话-1"}
+        assert http.delete("/sessions/对话-1").status_code == 404
+        assert [path.name for path in folder.iterdir()] == ["notes.txt"] and not (tmp_path / "notes.txt").exists()
+
+
+def test_sessions_are_off_by_default(address: str) -> None:
+    answer = httpx.put(f"{address}/sessions/a", json={"messages": ASK})
+    assert answer.status_code == 404 and "--sessions FOLDER" in answer.json()["error"]["message"]
 
 
 def test_models_and_services(address: str, client: openai.OpenAI) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from headrace.language_model import load
+from headrace.server.door import ServerOptions
 from headrace.server.metrics import Metrics
 from headrace.server.worker import ModelWorker, WorkerOptions
 from tests.exports import Exports
@@ -18,15 +19,16 @@ from tests.server.scripted import running
 
 TEXT = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```(sh|python)\n(.*?)```", TEXT, re.DOTALL)
-EXPECTED = ("chat.completion", "[DONE]", '"prompt":', "CompletionUsage", "")
+EXPECTED = ("chat.completion", "[DONE]", '"prompt":', "CompletionUsage", "", '"messages":')
 
 
 @pytest.fixture(scope="module")
-def address(exports: Exports) -> Iterator[str]:
+def address(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     metrics = Metrics()
     worker = ModelWorker("tied", load(exports.bundle("tied"), runner="host", slots=2), WorkerOptions(), metrics)
     worker.start()
-    with running(worker, metrics=metrics) as at:
+    options = ServerOptions(sessions=tmp_path_factory.mktemp("sessions"))
+    with running(worker, options=options, metrics=metrics) as at:
         yield at
     worker.close()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ def ask(text: str, **changes: Any) -> GenerationRequest:
 
 
 async def answers(worker: ModelWorker, requests: Sequence[GenerationRequest]) -> list[list[Answer]]:
-    generations = [worker.submit(request) for request in requests]
+    generations = [await worker.submit(request) for request in requests]
     return list(await asyncio.gather(*(collect(g, r.n) for g, r in zip(generations, requests, strict=True))))
 
 
@@ -118,9 +119,9 @@ def test_a_turn_computes_only_what_is_new(serving: Callable[..., ModelWorker]) -
     talk = [{"role": "user", "content": "The river"}]
 
     async def two_turns() -> tuple[int, int]:
-        first = worker.submit(ask("", prompt=talk))
+        first = await worker.submit(ask("", prompt=talk))
         said = await collect(first, 1)
-        second = worker.submit(
+        second = await worker.submit(
             ask("", prompt=[*talk, {"role": "assistant", "content": said[0].text}, {"role": "user", "content": "More"}])
         )
         await collect(second, 1)
@@ -130,16 +131,65 @@ def test_a_turn_computes_only_what_is_new(serving: Callable[..., ModelWorker]) -
     assert cached >= length - 3  # all but the mark that asks the assistant
 
 
+@pytest.mark.parametrize("crowded", [False, True])
+def test_a_saved_conversation_goes_on_elsewhere(
+    serving: Callable[..., ModelWorker], tmp_path: Path, crowded: bool
+) -> None:
+    """The next answer is the same, and only what is new is computed; while all slots are taken, it waits for one."""
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "The river " * 8}]
+    path = tmp_path / "talk.session"
+    here, there = serving(slots=2), serving(slots=1)
+
+    async def go_on() -> None:
+        said = (await collect(await here.submit(ask("", prompt=talk)), 1))[0].text
+        whole = [*talk, {"role": "assistant", "content": said}]
+        saved = await here.save_session(ask("", prompt=whole), path)
+        before = [await there.submit(ask("x", max_tokens=40))] if crowded else []
+        restoring = asyncio.create_task(there.restore_session(path))
+        for generation in before:
+            assert (await collect(generation, 1))[0].finish
+        messages, held = await restoring
+        assert messages == whole and held == saved
+        more = ask("", prompt=[*whole, {"role": "user", "content": "More"}])
+        made = [await worker.submit(more) for worker in (here, there)]
+        answered = [await collect(generation, 1) for generation in made]
+        assert answered[0][0].text == answered[1][0].text
+        assert made[0].usage.cached_tokens == made[1].usage.cached_tokens >= saved - 1 > 20
+
+    asyncio.run(go_on())
+
+
+def test_a_session_of_another_model_is_refused(
+    serving: Callable[..., ModelWorker], exports: Exports, tmp_path: Path
+) -> None:
+    path = tmp_path / "talk.session"
+    with load(exports.bundle("mha"), runner="host") as other:
+        chat = other.chat()
+        list(chat.say("The river", max_tokens=3))
+        chat.save(path)
+    with pytest.raises(UserError, match="a conversation with another model or recipe"):
+        asyncio.run(serving().restore_session(path))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="is damaged"):
+        asyncio.run(serving().restore_session(path))
+
+
 def test_limits(serving: Callable[..., ModelWorker]) -> None:
     worker = serving(slots=1, queue=2)
 
     async def crowd() -> list[Any]:
-        slow = [worker.submit(ask("x", max_tokens=100)) for _ in range(2)]
-        with pytest.raises(Refused, match="wait already") as refused:
-            for _ in range(3):
-                slow.append(worker.submit(ask("x", max_tokens=100)))
+        slow = [await worker.submit(ask("x", max_tokens=100)) for _ in range(2)]
+        with pytest.raises(UserError, match="the prompt is empty"):
+            await worker.submit(ask("", prompt=[]))
+        slow.append(await worker.submit(ask("x", max_tokens=100)))
+        async for _ in slow[0]:  # it has the slot; the others wait, whatever was taken from the inbox
+            break
+        with pytest.raises(Refused, match="2 answers wait already") as refused:
+            await worker.submit(ask("x"))
         assert (refused.value.status, refused.value.retry_after) == (429, 2)
-        return [await collect(g, 1) for g in slow]
+        await slow[0].aclose()
+        made = [await collect(g, 1) for g in slow[1:]]
+        return [*made, *[await collect(await worker.submit(ask("x")), 1) for _ in range(3)]]
 
     assert all(a[0].finish for a in asyncio.run(crowd()))
     with pytest.raises(ContextFull, match=rf"the context holds {CONTEXT}"):
@@ -161,12 +211,12 @@ def test_leaving_frees_the_slot_within_a_token(serving: Callable[..., ModelWorke
     worker = serving(slots=1)
 
     async def leave_and_ask() -> tuple[int, Answer]:
-        left = worker.submit(ask("x", max_tokens=150))
+        left = await worker.submit(ask("x", max_tokens=150))
         async for _ in left:
             break
         await left.aclose()
         at = left.usage.completion_tokens
-        answer = (await collect(worker.submit(ask("y")), 1))[0]
+        answer = (await collect(await worker.submit(ask("y")), 1))[0]
         return left.usage.completion_tokens - at, answer
 
     more, answer = asyncio.run(leave_and_ask())
@@ -177,7 +227,7 @@ def test_closing_tells_those_who_wait(serving: Callable[..., ModelWorker]) -> No
     worker = serving(slots=1)
 
     async def close() -> None:
-        generation = worker.submit(ask("x", max_tokens=150))
+        generation = await worker.submit(ask("x", max_tokens=150))
         async for _ in generation:
             break
         await asyncio.to_thread(worker.close)

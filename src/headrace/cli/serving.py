@@ -29,6 +29,9 @@ def serve(
     speculate: Annotated[
         str | None, typer.Option("--speculate", help="Guess ahead: lookup (texts repeat themselves) or a draft BUNDLE.")
     ] = None,
+    sessions: Annotated[
+        Path | None, typer.Option("--sessions", help="Folder where clients may save conversations.")
+    ] = None,
     runner: RunnerName = None,
     threads: Threads = None,
 ) -> None:
@@ -44,6 +47,8 @@ def serve(
     from headrace.server.serve import serve as run
     from headrace.server.worker import WorkerOptions
 
+    if sessions is not None and not sessions.is_dir():
+        raise UserError(f"--sessions {sessions} is no folder; make it first")
     key = api_key or os.environ.get("HEADRACE_API_KEY")
     if key is None and host not in ("127.0.0.1", "localhost", "::1"):
         note(f"warning: anybody who reaches {host} can use this server; set HEADRACE_API_KEY")
@@ -56,7 +61,7 @@ def serve(
             threads=limit_threads(threads),
             slots=slots,
             speculate=speculate,
-            door=ServerOptions(api_key=key, max_body=max_body),
+            door=ServerOptions(api_key=key, max_body=max_body, sessions=sessions),
             limits=WorkerOptions(queue=queue, seconds=seconds),
             progress=progress,
             listening=lambda address: note(f"listening on {address}  (the page is there too; Ctrl-C ends)"),

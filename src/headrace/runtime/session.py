@@ -62,7 +62,9 @@ def write_session(path: Path, session: Session) -> None:
         {
             "model": session.model,
             "runner": session.runner,
-            "messages": [{"role": m.role, "content": m.content, "ids": m.ids} for m in session.messages],
+            "messages": [
+                {"role": m.role, "content": m.content, "ids": m.ids, "calls": m.calls} for m in session.messages
+            ],
             "tokens": session.tokens,
             "cache_bytes": len(session.cache),
         },
@@ -105,12 +107,17 @@ def read_session(path: Path) -> Session:
         return Session(
             model=str(header["model"]),
             runner=str(header["runner"]),
-            messages=tuple(
-                Message(str(m["role"]), str(m["content"]), None if m["ids"] is None else tuple(map(int, m["ids"])))
-                for m in header["messages"]
-            ),
+            messages=tuple(map(_message, header["messages"])),
             tokens=tuple(map(int, header["tokens"])),
             cache=cache,
         )
-    except (KeyError, TypeError, ValueError, RecursionError, UserError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError, UserError) as error:
         raise UserError(f"{path} lacks or misstates {error}; delete it to begin anew") from None
+
+
+def _message(raw: dict[str, Any]) -> Message:
+    calls = raw.get("calls", [])  # files of before 2026-11-26 have none
+    if not all(isinstance(call["function"]["name"], str) for call in calls):
+        raise ValueError("the name of a call")
+    ids = None if raw["ids"] is None else tuple(map(int, raw["ids"]))
+    return Message(str(raw["role"]), str(raw["content"]), ids, tuple(calls))

@@ -45,6 +45,11 @@ class Slots:
     def __len__(self) -> int:
         return len(self._owners)
 
+    @property
+    def vacancy(self) -> bool:
+        """There is a slot that no running sequence needs."""
+        return any(other is None or other.released for other in self._owners)
+
     def place(self, sequence: Sequence, keep: Collection[int]) -> int:
         """The sequence's slot, the most recently used one from now on. One without a slot is given one, but none of
         `keep`, and in it what is held anywhere of its tokens."""
@@ -60,10 +65,7 @@ class Slots:
         # The last token's logits have to be computed, and of a prompt so many beside it that the arithmetic is a
         # prompt's: an answer is the same whether or not its prompt's beginning was held.
         most = max(len(ids) - 1 - (0 if sequence.answered else self.runner.fine_tokens), 0)
-        best, shared = None, 0
-        for slot, other in enumerate(self._owners if sequence.reuses else ()):
-            if other is not None and other.reuses and (n := common_prefix(other.tokens[: other.held], ids)) > shared:
-                best, shared = slot, n
+        best, shared = self._longest(ids) if sequence.reuses else (None, 0)
         stored = self.prefixes.match(ids) if sequence.reuses else 0
         if best is not None and shared >= stored:
             other = self._owners[best]
@@ -88,6 +90,14 @@ class Slots:
             for number, content in enumerate(self.prefixes.take(ids[:stored])):
                 self.runner.write(taken, number * BLOCK, content)
         self._give(taken, sequence, min(stored, most))
+
+    def _longest(self, ids: Items[int]) -> tuple[int | None, int]:
+        """The slot that holds most of these first tokens, and how many."""
+        best, shared = None, 0
+        for slot, other in enumerate(self._owners):
+            if other is not None and other.reuses and (n := common_prefix(other.tokens[: other.held], ids)) > shared:
+                best, shared = slot, n
+        return best, shared
 
     def _vacant(self, keep: Collection[int], but: int | None = None) -> int | None:
         """A slot that no running sequence needs, its cache saved: an empty one, else the one unused for longest."""
@@ -116,7 +126,11 @@ class Slots:
 
     def held(self, ids: Items[int]) -> tuple[int, bytes]:
         """How many of these first tokens are held anywhere, and their cache as the runner reads it."""
+        best, shared = self._longest(ids)
+        if best is not None and shared >= self.prefixes.match(ids):
+            return shared, self.runner.read(best, 0, shared)
         sequence = Sequence([*ids, 0])  # one more, so that all of them may be held
+        sequence.answered = True
         slot = self.place(sequence, keep=())
         sequence.released = True
         return sequence.held, self.runner.read(slot, 0, sequence.held)

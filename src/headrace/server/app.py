@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from importlib import resources
 from typing import Any, TypeAlias, TypeVar
 
@@ -16,10 +19,11 @@ from starlette.exceptions import HTTPException
 from headrace import __version__
 from headrace.errors import HeadraceError
 from headrace.server import anthropic_messages, ollama, openai_chat, openai_responses
-from headrace.server.door import Door, Gate, ServedModel, ServerOptions, error_response
+from headrace.server.door import Door, Gate, ServedModel, ServerOptions, error_object, error_response
 from headrace.server.fields import Body
 from headrace.server.generation import Generator, Refused
 from headrace.server.metrics import Metrics
+from headrace.server.sessions import SavedSessions
 
 __all__ = ["create_app"]
 
@@ -27,6 +31,7 @@ OLLAMA_VERSION = "0.12.0"  # of the API that is spoken, not of a program
 PING_SECONDS = 15  # between two signs of life, for proxies that end silent connections
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 EventCall: TypeAlias = openai_responses.ResponseCall | anthropic_messages.MessagesCall
 
 
@@ -44,9 +49,17 @@ def create_app(models: Mapping[str, ServedModel], options: ServerOptions, metric
     app.add_exception_handler(Exception, error_response)
     app.add_exception_handler(HeadraceError, error_response)
     app.add_exception_handler(HTTPException, error_response)
-    _openai_routes(app, door)
-    _anthropic_routes(app, door)
-    _ollama_routes(app, door)
+    for path, read, streamed, required, told in ANSWERS:
+        app.add_api_route(
+            path,
+            _answering(door, read, streamed),
+            methods=["POST"],
+            name=told,
+            description=told,
+            openapi_extra=_json_body(required),
+        )
+    _model_routes(app, door)
+    _session_routes(app, door, SavedSessions(options.sessions))
     _service_routes(app, door, metrics)
     web = resources.files("headrace") / "server" / "web"
     app.mount("/web", StaticFiles(directory=str(web)), name="web")
@@ -58,22 +71,16 @@ def create_app(models: Mapping[str, ServedModel], options: ServerOptions, metric
     return app
 
 
-def _openai_routes(app: FastAPI, door: Door) -> None:
-    @app.post("/v1/chat/completions", openapi_extra=_json_body("messages"))
-    async def chat_completions(request: Request) -> Response:
-        """OpenAI: answer a conversation."""
-        return await door.answer(request, openai_chat.chat_call, _chunks)
+def _answering(
+    door: Door, read: Callable[[object], Any], streamed: Callable[[Any, Generator], Response]
+) -> Callable[[Request], Awaitable[Response]]:
+    async def answer(request: Request) -> Response:
+        return await door.answer(request, read, streamed)
 
-    @app.post("/v1/completions", openapi_extra=_json_body("prompt"))
-    async def completions(request: Request) -> Response:
-        """OpenAI: continue a text."""
-        return await door.answer(request, openai_chat.completion_call, _chunks)
+    return answer
 
-    @app.post("/v1/responses", openapi_extra=_json_body("input"))
-    async def responses(request: Request) -> Response:
-        """OpenAI: answer, in the form of the responses API."""
-        return await door.answer(request, openai_responses.response_call, _events)
 
+def _model_routes(app: FastAPI, door: Door) -> None:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         """OpenAI: the models that are served."""
@@ -84,38 +91,15 @@ def _openai_routes(app: FastAPI, door: Door) -> None:
         """OpenAI: one model."""
         return _model_object(door.model(name))
 
-
-def _anthropic_routes(app: FastAPI, door: Door) -> None:
-    @app.post("/v1/messages", openapi_extra=_json_body("messages"))
-    async def messages(request: Request) -> Response:
-        """Anthropic: answer a conversation."""
-        return await door.answer(request, anthropic_messages.messages_call, _events)
-
-
-def _ollama_routes(app: FastAPI, door: Door) -> None:
-    @app.post("/api/chat", openapi_extra=_json_body("messages"))
-    async def chat(request: Request) -> Response:
-        """Ollama: answer a conversation."""
-        return await door.answer(request, ollama.chat_call, _lines)
-
-    @app.post("/api/generate", openapi_extra=_json_body("prompt"))
-    async def generate(request: Request) -> Response:
-        """Ollama: answer a prompt."""
-        return await door.answer(request, ollama.generate_call, _lines)
-
     @app.get("/api/version")
     async def version() -> dict[str, str]:
         """Ollama: the version of the API."""
         return {"version": OLLAMA_VERSION}
 
     @app.get("/api/tags")
-    async def tags() -> dict[str, Any]:
-        """Ollama: the models that are served."""
-        return {"models": [_ollama_model(model) for model in door.models.values()]}
-
     @app.get("/api/ps")
-    async def running() -> dict[str, Any]:
-        """Ollama: the models in memory."""
+    async def tags() -> dict[str, Any]:
+        """Ollama: the models that are served, all of them in memory."""
         return {"models": [_ollama_model(model) for model in door.models.values()]}
 
     @app.post("/api/show", openapi_extra=_json_body("model"))
@@ -132,6 +116,38 @@ def _ollama_routes(app: FastAPI, door: Door) -> None:
             "parameters": "",
             "template": properties.get("chat_template") or "",
         }
+
+
+def _session_routes(app: FastAPI, door: Door, saved: SavedSessions) -> None:
+    @app.get("/sessions")
+    async def sessions() -> dict[str, Any]:
+        """Saved conversations, the newest first."""
+        return {"sessions": list(saved)}
+
+    @app.put("/sessions/{name}", openapi_extra=_json_body("messages"))
+    async def save(name: str, request: Request) -> dict[str, Any]:
+        """Save a conversation, with what the cache holds of it; an older one of this name is replaced."""
+        call = openai_chat.chat_call(await door.body(request))
+        with saved.file(name, exists=False) as path:
+            tokens = await door.model(call.model).save_session(call.request, path)
+            return {"name": name, "tokens": tokens, "bytes": path.stat().st_size}
+
+    @app.post("/sessions/{name}/restore", openapi_extra=_json_body())
+    async def restore(name: str, request: Request) -> dict[str, Any]:
+        """A saved conversation's messages; its cache is held again, so that a prompt that goes on with it is short."""
+        body = Body(await door.body(request))
+        model = door.model(body.take("model", str, default=""))
+        body.done()
+        with saved.file(name) as path:
+            messages, tokens = await model.restore_session(path)
+        return {"name": name, "messages": messages, "tokens": tokens}
+
+    @app.delete("/sessions/{name}")
+    async def delete(name: str) -> dict[str, str]:
+        """Delete a saved conversation."""
+        with saved.file(name) as path:
+            path.unlink()
+        return {"deleted": name}
 
 
 def _service_routes(app: FastAPI, door: Door, counted: Metrics) -> None:
@@ -161,9 +177,9 @@ def _service_routes(app: FastAPI, door: Door, counted: Metrics) -> None:
         """Ids of a text."""
         body = Body(await door.body(request))
         model = door.model(body.take("model", str, default=""))
-        ids = model.tokenize(body.take("content", str, required=True), special=body.flag("add_special"))
+        content, special = body.take("content", str, required=True), body.flag("add_special")
         body.done()
-        return {"tokens": ids}
+        return {"tokens": await asyncio.to_thread(model.tokenize, content, special=special)}
 
     @app.post("/detokenize", openapi_extra=_json_body("tokens"))
     async def detokenize(request: Request) -> dict[str, Any]:
@@ -174,19 +190,20 @@ def _service_routes(app: FastAPI, door: Door, counted: Metrics) -> None:
         if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
             raise Refused("tokens holds something else than ids", field="tokens")
         body.done()
-        return {"content": model.detokenize(ids)}
+        return {"content": await asyncio.to_thread(model.detokenize, ids)}
 
     @app.post("/apply-template", openapi_extra=_json_body("messages"))
     async def apply_template(request: Request) -> dict[str, Any]:
         """The prompt that a conversation becomes."""
         call = openai_chat.chat_call(await door.body(request))
-        text, ids = door.model(call.model).render(call.request)
+        text, ids = await asyncio.to_thread(door.model(call.model).render, call.request)
         return {"prompt": text, "tokens": ids}
 
 
 def _chunks(call: openai_chat.Call, generator: Generator) -> Response:
     """Server-sent events of data alone."""
-    return EventSourceResponse(_closing(call.chunks(generator), generator), sep="\n", ping=PING_SECONDS)
+    parts = _closing(call.chunks(generator), generator, json.dumps)
+    return EventSourceResponse(parts, sep="\n", ping=PING_SECONDS)
 
 
 def _events(call: EventCall, generator: Generator) -> Response:
@@ -196,21 +213,40 @@ def _events(call: EventCall, generator: Generator) -> Response:
         async for event, data in call.events(generator):
             yield {"event": event, "data": data}
 
-    return EventSourceResponse(_closing(named(), generator), sep="\n", ping=PING_SECONDS)
+    parts = _closing(named(), generator, lambda error: {"event": "error", "data": json.dumps(error)})
+    return EventSourceResponse(parts, sep="\n", ping=PING_SECONDS)
 
 
 def _lines(call: ollama.OllamaCall, generator: Generator) -> Response:
     """JSON, a line each."""
-    return StreamingResponse(_closing(call.lines(generator), generator), media_type="application/x-ndjson")
+    parts = _closing(call.lines(generator), generator, lambda error: json.dumps({"error": error["error"]["message"]}))
+    return StreamingResponse(parts, media_type="application/x-ndjson")
 
 
-async def _closing(parts: AsyncIterator[T], generator: Generator) -> AsyncIterator[T]:
-    """The parts of a stream; when the client leaves, its slots are freed."""
+async def _closing(
+    parts: AsyncIterator[T], generator: Generator, told: Callable[[dict[str, Any]], T]
+) -> AsyncIterator[T]:
+    """The parts of a stream; an error is told as its last part. When the client leaves, its slots are freed."""
     try:
         async for part in parts:
             yield part
+    except Exception as error:
+        if not isinstance(error, HeadraceError):
+            _log.exception("a stream broke")
+        yield told({"type": "error", **error_object(error)})
     finally:
         await generator.aclose()
+
+
+# Every route that answers: its body as the dialect reads it, its stream, the field it needs, and what it is.
+ANSWERS: tuple[tuple[str, Callable[[object], Any], Callable[[Any, Generator], Response], str, str], ...] = (
+    ("/v1/chat/completions", openai_chat.chat_call, _chunks, "messages", "OpenAI: answer a conversation"),
+    ("/v1/completions", openai_chat.completion_call, _chunks, "prompt", "OpenAI: continue a text"),
+    ("/v1/responses", openai_responses.response_call, _events, "input", "OpenAI: answer, as the responses API does"),
+    ("/v1/messages", anthropic_messages.messages_call, _events, "messages", "Anthropic: answer a conversation"),
+    ("/api/chat", ollama.chat_call, _lines, "messages", "Ollama: answer a conversation"),
+    ("/api/generate", ollama.generate_call, _lines, "prompt", "Ollama: answer a prompt"),
+)
 
 
 def _model_object(model: ServedModel) -> dict[str, Any]:

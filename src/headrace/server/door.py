@@ -7,6 +7,7 @@ import hmac
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from fastapi import Request
@@ -19,7 +20,7 @@ from headrace.errors import ContextFull, HeadraceError, UserError
 from headrace.server.generation import Answer, GenerationRequest, Generator, Refused, Usage, collect
 from headrace.server.metrics import Metrics
 
-__all__ = ["Door", "Gate", "ServedModel", "ServerOptions", "error_response"]
+__all__ = ["Door", "Gate", "ServedModel", "ServerOptions", "error_object", "error_response"]
 
 OPEN_ROUTES = ("/health", "/")  # answered without a key, like the page's files: they tell nothing about the model
 CLIENT_GONE = 499
@@ -36,10 +37,12 @@ class ServerOptions:
     Attributes:
         api_key: what clients must send, or None for no key.
         max_body: bytes of a request's body.
+        sessions: folder where clients save conversations, or None: they cannot.
     """
 
     api_key: str | None = None
     max_body: int = 8 << 20
+    sessions: Path | None = None
 
 
 class ServedModel(Protocol):
@@ -53,7 +56,7 @@ class ServedModel(Protocol):
     name: str
     created: int
 
-    def submit(self, request: GenerationRequest) -> Generator:
+    async def submit(self, request: GenerationRequest) -> Generator:
         """Queue a request.
 
         Raises:
@@ -72,6 +75,20 @@ class ServedModel(Protocol):
 
     def render(self, request: GenerationRequest) -> tuple[str, list[int]]:
         """The prompt of a conversation, as text and ids."""
+
+    async def save_session(self, request: GenerationRequest, path: Path) -> int:
+        """Write a conversation to a file, with what is held of its cache: of how many tokens.
+
+        Raises:
+            UserError: the prompt cannot be rendered, or the file cannot be written.
+        """
+
+    async def restore_session(self, path: Path) -> tuple[list[dict[str, Any]], int]:
+        """The messages of a saved conversation, and how many tokens of it are held from now on.
+
+        Raises:
+            UserError: the file is damaged, or of another model or runner.
+        """
 
 
 class Call(Protocol):
@@ -204,7 +221,7 @@ class Door:
         call = read(await self.body(request))
         served = self.model(call.model)
         call = call if call.model else replace(call, model=served.name)
-        generator = served.submit(call.request)
+        generator = await served.submit(call.request)
         if call.stream:
             return streamed(call, generator)
         answers = await self._whole(request, generator, call.request.n)
@@ -234,25 +251,33 @@ async def error_response(request: Request, error: Exception) -> Response:
     return _told(request.url.path, error)
 
 
-def _told(path: str, error: Exception) -> Response:
+def error_object(error: Exception) -> dict[str, Any]:
+    """{"error": …} as OpenAI has it."""
+    status, message = _status(error)
+    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "invalid_request_error" if status < 500 else "api_error")
+    field = error.field if isinstance(error, Refused) else None
+    code = "context_length_exceeded" if isinstance(error, ContextFull) else None
+    return {"error": {"message": message, "type": kind, "param": field, "code": code}}
+
+
+def _status(error: Exception) -> tuple[int, str]:
+    if isinstance(error, HTTPException):
+        return error.status_code, str(error.detail)
     # What went wrong inside is for the log, not for a stranger.
     message = str(error) if isinstance(error, HeadraceError) else "something went wrong inside the server"
-    status = error.status if isinstance(error, Refused) else 400 if isinstance(error, UserError) else 500
-    if isinstance(error, HTTPException):
-        status, message = error.status_code, str(error.detail)
+    return error.status if isinstance(error, Refused) else 400 if isinstance(error, UserError) else 500, message
+
+
+def _told(path: str, error: Exception) -> Response:
+    body, (status, message) = error_object(error), _status(error)
+    if path.startswith("/api/"):
+        body = {"error": message}
+    elif path.startswith("/v1/messages"):
+        body = {"type": "error", "error": {"type": body["error"]["type"], "message": message}}
     headers = dict(getattr(error, "headers", None) or {})
     if isinstance(error, Refused) and error.retry_after is not None:
         headers["Retry-After"] = str(error.retry_after)
-    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-    kind = kinds.get(status, "invalid_request_error" if status < 500 else "api_error")
-    if path.startswith("/api/"):
-        body: dict[str, Any] = {"error": message}
-    elif path.startswith("/v1/messages"):
-        body = {"type": "error", "error": {"type": kind, "message": message}}
-    else:
-        field = error.field if isinstance(error, Refused) else None
-        code = "context_length_exceeded" if isinstance(error, ContextFull) else None
-        body = {"error": {"message": message, "type": kind, "param": field, "code": code}}
     return JSONResponse(body, status_code=status, headers=headers)
 
 

@@ -17,27 +17,30 @@ import math
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
-from headrace.errors import HeadraceError, UserError
+from headrace.errors import HeadraceError
 from headrace.language_model import LanguageModel
 from headrace.model.weights import weight_table
-from headrace.runtime.answer import Answer, Limits, Token
-from headrace.runtime.grammar import Grammar
+from headrace.runtime.answer import Answer, Token
 from headrace.runtime.request import Request
-from headrace.runtime.sampling import SamplingOptions
+from headrace.runtime.session import read_session, write_session
 from headrace.server.generation import GenerationRequest, Logprob, Piece, Refused, Usage
 from headrace.server.metrics import Metrics
-from headrace.text.tokenizer import Tokenizer
-from headrace.text.turns import Message
+from headrace.server.prompts import Prompt, prepare, render, spelled_out
+from headrace.server.sessions import message_object, message_of
 
 __all__ = ["ModelWorker", "WorkerOptions"]
 
 _log = logging.getLogger(__name__)
-_WHOLE = 1 << 62  # room for any prompt: what does not fit is refused, not cut
 RETRY_SECONDS = 2  # what a client is told to wait when the queue is full
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,16 +56,20 @@ class WorkerOptions:
     seconds: float = 600.0
 
 
+@dataclass(frozen=True)
+class _Task:
+    """Something else that the engine's thread does between two steps, once a slot is vacant."""
+
+    work: Callable[[], Any]
+    done: Future[Any]
+
+
 @dataclass
 class _Job:
     """A request on its way: what the engine needs, and where its pieces go."""
 
-    ids: list[int]
-    options: SamplingOptions
-    limits: Limits
+    prompt: Prompt
     request: GenerationRequest
-    continues: bool
-    grammar: Grammar | None
     loop: asyncio.AbstractEventLoop
     pieces: asyncio.Queue[Piece | Exception]
     usage: Usage
@@ -123,8 +130,10 @@ class ModelWorker:
         self._engine = model.engine
         self._options = options
         self._metrics = metrics
-        self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._waiting = 0  # jobs handed in and not yet begun
+        self._inbox: queue.SimpleQueue[_Job | _Task | None] = queue.SimpleQueue()
+        self._tasks: deque[_Task] = deque()
+        self._open = 0  # answers asked for that have not ended
+        self._counting = threading.Lock()
         self._jobs: dict[Request, tuple[_Job, int]] = {}
         self._closing = False
         self._parameters = sum(
@@ -145,42 +154,70 @@ class ModelWorker:
 
     # On the event loop
 
-    def submit(self, request: GenerationRequest) -> Generation:
-        """Queue a request.
+    async def submit(self, request: GenerationRequest) -> Generation:
+        """Queue a request. Its prompt is rendered and its grammar compiled in a thread of their own, so that streams
+        under way do not wait for that.
 
         Raises:
             Refused: the queue is full, or a field cannot be served.
             UserError: the prompt cannot be rendered or does not fit.
         """
-        model, slots = self._model, self._engine.runner.slots
+        slots = self._engine.runner.slots
         if request.n > slots:
             raise Refused(f"n is {request.n}; expected at most {slots}, the answers that run at once", field="n")
-        ids, continues, stop_ids = self._prompt(request)
-        room = self._engine.context - len(ids)
-        limits = Limits(min(request.max_tokens or room, room), stop_ids, request.stop)
-        options = model.sampling_options(**request.sampling)
-        grammar = self._grammar(request)
-        if self._waiting + request.n > self._options.queue:
+        if self._open + request.n > slots + self._options.queue:
             raise Refused(
-                f"{self._waiting} requests wait already; try again in {RETRY_SECONDS} s",
+                f"{self._open - slots} answers wait already; try again in {RETRY_SECONDS} s",
                 status=429,
                 retry_after=RETRY_SECONDS,
             )
-        job = _Job(
-            ids,
-            options,
-            limits,
-            request,
-            continues,
-            grammar,
-            asyncio.get_running_loop(),
-            asyncio.Queue(),
-            Usage(len(ids)),
-        )
-        self._waiting += request.n
-        self._metrics.queued.labels(self.name).set(self._waiting)
+        arrived = time.monotonic()
+        self._count(request.n)
+        try:
+            prompt = await asyncio.to_thread(prepare, self._model, request)
+        except BaseException:
+            self._count(-request.n)
+            raise
+        usage = Usage(len(prompt.ids))
+        job = _Job(prompt, request, asyncio.get_running_loop(), asyncio.Queue(), usage, arrived)
         self._inbox.put(job)
         return Generation(job)
+
+    async def save_session(self, request: GenerationRequest, path: Path) -> int:
+        """Write a conversation to a file, with what is held of its cache: of how many tokens.
+
+        Raises:
+            UserError: the prompt cannot be rendered, or the file cannot be written.
+        """
+        prompt = await asyncio.to_thread(prepare, self._model, request)
+        messages = [message_of(raw) for raw in request.prompt if isinstance(raw, Mapping)]
+        session = await self._between_steps(lambda: self._model.session(messages, prompt.ids))
+        await asyncio.to_thread(write_session, path, session)
+        return len(session.tokens)
+
+    async def restore_session(self, path: Path) -> tuple[list[dict[str, Any]], int]:
+        """The messages of a saved conversation, and how many tokens of it are held from now on.
+
+        Raises:
+            UserError: the file is damaged, or of another model or runner.
+        """
+        session = await asyncio.to_thread(read_session, path)
+        await self._between_steps(lambda: self._model.hold(session, path))
+        return [message_object(message) for message in session.messages], len(session.tokens)
+
+    async def _between_steps(self, work: Callable[[], T]) -> T:
+        """Let the engine's thread do something."""
+        done: Future[T] = Future()
+        self._inbox.put(_Task(work, done))
+        return await asyncio.wrap_future(done)
+
+    def _count(self, more: int) -> None:
+        """So many answers more are open, from the moment they are asked for until they have ended."""
+        slots = self._engine.runner.slots
+        with self._counting:
+            self._open += more
+            self._metrics.queued.labels(self.name).set(max(self._open - slots, 0))
+            self._metrics.active.labels(self.name).set(min(self._open, slots))
 
     def properties(self) -> Mapping[str, Any]:
         """What the model is: context length, sizes, precision, slots, turn format."""
@@ -217,117 +254,113 @@ class ModelWorker:
 
     def render(self, request: GenerationRequest) -> tuple[str, list[int]]:
         """The prompt of a conversation, as text and ids."""
-        ids, _, _ = self._prompt(request)
+        ids = render(self._model, request).ids
         return spelled_out(self._model.tokenizer, ids), ids
-
-    def _prompt(self, request: GenerationRequest) -> tuple[list[int], bool, frozenset[int]]:
-        """Ids of the prompt, whether the answer goes on from its text, and the tokens that end it."""
-        model, prompt = self._model, request.prompt
-        if request.is_conversation:
-            messages = [message_of(raw) for raw in prompt if isinstance(raw, Mapping)]
-            turns = model.turns
-            return turns.render(messages, _WHOLE, request.tools), turns.continues, frozenset(turns.stop_ids)
-        ids = model.encode_raw(prompt) if isinstance(prompt, str) else [int(i) for i in prompt if isinstance(i, int)]
-        size = model.tokenizer.vocab_size
-        if any(not 0 <= i < size for i in ids):
-            raise Refused(f"prompt has an id outside of the vocabulary; expected 0 … {size - 1}", field="prompt")
-        return ids, True, frozenset(model.tokenizer.eos_ids)
-
-    def _grammar(self, request: GenerationRequest) -> Grammar | None:
-        if request.grammar is None:
-            return None
-        try:
-            return self._model.grammar(*request.grammar)
-        except UserError as error:
-            raise Refused(str(error), field="response_format") from None
 
     # In the worker's thread
 
     def _serve(self) -> None:
         while not self._closing:
-            self._take_in(block=not self._jobs)
-            if self._jobs:
+            idle = self._engine.idle and not self._tasks
+            for arrived in self._arrived(wait=idle):
+                if isinstance(arrived, _Task):
+                    self._tasks.append(arrived)
+                elif arrived.gone:
+                    self._count(-arrived.request.n)
+                else:
+                    self._begin(arrived)
+            if not self._engine.idle:  # also when everybody has left: their slots are freed
                 self._step()
-        for job in {id(job): job for job, _ in self._jobs.values()}.values():
-            job.put([Refused("the server is closing", status=503)])
+            while self._tasks and self._engine.slots.vacancy:
+                self._do(self._tasks.popleft())
+        closing = Refused("the server is closing", status=503)
+        left = [*self._tasks, *self._arrived(wait=False), *{id(job): job for job, _ in self._jobs.values()}.values()]
+        for one in left:
+            if isinstance(one, _Job):
+                one.put([closing])
+            elif one.done.set_running_or_notify_cancel():
+                one.done.set_exception(closing)
         self._model.close()
 
-    def _take_in(self, *, block: bool) -> None:
-        """Begin what has arrived; `block`: wait for it, as there is nothing else to do."""
+    def _arrived(self, *, wait: bool) -> Iterator[_Job | _Task]:
+        """What has come; `wait`: for the first, as there is nothing else to do."""
         while True:
             try:
-                job = self._inbox.get(block)
+                one = self._inbox.get(wait)
             except queue.Empty:
                 return
-            block = False
-            if job is None:
-                return
-            self._waiting -= job.request.n
-            self._metrics.queued.labels(self.name).set(self._waiting)
-            if not job.gone:
-                self._begin(job)
+            if one is not None:
+                yield one
+            wait = False
+
+    def _do(self, task: _Task) -> None:
+        if not task.done.set_running_or_notify_cancel():
+            return
+        try:
+            task.done.set_result(task.work())
+        except Exception as error:  # it is told to whoever asked
+            task.done.set_exception(error)
 
     def _begin(self, job: _Job) -> None:
-        made: list[Request] = []
+        prompt, made = job.prompt, list[Request]()
         try:
             for index in range(job.request.n):
-                seed = job.options.seed
+                seed = prompt.options.seed
                 # Each answer of one request needs random numbers of its own, the same whatever else runs.
-                options = job.options if seed is None or index == 0 else replace(job.options, seed=seed + index)
+                options = prompt.options if seed is None or index == 0 else replace(prompt.options, seed=seed + index)
                 answer = Answer(
                     self._model.tokenizer,
-                    job.limits,
-                    continues=job.continues,
+                    prompt.limits,
+                    continues=prompt.continues,
                     logprobs=job.request.top_logprobs,
-                    grammar=job.grammar,
+                    grammar=prompt.grammar,
                 )
-                request = self._engine.submit(job.ids, options, answer, after=made[0] if made else None)
-                made.append(request)
-                self._jobs[request] = (job, index)
+                made.append(self._engine.submit(prompt.ids, options, answer, after=made[0] if made else None))
         except Exception as error:  # whatever is wrong with one request, the others go on
             if not isinstance(error, HeadraceError):
                 _log.exception("a request of %s could not begin", self.name)
             for request in made:
                 request.cancel()
-                self._jobs.pop(request, None)
+            self._count(-job.request.n)
             job.put([error])
             return
         job.answers = made
-        self._metrics.prompt_tokens.labels(self.name).inc(len(job.ids))
+        self._jobs |= {request: (job, index) for index, request in enumerate(made)}
+        self._metrics.prompt_tokens.labels(self.name).inc(len(prompt.ids))
+
+    def _end(self, request: Request) -> None:
+        """Nothing more comes of an answer; where it runs still, it is stopped."""
+        request.cancel()
+        del self._jobs[request]
+        self._count(-1)
 
     def _step(self) -> None:
         now = time.monotonic()
         for request, (job, index) in list(self._jobs.items()):
             if job.gone or request.cancelled:
-                request.cancel()
-                del self._jobs[request]
+                self._end(request)
             elif now - job.arrived > self._options.seconds:
-                request.cancel()
-                del self._jobs[request]
+                self._end(request)
                 job.put([Piece(index, "", "length")])
-        self._metrics.active.labels(self.name).set(len(self._jobs))
         try:
             made = self._engine.step()
         except Exception as error:
             # What runs is lost, and told so; the engine goes on with the next requests.
             _log.exception("a step of %s failed", self.name)
-            for request, (job, _) in self._jobs.items():
-                request.cancel()
+            for request, (job, _) in list(self._jobs.items()):
+                self._end(request)
                 job.put([error])
-            self._jobs.clear()
             return
-        for request, (job, _) in list(self._jobs.items()):
-            if request.error is not None:
-                del self._jobs[request]
-                job.put([request.error])
-        pieces: dict[int, tuple[_Job, list[Piece]]] = {}
+        pieces: dict[int, tuple[_Job, list[Piece | Exception]]] = {}
         for request, token in made:
-            if request not in self._jobs:
-                continue
-            job, index = self._jobs[request]
-            pieces.setdefault(id(job), (job, []))[1].append(self._piece(job, request, index, token))
-            if token.finish is not None:
-                del self._jobs[request]
+            if request in self._jobs:
+                job, index = self._jobs[request]
+                pieces.setdefault(id(job), (job, []))[1].append(self._piece(job, request, index, token))
+        for request, (job, _) in list(self._jobs.items()):
+            if request.done:
+                self._end(request)
+                if request.error is not None:
+                    pieces.setdefault(id(job), (job, []))[1].append(request.error)
         for job, items in pieces.values():
             job.put(items)
 
@@ -361,21 +394,3 @@ class ModelWorker:
             if token in tokenizer.special_ids
             else tokenizer.decode([token], continues=True)
         )
-
-
-def message_of(raw: Mapping[str, Any]) -> Message:
-    """A message of a request as the turn format takes it."""
-    return Message(raw["role"], raw["content"], calls=tuple(raw.get("tool_calls", ())))
-
-
-def spelled_out(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """The text of ids, with special tokens as they are spelled."""
-    text = ""
-    run: list[int] = []
-    for token in ids:
-        if token in tokenizer.special_ids:
-            text += tokenizer.decode(run, continues=True) + tokenizer.id_to_piece(token)
-            run = []
-        else:
-            run.append(token)
-    return text + tokenizer.decode(run, continues=True)

@@ -1,0 +1,113 @@
+"""Prompts: from what a client asked for to what the engine needs. Knows no HTTP and no event loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from headrace.errors import ContextFull, UserError
+from headrace.language_model import LanguageModel
+from headrace.runtime.answer import Limits
+from headrace.runtime.grammar import Grammar
+from headrace.runtime.sampling import SamplingOptions
+from headrace.server.generation import GenerationRequest, Refused
+from headrace.server.sessions import message_of
+from headrace.text.tokenizer import Tokenizer
+
+__all__ = ["Prompt", "prepare", "render", "spelled_out"]
+
+_WHOLE = 1 << 62  # room for any prompt: what does not fit is refused, not cut
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A prompt as ids.
+
+    Attributes:
+        ids: the tokens.
+        continues: the answer goes on from their text.
+        stop_ids: the tokens that end an answer.
+    """
+
+    ids: list[int]
+    continues: bool
+    stop_ids: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the engine needs of a request.
+
+    Attributes:
+        ids: the prompt's tokens; they fit.
+        continues: the answer goes on from their text.
+        limits: where answers end.
+        options: how tokens are chosen.
+        grammar: what answers must be, or None.
+    """
+
+    ids: list[int]
+    continues: bool
+    limits: Limits
+    options: SamplingOptions
+    grammar: Grammar | None
+
+
+def prepare(model: LanguageModel, request: GenerationRequest) -> Prompt:
+    """Whatever can be wrong with a request is told here, before anything is computed.
+
+    Raises:
+        Refused: a field cannot be served.
+        UserError: the prompt cannot be rendered or does not fit.
+    """
+    rendered = render(model, request)
+    if not rendered.ids:
+        raise UserError("the prompt is empty; expected at least one token")
+    room = model.context - len(rendered.ids)
+    if room < 1:
+        raise ContextFull(len(rendered.ids), model.context)
+    options = model.sampling_options(**request.sampling)
+    options.check_vocabulary(model.engine.runner.vocab_size)
+    limits = Limits(min(request.max_tokens or room, room), rendered.stop_ids, request.stop)
+    return Prompt(rendered.ids, rendered.continues, limits, options, _grammar(model, request))
+
+
+def render(model: LanguageModel, request: GenerationRequest) -> Rendered:
+    """The prompt as ids.
+
+    Raises:
+        Refused: it has an id outside of the vocabulary.
+        UserError: the turn format cannot render it.
+    """
+    prompt = request.prompt
+    if request.is_conversation:
+        messages = [message_of(raw) for raw in prompt if isinstance(raw, Mapping)]
+        turns = model.turns
+        return Rendered(turns.render(messages, _WHOLE, request.tools), turns.continues, frozenset(turns.stop_ids))
+    ids = model.encode_raw(prompt) if isinstance(prompt, str) else [int(i) for i in prompt if isinstance(i, int)]
+    size = model.tokenizer.vocab_size
+    if any(not 0 <= i < size for i in ids):
+        raise Refused(f"prompt has an id outside of the vocabulary; expected 0 … {size - 1}", field="prompt")
+    return Rendered(ids, True, frozenset(model.tokenizer.eos_ids))
+
+
+def _grammar(model: LanguageModel, request: GenerationRequest) -> Grammar | None:
+    if request.grammar is None:
+        return None
+    try:
+        return model.grammar(*request.grammar)
+    except UserError as error:
+        raise Refused(str(error), field="response_format") from None
+
+
+def spelled_out(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text of ids, with special tokens as they are spelled."""
+    text = ""
+    run: list[int] = []
+    for token in ids:
+        if token in tokenizer.special_ids:
+            text += tokenizer.decode(run, continues=True) + tokenizer.id_to_piece(token)
+            run = []
+        else:
+            run.append(token)
+    return text + tokenizer.decode(run, continues=True)
