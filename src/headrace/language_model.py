@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -63,6 +64,7 @@ class LanguageModel:
         self.notes = usable_settings(self._settings)[1]
         self._answerer = answerer
         self._grammars: Grammars | None = None
+        self._compiling = threading.Lock()
 
     @property
     def context(self) -> int:
@@ -200,10 +202,11 @@ class LanguageModel:
         Raises:
             UserError: llguidance is not installed, there is no such kind, or the source is wrong.
         """
-        if self._grammars is None:
-            stop_ids = {*self.turns.stop_ids, *self.tokenizer.eos_ids}
-            self._grammars = Grammars(self.tokenizer, self.bundle.config.vocab_size, stop_ids)
-        return self._grammars.compile(kind, source)
+        with self._compiling:  # from any thread, one at a time
+            if self._grammars is None:
+                stop_ids = {*self.turns.stop_ids, *self.tokenizer.eos_ids}
+                self._grammars = Grammars(self.tokenizer, self.bundle.config.vocab_size, stop_ids)
+            return self._grammars.compile(kind, source)
 
     def session(self, messages: Sequence[Message], tokens: Sequence[int]) -> Session:
         """A conversation to be saved, with what is held of its tokens; no tokens where no engine answered."""

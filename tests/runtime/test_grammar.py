@@ -181,6 +181,32 @@ def test_a_grammar_needs_an_end(tokenizer: Tokenizer) -> None:
         Grammars(tokenizer, tokenizer.vocab_size, ())
 
 
+WIDE = {"anyOf": [{"type": "object", "properties": {f"k{i}": {"type": "integer"}}} for i in range(500)]}
+DOUBLING = "\n".join(
+    ["start: a", *(f"{'a' * i}: {'a' * (i + 1)} {'a' * (i + 1)}" for i in range(1, 40)), f'{"a" * 40}: "x"']
+)
+
+
+@pytest.mark.parametrize(("kind", "source"), [("json_schema", json.dumps(WIDE)), ("lark", DOUBLING)])
+def test_a_grammar_that_explodes_fails_in_one_line(grammars: Grammars, kind: str, source: str) -> None:
+    """Within its answer, at llguidance's own limits; not in memory and not for ever."""
+    state = grammars.compile(kind, source).start()
+    with pytest.raises(UserError, match="cannot be followed here; make it simpler: ") as error:
+        for _ in range(20):
+            state.take(int(np.flatnonzero(state.allowed())[0]))
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="has 600000 characters; expected at most 524288"):
+        grammars.compile(kind, "x" * 600_000)
+
+
+def test_answers_of_one_grammar_do_not_meet(grammars: Grammars) -> None:
+    made = grammars.compile("regex", "ab|ac")
+    one, other = made.start(), made.start()
+    one.take(int(np.flatnonzero(one.allowed())[0]))
+    np.testing.assert_array_equal(other.allowed(), made.start().allowed())
+    assert made.accepts("ab") and made.accepts("ac") and not made.accepts("a")
+
+
 # A mask may take this long at a vocabulary of 151,000 (Qwen2's), in milliseconds: the issue's own limit, times what a
 # busy machine takes longer; measured 0.045 (0.16 with the first of a structure).
 MASK_MS = 0.5 * 6

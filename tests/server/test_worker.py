@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 
 from headrace.errors import ContextFull, UserError
 from headrace.language_model import LanguageModel, load
+from headrace.runtime.grammar import Grammar
 from headrace.server.generation import Answer, GenerationRequest, Refused, collect
 from headrace.server.metrics import Metrics
 from headrace.server.worker import ModelWorker, WorkerOptions
@@ -112,6 +115,26 @@ def test_an_answer_follows_its_schema(serving: Callable[..., ModelWorker]) -> No
     with pytest.raises(Refused, match="the JSON schema cannot be read") as refused:
         asyncio.run(answers(worker, [ask("x", grammar=("json_schema", "{"))]))
     assert refused.value.field == "response_format"
+
+
+def test_a_slow_grammar_stops_nobody(serving: Callable[..., ModelWorker], monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, go_on = serving(), threading.Event()
+    compiled = worker._model.grammar
+
+    def slow(kind: str, source: str) -> Grammar:
+        assert go_on.wait(60)
+        return compiled(kind, source)
+
+    async def ask_both() -> list[Answer]:
+        schema = asyncio.create_task(worker.submit(ask("The river", grammar=("regex", "[ab]{3}"))))
+        made = [await collect(await worker.submit(ask("The sea")), 1)]
+        assert not schema.done()
+        go_on.set()
+        return [made[0][0], (await collect(await schema, 1))[0]]
+
+    monkeypatch.setattr(worker._model, "grammar", slow)
+    plain, strict = asyncio.run(ask_both())
+    assert plain.text and re.fullmatch("[ab]{3}", strict.text)
 
 
 def test_a_turn_computes_only_what_is_new(serving: Callable[..., ModelWorker]) -> None:

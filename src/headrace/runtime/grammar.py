@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.errors import HeadraceError, UserError, did_you_mean
+from headrace.errors import UserError, did_you_mean
 from headrace.text.tokenizer import Tokenizer
 
 __all__ = ["KINDS", "Grammar", "GrammarState", "Grammars"]
@@ -24,6 +24,7 @@ __all__ = ["KINDS", "Grammar", "GrammarState", "Grammars"]
 KINDS = ("json_schema", "json_object", "regex", "lark")
 # Between JSON's tokens: enough for indented text, too little for a model that would put spaces for ever.
 WHITESPACE = r"[ \n\t]{1,32}"
+MAX_SOURCE = 1 << 19  # characters; so many take seconds
 
 
 class Grammars:
@@ -67,6 +68,8 @@ class Grammars:
         """
         if kind not in KINDS:
             raise UserError(f"grammar {kind!r} is unknown{did_you_mean(kind, KINDS)}; expected {', '.join(KINDS)}")
+        if len(source) > MAX_SOURCE:
+            raise UserError(f"the {kind} grammar has {len(source)} characters; expected at most {MAX_SOURCE}")
         matcher = self._library.LLMatcher
         if kind == "regex":
             text = matcher.grammar_from_regex(source)
@@ -78,56 +81,46 @@ class Grammars:
                 text = matcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE})
             except (ValueError, TypeError, RecursionError) as error:
                 raise UserError(f"the JSON schema cannot be read ({_line(error)}); expected a JSON object") from None
-        problem = matcher.validate_grammar(text, self.tokenizer)
-        if problem and not problem.startswith("WARNING"):
-            raise UserError(f"the {kind} grammar is not possible: {_line(problem)}")
-        return Grammar(self, text)
+        compiled = matcher(self.tokenizer, text, log_level=0)
+        if compiled.is_error():
+            raise UserError(f"the {kind} grammar is not possible: {_line(compiled.get_error())}")
+        return Grammar(self, compiled)
 
 
 class Grammar:
     """A compiled grammar; each answer begins a state of its own."""
 
-    def __init__(self, grammars: Grammars, text: str) -> None:
+    def __init__(self, grammars: Grammars, compiled: Any) -> None:
         self._grammars = grammars
-        self._text = text
+        self._compiled = compiled  # at its beginning, for ever
 
     def start(self) -> GrammarState:
-        """The state of a new answer.
-
-        Raises:
-            UserError: the grammar is too large.
-        """
-        return GrammarState(self._grammars, self._matcher())
+        """The state of a new answer."""
+        return GrammarState(self._grammars.vocab_size, self._compiled.deep_copy())
 
     def accepts(self, text: str) -> bool:
         """Whether the text is complete by this grammar."""
-        matcher = self._matcher()
+        matcher = self._compiled.deep_copy()
         return bool(matcher.consume_tokens(self._grammars.tokenizer.tokenize_str(text)) and matcher.is_accepting())
-
-    def _matcher(self) -> Any:
-        matcher = self._grammars._library.LLMatcher(self._grammars.tokenizer, self._text, log_level=0)
-        if matcher.is_error():
-            raise UserError(f"the grammar is not possible: {_line(matcher.get_error())}")
-        return matcher
 
 
 class GrammarState:
     """Where one answer is in its grammar."""
 
-    def __init__(self, grammars: Grammars, matcher: Any) -> None:
-        self._vocab_size = grammars.vocab_size
+    def __init__(self, vocab_size: int, matcher: Any) -> None:
+        self._vocab_size = vocab_size
         self._matcher = matcher
-        self._allowed = np.zeros(grammars.vocab_size, np.bool_)
+        self._allowed = np.zeros(vocab_size, np.bool_)
 
     def allowed(self) -> NDArray[np.bool_]:
         """bool (V,): the tokens that may come next; overwritten by the next call.
 
         Raises:
-            HeadraceError: the grammar ran into a limit of llguidance.
+            UserError: the grammar has more possibilities here than llguidance follows.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
-            raise HeadraceError(f"the grammar failed: {_line(self._matcher.get_error())}")
+            raise self._failed()
         found = np.unpackbits(bits, bitorder="little")[: self._vocab_size]
         self._allowed[: len(found)] = found
         return self._allowed
@@ -136,11 +129,14 @@ class GrammarState:
         """The token came: whether the answer is complete and nothing can follow.
 
         Raises:
-            HeadraceError: the token was not allowed.
+            UserError: the token was not allowed, or there are more possibilities behind it than llguidance follows.
         """
         if not self._matcher.consume_token(token):
-            raise HeadraceError(f"the grammar failed: {_line(self._matcher.get_error())}")
+            raise self._failed()
         return bool(self._matcher.is_stopped())
+
+    def _failed(self) -> UserError:
+        return UserError(f"the grammar cannot be followed here; make it simpler: {_line(self._matcher.get_error())}")
 
 
 class _Vocabulary:

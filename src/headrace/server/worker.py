@@ -20,11 +20,12 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from headrace.errors import HeadraceError
+from headrace.errors import HeadraceError, UserError
 from headrace.language_model import LanguageModel
 from headrace.model.weights import weight_table
 from headrace.runtime.answer import Answer, Token
@@ -260,6 +261,10 @@ class ModelWorker:
     # In the worker's thread
 
     def _serve(self) -> None:
+        # The table of the vocabulary that grammars need holds Python's lock while it is made, half a second long: now,
+        # before anybody waits.
+        with suppress(UserError):  # llguidance is not installed, or the model has no token that ends an answer
+            self._model.grammar("json_object")
         while not self._closing:
             idle = self._engine.idle and not self._tasks
             for arrived in self._arrived(wait=idle):
