@@ -88,14 +88,24 @@ def test_what_does_not_fit(exports: Exports, options: dict, needed: int) -> None
     assert error.value.needed == needed
 
 
-def test_guessing_ahead_gives_the_same_answers(exports: Exports) -> None:
+def test_speculation_gives_the_same_answers(exports: Exports) -> None:
     told = bench_bundle(exports.bundle(), prompts=(), tokens=24, depths=(), repeats=1, speculate="lookup")[
         "speculation"
     ]
-    assert told["same"] and told["how"] == "lookup" and told["tokens"] > 0
+    assert told["same"] and told["how"] == "lookup" and told["equal_tokens"] == told["tokens"] > 0
     assert 0 <= told["accepted_tokens"] <= told["drafted_tokens"]
     assert told["plain_tok_s"] > 0 and told["tok_s"] > 0
     assert "speculation" not in bench_bundle(exports.bundle(), prompts=(), tokens=0, repeats=1)
+
+
+def test_answers_that_part_are_told(
+    exports: Exports, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = iter([[[1, 2, 3], [4, 5]], [[1, 9, 3], [4, 5]]])
+    monkeypatch.setattr("headrace.measure.speculation_gain._answers", lambda *_: (next(given), 1.0, (2, 1)))
+    path = str(exports.bundle())
+    assert _run(["bench", path, "-p", "8", "-n", "2", "-r", "1", "--speculate", "lookup"]) == 0
+    assert "answers differ after 3 of 5 tokens" in " ".join(capfd.readouterr().out.split())
 
 
 def test_a_prompt_may_fill_the_context(exports: Exports) -> None:

@@ -159,7 +159,12 @@ def _show_bench(report: dict[str, Any]) -> None:
         typer.echo(
             f"guessing ahead by {guessed['how']}: {guessed['tok_s']:.1f} instead of {guessed['plain_tok_s']:.1f} "
             f"tok/s, {guessed['acceptance']:.0%} of {guessed['drafted_tokens']} guesses came, "
-            f"{'the same answers' if guessed['same'] else 'not the same answers'}"
+            + (
+                "the same answers"
+                if guessed["same"]
+                else f"answers differ after {guessed['equal_tokens']} of {guessed['tokens']} tokens: this runner "
+                "rounds one token alone otherwise than several together, and near ties fall either way"
+            )
         )
     table(
         [

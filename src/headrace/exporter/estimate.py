@@ -36,10 +36,10 @@ _EFFICIENCY = 0.7
 _WORKING = 1 << 30  # bytes: Python, and the temporary arrays of the windows and rows in work
 _BESIDE_WEIGHTS = 32 << 20  # bytes: graphs, tokenizer, encodings, the folder itself
 _EQUAL: Mapping[str, float] = defaultdict(lambda: 1.0)  # what each linear's 4 bits cost, before it is measured
-# Times N·K²: GPTQ; GPTQ, descent's start, and its scales and its codes in each sweep; the correction's product and
-# its two triangular solutions before that.
+# Operations of each method in units of N·K². GPTQ takes one; descent GPTQ's one, one to begin and two a sweep (scales,
+# codes); best two more before that, for the correction's product and its two triangular solutions.
 _SOLVING = {"nearest": 0, "awq": 0, "gptq": 1, "descent": 2 + 2 * SWEEPS, "best": 4 + 2 * SWEEPS}
-_RANKING_PASSES = 5  # products as large as a forward pass: forward twice, and back with what errors cost
+_RANKING_PASSES = 5  # a ranking costs so many forward passes: two, and the backward pass with the errors' products
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def plan_export(settings: ExportSettings, phone_memory: int = PHONE_MEMORY) -> d
     report["export"] = {"seconds": round(need.seconds, 1), "peak_bytes": need.peak_bytes, "tokens": tokens}
     report["compile"] = None
     if options.targets:
-        # The prompt steps' graphs beside the token step's: a pair for each prompt length.
+        # A prompt step's graph is compiled together with the token step's: one pair for each prompt length.
         pairs = len(settings.contexts) * len(settings.prompt_lengths)
         compiling = estimate_compile(config, settings.parts, pairs)
         report["compile"] = {

@@ -50,7 +50,7 @@ class Node:
     outputs: tuple[Value, ...] = ()
 
     def to_proto(self) -> onnx.NodeProto:
-        """As ONNX has it."""
+        """As ONNX's own NodeProto."""
         return onnx.helper.make_node(
             self.op_type,
             ["" if value is None else value.name for value in self.inputs],

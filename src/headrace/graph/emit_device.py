@@ -101,7 +101,7 @@ class _DeviceOps(Recorder):
         return self.graph.external(name, t.file, t.offset, t.nbytes, element_type(t.dtype), t.shape)
 
     def _table(self, name: str) -> Value:
-        """A stored tensor with one scale, real."""
+        """The real values of a stored tensor that has one scale."""
         encoding = self.weights.tensors[name].encoding
         assert encoding is not None
         return self.dequantized(self._external(name), encoding)
@@ -138,7 +138,7 @@ class _DeviceOps(Recorder):
         few = self._apart.get(x.name or "")
         if few is None:
             return self._product(x, weight, name)
-        # The outliers' columns of the weight are zero: what the fine grid makes of them does not count.
+        # The outliers' columns of this weight are zero, so it does not matter that the fine grid clips these channels.
         inliers = self._product(x, weight, f"{name}.inliers")
         return self.add(inliers, self._product(few, f"{weight}.outliers", f"{name}.outliers"), name)
 
@@ -165,7 +165,7 @@ class _DeviceOps(Recorder):
         return gated
 
     def _channels(self, x: Value, channels: Sequence[int]) -> Value:
-        """Some of the last axis."""
+        """Some channels, those of the last axis."""
         wanted = self.graph.constant(f"channels_{'_'.join(map(str, channels))}", np.array(channels, np.int32))
         return self._moved("Gather", x, [wanted], "outliers", axis=2)
 

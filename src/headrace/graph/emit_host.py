@@ -106,8 +106,8 @@ class _HostOps(Recorder):
         return self._stored(weight)
 
     def linears(self, x: Value, weights: Sequence[str]) -> tuple[Value, ...]:
-        """One MatMulNBits for neighbours of one input and one grid: their rows stand behind each other in the file, and
-        a small model's token is mostly threads coming together after each product."""
+        """One MatMulNBits for linears of one input and one grid, whose rows follow each other in the file: threads
+        synchronise after each product, which takes most of a small model's time a token."""
         made: list[Value] = []
         rows = (weight_table(self.config)[weight] for weight in weights)
         for _, run in groupby(rows, lambda row: (self.weights.grids[row.name], row.bias is None)):

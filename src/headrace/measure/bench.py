@@ -22,8 +22,8 @@ import numpy as np
 
 from headrace.bundle.folder import Bundle, open_bundle
 from headrace.errors import ContextFull, TargetError
-from headrace.measure.guessing import time_guessing
 from headrace.measure.record import make_record
+from headrace.measure.speculation_gain import time_speculation
 from headrace.model.weights import weight_table
 from headrace.progress import Progress, silent
 from headrace.runners import Options, default_runner, open_runner
@@ -69,7 +69,7 @@ def bench_bundle(
         repeats: repetitions of each; all are kept, medians are told.
         threads: of the shared pool, physical cores by default.
         runner: its name; the fastest that is installed by default.
-        speculate: also answer prompts with and without guessing ahead: "lookup" or a draft bundle (guessing.py).
+        speculate: also answer prompts with and without speculation: "lookup" or a draft bundle (speculation_gain.py).
         progress: told how far it is.
 
     Returns:
@@ -107,7 +107,7 @@ def bench_bundle(
         engine.close()
     guessed = None
     if speculate is not None:
-        guessed = time_guessing(path, speculate, tokens=tokens, repeats=repeats, runner=name, threads=threads)
+        guessed = time_speculation(path, speculate, tokens=tokens, repeats=repeats, runner=name, threads=threads)
     one = statistics.median(step)
     return make_record(
         "bench",
@@ -137,7 +137,7 @@ def bench_bundle(
 
 
 class _Timer:
-    """Random tokens through an engine, with a clock; new ones each time, for an engine keeps what it has computed."""
+    """Times random tokens through an engine; new ones each time, since an engine reuses prefixes it has computed."""
 
     def __init__(self, engine: Engine, bundle: Bundle) -> None:
         self._engine = engine

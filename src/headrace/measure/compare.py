@@ -17,7 +17,7 @@ from headrace.errors import UserError
 
 __all__ = ["Change", "compare_records", "rank_test"]
 
-LEAST_CHANGE = 0.02  # of a median: smaller ones are nobody's concern
+LEAST_CHANGE = 0.02  # of a median: smaller changes are not reported
 LEAST_P = 0.05
 _MOST_SAMPLES = 12  # of both together for which all ways to share the ranks are counted; beyond, the normal limit
 

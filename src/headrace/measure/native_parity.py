@@ -29,7 +29,7 @@ DECODE_KL = 0.05
 # Instruction sets sum the same integers; float sums in another order at times move a code of the cache. Held in
 # the finer arithmetic of few tokens: in a prompt's, one int8 activation that falls the other way moves many.
 ISA_KL = 0.01
-EMULATED = "amx-emulated"  # for the engine's own tests: no machine runs it unasked
+EMULATED = "amx-emulated"  # for the engine's own tests; never chosen by itself
 
 
 def instruction_sets() -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """A measurement as a file: which bundle, who computed, on what, when, and the numbers. See docs/bench-format.md.
 
 Measurements of a bundle are kept in its folder `measurements`, beside what the manifest lists; a file is one JSON
-object. Knows no measure.
+object. Does not know what is measured.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ def next_logits(
         prompts: token ids, one or more of each.
         progress: told how many layers are done.
     """
-    # The smallest and the largest prompt differ first where any two do. One token of each at least is its own: its
-    # logits are wanted.
+    # What the first and the last prompt in sorted order share, all share. At least one token is left of each prompt,
+    # since its logits are wanted.
     ordered = sorted(map(tuple, prompts))
     first, last = ordered[0], ordered[-1]
     same = next((n for n, (a, b) in enumerate(zip(first, last)) if a != b), len(first))

@@ -1,14 +1,14 @@
 """The decoder, once: what a Llama-family model computes, over whatever `Ops` interprets it.
 
-Which weights there are says weights.py. This file does not know which interpretation runs it, how layers are split into
+weights.py lists the weights. This file does not know which interpretation runs it, how layers are split into
 parts, nor where the cache lives.
 
     ids ─ embed ─► block 0 ─► … ─► block L−1 ─► head ─► logits
                      │ ▲
                new k,v past k,v
 
-A block can also be walked, pausing before each group of linears: whoever calibrates looks at their input there, and
-may change their weights.
+A block can also be computed in steps (`walk`), pausing before each group of linears, so that calibration can look at
+their input there and change their weights.
 """
 
 from __future__ import annotations
@@ -58,8 +58,11 @@ def block(
     past: tuple[T, T] | None,
     wanted: T | None = None,
 ) -> tuple[Residual[T], tuple[T, T]]:
-    """One layer: the stream after it, and its new keys and values (see `Ops.attention`); of the wanted tokens alone,
-    which is enough after the last layer: the others' keys and values are all that later tokens see of them."""
+    """One layer: the stream after it, and its new keys and values (see `Ops.attention`).
+
+    With `wanted`, the stream of the wanted tokens alone: enough after the last layer, where later tokens need only
+    the keys and values of the others.
+    """
     steps = walk(ops, layer, stream, at, past, wanted)
     while True:
         try:
@@ -78,7 +81,7 @@ def walk(
 ) -> Generator[tuple[tuple[str, ...], T], None, tuple[Residual[T], tuple[T, T]]]:
     """`block`, a step at a time: yields each group of linears and their input, before they are computed.
 
-    What is not needed after a pause is let go before it: many may wait there at once.
+    Arrays that are not needed after a pause are released before it, since many blocks may be paused at once.
     """
     groups = input_groups(ops.config, layer)
     projections, output, gate_up, down = (tuple(weight.name for weight in group) for group in groups)

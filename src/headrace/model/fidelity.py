@@ -46,7 +46,7 @@ class Fidelity:
 
 
 class FidelityMeter:
-    """Gathers positions; `result` tells."""
+    """Collects positions, a few rows at a time; `result` gives their `Fidelity`."""
 
     def __init__(self) -> None:
         self._kl: list[NDArray[np.float64]] = []
@@ -111,7 +111,7 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def fidelity(reference: NDArray[np.float32], logits: NDArray[np.float32]) -> Fidelity:
-    """What is told of rows (rows, V) without knowing the tokens that follow them: KL and top-1."""
+    """KL and top-1 agreement of logits (rows, V) whose next tokens are not known; the perplexities are NaN."""
     meter = FidelityMeter()
     meter.add(reference, logits, np.full(len(reference), no_target, np.int64))
     return meter.result()
