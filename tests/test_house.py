@@ -11,9 +11,10 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
-import typer.main
 
-from headrace.cli.main import app
+from headrace.cli.command import parameters
+from headrace.cli.main import VERBS, find_verb
+from tests.exports import Exports
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "headrace"
@@ -68,6 +69,11 @@ NEVER = {  # what a part of the package must not pull in, even indirectly
     "headrace.exporter.job": ("torch", "onnxruntime", "onnxruntime_qnn", "onnx_ir", "sympy"),
 }
 ONNX_HOMES = {"targets/qualcomm/worker.py"}  # beside graph/: the compiler's child process, which reads a graph's ports
+SLOW = {  # what an answer on the native engine, without a chat template, must not load
+    "jinja2", "onnx", "onnxruntime", "google.protobuf", "huggingface_hub", "prompt_toolkit", "psutil", "pydantic",
+    "rich", "sympy", "threadpoolctl", "numpy.random", "numpy.testing", "headrace.exporter.job", "headrace.quantize",
+    "headrace.checkpoint", "headrace.server", "headrace.graph", "headrace.measure",
+}  # fmt: skip
 JUNK = {"utils", "util", "common", "helpers", "helper", "misc", "_shared"}
 
 
@@ -120,11 +126,19 @@ def test_module_stays_light(module: str) -> None:
 
 def test_help_loads_no_heavy_module() -> None:
     code = "from headrace.cli.main import _run; assert _run(['--help']) == 0; assert _run(['export', '--help']) == 0"
-    assert not _loaded_by(code) & {"numpy", "onnxruntime", "onnx", "onnx_ir", "tokenizers", "rich.progress"}
+    assert not _loaded_by(code) & {"numpy", "onnxruntime", "onnx", "onnx_ir", "tokenizers", "rich"}
+
+
+@pytest.mark.kernels
+def test_a_first_answer_waits_for_nothing_it_does_not_use(exports: Exports) -> None:
+    words = ["chat", str(exports.bundle()), "-n", "2", "-p", "hello", "--raw", "--greedy", "--runner", "native"]
+    loaded = _loaded_by(f"from headrace.cli.main import _run; assert _run({words}) == 0")
+    assert "headrace_kernels" in loaded
+    assert not loaded & SLOW
 
 
 def _loaded_by(code: str) -> set[str]:
-    report = f"{code}\nimport sys; print('LOADED', *sys.modules)"
+    report = f"{code}\nimport sys; print('\\nLOADED', *sys.modules)"
     done = subprocess.run([sys.executable, "-c", report], capture_output=True, text=True, check=True)
     line = next(line for line in done.stdout.splitlines() if line.startswith("LOADED"))
     return set(line.split())
@@ -155,9 +169,8 @@ def test_readme_command_exists(command: str) -> None:
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return
-    verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    assert words[1] in verbs, f"{words[1]} is no verb"
-    known = {option for parameter in verbs[words[1]].params for option in parameter.opts}
+    assert words[1] in VERBS, f"{words[1]} is no verb"
+    known = {spelling for parameter in parameters(find_verb(words[1])) for spelling in parameter.given.spellings}
     for word in words[2:]:
         if word.startswith("-") and not word.lstrip("-").replace(".", "").isdigit():
             assert word in known, f"{word} is no option of {words[1]}"

@@ -7,6 +7,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -49,7 +50,6 @@ class LanguageModel:
         runner: as given.
         bundle: what it was made from.
         tokenizer: text ↔ ids.
-        turns: how a conversation becomes ids.
         sampling: the model's own sampling defaults.
         notes: what of the bundle's settings cannot be used and is ignored, one line each.
     """
@@ -59,12 +59,20 @@ class LanguageModel:
         self.runner = runner
         self.tokenizer: Tokenizer = load_tokenizer(bundle.root)
         self._settings: Mapping[str, Any] = bundle.read_json("generation_config.json")
-        self.turns: TurnFormat = turn_format(self.tokenizer, self._settings, self.tokenizer.chat_template)
         self.sampling = SamplingOptions.from_generation_config(self._settings)
         self.notes = usable_settings(self._settings)[1]
         self._answerer = answerer
         self._grammars: Grammars | None = None
         self._compiling = threading.Lock()
+
+    @cached_property
+    def turns(self) -> TurnFormat:
+        """How a conversation becomes ids; a template is compiled when it is first asked for.
+
+        Raises:
+            UserError: the turn ids are not the vocabulary's, or the template does not compile.
+        """
+        return turn_format(self.tokenizer, self._settings, self.tokenizer.chat_template)
 
     @property
     def context(self) -> int:

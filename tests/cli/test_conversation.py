@@ -21,7 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from headrace.cli.answer_view import AnswerView, print_answer
+from headrace.cli.answer_view import AnswerView
+from headrace.cli.console import print_answer
 from headrace.cli.conversation import Conversation
 from headrace.errors import UserError
 from headrace.runtime.answer import Token, Usage

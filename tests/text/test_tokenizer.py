@@ -22,7 +22,7 @@ from headrace.checkpoint.gguf_file import read_gguf
 from headrace.errors import TokenizerError
 from headrace.text.tokenizer import Tokenizer
 from headrace.text.tokenizer_folder import load_tokenizer, save_tokenizer
-from headrace.text.tokenizer_json import byte_alphabet
+from headrace.text.tokenizer_json import byte_alphabet, quick_to_read
 from tests.text.vocabularies import (
     CHATML,
     TEXT,
@@ -223,6 +223,19 @@ def test_saving_a_folder_gives_the_same_vocabulary_in_two_files(tmp_path: Path, 
     for name in ("bos_id", "eos_ids", "add_bos", "special_ids", "chat_template", "vocab_size"):
         assert getattr(after, name) == getattr(before, name)
     assert after.chat_template == CHATML
+
+
+def test_merges_are_spelled_shortly_where_that_says_the_same(tmp_path: Path) -> None:
+    byte_level_tokenizer(tmp_path)
+    file = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    merges = file["model"]["merges"]
+    assert merges and all(isinstance(merge, str) for merge in merges)
+    file["model"]["merges"] = [merge.split(" ") for merge in merges]
+    assert json.loads(quick_to_read(json.dumps(file)))["model"]["merges"] == merges
+    one = file["model"]["vocab"]
+    one |= {"a b": len(one), "a bc": len(one) + 1}
+    file["model"]["merges"].append(["a b", "c"])
+    assert json.loads(quick_to_read(json.dumps(file))) == file, "a piece with a space in it needs the longer spelling"
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,6 @@ do not flicker. Knows no model.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
@@ -15,9 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.markdown import Markdown
 
-from headrace.runtime.answer import Token
-
-__all__ = ["AnswerView", "print_answer"]
+__all__ = ["AnswerView"]
 
 FENCE = "```"
 
@@ -78,17 +74,6 @@ class AnswerView:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.finish()
-
-
-def print_answer(tokens: Iterable[Token]) -> Token | None:
-    """Stream an answer to stdout as it is, for a pipe or a single question: the last token. Ctrl-C is the caller's."""
-    last = None
-    for last in tokens:
-        sys.stdout.write(last.text)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-    sys.stdout.flush()
-    return last
 
 
 def _block_end(text: str) -> int | None:

@@ -1,16 +1,19 @@
-"""What the command line shows: progress bars, tables, one-line errors, JSON. Knows no verb."""
+"""What the command line shows: progress bars, tables, answers, one-line errors, JSON. Knows no verb."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from headrace.progress import Progress
 
-__all__ = ["human_bytes", "note", "print_json", "progress_bars", "table"]
+if TYPE_CHECKING:
+    from headrace.runtime.answer import Token
+
+__all__ = ["human_bytes", "note", "print_answer", "print_json", "progress_bars", "show", "table"]
 
 
 @contextmanager
@@ -46,6 +49,22 @@ def _plain(stage: str, done: int, total: int) -> None:
 def note(text: str) -> None:
     """A line on stderr."""
     print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def show(text: object) -> None:
+    """A line on stdout."""
+    print(text, flush=True)  # noqa: T201
+
+
+def print_answer(tokens: Iterable[Token]) -> Token | None:
+    """Stream an answer to stdout as it is, for a pipe or a single question: the last token. Ctrl-C is the caller's."""
+    last = None
+    for last in tokens:
+        sys.stdout.write(last.text)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    return last
 
 
 def print_json(report: Mapping[str, Any]) -> None:

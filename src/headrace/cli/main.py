@@ -10,31 +10,32 @@ import os
 import re
 import sys
 import traceback
-from typing import Annotated
-
-import typer
-from typer.exceptions import TyperException
+from collections.abc import Sequence
+from importlib import import_module
 
 from headrace import __version__
-from headrace.cli.console import note
-from headrace.cli.making import export, inspect, plan, pull
-from headrace.cli.measuring import bench, card, evaluate, verify
-from headrace.cli.running import chat, push
-from headrace.cli.serving import generate, serve
+from headrace.cli.command import HELP, Verb, call, columns
+from headrace.cli.console import note, show
 from headrace.cli.streams import flush_output, prepare_streams
-from headrace.errors import HeadraceError, VerificationFailed
+from headrace.errors import HeadraceError, UserError, VerificationFailed, did_you_mean
 
-__all__ = ["app", "main"]
+__all__ = ["VERBS", "find_verb", "main"]
 
 TRACEBACK = "HEADRACE_TRACEBACK"  # the environment's name for: show where an error came from
-
-app = typer.Typer(
-    name="headrace",
-    help="From an open checkpoint to a phone, and the very same model on any computer.",
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    add_completion=False,
-)
+VERBS = {  # in the order data flows: verb → the file beside this one that has it
+    "pull": "making",
+    "inspect": "making",
+    "plan": "making",
+    "export": "making",
+    "verify": "measuring",
+    "chat": "running",
+    "generate": "serving",
+    "serve": "serving",
+    "bench": "measuring",
+    "evaluate": "measuring",
+    "card": "measuring",
+    "push": "running",
+}
 
 
 def main() -> None:
@@ -47,17 +48,31 @@ def main() -> None:
     sys.exit(status)
 
 
-def _run(arguments: list[str]) -> int:
+def find_verb(name: str) -> Verb:
+    """The function of a verb; its file is imported now, and no other verb's.
+
+    Raises:
+        UserError: there is no such verb.
+    """
+    if name not in VERBS:
+        raise UserError(f"there is no command {name!r}{did_you_mean(name, VERBS)}; see: headrace --help")
+    verb: Verb = getattr(import_module(f"headrace.cli.{VERBS[name]}"), name)
+    return verb
+
+
+def _run(arguments: Sequence[str]) -> int:
     try:
-        return int(app(arguments or ["--help"], prog_name="headrace", standalone_mode=False) or 0)
+        first, *rest = arguments or HELP
+        if first in HELP:
+            show(_overview())
+        elif first == "--version":
+            show(__version__)
+        else:
+            call(find_verb(first), f"headrace {first}", rest)
+        return 0
     except VerificationFailed as error:
         return _report("failed", error, status=1)
-    except TyperException as error:
-        hint = getattr(getattr(error, "ctx", None), "command_path", "headrace")
-        text = error.format_message() if hasattr(error, "format_message") else str(error)
-        return _report("error", error, f"{text.rstrip('. ')}; see: {hint} --help")
-    except (KeyboardInterrupt, typer.Abort):
-        note("")
+    except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         return 0  # whoever read our output has gone
@@ -78,20 +93,20 @@ def _report(kind: str, error: BaseException, text: str | None = None, status: in
     return status
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(__version__)
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None:
-    pass
-
-
-for _verb in (pull, inspect, plan, export, verify, chat, generate, serve, bench, evaluate, card, push):
-    app.command()(_verb)
+def _overview() -> str:
+    """The help of the program: its verbs, each with the first sentence of its own."""
+    verbs = [(name, (find_verb(name).__doc__ or "").split("\n")[0]) for name in VERBS]
+    options = [("--version", "Show the version."), (", ".join(HELP), "Show this message, or a command's own.")]
+    return "\n".join(
+        [
+            "Usage: headrace COMMAND [OPTIONS] …",
+            "",
+            "  From an open checkpoint to a phone, and the very same model on any computer.",
+            "",
+            "Commands:",
+            *columns(verbs),
+            "",
+            "Options:",
+            *columns(options),
+        ]
+    )

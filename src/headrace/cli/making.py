@@ -5,21 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
-from headrace.cli.console import human_bytes, note, print_json, progress_bars, table
+from headrace.cli.command import Argument, Option
+from headrace.cli.console import human_bytes, note, print_json, progress_bars, show, table
 from headrace.cli.options import CheckpointPath, Json, takes_export_options
 
 __all__ = ["export", "inspect", "plan", "pull"]
 
 
 def pull(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2-135m, or ORG/REPO of a Hugging Face hub.")],
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder; the name's last part by default.")] = None,
+    name: Annotated[str, Argument(metavar="NAME", help="smollm2-135m, or ORG/REPO of a Hugging Face hub.")],
+    out: Annotated[Path | None, Option("-o", "--out", help="Folder; the name's last part by default.")] = None,
     file: Annotated[
-        str | None, typer.Option("--file", help="Which of several GGUF models: its name, or a part such as Q4_K_M.")
+        str | None, Option("--file", help="Which of several GGUF models: its name, or a part such as Q4_K_M.")
     ] = None,
-    revision: Annotated[str | None, typer.Option("--revision", help="A branch, tag or commit.")] = None,
+    revision: Annotated[str | None, Option("--revision", help="A branch, tag or commit.")] = None,
     json: Json = False,
 ) -> None:
     """Fetch a checkpoint: one format of its weights and what goes with them; an interrupted pull goes on."""
@@ -36,14 +35,14 @@ def pull(
             {"path": str(path)} | ({"repository": record.repository, "revision": record.revision} if record else {})
         )
     else:
-        typer.echo(path)
+        show(path)
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint or a bundle.")],
-    tensors: Annotated[bool, typer.Option("--tensors", help="Also list every tensor.")] = False,
+    path: Annotated[Path, Argument(metavar="PATH", help="A checkpoint or a bundle.")],
+    tensors: Annotated[bool, Option("--tensors", help="Also list every tensor.")] = False,
     program: Annotated[
-        bool, typer.Option("--program", help="Instead: a bundle's instructions for the native engine.")
+        bool, Option("--program", help="Instead: a bundle's instructions for the native engine.")
     ] = False,
     json: Json = False,
 ) -> None:
@@ -57,7 +56,7 @@ def inspect(
         if json:
             print_json(recorded.to_dict())
         else:
-            typer.echo("\n".join(program_lines(recorded)))
+            show("\n".join(program_lines(recorded)))
         return
     from headrace.measure.inspection import inspect_path
 
@@ -66,10 +65,10 @@ def inspect(
         print_json(report)
         return
     table([(key, str(value)) for key, value in report["summary"].items()])
-    typer.echo("")
+    show("")
     table([(n, str(c), human_bytes(b)) for n, c, b in report["precisions"]], ("precision", "tensors", "bytes"))
     if tensors:
-        typer.echo("")
+        show("")
         table([(t["name"], t["precision"], "×".join(map(str, t["shape"]))) for t in report["tensors"]])
 
 
@@ -82,7 +81,7 @@ def _about(estimate: dict[str, float] | None, unit: str = "") -> str:
 def plan(
     checkpoint: CheckpointPath,
     *,
-    phone_memory: Annotated[str, typer.Option("--phone-memory", help="Of the phone it is for.")] = "12GB",
+    phone_memory: Annotated[str, Option("--phone-memory", help="Of the phone it is for.")] = "12GB",
     json: Json = False,
     **options: Any,
 ) -> None:
@@ -98,10 +97,10 @@ def plan(
         return
     rows = [(p["name"], str(p["layers"]), human_bytes(p["weight_bytes"])) for p in report["parts"]]
     table([*rows, ("all", "", human_bytes(report["weight_bytes"]))], ("part", "layers", "weights"))
-    typer.echo("")
+    show("")
     rows = [(str(c["context"]), human_bytes(c["kv_bytes"]), human_bytes(c["run_bytes"])) for c in report["contexts"]]
     table(rows, ("context", "KV cache", "with weights"))
-    typer.echo("")
+    show("")
     phones = [
         (
             p["device"],
@@ -115,15 +114,15 @@ def plan(
     table(phones, ("estimated, not measured", "context", "response rate", "first token, one step", "longest prompt"))
     off = [abs(row["error"]) for row in report["calibration"]]
     small = report["weight_bytes"] < LEAST_SHARE * report["least_published_bytes"]
-    typer.echo(
+    show(
         f"from {len(off)} published rows; each, left out, is estimated {min(off):.0%} to {max(off):.0%} off"
         + ("; this model is far smaller than any of them: other costs than bytes will show" if small else "")
     )
     for fit in report["fits"]:
         verdict = "fits" if fit["ok"] else f"does not fit; cheapest change: {fit['change']}"
-        typer.echo(f"{fit['what']}: {human_bytes(fit['needed'])} of {human_bytes(fit['limit'])}, {verdict}")
+        show(f"{fit['what']}: {human_bytes(fit['needed'])} of {human_bytes(fit['limit'])}, {verdict}")
     need = report["export"]
-    typer.echo(
+    show(
         f"\nexport here: about {need['seconds'] / 60:.1f} min, {human_bytes(need['peak_bytes'])} of memory and "
         f"{human_bytes(report['disk_bytes'])} of disk, with {need['tokens']} calibration tokens"
     )
@@ -131,7 +130,7 @@ def plan(
         return
     compiling, count = report["compile"], len(report["contexts"])
     each = f", {compiling['seconds'] / count / 60:.1f} min of it for each context" if count > 1 else ""
-    typer.echo(
+    show(
         f"compiling for {', '.join(compiling['targets'])}: about {compiling['seconds'] / 60:.1f} min{each}, "
         f"and {human_bytes(compiling['peak_bytes'])} of memory"
     )
@@ -140,11 +139,11 @@ def plan(
 @takes_export_options
 def export(
     checkpoint: CheckpointPath,
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="BUNDLE", help="The bundle's folder.")],
+    out: Annotated[Path, Option("-o", "--out", metavar="BUNDLE", help="The bundle's folder.")],
     *,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted export stopped.")] = False,
+    resume: Annotated[bool, Option("--resume", help="Go on where an interrupted export stopped.")] = False,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Begin anew; with --resume only where what is asked differs.")
+        bool, Option("--restart", help="Begin anew; with --resume only where what is asked differs.")
     ] = False,
     json: Json = False,
     **options: Any,
@@ -175,4 +174,4 @@ def export(
     if json:
         print_json({"bundle": str(out), "weight_bytes": made, "seconds": round(seconds, 1)})
     else:
-        typer.echo(f"{out}: {human_bytes(made)} of weights in {len(bundle.parts)} parts, {seconds:.0f} s")
+        show(f"{out}: {human_bytes(made)} of weights in {len(bundle.parts)} parts, {seconds:.0f} s")

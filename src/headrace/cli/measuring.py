@@ -6,9 +6,8 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
-from headrace.cli.console import human_bytes, note, print_json, progress_bars, table
+from headrace.cli.command import Argument, Option
+from headrace.cli.console import human_bytes, note, print_json, progress_bars, show, table
 from headrace.cli.options import Adapters, BundlePath, Json, RunnerName, Save, Threads, limit_threads
 from headrace.errors import UserError, VerificationFailed
 from headrace.exporter.options import read_lengths
@@ -18,15 +17,11 @@ __all__ = ["bench", "card", "evaluate", "verify"]
 
 def verify(
     bundle: BundlePath,
-    checkpoint: Annotated[
-        Path | None, typer.Option("--checkpoint", help="Also compare with what it was made of.")
-    ] = None,
+    checkpoint: Annotated[Path | None, Option("--checkpoint", help="Also compare with what it was made of.")] = None,
     lora: Adapters = None,
-    files_only: Annotated[bool, typer.Option("--files-only", help="Only hash the files.")] = False,
-    through: Annotated[
-        str, typer.Option("--through", help="The last link: host, device, emulation or genie.")
-    ] = "host",
-    layers: Annotated[bool, typer.Option("--layers", help="Also each layer of the device graphs.")] = False,
+    files_only: Annotated[bool, Option("--files-only", help="Only hash the files.")] = False,
+    through: Annotated[str, Option("--through", help="The last link: host, device, emulation or genie.")] = "host",
+    layers: Annotated[bool, Option("--layers", help="Also each layer of the device graphs.")] = False,
     json: Json = False,
 ) -> None:
     """Check every link of the chain; exit 1 when one is broken."""
@@ -49,29 +44,29 @@ def verify(
 
 def bench(
     bundle: Annotated[
-        Path | None, typer.Argument(metavar="[BUNDLE]", help="A folder made by: headrace export; none for --compare.")
+        Path | None, Argument(metavar="[BUNDLE]", help="A folder made by: headrace export; none for --compare.")
     ] = None,
     prompts: Annotated[
-        str, typer.Option("-p", "--prompts", help="Prompt lengths, separated by commas; 0 for none.")
+        str, Option("-p", "--prompts", help="Prompt lengths, separated by commas; 0 for none.")
     ] = "128,512,1024",
-    tokens: Annotated[int, typer.Option("-n", "--tokens", min=0, help="Tokens to decode; 0 for none.")] = 128,
+    tokens: Annotated[int, Option("-n", "--tokens", min=0, help="Tokens to decode; 0 for none.")] = 128,
     depth: Annotated[
-        str, typer.Option("-d", "--depth", help="Tokens in the cache before decoding starts, separated by commas.")
+        str, Option("-d", "--depth", help="Tokens in the cache before decoding starts, separated by commas.")
     ] = "128",
-    repeats: Annotated[int, typer.Option("-r", "--repeats", min=1, help="Repetitions; the median is told.")] = 5,
+    repeats: Annotated[int, Option("-r", "--repeats", min=1, help="Repetitions; the median is told.")] = 5,
     runner: RunnerName = None,
     threads: Threads = None,
     output: Annotated[
-        str | None, typer.Option("-o", "--output", help="json, or llama-bench's md or csv, instead of a table.")
+        str | None, Option("-o", "--output", help="json, or llama-bench's md or csv, instead of a table.")
     ] = None,
     speculate: Annotated[
-        str | None, typer.Option("--speculate", help="Also with guesses ahead: lookup or a draft BUNDLE.")
+        str | None, Option("--speculate", help="Also with guesses ahead: lookup or a draft BUNDLE.")
     ] = None,
     compare: Annotated[
-        tuple[Path, Path] | None, typer.Option("--compare", help="Two kept measurements: what changed beyond noise.")
+        tuple[Path, Path] | None, Option("--compare", help="Two kept measurements: what changed beyond noise.")
     ] = None,
     plots: Annotated[
-        Path | None, typer.Option("--plots", help="Folder for pictures, PNG and SVG (needs headrace[plots]).")
+        Path | None, Option("--plots", help="Folder for pictures, PNG and SVG (needs headrace[plots]).")
     ] = None,
     save: Save = False,
     json: Json = False,
@@ -113,7 +108,7 @@ def bench(
         for path in plot_bench(report, plots):
             note(f"{path}")
     if output in ("md", "csv"):
-        typer.echo(bench_markdown(report) if output == "md" else bench_csv(report))
+        show(bench_markdown(report) if output == "md" else bench_csv(report))
     elif json or output == "json":
         print_json(report)
     else:
@@ -126,7 +121,7 @@ def _no_depths(depth: str) -> list[int]:
 
 def _show_bench(report: dict[str, Any]) -> None:
     machine, settings = report["machine"], report["settings"]
-    typer.echo(
+    show(
         f"{report['bundle']['name']} on {report['runner']}, {settings['threads']} threads of {machine['processor']}; "
         f"medians of {settings['repeats']}"
     )
@@ -156,7 +151,7 @@ def _show_bench(report: dict[str, Any]) -> None:
         table(decode, ("after", "tok/s", "slowest–fastest", "ms between tokens, p50 p90 p99"))
     memory, load = report["memory"], report["load"]
     if guessed := report.get("speculation"):
-        typer.echo(
+        show(
             f"guessing ahead by {guessed['how']}: {guessed['tok_s']:.1f} instead of {guessed['plain_tok_s']:.1f} "
             f"tok/s, {guessed['acceptance']:.0%} of {guessed['drafted_tokens']} guesses came, "
             + (
@@ -186,7 +181,7 @@ def _compare(before: Path, after: Path, *, as_json: bool) -> None:
         print_json({"differences": differences, "changes": [change.to_dict() for change in changes]})
         return
     for line in differences:
-        typer.echo(f"not the same: {line}")
+        show(f"not the same: {line}")
     rows = [
         (
             c.what,
@@ -203,27 +198,25 @@ def _compare(before: Path, after: Path, *, as_json: bool) -> None:
 
 def evaluate(
     bundle: BundlePath,
-    text: Annotated[list[Path] | None, typer.Option("--text", help="A text file; repeatable, each told apart.")] = None,
+    text: Annotated[list[Path] | None, Option("--text", help="A text file; repeatable, each told apart.")] = None,
     tasks: Annotated[
         str | None,
-        typer.Option("--tasks", help="Of texts ppl, kl, chat; of questions mmlu, ceval, cmmlu. Default: ppl, and kl."),
+        Option("--tasks", help="Of texts ppl, kl, chat; of questions mmlu, ceval, cmmlu. Default: ppl, and kl."),
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option("--checkpoint", help="What it was made of; kl and flips compare with it.")
+        Path | None, Option("--checkpoint", help="What it was made of; kl and flips compare with it.")
     ] = None,
     lora: Adapters = None,
     data: Annotated[
-        Path | None, typer.Option("--data", help="Questions in their published folder layout, or a folder of these.")
+        Path | None, Option("--data", help="Questions in their published folder layout, or a folder of these.")
     ] = None,
-    shots: Annotated[int, typer.Option("--shots", min=0, help="Worked examples before a question.")] = 5,
-    windows: Annotated[int, typer.Option("--windows", min=1, help="Most windows of a text.")] = 8,
-    length: Annotated[
-        int, typer.Option("--length", min=4, help="Tokens of a window; its second half is scored.")
-    ] = 512,
+    shots: Annotated[int, Option("--shots", min=0, help="Worked examples before a question.")] = 5,
+    windows: Annotated[int, Option("--windows", min=1, help="Most windows of a text.")] = 8,
+    length: Annotated[int, Option("--length", min=4, help="Tokens of a window; its second half is scored.")] = 512,
     simulate: Annotated[
-        str | None, typer.Option("--simulate", help="The bundle on a device's grids: a16, kv8 or both.")
+        str | None, Option("--simulate", help="The bundle on a device's grids: a16, kv8 or both.")
     ] = None,
-    runner: Annotated[str, typer.Option("--runner", help="Who computes.")] = "host",
+    runner: Annotated[str, Option("--runner", help="Who computes.")] = "host",
     threads: Threads = None,
     save: Save = False,
     json: Json = False,
@@ -303,26 +296,24 @@ def _answers(name: str, row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def card(
-    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE…", help="One bundle; with --all several.")],
-    check: Annotated[bool, typer.Option("--check", help="Hold the card against bundle, measurements, plan.")] = False,
-    file: Annotated[
-        Path | None, typer.Option("--card", help="With --check: another card, such as a published one.")
-    ] = None,
-    all_: Annotated[bool, typer.Option("--all", help="A table of bundles side by side, on stdout.")] = False,
-    title: Annotated[str | None, typer.Option("--title", help="The model's name.")] = None,
-    base_model: Annotated[str | None, typer.Option("--base-model", help="ORG/REPO of the original.")] = None,
-    license: Annotated[str | None, typer.Option("--license", help="The original's, as the hub spells it.")] = None,
-    license_name: Annotated[str | None, typer.Option("--license-name", help="Of a license called other.")] = None,
-    license_link: Annotated[str | None, typer.Option("--license-link", help="Where its text is.")] = None,
-    languages: Annotated[str | None, typer.Option("--languages", help="Codes, such as zh,en.")] = None,
-    pictures: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw kept measurements.")] = True,
+    bundles: Annotated[list[Path], Argument(metavar="BUNDLE…", help="One bundle; with --all several.")],
+    check: Annotated[bool, Option("--check", help="Hold the card against bundle, measurements, plan.")] = False,
+    file: Annotated[Path | None, Option("--card", help="With --check: another card, such as a published one.")] = None,
+    all_: Annotated[bool, Option("--all", help="A table of bundles side by side, on stdout.")] = False,
+    title: Annotated[str | None, Option("--title", help="The model's name.")] = None,
+    base_model: Annotated[str | None, Option("--base-model", help="ORG/REPO of the original.")] = None,
+    license: Annotated[str | None, Option("--license", help="The original's, as the hub spells it.")] = None,
+    license_name: Annotated[str | None, Option("--license-name", help="Of a license called other.")] = None,
+    license_link: Annotated[str | None, Option("--license-link", help="Where its text is.")] = None,
+    languages: Annotated[str | None, Option("--languages", help="Codes, such as zh,en.")] = None,
+    pictures: Annotated[bool, Option("--plots/--no-plots", help="Draw kept measurements.")] = True,
     json: Json = False,
 ) -> None:
     """Write the model card of a bundle, README.md, or check it; exit 1 when it says what its bundle does not."""
     from headrace.measure.card import card_problems, compare_bundles, write_card
 
     if all_:
-        typer.echo(compare_bundles(bundles))
+        show(compare_bundles(bundles))
         return
     if len(bundles) != 1:
         raise UserError(f"card takes one bundle, not {len(bundles)}; expected --all for a table of several")
@@ -332,11 +323,11 @@ def card(
         if json:
             print_json({"ok": not problems, "problems": problems})
         for problem in () if json else problems:
-            typer.echo(problem)
+            show(problem)
         if problems:
             raise VerificationFailed(f"{len(problems)} claims of {file or bundle / 'README.md'} do not hold")
         if not json:
-            typer.echo("every number is as its source says")
+            show("every number is as its source says")
         return
     given = {
         "title": title,
@@ -350,4 +341,4 @@ def card(
     if json:
         print_json({"card": str(path)})
     else:
-        typer.echo(path)
+        show(path)

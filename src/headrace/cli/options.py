@@ -9,8 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import typer
-
+from headrace.cli.command import Argument, Option
 from headrace.cli.console import note
 from headrace.exporter.options import ExportOptions, flag, spelled
 
@@ -28,20 +27,20 @@ __all__ = [
 
 Verb = TypeVar("Verb", bound=Callable[..., None])
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of stdout.")]
-BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by: headrace export")]
-CheckpointPath = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face folder or a .gguf file.")]
+Json = Annotated[bool, Option("--json", help="One JSON object as the last line of stdout.")]
+BundlePath = Annotated[Path, Argument(metavar="BUNDLE", help="A folder made by: headrace export")]
+CheckpointPath = Annotated[Path, Argument(metavar="CHECKPOINT", help="A Hugging Face folder or a .gguf file.")]
 Adapters = Annotated[
     list[Path] | None,
-    typer.Option("--lora", help="An adapter that was merged into the checkpoint; repeatable.", metavar="DIR"),
+    Option("--lora", help="An adapter that was merged into the checkpoint; repeatable.", metavar="DIR"),
 ]
-Threads = Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Threads; physical cores by default.")]
+Threads = Annotated[int | None, Option("-t", "--threads", min=1, help="Threads; physical cores by default.")]
 
 RunnerName = Annotated[
-    str | None, typer.Option("--runner", help="native, host, device or genie; the first that is installed by default.")
+    str | None, Option("--runner", help="native, host, device or genie; the first that is installed by default.")
 ]
 Save = Annotated[
-    bool, typer.Option("--save", help="Keep the numbers with the bundle, in its folder measurements, for: card.")
+    bool, Option("--save", help="Keep the numbers with the bundle, in its folder measurements, for: card.")
 ]
 
 
@@ -84,7 +83,7 @@ def _parameters() -> list[inspect.Parameter]:
             kind, name = bool | None, f"{name}/--no-{name.removeprefix('--')}"
         else:
             kind = bool
-        shown = typer.Option(name, help=described["help"], metavar=described["metavar"] or None)
+        shown = Option(name, help=described["help"], metavar=described["metavar"] or None)
         made.append(
             inspect.Parameter(
                 option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, shown]

@@ -7,9 +7,8 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from headrace.cli.console import note, progress_bars
+from headrace.cli.command import Option
+from headrace.cli.console import note, print_answer, progress_bars, show
 from headrace.cli.options import BundlePath, RunnerName, Threads, limit_threads
 from headrace.errors import UserError
 
@@ -23,49 +22,43 @@ __all__ = ["chat", "push"]
 
 def chat(
     bundle: BundlePath,
-    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Answer this and leave.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text, without a turn format.")] = False,
-    max_tokens: Annotated[int, typer.Option("-n", "--max-tokens", min=1, help="Most tokens of an answer.")] = 256,
-    temperature: Annotated[float | None, typer.Option("--temp", help="Sampling temperature; 0 is greedy.")] = None,
-    top_k: Annotated[int | None, typer.Option("--top-k", help="Only the k likeliest tokens.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option("--top-p", help="Only the likeliest tokens of this probability.")
-    ] = None,
-    repeat_penalty: Annotated[
-        float | None, typer.Option("--repeat-penalty", help="Above 1: fewer repetitions.")
-    ] = None,
-    min_p: Annotated[float | None, typer.Option("--min-p", help="Only tokens of this share of the likeliest.")] = None,
+    prompt: Annotated[str | None, Option("-p", "--prompt", help="Answer this and leave.")] = None,
+    raw: Annotated[bool, Option("--raw", help="Continue the text, without a turn format.")] = False,
+    max_tokens: Annotated[int, Option("-n", "--max-tokens", min=1, help="Most tokens of an answer.")] = 256,
+    temperature: Annotated[float | None, Option("--temp", help="Sampling temperature; 0 is greedy.")] = None,
+    top_k: Annotated[int | None, Option("--top-k", help="Only the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, Option("--top-p", help="Only the likeliest tokens of this probability.")] = None,
+    repeat_penalty: Annotated[float | None, Option("--repeat-penalty", help="Above 1: fewer repetitions.")] = None,
+    min_p: Annotated[float | None, Option("--min-p", help="Only tokens of this share of the likeliest.")] = None,
     presence_penalty: Annotated[
-        float | None, typer.Option("--presence-penalty", help="Above 0: fewer tokens that the answer has.")
+        float | None, Option("--presence-penalty", help="Above 0: fewer tokens that the answer has.")
     ] = None,
     frequency_penalty: Annotated[
-        float | None, typer.Option("--frequency-penalty", help="Above 0: fewer the more often the answer has them.")
+        float | None, Option("--frequency-penalty", help="Above 0: fewer the more often the answer has them.")
     ] = None,
-    seed: Annotated[int | None, typer.Option("-s", "--seed", help="The same seed, the same answer.")] = None,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
-    system: Annotated[str | None, typer.Option("--system", help="What the model is told first.")] = None,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="End the answer at this text; repeatable.")] = None,
+    seed: Annotated[int | None, Option("-s", "--seed", help="The same seed, the same answer.")] = None,
+    greedy: Annotated[bool, Option("--greedy", help="Always the likeliest token.")] = False,
+    system: Annotated[str | None, Option("--system", help="What the model is told first.")] = None,
+    stop: Annotated[list[str] | None, Option("--stop", help="End the answer at this text; repeatable.")] = None,
     schema: Annotated[
-        Path | None, typer.Option("--json-schema", help="Every answer is JSON of the schema in this file.")
+        Path | None, Option("--json-schema", help="Every answer is JSON of the schema in this file.")
     ] = None,
-    regex: Annotated[str | None, typer.Option("--regex", help="Every answer matches this expression.")] = None,
-    lark: Annotated[Path | None, typer.Option("--lark", help="Every answer follows the grammar in this file.")] = None,
+    regex: Annotated[str | None, Option("--regex", help="Every answer matches this expression.")] = None,
+    lark: Annotated[Path | None, Option("--lark", help="Every answer follows the grammar in this file.")] = None,
     session: Annotated[
-        Path | None, typer.Option("--session", help="Keep the conversation, with its cache, in this file.")
+        Path | None, Option("--session", help="Keep the conversation, with its cache, in this file.")
     ] = None,
     when_full: Annotated[
-        str, typer.Option("--when-full", help="stop, newest (old rounds go) or window (the middle goes).")
+        str, Option("--when-full", help="stop, newest (old rounds go) or window (the middle goes).")
     ] = "newest",
     speculate: Annotated[
-        str | None, typer.Option("--speculate", help="Guess ahead: lookup (texts repeat themselves) or a draft BUNDLE.")
+        str | None, Option("--speculate", help="Guess ahead: lookup (texts repeat themselves) or a draft BUNDLE.")
     ] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="Show answers as they come, without Markdown.")] = False,
+    plain: Annotated[bool, Option("--plain", help="Show answers as they come, without Markdown.")] = False,
     runner: RunnerName = None,
     threads: Threads = None,
 ) -> None:
     """Talk with a bundle."""
-    from headrace.cli.answer_view import print_answer
-
     with _open_model(bundle, runner, limit_threads(threads), speculate) as model:
         options = model.sampling_options(
             temperature=0.0 if greedy else temperature,
@@ -81,7 +74,7 @@ def chat(
             note(line)
         saved = session if session is not None and session.exists() else None
         talk = model.chat(system, raw=raw, when_full=when_full, session=saved)
-        if talk.turns.is_raw and not raw:
+        if not raw and talk.turns.is_raw:
             note("this model has no turn format: it continues your text")
 
         grammar = _grammar(model, schema, regex, lark)
@@ -116,8 +109,8 @@ def _converse(talk: Chat, answer: Callable[[str], Generator[Token]], plain: bool
 
 def push(
     bundle: BundlePath,
-    target: Annotated[str, typer.Option("--target", help="Which of the bundle's chips.")] = "snapdragon-8-elite",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands and run none.")] = False,
+    target: Annotated[str, Option("--target", help="Which of the bundle's chips.")] = "snapdragon-8-elite",
+    dry_run: Annotated[bool, Option("--dry-run", help="Print the commands and run none.")] = False,
 ) -> None:
     """Copy the Genie folder to a phone over adb."""
     import shlex
@@ -137,7 +130,7 @@ def push(
         push_folder(commands)
         note(f"on the phone; with QAIRT's libraries beside it (see {folder}/README.md) this answers the sample prompt:")
     for command in [*(commands if dry_run else []), run_command(name)]:
-        typer.echo(shlex.join(command))
+        show(shlex.join(command))
 
 
 def _grammar(model: LanguageModel, schema: Path | None, regex: str | None, lark: Path | None) -> Grammar | None:

@@ -6,8 +6,7 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
+from headrace.cli.command import Argument, Option
 from headrace.cli.console import note, print_json, progress_bars
 from headrace.cli.options import BundlePath, Json, RunnerName, Threads, limit_threads
 from headrace.errors import UserError
@@ -16,18 +15,18 @@ __all__ = ["generate", "serve"]
 
 
 def serve(
-    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE…", help="Folders made by: headrace export")],
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
+    bundles: Annotated[list[Path], Argument(metavar="BUNDLE…", help="Folders made by: headrace export")],
+    host: Annotated[str, Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
     api_key: Annotated[
-        str | None, typer.Option("--api-key", help="What clients must send; better in HEADRACE_API_KEY.")
+        str | None, Option("--api-key", help="What clients must send; better in HEADRACE_API_KEY.")
     ] = None,
-    slots: Annotated[int, typer.Option("--slots", min=1, help="Answers that run at once, for each model.")] = 4,
-    queue: Annotated[int, typer.Option("--queue", min=0, help="Requests that may wait beside them.")] = 64,
-    seconds: Annotated[float, typer.Option("--seconds", min=1, help="The longest time of a request.")] = 600,
-    max_body: Annotated[int, typer.Option("--max-body", min=1024, help="Bytes of a request's body.")] = 8 << 20,
+    slots: Annotated[int, Option("--slots", min=1, help="Answers that run at once, for each model.")] = 4,
+    queue: Annotated[int, Option("--queue", min=0, help="Requests that may wait beside them.")] = 64,
+    seconds: Annotated[float, Option("--seconds", min=1, help="The longest time of a request.")] = 600,
+    max_body: Annotated[int, Option("--max-body", min=1024, help="Bytes of a request's body.")] = 8 << 20,
     speculate: Annotated[
-        str | None, typer.Option("--speculate", help="Guess ahead: lookup (texts repeat themselves) or a draft BUNDLE.")
+        str | None, Option("--speculate", help="Guess ahead: lookup (texts repeat themselves) or a draft BUNDLE.")
     ] = None,
     sessions: Annotated[
         Path | None, typer.Option("--sessions", help="Folder where clients may save conversations.")
@@ -70,18 +69,16 @@ def serve(
 
 def generate(
     bundle: BundlePath,
-    source: Annotated[Path, typer.Option("--input", help='Prompts, JSON lines: {"prompt": …} or {"messages": […]}.')],
-    output: Annotated[Path, typer.Option("--output", help="Answers, JSON lines; goes on where it stopped.")],
-    max_tokens: Annotated[int, typer.Option("-n", "--max-tokens", min=1, help="Most tokens of an answer.")] = 256,
-    temperature: Annotated[float | None, typer.Option("--temp", help="Sampling temperature; 0 is greedy.")] = None,
-    top_k: Annotated[int | None, typer.Option("--top-k", help="Only the k likeliest tokens.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option("--top-p", help="Only the likeliest tokens of this probability.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option("-s", "--seed", help="The same seed, the same answers.")] = None,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="End an answer at this text; repeatable.")] = None,
-    slots: Annotated[int, typer.Option("--slots", min=1, help="Answers that run at once.")] = 8,
+    source: Annotated[Path, Option("--input", help='Prompts, JSON lines: {"prompt": …} or {"messages": […]}.')],
+    output: Annotated[Path, Option("--output", help="Answers, JSON lines; goes on where it stopped.")],
+    max_tokens: Annotated[int, Option("-n", "--max-tokens", min=1, help="Most tokens of an answer.")] = 256,
+    temperature: Annotated[float | None, Option("--temp", help="Sampling temperature; 0 is greedy.")] = None,
+    top_k: Annotated[int | None, Option("--top-k", help="Only the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, Option("--top-p", help="Only the likeliest tokens of this probability.")] = None,
+    seed: Annotated[int | None, Option("-s", "--seed", help="The same seed, the same answers.")] = None,
+    greedy: Annotated[bool, Option("--greedy", help="Always the likeliest token.")] = False,
+    stop: Annotated[list[str] | None, Option("--stop", help="End an answer at this text; repeatable.")] = None,
+    slots: Annotated[int, Option("--slots", min=1, help="Answers that run at once.")] = 8,
     runner: RunnerName = None,
     threads: Threads = None,
     json: Json = False,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -151,7 +152,10 @@ class Sampler:
     def __init__(self, options: SamplingOptions) -> None:
         self.options = options
         self._scratch = np.empty(0, dtype=np.float32)
-        self._random = np.random.Generator(np.random.PCG64(options.seed))
+
+    @cached_property
+    def _random(self) -> np.random.Generator:
+        return np.random.Generator(np.random.PCG64(self.options.seed))
 
     def sample(
         self,

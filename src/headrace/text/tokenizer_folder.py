@@ -72,6 +72,10 @@ def save_tokenizer(source: Path, gguf_metadata: Mapping[str, Any] | None, out: P
             content = JsonTokenizer(source / name, config).to_json().encode()
         else:
             content = (source / name).read_bytes()
+    if name == JSON_FILE:
+        from headrace.text.tokenizer_json import quick_to_read
+
+        content = quick_to_read(content.decode()).encode()
     write_file(out / name, content)
     write_file(out / CONFIG_FILE, config.to_json().encode())
     load_tokenizer(out)

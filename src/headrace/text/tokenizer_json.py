@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from headrace.errors import TokenizerError
 from headrace.text.tokenizer import Tokenizer, valid_text
 from headrace.text.tokenizer_config import MARKS, TokenizerConfig
 
-__all__ = ["JsonTokenizer", "byte_alphabet"]
+__all__ = ["JsonTokenizer", "byte_alphabet", "quick_to_read"]
 
 SPACE = "\u2581"  # ▁, how SentencePiece spells a space
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -46,7 +47,6 @@ class JsonTokenizer(Tokenizer):
             i for i, piece in config.added.items() if piece.special
         )
         self._lock = threading.Lock()
-        self._size = max(self._library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self._byte_level, self.drops_leading_space = _decoder_kind(self._library.decoder, path)
         if config.is_llama and not self._byte_level:
             self.drops_leading_space = config.add_prefix_space is not False
@@ -63,10 +63,10 @@ class JsonTokenizer(Tokenizer):
         self.marks = config.marks
         self.chat_template = config.chat_template
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
-        """One more than the largest id."""
-        return self._size
+        """One more than the largest id. The library hands over its whole vocabulary to tell it, so only on demand."""
+        return max(self._library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str, *, special: bool = False, continues: bool = False) -> list[int]:
         """See `Tokenizer.encode`."""
@@ -93,7 +93,7 @@ class JsonTokenizer(Tokenizer):
     def id_to_piece(self, token: int) -> str:
         """See `Tokenizer.id_to_piece`."""
         if token < 0:
-            raise TokenizerError(f"token id {token} is negative; expected 0 … {self._size - 1}")
+            raise TokenizerError(f"token id {token} is negative; expected 0 … {self.vocab_size - 1}")
         return self._library.id_to_token(token) or ""
 
     def piece_bytes(self, token: int) -> bytes:
@@ -117,6 +117,17 @@ class JsonTokenizer(Tokenizer):
         if match := BYTE_PIECE.fullmatch(piece):
             return bytes([int(match[1], 16)])
         return piece.replace(SPACE, " ").encode()
+
+
+def quick_to_read(content: str) -> str:
+    """The same tokenizer.json in the spelling that the library reads fastest: merges as "left right", as all its
+    versions know them, instead of ["left", "right"] (a quarter less time for 49,000 merges). Where a piece has a space
+    in it only the longer spelling is possible."""
+    file = json.loads(content)
+    merges = file["model"].get("merges", [])
+    if merges and all(isinstance(pair, list) and not any(" " in piece for piece in pair) for pair in merges):
+        file["model"]["merges"] = [" ".join(pair) for pair in merges]
+    return json.dumps(file, ensure_ascii=False, separators=(",", ":"))
 
 
 def _begin_ids(library: Any) -> list[int]:

@@ -8,6 +8,7 @@ is the configuration's matter. Knows nothing about models or turns.
 from __future__ import annotations
 
 import re
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ __all__ = ["SentencePieceTokenizer"]
 
 SPACE = "\u2581"  # ▁, how SentencePiece spells a space
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# Behind a model file: the same model, but it puts no space before a text. ModelProto's field 3 is normalizer_spec, and
+# that one's field 3 add_dummy_prefix; a message's field that comes again is merged into what was read of it before
+# (Protocol Buffers, Encoding, "Last One Wins"). Source of the numbers: sentencepiece_model.proto.
+NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -35,21 +40,21 @@ class SentencePieceTokenizer(Tokenizer):
             content = path.read_bytes()
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
             size = self._model.GetPieceSize()
-            self._bare = _without_prefix(content) if _has_dummy_prefix(self._model) else self._model
+            self._bare = self._model
+            if has_prefix := _has_dummy_prefix(self._model):
+                self._bare = sentencepiece.SentencePieceProcessor(model_proto=content + NO_DUMMY_PREFIX)
         except (RuntimeError, OSError) as error:
             raise TokenizerError(f"{path} is not a SentencePiece model ({error}); fetch the file again") from None
         self._trained = size
-        control = {i for i in range(size) if self._model.IsControl(i) or self._model.IsUnknown(i)}
+        self._added = config.added
         # ids inside the vocabulary keep the vocabulary's spelling; a config cannot rename them
         self._names = {i: piece.content for i, piece in config.added.items() if i >= size}
         self._ids = {content: i for i, content in self._names.items()}
         self._size = max([size - 1, *self._names]) + 1
-        self.special_ids = frozenset(control | {i for i, piece in config.added.items() if piece.special})
-        marked = {i: config.added.get(i, AddedPiece(self.id_to_piece(i), True)) for i in self.special_ids}
-        plain = {i: piece for i, piece in config.added.items() if i >= size and i not in self.special_ids}
-        self._cut = {True: _cutter({**marked, **plain}), False: _cutter(plain)}
+        self._plain = {i: piece for i, piece in config.added.items() if i >= size and not piece.special}
+        self._cut_plain = _cutter(self._plain)
         wanted = config.add_prefix_space is not False
-        self.drops_leading_space = wanted and (config.is_llama or _has_dummy_prefix(self._model))
+        self.drops_leading_space = wanted and (config.is_llama or has_prefix)
         self._every_stretch = config.space_before_every_stretch
         self._as_llama = config.is_llama
         self._bytes: list[bytes | None] = [None] * self._size
@@ -65,6 +70,22 @@ class SentencePieceTokenizer(Tokenizer):
         self.marks = {n: self.id_to_piece(i) for n, i in spelled.items() if i is not None} | dict(config.marks)
         self.chat_template = config.chat_template
 
+    @cached_property
+    def special_ids(self) -> frozenset[int]:  # type: ignore[override]
+        """See `Tokenizer`. Every piece is asked, so this is put off until somebody wants them all."""
+        return frozenset(filter(self._is_special, range(self._size)))
+
+    def _is_special(self, token: int) -> bool:
+        if token in self._added and self._added[token].special:
+            return True
+        return token < self._trained and (self._model.IsControl(token) or self._model.IsUnknown(token))
+
+    @cached_property
+    def _cut_all(self) -> re.Pattern[str] | None:
+        """Finds special tokens too."""
+        marked = {i: self._added.get(i) or AddedPiece(self.id_to_piece(i), True) for i in self.special_ids}
+        return _cutter({**marked, **self._plain})
+
     @property
     def vocab_size(self) -> int:
         """One more than the largest id."""
@@ -73,7 +94,7 @@ class SentencePieceTokenizer(Tokenizer):
     def encode(self, text: str, *, special: bool = False, continues: bool = False) -> list[int]:
         """See `Tokenizer.encode`."""
         text = valid_text(text)
-        cutter = self._cut[special]
+        cutter = self._cut_all if special else self._cut_plain
         ids: list[int] = []
         for i, stretch in enumerate(cutter.split(text) if cutter else [text]):  # text, token, text, token, … text
             if i % 2:
@@ -114,7 +135,7 @@ class SentencePieceTokenizer(Tokenizer):
         return known
 
     def _piece_bytes(self, token: int) -> bytes:
-        if token in self.special_ids:
+        if self._is_special(token):
             return b""
         piece = self.id_to_piece(token)
         if token >= self._trained:
@@ -135,18 +156,6 @@ def _cutter(pieces: dict[int, AddedPiece]) -> re.Pattern[str] | None:
     found = sorted((piece for piece in pieces.values() if piece.content), key=lambda p: len(p.content), reverse=True)
     spellings = [r"\s*" * p.lstrip + re.escape(p.content) + r"\s*" * p.rstrip for p in found]
     return re.compile("(" + "|".join(spellings) + ")") if spellings else None
-
-
-def _without_prefix(content: bytes) -> Any:
-    """The same model, but it puts no space before a text."""
-    import importlib
-
-    import sentencepiece
-
-    spec = importlib.import_module("sentencepiece.sentencepiece_model_pb2").ModelProto()
-    spec.ParseFromString(content)
-    spec.normalizer_spec.add_dummy_prefix = False
-    return sentencepiece.SentencePieceProcessor(model_proto=spec.SerializeToString())
 
 
 def _has_dummy_prefix(model: Any) -> bool:
