@@ -28,9 +28,7 @@ def serve(
     speculate: Annotated[
         str | None, Option("--speculate", help="Guess ahead: lookup (texts repeat themselves) or a draft BUNDLE.")
     ] = None,
-    sessions: Annotated[
-        Path | None, typer.Option("--sessions", help="Folder where clients may save conversations.")
-    ] = None,
+    sessions: Annotated[Path | None, Option("--sessions", help="Folder where clients may save conversations.")] = None,
     runner: RunnerName = None,
     threads: Threads = None,
 ) -> None:
