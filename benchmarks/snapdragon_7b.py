@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.bundle.encodings import OUTLIERS, Encoding, port_encodings
+from headrace.bundle.encodings import ATTENTION_MASK, GATED_OUTLIERS, Encoding, mask_encoding, port_encodings
 from headrace.bundle.grid import Grid, QuantizedTensor
 from headrace.config import ModelConfig
 from headrace.graph.emit_device import write_device_graphs
@@ -51,8 +51,10 @@ class PlainEncodings(Mapping[str, Encoding]):
     """The same grid for every result, but the cache's."""
 
     def __getitem__(self, name: str) -> Encoding:
-        if name.endswith(OUTLIERS):
+        if name.endswith(GATED_OUTLIERS):
             raise KeyError(name)  # no channel is an outlier
+        if name == ATTENTION_MASK:
+            return mask_encoding(50)
         if name.endswith(("k_cache", "v_cache")):
             return Encoding(0.0625, 128, 8)
         if name.endswith(("weights", "sigmoid")):
