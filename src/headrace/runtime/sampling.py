@@ -21,7 +21,7 @@ from headrace.errors import HeadraceError, UserError, did_you_mean
 __all__ = ["Sampler", "SamplingOptions", "log_probabilities", "usable_settings"]
 
 LOOKS = (256, 4096, 0)  # candidates looked at for top-p, until they suffice; 0: the whole vocabulary
-ROW = 128  # logits looked at together when the largest are sought
+ROW = 128  # logits looked at together when the largest are sought, or summed up
 SAMPLED = ("temperature", "top_k", "top_p")  # a generation_config.json has a say in these only where do_sample is true
 HF_TOP_K = 50  # what Hugging Face's generation takes when it samples and the configuration says nothing
 
@@ -254,20 +254,25 @@ def _penalized(logits: npt.NDArray[np.float32], seen: Iterable[int], penalty: fl
 def _largest(values: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.intp] | None:
     """The places of the `count` largest values and of any as large as the last of them, ascending; None: all.
 
-    Values are first looked at in rows: the `count`-th largest of the rows' maxima is at most the `count`-th largest
-    value, so everything below it is out, which leaves little to partition.
+    Values are first looked at in columns of a table: the `count`-th largest of the columns' maxima is at most the
+    `count`-th largest value, so columns below it are out, which leaves little to look through.
     """
     size = len(values)
     if not 0 < count < size:
         return None
-    rows = size // ROW
-    if count > rows:
+    columns = size // ROW
+    if count > columns:
         return np.flatnonzero(values >= np.partition(values, size - count)[size - count])
-    peaks = values[: rows * ROW].reshape(rows, ROW).max(axis=1)
-    places = np.flatnonzero(values >= np.partition(peaks, rows - count)[rows - count])
-    left = values[places]
+    table = values[: ROW * columns].reshape(ROW, columns)
+    peaks = table.max(axis=0)
+    floor = np.partition(peaks, columns - count)[columns - count]
+    chosen = np.flatnonzero(peaks >= floor)
+    rows, places = np.nonzero(table[:, chosen] >= floor)
+    behind = np.flatnonzero(values[ROW * columns :] >= floor) + ROW * columns
+    found = np.concatenate([rows * columns + chosen[places], behind])  # ascending, as the table's rows are
+    left = values[found]
     at = len(left) - count
-    large: npt.NDArray[np.intp] = places[left >= np.partition(left, at)[at]]
+    large: npt.NDArray[np.intp] = found[left >= np.partition(left, at)[at]]
     return large
 
 

@@ -23,7 +23,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from headrace.errors import HeadraceError, UserError
 from headrace.language_model import LanguageModel
@@ -79,16 +79,31 @@ class _Job:
     last: dict[int, float] = field(default_factory=dict)  # when each answer's newest token came
     gone: bool = False
 
-    def _arrive(self, items: Sequence[Piece | Exception]) -> None:
+    def take(self, items: Sequence[Piece | Exception]) -> None:
+        """Pieces have come; called on the event loop."""
         for item in items:
             self.pieces.put_nowait(item)
 
-    def put(self, items: Sequence[Piece | Exception]) -> None:
-        """Hand pieces to the event loop; called by the worker."""
+
+Delivery: TypeAlias = list[tuple[_Job, list[Piece | Exception]]]
+
+
+def _deliver(items: Delivery) -> None:
+    """Hand pieces to the event loops that wait for them; called by the worker. Once for all answers of a step: each
+    call wakes the loop, which then wants Python's lock while the worker still has it."""
+    loops = {job.loop for job, _ in items}
+    for loop in loops:
+        mine = [(job, pieces) for job, pieces in items if job.loop is loop]
         try:
-            self.loop.call_soon_threadsafe(self._arrive, items)
+            loop.call_soon_threadsafe(_take_all, mine)
         except RuntimeError:  # the loop has closed, and with it everybody who listened
-            self.gone = True
+            for job, _ in mine:
+                job.gone = True
+
+
+def _take_all(items: Delivery) -> None:
+    for job, pieces in items:
+        job.take(pieces)
 
 
 class Generation:
@@ -130,7 +145,7 @@ class ModelWorker:
         self._model = model
         self._engine = model.engine
         self._options = options
-        self._metrics = metrics
+        self._metrics = metrics.of(name)
         self._inbox: queue.SimpleQueue[_Job | _Task | None] = queue.SimpleQueue()
         self._tasks: deque[_Task] = deque()
         self._open = 0  # answers asked for that have not ended
@@ -141,7 +156,7 @@ class ModelWorker:
             math.prod(row.shape) for row in weight_table(model.bundle.config).values() if row.stored_as == row.name
         )
         self._thread = threading.Thread(target=self._serve, name=f"headrace-{name}", daemon=True)
-        metrics.cache_bytes.labels(name).set(self._engine.runner.kv_bytes)
+        self._metrics.cache_bytes.set(self._engine.runner.kv_bytes)
 
     def start(self) -> None:
         """Begin to answer."""
@@ -217,8 +232,8 @@ class ModelWorker:
         slots = self._engine.runner.slots
         with self._counting:
             self._open += more
-            self._metrics.queued.labels(self.name).set(max(self._open - slots, 0))
-            self._metrics.active.labels(self.name).set(min(self._open, slots))
+            self._metrics.queued.set(max(self._open - slots, 0))
+            self._metrics.active.set(min(self._open, slots))
 
     def properties(self) -> Mapping[str, Any]:
         """What the model is: context length, sizes, precision, slots, turn format."""
@@ -282,7 +297,7 @@ class ModelWorker:
         left = [*self._tasks, *self._arrived(wait=False), *{id(job): job for job, _ in self._jobs.values()}.values()]
         for one in left:
             if isinstance(one, _Job):
-                one.put([closing])
+                _deliver([(one, [closing])])
             elif one.done.set_running_or_notify_cancel():
                 one.done.set_exception(closing)
         self._model.close()
@@ -327,11 +342,11 @@ class ModelWorker:
             for request in made:
                 request.cancel()
             self._count(-job.request.n)
-            job.put([error])
+            _deliver([(job, [error])])
             return
         job.answers = made
         self._jobs |= {request: (job, index) for index, request in enumerate(made)}
-        self._metrics.prompt_tokens.labels(self.name).inc(len(prompt.ids))
+        self._metrics.prompt_tokens.inc(len(prompt.ids))
 
     def _end(self, request: Request) -> None:
         """Nothing more comes of an answer; where it runs still, it is stopped."""
@@ -346,7 +361,7 @@ class ModelWorker:
                 self._end(request)
             elif now - job.arrived > self._options.seconds:
                 self._end(request)
-                job.put([Piece(index, "", "length")])
+                _deliver([(job, [Piece(index, "", "length")])])
         try:
             made = self._engine.step()
         except Exception as error:
@@ -354,7 +369,7 @@ class ModelWorker:
             _log.exception("a step of %s failed", self.name)
             for request, (job, _) in list(self._jobs.items()):
                 self._end(request)
-                job.put([error])
+                _deliver([(job, [error])])
             return
         pieces: dict[int, tuple[_Job, list[Piece | Exception]]] = {}
         for request, token in made:
@@ -366,26 +381,25 @@ class ModelWorker:
                 self._end(request)
                 if request.error is not None:
                     pieces.setdefault(id(job), (job, []))[1].append(request.error)
-        for job, items in pieces.values():
-            job.put(items)
+        _deliver(list(pieces.values()))
 
     def _piece(self, job: _Job, request: Request, index: int, token: Token) -> Piece:
         now = time.monotonic()
         if index in job.last:
-            self._metrics.between_tokens.labels(self.name).observe(now - job.last[index])
+            self._metrics.between_tokens.observe(now - job.last[index])
         elif not job.last:
             cached = request.answer.usage.cached_tokens
             job.usage.cached_tokens = cached
             job.usage.prompt_seconds = now - job.arrived
-            self._metrics.first_token.labels(self.name).observe(now - job.arrived)
-            self._metrics.cached_tokens.labels(self.name).inc(cached)
+            self._metrics.first_token.observe(now - job.arrived)
+            self._metrics.cached_tokens.inc(cached)
         job.last[index] = now
         job.usage.completion_tokens += 1
-        self._metrics.generated_tokens.labels(self.name).inc()
+        self._metrics.generated_tokens.inc()
         if token.finish is not None:
             took = request.answer.usage
-            self._metrics.drafted_tokens.labels(self.name).inc(took.drafted_tokens)
-            self._metrics.accepted_tokens.labels(self.name).inc(took.accepted_tokens)
+            self._metrics.drafted_tokens.inc(took.drafted_tokens)
+            self._metrics.accepted_tokens.inc(took.accepted_tokens)
         if token.likelihood is None:
             return Piece(index, token.text, token.finish)
         spell, told = self._spell, token.likelihood
