@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from headrace.bundle.folder import MANIFEST, open_bundle
+from headrace.bundle.folder import MANIFEST, Bundle, open_bundle
 from headrace.checkpoint import open_checkpoint
 from headrace.errors import BundleError, RecipeError
 from headrace.exporter.job import export
 from headrace.measure.parity import verify_bundle
 from headrace.model.reference import eager_logits
-from headrace.runtime.engine import Engine
 from headrace.text.tokenizer_folder import load_tokenizer
 from tests.exports import SMALL, Exports, write_checkpoint
 
@@ -66,10 +65,10 @@ def test_an_odd_row_is_refused_before_work(exports: Exports, tmp_path: Path, sha
 def test_a_bundle_that_does_not_run_is_not_published(
     exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: Engine, ids: Any, chunk: int | None = None) -> np.ndarray:
+    def broken(bundle: Bundle, steps: Any) -> np.ndarray:
         raise RuntimeError("head_size must be\na multiple of 16")
 
-    monkeypatch.setattr(Engine, "score", broken)
+    monkeypatch.setattr("headrace.targets.host.by_parts.logits_by_parts", broken)
     with pytest.raises(BundleError) as error:
         made(exports, tmp_path, {})
     assert "does not run (head_size must be a multiple of 16); nothing is published" in str(error.value)
@@ -77,12 +76,12 @@ def test_a_bundle_that_does_not_run_is_not_published(
 
 
 def test_logits_that_are_no_numbers_are_told(exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: Engine, ids: Any, chunk: int | None = None) -> np.ndarray:
-        logits = np.zeros((len(ids), 420), np.float32)
+    def broken(bundle: Bundle, steps: Any) -> np.ndarray:
+        logits = np.zeros((sum(map(len, steps)), 420), np.float32)
         logits[1:3, 7] = np.nan
         return logits
 
-    monkeypatch.setattr(Engine, "score", broken)
+    monkeypatch.setattr("headrace.targets.host.by_parts.logits_by_parts", broken)
     with pytest.raises(BundleError, match=r"no finite numbers at 2 of 33 tokens; nothing is published"):
         made(exports, tmp_path, {})
 

@@ -192,6 +192,25 @@ def test_table_is_rounded(source: Checkpoint) -> None:
     assert np.abs(dequantize(table) - exact).max() <= np.abs(exact).max() / 127
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_table_in_strips_is_the_table(source: Checkpoint, keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = Rule("embed", 8, None, "nearest")
+    whole = quantize_table(source, EMBEDDING, rule, keep=keep)
+    monkeypatch.setattr("headrace.quantize.pipeline._ROWS", 7)
+    strips = quantize_table(source, EMBEDDING, rule, keep=keep)
+    np.testing.assert_array_equal(strips.codes, whole.codes)
+    np.testing.assert_array_equal(strips.scales, whole.scales)
+
+
+@pytest.mark.parametrize("of", ["array", "tensor", "codes"])
+def test_windows_take_the_rows_of_their_tokens(source: Checkpoint, of: str) -> None:
+    tensor, ids = source.tensor(EMBEDDING), windows(source)
+    codes = quantize_table(source, EMBEDDING, Rule("embed", 8, None, "nearest"))
+    table = {"array": tensor.load(), "tensor": tensor, "codes": codes}[of]
+    expected = dequantize(codes) if of == "codes" else tensor.load()
+    np.testing.assert_array_equal(embed_windows(source.config, table, ids), expected[ids])
+
+
 def test_unknown_method_and_block_are_refused(source: Checkpoint) -> None:
     with pytest.raises(RecipeError, match="method 'gtpq' is unknown"):
         run(source, "gtpq")

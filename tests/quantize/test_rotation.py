@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from headrace.checkpoint import open_checkpoint
 from headrace.model.reference import eager_logits
-from headrace.quantize.rotation import Rotated, orthogonal
+from headrace.quantize.rotation import Rotated, orthogonal, turned
 from tests.tiny import write_baichuan, write_llama
 
 # float32 weights in another basis: rounding of products and sums, relative to the largest logit.
@@ -23,6 +23,12 @@ ORTHOGONAL_NOISE = 1e-5
 def test_orthogonal(size: int, seed: int) -> None:
     matrix = orthogonal(size, seed)
     assert np.abs(matrix @ matrix.T - np.eye(size)).max() < ORTHOGONAL_NOISE
+
+
+@given(size=st.integers(1, 200), seed=st.integers(0, 50))
+def test_two_small_products_are_the_large_one(size: int, seed: int) -> None:
+    rows = np.random.default_rng(seed).normal(size=(3, size)).astype(np.float32)
+    assert np.abs(turned(rows, seed) - rows @ orthogonal(size, seed)).max() < ORTHOGONAL_NOISE * size
 
 
 @pytest.mark.parametrize("residual", [True, False])

@@ -7,7 +7,7 @@ along K with the low nibble first, which is what MatMulNBits reads; scales are f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,6 +23,7 @@ __all__ = [
     "pack",
     "quantize_nearest",
     "round_codes",
+    "stacked",
     "storable",
     "unpack",
 ]
@@ -119,6 +120,12 @@ class QuantizedTensor:
         scales = np.copysign(storable(np.abs(wide)), wide).astype(np.float16)  # a kept grid can have negative ones
         bias = None if self.bias is None else (self.bias * factors).astype(np.float32)
         return replace(self, scales=scales, bias=bias)
+
+
+def stacked(strips: Sequence[QuantizedTensor]) -> QuantizedTensor:
+    """Strips of the rows of a weight without bias as one."""
+    codes, scales = (np.concatenate([getattr(strip, of) for strip in strips]) for of in ("codes", "scales"))
+    return QuantizedTensor(codes, scales, strips[0].grid)
 
 
 def storable(scales: NDArray[np.float32]) -> NDArray[np.float16]:

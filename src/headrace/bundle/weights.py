@@ -162,8 +162,11 @@ class WeightStore:
         """A quantized weight, with its bias when it has one."""
         grid, bias = self.grids[name], self._table[name].bias
         codes = unpack(np.asarray(self._view(f"{name}_packed")), grid.bits)
-        scales = np.array(self._view(f"{name}_scale"))
-        return QuantizedTensor(codes, scales, grid, None if bias is None else self._float(bias))
+        return QuantizedTensor(codes, self.read_scales(name), grid, None if bias is None else self._float(bias))
+
+    def read_scales(self, name: str) -> NDArray[np.float16]:
+        """The scales of a quantized weight, (N, blocks)."""
+        return np.array(self._view(f"{name}_scale"))
 
     def read_stored(self, name: str) -> QuantizedTensor | NDArray[np.float32]:
         """A weight as it is stored: codes and scales, or float32 for a norm or a bias; a tied head is the embedding."""

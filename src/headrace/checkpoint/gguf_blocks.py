@@ -173,7 +173,7 @@ def _mxfp4(blocks: Bytes) -> Floats:
 
 
 def _float32(blocks: Bytes) -> Floats:
-    return np.ascontiguousarray(blocks).view(np.float32)
+    return np.array(blocks, order="C").view(np.float32)
 
 
 def _float16(blocks: Bytes) -> Floats:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from headrace.checkpoint.gguf_blocks import BLOCK_TYPES, TYPE_NAMES, BlockType
 from headrace.checkpoint.layout import shard_set
-from headrace.checkpoint.tensor import LazyTensor, map_file
+from headrace.checkpoint.tensor import LazyTensor, let_go, map_file
 from headrace.errors import CheckpointError, shown
 
 __all__ = ["GgufFile", "GgufTensor", "Metadata", "read_gguf"]
@@ -113,6 +113,7 @@ class GgufTensor:
     def _decode(self, rows: NDArray[np.uint8]) -> NDArray[np.float32]:
         with np.errstate(over="ignore", invalid="ignore"):  # a scale may be infinite or no number
             values = self.kind.decode(rows.reshape(-1, self.kind.size))
+        let_go(rows)
         return values.reshape((len(rows), *self.shape[1:]) if len(self.shape) > 1 else self.shape)
 
 

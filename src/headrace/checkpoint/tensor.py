@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,20 @@ from numpy.typing import NDArray
 from headrace.errors import CheckpointError
 from headrace.files import stands_for
 
-__all__ = ["ELEMENTS", "FLOATS", "Element", "LazyTensor", "from_storage", "map_file", "select_rows", "unit_rows"]
+__all__ = [
+    "ELEMENTS",
+    "FLOATS",
+    "Element",
+    "LazyTensor",
+    "from_storage",
+    "let_go",
+    "map_file",
+    "select_rows",
+    "unit_rows",
+]
 
 SMALLEST_NORM = 1e-12  # torch.nn.functional.normalize's eps: a row of zeros stays one
+_ROWS = 4096  # of a table that are looked at together
 
 
 @dataclass(frozen=True)
@@ -76,7 +88,7 @@ class LazyTensor:
     Attributes:
         shape: its shape; axis 0 is rows.
         dtype: the stored element type ("bfloat16", "float16", "float32" …), or the block format ("q4_1") in a GGUF.
-        read: rows start … stop−1 as a float32 array; nothing else is read or converted.
+        read: rows start … stop−1 as a float32 array of its own; nothing else is read or converted.
     """
 
     shape: tuple[int, ...]
@@ -86,6 +98,16 @@ class LazyTensor:
     def load(self) -> NDArray[np.float32]:
         """The whole tensor, float32."""
         return self.read(0, self.shape[0]) if self.shape else self.read(0, 1)
+
+    def select(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
+        """Rows by their numbers, which rise; a stretch of the table is in memory at a time."""
+        found = [np.empty((0, *self.shape[1:]), np.float32)]
+        for start in range(0, self.shape[0], _ROWS):
+            stop = min(start + _ROWS, self.shape[0])
+            few = rows[np.searchsorted(rows, start) : np.searchsorted(rows, stop)]
+            if len(few):
+                found.append(self.read(start, stop)[few - start])
+        return np.concatenate(found)
 
 
 def from_storage(stored: NDArray[Any] | None, shape: tuple[int, ...], dtype: str, negated: bool = False) -> LazyTensor:
@@ -110,6 +132,7 @@ def from_storage(stored: NDArray[Any] | None, shape: tuple[int, ...], dtype: str
         else:
             with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, as torch makes it
                 result = np.array(rows.view(values) if values is not rows.dtype.type else rows, np.float32, order="C")
+        let_go(rows)
         return np.negative(result, out=result) if negated else result
 
     return LazyTensor(shape, dtype, read)
@@ -129,9 +152,11 @@ def unit_rows(tensor: LazyTensor) -> LazyTensor:
 
     def read(start: int, stop: int) -> NDArray[np.float32]:
         rows = tensor.read(start, stop)
-        norms = np.sqrt(np.sum(np.square(rows), axis=1, keepdims=True, dtype=np.float64))
-        scale = (1 / np.maximum(norms, SMALLEST_NORM)).astype(np.float32)
-        return rows * scale
+        for first in range(0, len(rows), _ROWS):  # the squares of a whole head would be gigabytes
+            few = rows[first : first + _ROWS]
+            norms = np.sqrt(np.sum(np.square(few), axis=1, keepdims=True, dtype=np.float64))
+            few *= (1 / np.maximum(norms, SMALLEST_NORM)).astype(np.float32)
+        return rows
 
     return LazyTensor(tensor.shape, tensor.dtype, read)
 
@@ -151,3 +176,20 @@ def map_file(path: Path) -> NDArray[np.uint8]:
     if instead := stands_for(data[:512].tobytes()):
         raise CheckpointError(f"{path} is {instead}")
     return data
+
+
+def let_go(mapped: NDArray[Any]) -> None:
+    """Tell the system that this memory, if it is mapped from a file, will not be read again soon.
+
+    Its pages leave the process, which would otherwise seem to hold every file that it has read; the system keeps them
+    as long as it has room, so reading them once more costs little.
+    """
+    base: Any = mapped
+    while base is not None and not isinstance(base, mmap.mmap):
+        base = getattr(base, "base", None)
+    if base is None or not hasattr(base, "madvise") or not mapped.size:
+        return
+    begin, end = np.lib.array_utils.byte_bounds(mapped)
+    start = np.frombuffer(base, np.uint8).ctypes.data
+    first = (begin - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    base.madvise(mmap.MADV_DONTNEED, first, end - start - first)

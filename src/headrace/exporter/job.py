@@ -44,7 +44,7 @@ from headrace.text.turns import turn_format
 
 __all__ = ["export"]
 
-RANGE_WINDOWS = 8  # minimum and maximum settle after a few thousand tokens
+RANGE_WINDOWS = 4  # minimum and maximum settle after two thousand tokens: docs/LOG.md
 KV_LEVELS = 127  # int8, symmetric
 EMPTY_SCALE = 1 / KV_LEVELS  # a cache that calibration saw only zeros in
 
@@ -154,11 +154,12 @@ def _quantize(
     source, config, rules = settings.model, settings.config, settings.rules
     store = WeightStore(work.bundle, config, settings.parts, settings.grids, create=not work.layers)
     progress("embedding and head", 0, 1)
-    embedding = quantize_table(source, EMBEDDING, rules[EMBEDDING], keep=settings.options.keep_grid)
-    store.write(EMBEDDING, embedding)
-    store.write(FINAL_NORM, load_weight(source, FINAL_NORM))
-    if not config.tied_head:
-        store.write(HEAD, quantize_table(source, HEAD, rules[HEAD], keep=settings.options.keep_grid))
+    with cores(jobs):
+        embedding = quantize_table(source, EMBEDDING, rules[EMBEDDING], keep=settings.options.keep_grid)
+        store.write(EMBEDDING, embedding)
+        store.write(FINAL_NORM, load_weight(source, FINAL_NORM))
+        if not config.tied_head:
+            store.write(HEAD, quantize_table(source, HEAD, rules[HEAD], keep=settings.options.keep_grid))
     progress("embedding and head", 1, 1)
 
     def emit(layer: QuantizedLayer) -> None:
@@ -216,11 +217,12 @@ def _calibrate_device(
     """encodings.json: static ranges of every result of the quantized decoder, and the scales of its weights."""
     config, grids = settings.config, settings.grids
     store = WeightStore(folder, config, settings.parts, grids)
-    ranges = collect_ranges(
-        config, store.read, windows, progress=lambda done, total: progress("static ranges", done, total)
-    )
+    with cores(settings.options.jobs):
+        ranges = collect_ranges(
+            config, store.read, windows, progress=lambda done, total: progress("static ranges", done, total)
+        )
     parameters = {
-        name: (grid.bits, store.read_codes(name).scales[:, 0].astype(np.float64).tolist())
+        name: (grid.bits, store.read_scales(name)[:, 0].astype(np.float64).tolist())
         for name, grid in grids.items()
         if grid.block is None and name != EMBEDDING
     }

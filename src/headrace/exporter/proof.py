@@ -11,8 +11,6 @@ from headrace.checkpoint import Checkpoint
 from headrace.errors import BundleError
 from headrace.model.fidelity import fidelity
 from headrace.model.reference import eager_logits
-from headrace.runners import Options, open_runner
-from headrace.runtime.engine import Engine
 
 __all__ = ["quantization_kl", "refuse_broken"]
 
@@ -28,18 +26,16 @@ def quantization_kl(checkpoint: Checkpoint, bundle: Bundle, ids: Sequence[int]) 
 
 
 def refuse_broken(bundle: Bundle, ids: Sequence[int]) -> None:
-    """Run a prompt step and a token step of what was written.
+    """Run a prompt step and a token step of what was written, a part at a time.
 
     Raises:
         BundleError: it does not run, or a logit is no finite number.
     """
+    from headrace.targets.host.by_parts import logits_by_parts
+
     ids = ids[: bundle.prompt_length + 1]
     try:
-        engine = Engine(open_runner(bundle, "host", Options(context=len(ids))))
-        try:
-            logits = engine.score(ids)
-        finally:
-            engine.close()
+        logits = logits_by_parts(bundle, [ids[:-1], ids[-1:]])
     except Exception as error:  # ONNX Runtime raises classes of its own, of no common base
         raise BundleError(
             f"the bundle that was written does not run ({' '.join(str(error).split())[:300]}); nothing is published: "

@@ -263,7 +263,12 @@ class Eager(PrimitiveOps[Array]):
 
     def product(self, x: Array, weight: str, name: str) -> Array:
         self.tap_linear(weight, x)
-        return self.tap(name, x @ self.weights(weight).T)
+        return self.tap(name, self.times(x, self.weights(weight)))
+
+    def times(self, x: Array, table: Array) -> Array:
+        """x (…, K) by a table (N, K), transposed. All rows in one product: NumPy makes one for each leading index, and
+        reads the table again for each."""
+        return (x.reshape(-1, x.shape[-1]) @ table.T).reshape(*x.shape[:-1], len(table))
 
     def bias(self, weight: str) -> Array:
         return self.weights(weight)

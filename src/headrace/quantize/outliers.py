@@ -70,5 +70,5 @@ class SplitEager(Eager):
         channels, few = self._apart
         self._apart = None
         table = self.weights(weight)
-        inliers = self.tap(f"{name}.inliers", x @ table.T)
-        return self.tap(name, inliers + self.tap(f"{name}.outliers", few @ table[:, channels].T))
+        inliers = self.tap(f"{name}.inliers", self.times(x, table))
+        return self.tap(name, inliers + self.tap(f"{name}.outliers", self.times(few, table[:, channels])))

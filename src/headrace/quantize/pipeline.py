@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.bundle.grid import QuantizedTensor, dequantize
+from headrace.bundle.grid import QuantizedTensor, dequantize, quantize_nearest, stacked
 from headrace.bundle.recipe import Rule
 from headrace.checkpoint.tensor import LazyTensor
 from headrace.config import ModelConfig
@@ -45,6 +46,7 @@ __all__ = [
 
 _SMALL = 1 << 22  # elements of a linear too small to keep several cores busy
 _LARGEST = float(np.finfo(np.float16).max)  # of a weight: scales are float16
+_ROWS = 8192  # of a table that are in memory at once
 _SKETCH = 512  # random projections that estimate a token's squared length to 6 %
 
 
@@ -224,7 +226,11 @@ def load_weight(source: Source, name: str) -> Array:
     Raises:
         CheckpointError: a value is not finite, or no scale could hold it.
     """
-    weight = source.tensor(name).load()
+    return _finite(name, source.tensor(name).load())
+
+
+def _finite(name: str, weight: Array) -> Array:
+    """The weight, if every value of it can be held."""
     if not max(weight.max(), -weight.min()) <= _LARGEST:  # also when there is a NaN
         raise CheckpointError(
             f"{name} has a value that is no number or beyond {_LARGEST:g}; expected finite weights: fetch it again"
@@ -243,9 +249,19 @@ def load_layer(source: Source, number: int) -> dict[str, Array]:
 
 def quantize_table(source: Source, name: str, rule: Rule, *, keep: bool = False) -> QuantizedTensor:
     """The embedding's or the head's table, rounded to nearest; `keep`: as it is, if it lies on the rule's grid."""
-    table = load_weight(source, name)
-    kept = keep_grid(table, rule.grid, name) if keep else None
-    return kept or find_method("nearest").quantize(table, None, rule.grid)  # type: ignore[arg-type]
+    table = source.tensor(name)
+
+    def read(start: int) -> Array:
+        return _finite(name, table.read(start, min(start + _ROWS, table.shape[0])))
+
+    # The table in float32, twice for a while, would be most of the memory that an export takes.
+    starts = range(0, table.shape[0], _ROWS)
+    if keep:
+        kept = list(takewhile(lambda strip: strip is not None, (keep_grid(read(at), rule.grid, name) for at in starts)))
+        if len(kept) == len(starts):
+            return stacked([strip for strip in kept if strip is not None])
+    parts = parallel_map(lambda at: quantize_nearest(read(at), rule.grid), starts)
+    return stacked(parts)
 
 
 def quantize_layers(
@@ -334,12 +350,11 @@ def _quantize_layers(
 ) -> None:
     config = source.config
     at = causal_positions(config, windows.shape[1])
-    table = source.tensor(EMBEDDING).load() if embedding is None else dequantize(embedding)
-    states = embed_windows(config, table, windows)
+    table = source.tensor(EMBEDDING)
+    states = embed_windows(config, table if embedding is None else embedding, windows)
     float_states: Array | None = None
     if any(find_method(rules[name].method).uses_reference for name in linears(config)):
-        float_states = embed_windows(config, source.tensor(EMBEDDING).load(), windows)
-    del table
+        float_states = embed_windows(config, table, windows)
     for number in range(config.num_layers):
         if progress is not None:
             progress(number, config.num_layers)

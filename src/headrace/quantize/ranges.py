@@ -17,16 +17,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.config import ModelConfig
-from headrace.model.decoder import Residual, block, embed, head
+from headrace.model.decoder import Residual, block, embed
 from headrace.model.ops import Array, Positions
 from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD, Role, find_weight, layer_weights
 from headrace.quantize.outliers import SplitEager, find_outliers
+from headrace.quantize.parallel import parallel_map
 from headrace.quantize.windows import causal_positions
 
 __all__ = ["Ranges", "collect_ranges", "mask_gap"]
 
 _ELEMENTS = 1 << 24  # of scores or logits held at once
-_FIRST_TOKENS = 1024  # of the vocabulary, each a window of its own
+_FIRST_TOKENS = 512  # of the vocabulary, each a window of its own
+_HEAD_TOKENS = 512  # whose logits are looked at: a large model's head costs as much as three layers, for each token
+_TOGETHER = 256  # tokens whose product with a weight a core computes at once
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,12 @@ class _Observer(SplitEager):
     def tap(self, name: str, value: Array) -> Array:
         self._note(name, float(value.min()), float(value.max()))
         return value
+
+    def times(self, x: Array, table: Array) -> Array:
+        """As `Eager.times`, on several cores."""
+        rows = x.reshape(-1, x.shape[-1])
+        few = [rows[start : start + _TOGETHER] for start in range(0, len(rows), _TOGETHER)]
+        return np.concatenate(parallel_map(lambda some: some @ table.T, few)).reshape(*x.shape[:-1], len(table))
 
     def rope(self, x: Array, at: Positions[Array], name: str) -> Array:
         """As `Ops.rope`, noting what it comes to at any position: a slow pair has hardly turned within a window, and
@@ -123,7 +132,8 @@ def collect_ranges(
 ) -> Ranges:
     """(low, high) of every named result of the decoder, with outlier channels apart.
 
-    The embedding's range is its whole table's, so that no token is ever clipped there. Scores that the mask blocks
+    The embedding's range is its whole table's, so that no token is ever clipped there; logits are looked at for
+    `_HEAD_TOKENS` of all tokens, evenly. Scores that the mask blocks
     count as scores, but `masked_scores` says what the device's own mask makes of them elsewhere: its range here holds
     the mask of the eager decoder and is of no use.
 
@@ -141,18 +151,20 @@ def collect_ranges(
     ops = _Observer(config, {EMBEDDING: table}, found)
     streams = [cast(Residual[Array], embed(ops, cast(Array, ids))) for ids in groups]
     found.seen[find_weight(config, Role.EMBEDDING).module] = (float(table.min()), float(table.max()))
+    del ops, table
     for layer in range(config.num_layers):
         if progress is not None:
             progress(layer, config.num_layers)
         ops = _Observer(config, {name: weights(name) for name in layer_weights(config, layer)}, found)
         after = [block(ops, layer, stream, at, None)[0] for stream, at in zip(streams, positions, strict=True)]
         streams = [Residual(stream.settle(ops)) for stream in after]
-    last = {FINAL_NORM: weights(FINAL_NORM), HEAD: table if config.tied_head else weights(HEAD)}
+    last = {FINAL_NORM: weights(FINAL_NORM), HEAD: weights(EMBEDDING if config.tied_head else HEAD)}
     ops = _Observer(config, last, found)
-    for stream in streams:
-        step = max(1, _ELEMENTS // (stream.x.shape[1] * config.vocab_size))
-        for start in range(0, len(stream.x), step):
-            head(ops, Residual(stream.x[start : start + step]))
+    states = np.concatenate([stream.x.reshape(-1, config.hidden_size) for stream in streams])
+    normed = ops.rms_norm(states, FINAL_NORM)[:: -(-len(states) // _HEAD_TOKENS)]
+    step = max(1, _ELEMENTS // config.vocab_size)
+    for start in range(0, len(normed), step):
+        ops.linear(normed[start : start + step], HEAD)
     if progress is not None:
         progress(config.num_layers, config.num_layers)
     return found

@@ -24,7 +24,7 @@ from headrace.config import ModelConfig
 from headrace.model.weights import FINAL_NORM, Role, Weight, weight_table
 from headrace.quantize.pipeline import Source
 
-__all__ = ["Rotated", "orthogonal"]
+__all__ = ["Rotated", "orthogonal", "turned"]
 
 Array = NDArray[np.float32]
 
@@ -35,17 +35,36 @@ def orthogonal(size: int, seed: int = 0) -> Array:
 
     Where no Hadamard matrix of the size is at hand, one of a power of two times a small random rotation. Read-only.
     """
+    outer, inner, signs = _factors(size, seed)
+    matrix = np.asarray(np.kron(outer, inner) * signs, np.float32)
+    matrix.flags.writeable = False
+    return matrix
+
+
+def turned(rows: NDArray[np.floating], seed: int = 0) -> Array:
+    """rows (N, size) @ orthogonal(size, seed): two small products for each row instead of a large one."""
+    outer, inner, signs = _factors(rows.shape[1], seed)
+    blocks = np.matmul(rows.reshape(-1, len(inner)), inner).reshape(len(rows), len(outer), len(inner))
+    return np.asarray(np.matmul(outer.T, blocks).reshape(rows.shape) * signs, np.float32)
+
+
+@functools.cache
+def _factors(size: int, seed: int) -> tuple[Array, Array, Array]:
+    """`orthogonal` as a Kronecker product of two matrices of about the same size, and the signs of its columns."""
     generator = np.random.default_rng(seed)
     odd = size // (size & -size)
     base = _paley(4 * odd) if odd > 1 and size % 4 == 0 else None
     if base is None:
         base = np.linalg.qr(generator.normal(size=(odd, odd)))[0] if odd > 1 else np.ones((1, 1))
-    matrix = np.asarray(base / np.sqrt((base * base).sum(0)[0]), np.float32)
-    while len(matrix) < size:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]]) / np.sqrt(np.float32(2))
-    matrix *= generator.choice(np.array([-1, 1], np.float32), size)
-    matrix.flags.writeable = False
-    return matrix
+    inner = np.asarray(base / np.sqrt((base * base).sum(0)[0]), np.float32)
+    outer = np.ones((1, 1), np.float32)
+    half = np.array([[1, 1], [1, -1]], np.float32) / np.sqrt(np.float32(2))
+    while len(outer) * len(inner) < size:
+        if len(outer) < len(inner):
+            outer = np.kron(half, outer)
+        else:
+            inner = np.kron(half, inner)
+    return outer, inner, generator.choice(np.array([-1, 1], np.float32), size)
 
 
 def _paley(order: int) -> NDArray[np.float64] | None:
@@ -107,7 +126,7 @@ class Rotated:
         """Rows of the embedding or the head."""
         if weight.role is Role.HEAD:
             rows = rows * self.source.tensor(FINAL_NORM).load()
-        return np.asarray(rows @ self._basis(), np.float32)
+        return turned(rows, self.seed)
 
     def _linear(self, weight: Weight, plain: LazyTensor) -> Array:
         """A linear (N, K) or its bias (N,): what it gives is turned in both, what it takes in the linear alone."""
@@ -115,13 +134,13 @@ class Rotated:
         if self.values and weight.role is Role.VALUE:
             values = self._per_head(values)
         if self.residual and weight.role.writes_stream:
-            values = self._basis().T @ values
+            values = turned(values[None], self.seed)[0] if values.ndim == 1 else turned(values.T, self.seed).T
         if weight.quantized and self.values and weight.role is Role.OUTPUT:
             values = self._per_head(values.T).T
         if weight.quantized and self.residual and weight.producer is not None:
             before = weight_table(self.config)[weight.producer]
             if before.role.is_norm:
-                values = (values * self.source.tensor(before.name).load()) @ self._basis()
+                values = turned(values * self.source.tensor(before.name).load(), self.seed)
         return np.ascontiguousarray(values, np.float32)
 
     def _per_head(self, weight: NDArray[np.floating]) -> Array:
@@ -130,6 +149,3 @@ class Rotated:
         turn = orthogonal(width, self.seed + 1)
         turned = turn @ weight.reshape(-1, width, weight.size // len(weight))
         return np.asarray(turned.reshape(weight.shape), np.float32)
-
-    def _basis(self) -> Array:
-        return orthogonal(self.source.config.hidden_size, self.seed)

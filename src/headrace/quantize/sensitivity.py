@@ -112,7 +112,7 @@ def _forward(
 ) -> list[Array]:
     """Every layer's input, and the last one's output, each (W, S, H)."""
     config = source.config
-    inputs = [embed_windows(config, source.tensor(EMBEDDING).load(), windows)]
+    inputs = [embed_windows(config, source.tensor(EMBEDDING), windows)]
     for number in range(config.num_layers):
         if progress is not None:
             progress(number, 2 * config.num_layers)

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.bundle.grid import QuantizedTensor, dequantize
+from headrace.checkpoint.tensor import LazyTensor
 from headrace.config import ModelConfig
 from headrace.errors import CalibrationError
 from headrace.files import allocate
@@ -76,8 +78,15 @@ def causal_positions(config: ModelConfig, length: int, start: int = 0) -> Positi
     return Positions(cos[None, None, start:], sin[None, None, start:], causal_mask(0, length))
 
 
-def embed_windows(config: ModelConfig, table: Array, windows: NDArray[np.int64]) -> Array:
+def embed_windows(
+    config: ModelConfig, table: Array | LazyTensor | QuantizedTensor, windows: NDArray[np.int64]
+) -> Array:
     """Hidden states of windows (W, S) before the first layer, (W, S, H) float32; in an unnamed file when large.
+
+    Args:
+        config: the geometry.
+        table: the embedding's (V, H), of which only the rows of these tokens become float32.
+        windows: token ids.
 
     Raises:
         CalibrationError: the folder of temporary files has no room for them.
@@ -95,9 +104,14 @@ def embed_windows(config: ModelConfig, table: Array, windows: NDArray[np.int64])
             states: Array = np.memmap(file, np.float32, "w+", shape=shape)
     else:
         states = np.empty(shape, np.float32)
-    ops = LeanEager(config, {EMBEDDING: table})
-    for batch, ids in zip(window_batches(states), window_batches(windows), strict=True):
-        batch[:] = ops.embed(ids, EMBEDDING)
+    tokens, places = np.unique(windows, return_inverse=True)
+    if isinstance(table, QuantizedTensor):
+        rows = dequantize(replace(table, codes=table.codes[tokens], scales=table.scales[tokens]))
+    else:
+        rows = table.select(tokens) if isinstance(table, LazyTensor) else table[tokens]
+    ops = LeanEager(config, {EMBEDDING: rows})
+    for batch, few in zip(window_batches(states), window_batches(places.reshape(windows.shape)), strict=True):
+        batch[:] = ops.embed(few, EMBEDDING)
     return states
 
 

@@ -49,6 +49,9 @@ class Step:
         hidden_size, vocab_size: the geometry.
         tables: the rotary tables `cos` and `sin`.
         cache: (name, slot, batch) → the cache's buffer of these slots.
+
+    Attributes:
+        hidden: what parts take from the part before and give to the next, (batch, S, H) by port name.
     """
 
     def __init__(
@@ -73,8 +76,13 @@ class Step:
             "rows": self.rows,
             "logits": self.logits,
         }
-        for number in range(1, len(parts)):
-            own[f"hidden_{number}"] = np.zeros((batch, length, hidden_size), np.float32)
+        self.hidden = {
+            port.name: np.zeros((batch, length, hidden_size), np.float32)
+            for part in parts
+            for port in (*part.inputs, *part.outputs)
+            if port.shape == ("batch", "length", hidden_size)
+        }
+        own |= self.hidden
         values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in own.items()} | dict(tables)
 
         def value(port: Port) -> Any:
