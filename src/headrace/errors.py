@@ -74,9 +74,9 @@ class BundleError(UserError):
 class ContextFull(UserError):
     """The tokens do not fit the context that is left."""
 
-    def __init__(self, needed: int, context: int) -> None:
+    def __init__(self, needed: int, context: int, before: str = "") -> None:
         super().__init__(
-            f"the prompt has {needed} tokens, but the context holds {context} and one place is needed for the "
+            f"the prompt has {before}{needed} tokens, but the context holds {context} and one place is needed for the "
             f"answer; shorten it to {context - 1} tokens or export with a longer --context"
         )
         self.needed = needed

@@ -16,9 +16,11 @@ import uvicorn
 
 from headrace.errors import ContextFull
 from headrace.server.app import create_app
+from headrace.server.connections import Patience
 from headrace.server.door import ServerOptions
 from headrace.server.generation import GenerationRequest, Logprob, Piece, Refused, Usage
 from headrace.server.metrics import Metrics
+from headrace.server.serve import http_config
 
 __all__ = ["ScriptedModel", "running"]
 
@@ -118,10 +120,16 @@ class ScriptedGeneration:
 
 
 @contextmanager
-def running(*models: Any, options: ServerOptions | None = None, metrics: Metrics | None = None) -> Iterator[str]:
+def running(
+    *models: Any,
+    options: ServerOptions | None = None,
+    metrics: Metrics | None = None,
+    patience: Patience | None = None,
+) -> Iterator[str]:
     """A server on a free port of 127.0.0.1, in a thread; its address. It stops with the block."""
     app = create_app({model.name: model for model in models}, options or ServerOptions(), metrics or Metrics())
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
+    config = http_config(app, patience=patience, host="127.0.0.1", port=0, log_config=None, log_level="error")
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:

@@ -13,6 +13,7 @@ from typing import Any
 
 from headrace.server.fields import Body, text_of
 from headrace.server.generation import Answer, GenerationRequest, Generator, Refused, Usage
+from headrace.server.openai_chat import calls_of
 from headrace.server.tools import ToolCall, ToolText, split_calls
 
 __all__ = ["MessagesCall", "messages_call"]
@@ -129,11 +130,11 @@ def _messages(raw: Sequence[Any]) -> list[dict[str, Any]]:
         for block in blocks:
             kind = block.get("type") if isinstance(block, dict) else None
             if kind == "tool_use":
-                function = {"name": block.get("name", ""), "arguments": block.get("input", {})}
-                calls.append({"type": "function", "id": block.get("id", ""), "function": function})
+                function = {"name": block.get("name"), "arguments": block.get("input", {})}
+                calls += calls_of([{"id": block.get("id", ""), "function": function}], f"{where}.content")
             elif kind == "tool_result":
                 result = text_of(block.get("content"), f"{where}.content")
-                messages.append({"role": "tool", "content": result, "tool_call_id": block.get("tool_use_id", "")})
+                messages.append({"role": "tool", "content": result, "tool_call_id": str(block.get("tool_use_id", ""))})
             else:
                 text.append(block)
         if text or calls:

@@ -11,7 +11,7 @@ from importlib import resources
 from typing import Any, TypeAlias, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException
@@ -23,12 +23,16 @@ from headrace.server.door import Door, Gate, ServedModel, ServerOptions, error_o
 from headrace.server.fields import Body
 from headrace.server.generation import Generator, Refused
 from headrace.server.metrics import Metrics
+from headrace.server.openapi import described
 from headrace.server.sessions import SavedSessions
 
 __all__ = ["create_app"]
 
 OLLAMA_VERSION = "0.12.0"  # of the API that is spoken, not of a program
 PING_SECONDS = 15  # between two signs of life, for proxies that end silent connections
+
+# Characters of a text: as long as a tokenizer may keep all other answers waiting, some tenths of a second.
+MAX_TOKENIZED = 1 << 17
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -49,14 +53,15 @@ def create_app(models: Mapping[str, ServedModel], options: ServerOptions, metric
     app.add_exception_handler(Exception, error_response)
     app.add_exception_handler(HeadraceError, error_response)
     app.add_exception_handler(HTTPException, error_response)
-    for path, read, streamed, required, told in ANSWERS:
+    app.add_exception_handler(RecursionError, error_response)
+    for path, read, streamed, told in ANSWERS:
         app.add_api_route(
             path,
             _answering(door, read, streamed),
             methods=["POST"],
             name=told,
             description=told,
-            openapi_extra=_json_body(required),
+            openapi_extra=described(path),
         )
     _model_routes(app, door)
     _session_routes(app, door, SavedSessions(options.sessions))
@@ -102,7 +107,7 @@ def _model_routes(app: FastAPI, door: Door) -> None:
         """Ollama: the models that are served, all of them in memory."""
         return {"models": [_ollama_model(model) for model in door.models.values()]}
 
-    @app.post("/api/show", openapi_extra=_json_body("model"))
+    @app.post("/api/show", openapi_extra=described("/api/show"))
     async def show(request: Request) -> dict[str, Any]:
         """Ollama: one model."""
         body = Body(await door.body(request), ("verbose", "system", "template", "options"))
@@ -124,7 +129,7 @@ def _session_routes(app: FastAPI, door: Door, saved: SavedSessions) -> None:
         """Saved conversations, the newest first."""
         return {"sessions": list(saved)}
 
-    @app.put("/sessions/{name}", openapi_extra=_json_body("messages"))
+    @app.put("/sessions/{name}", openapi_extra=described("/sessions/{name}"))
     async def save(name: str, request: Request) -> dict[str, Any]:
         """Save a conversation, with what the cache holds of it; an older one of this name is replaced."""
         call = openai_chat.chat_call(await door.body(request))
@@ -132,7 +137,7 @@ def _session_routes(app: FastAPI, door: Door, saved: SavedSessions) -> None:
             tokens = await door.model(call.model).save_session(call.request, path)
             return {"name": name, "tokens": tokens, "bytes": path.stat().st_size}
 
-    @app.post("/sessions/{name}/restore", openapi_extra=_json_body())
+    @app.post("/sessions/{name}/restore", openapi_extra=described("/sessions/{name}/restore"))
     async def restore(name: str, request: Request) -> dict[str, Any]:
         """A saved conversation's messages; its cache is held again, so that a prompt that goes on with it is short."""
         body = Body(await door.body(request))
@@ -167,21 +172,23 @@ def _service_routes(app: FastAPI, door: Door, counted: Metrics) -> None:
             "models": {name: dict(model.properties()) for name, model in door.models.items()},
         }
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Measurements, in Prometheus' text format."""
         return Response(counted.text(), media_type="text/plain; version=0.0.4")
 
-    @app.post("/tokenize", openapi_extra=_json_body("content"))
+    @app.post("/tokenize", openapi_extra=described("/tokenize"))
     async def tokenize(request: Request) -> dict[str, Any]:
         """Ids of a text."""
         body = Body(await door.body(request))
         model = door.model(body.take("model", str, default=""))
         content, special = body.take("content", str, required=True), body.flag("add_special")
         body.done()
+        if len(content) > MAX_TOKENIZED:
+            raise Refused(f"content has {len(content)} characters; expected at most {MAX_TOKENIZED}", field="content")
         return {"tokens": await asyncio.to_thread(model.tokenize, content, special=special)}
 
-    @app.post("/detokenize", openapi_extra=_json_body("tokens"))
+    @app.post("/detokenize", openapi_extra=described("/detokenize"))
     async def detokenize(request: Request) -> dict[str, Any]:
         """The text of ids."""
         body = Body(await door.body(request))
@@ -192,7 +199,7 @@ def _service_routes(app: FastAPI, door: Door, counted: Metrics) -> None:
         body.done()
         return {"content": await asyncio.to_thread(model.detokenize, ids)}
 
-    @app.post("/apply-template", openapi_extra=_json_body("messages"))
+    @app.post("/apply-template", openapi_extra=described("/apply-template"))
     async def apply_template(request: Request) -> dict[str, Any]:
         """The prompt that a conversation becomes."""
         call = openai_chat.chat_call(await door.body(request))
@@ -238,14 +245,14 @@ async def _closing(
         await generator.aclose()
 
 
-# Every route that answers: its body as the dialect reads it, its stream, the field it needs, and what it is.
-ANSWERS: tuple[tuple[str, Callable[[object], Any], Callable[[Any, Generator], Response], str, str], ...] = (
-    ("/v1/chat/completions", openai_chat.chat_call, _chunks, "messages", "OpenAI: answer a conversation"),
-    ("/v1/completions", openai_chat.completion_call, _chunks, "prompt", "OpenAI: continue a text"),
-    ("/v1/responses", openai_responses.response_call, _events, "input", "OpenAI: answer, as the responses API does"),
-    ("/v1/messages", anthropic_messages.messages_call, _events, "messages", "Anthropic: answer a conversation"),
-    ("/api/chat", ollama.chat_call, _lines, "messages", "Ollama: answer a conversation"),
-    ("/api/generate", ollama.generate_call, _lines, "prompt", "Ollama: answer a prompt"),
+# Every route that answers: its body as the dialect reads it, its stream, and what it is.
+ANSWERS: tuple[tuple[str, Callable[[object], Any], Callable[[Any, Generator], Response], str], ...] = (
+    ("/v1/chat/completions", openai_chat.chat_call, _chunks, "OpenAI: answer a conversation"),
+    ("/v1/completions", openai_chat.completion_call, _chunks, "OpenAI: continue a text"),
+    ("/v1/responses", openai_responses.response_call, _events, "OpenAI: answer, as the responses API does"),
+    ("/v1/messages", anthropic_messages.messages_call, _events, "Anthropic: answer a conversation"),
+    ("/api/chat", ollama.chat_call, _lines, "Ollama: answer a conversation"),
+    ("/api/generate", ollama.generate_call, _lines, "Ollama: answer a prompt"),
 )
 
 
@@ -279,9 +286,3 @@ def _ollama_model(model: ServedModel) -> dict[str, Any]:
             "quantization_level": properties["recipe"],
         },
     }
-
-
-def _json_body(*required: str) -> dict[str, Any]:
-    """What OpenAPI is told of a body that the dialect itself reads."""
-    schema = {"type": "object", "required": list(required), "additionalProperties": True}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,14 +15,20 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from headrace.errors import ContextFull, HeadraceError, UserError
+from headrace.errors import ContextFull, HeadraceError, UserError, shown
 from headrace.server.generation import Answer, GenerationRequest, Generator, Refused, Usage, collect
 from headrace.server.metrics import Metrics
 
 __all__ = ["Door", "Gate", "ServedModel", "ServerOptions", "error_object", "error_response"]
 
+BODIES = 8  # bodies of the largest size that may be in memory at once, before they are read
+RETRY_SECONDS = 2  # what a client is told to wait when there is no room for its body
+MAX_MESSAGE = 1000  # characters of an error; what it quotes is the client's
+HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")  # half a surrogate pair as JSON writes it: no text, if alone
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 OPEN_ROUTES = ("/health", "/")  # answered without a key, like the page's files: they tell nothing about the model
 CLIENT_GONE = 499
 CSP = (
@@ -120,7 +127,7 @@ C = TypeVar("C", bound=Call)
 
 
 class Gate:
-    """ASGI middleware: the key is checked, requests are counted, the page gets its content security policy."""
+    """ASGI middleware: key and origin are checked, requests are counted, the page gets its content security policy."""
 
     def __init__(self, app: ASGIApp, options: ServerOptions, metrics: Metrics) -> None:
         self._app = app
@@ -146,16 +153,24 @@ class Gate:
                     headers["Cache-Control"] = "no-cache"
             await send(message)
 
-        if (
-            self._options.api_key is None
-            or path in OPEN_ROUTES
-            or _is_page(path)
-            or self._has_key(Headers(scope=scope))
-        ):
-            await self._app(scope, receive, counted)
-        else:
-            refused = Refused("the API key is missing or wrong; expected Authorization: Bearer KEY", status=401)
-            await _told(path, refused)(scope, receive, counted)
+        refused = self._refused(path, scope)
+        await (self._app if refused is None else _told(path, refused))(scope, receive, counted)
+
+    def _refused(self, path: str, scope: Scope) -> Refused | None:
+        """Why a request may not pass, or None."""
+        headers = Headers(scope=scope)
+        if self._options.api_key is not None:
+            if path in OPEN_ROUTES or _is_page(path) or self._has_key(headers):
+                return None
+            return Refused("the API key is missing or wrong; expected Authorization: Bearer KEY", status=401)
+        # Without a key a browser is the danger: pages from elsewhere may send requests here, and may let a name of
+        # their own lead to this computer, so that the browser takes the server for theirs.
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if origin is not None and origin.partition("://")[2] != host:
+            return Refused(f"pages of {shown(origin)} cannot use this server", status=403)
+        if (scope.get("server") or ("",))[0] in LOOPBACK and _name(host) not in LOOPBACK:
+            return Refused(f"the host is {shown(host)}; expected localhost, or a server with a key", status=403)
+        return None
 
     def _has_key(self, headers: Headers) -> bool:
         scheme, _, told = headers.get("authorization", "").partition(" ")
@@ -174,22 +189,34 @@ class Door:
     def __init__(self, models: Mapping[str, ServedModel], options: ServerOptions) -> None:
         self.models = models
         self._options = options
+        self._arriving = 0  # bytes of bodies that are not whole yet
 
     async def body(self, request: Request) -> Any:
         """The JSON of a request, at most `max_body` bytes of it.
 
         Raises:
-            Refused: it is larger, or no JSON.
+            Refused: it is larger, there is no room for it now, it is no JSON, or the client has gone.
         """
-        data = bytearray()
-        async for chunk in request.stream():
-            data += chunk
-            if len(data) > self._options.max_body:
-                raise Refused(f"the body is larger than {self._options.max_body} bytes", status=413)
+        most, data = self._options.max_body, bytearray()
         try:
-            return json.loads(data.decode("utf-8"))
+            async for chunk in request.stream():
+                data += chunk
+                self._arriving += len(chunk)
+                if len(data) > most:
+                    raise Refused(f"the body is larger than {most} bytes", status=413)
+                if self._arriving > BODIES * most:
+                    raise Refused("too many large bodies are arriving", status=503, retry_after=RETRY_SECONDS)
+        except ClientDisconnect:
+            raise Refused("the client has gone", status=CLIENT_GONE) from None
+        finally:
+            self._arriving -= len(data)
+        try:
+            found = json.loads(data.decode("utf-8"))
+            if HALF_PAIR.search(data):
+                json.dumps(found, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
             raise Refused(f"the body is not JSON: {error}") from None
+        return found
 
     def model(self, name: str) -> ServedModel:
         """The model a request asks for; the first one when it names none.
@@ -256,7 +283,7 @@ def error_object(error: Exception) -> dict[str, Any]:
     status, message = _status(error)
     kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "api_error")
-    field = error.field if isinstance(error, Refused) else None
+    field = _short(error.field) if isinstance(error, Refused) and error.field is not None else None
     code = "context_length_exceeded" if isinstance(error, ContextFull) else None
     return {"error": {"message": message, "type": kind, "param": field, "code": code}}
 
@@ -264,9 +291,12 @@ def error_object(error: Exception) -> dict[str, Any]:
 def _status(error: Exception) -> tuple[int, str]:
     if isinstance(error, HTTPException):
         return error.status_code, str(error.detail)
+    if isinstance(error, RecursionError):
+        return 400, "the body is nested too deeply"
     # What went wrong inside is for the log, not for a stranger.
     message = str(error) if isinstance(error, HeadraceError) else "something went wrong inside the server"
-    return error.status if isinstance(error, Refused) else 400 if isinstance(error, UserError) else 500, message
+    status = error.status if isinstance(error, Refused) else 400 if isinstance(error, UserError) else 500
+    return status, _short(message)
 
 
 def _told(path: str, error: Exception) -> Response:
@@ -284,6 +314,16 @@ def _told(path: str, error: Exception) -> Response:
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}…"
+
+
+def _name(host: str) -> str:
+    """A Host header without its port and brackets."""
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    return name.lower()
 
 
 def _is_page(path: str) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 from headrace.server.fields import Body, text_of
 from headrace.server.generation import Answer, GenerationRequest, Generator, Refused, Usage
-from headrace.server.openai_chat import tools_of
+from headrace.server.openai_chat import calls_of, tools_of
 from headrace.server.tools import ToolCall, ToolText, split_calls
 
 __all__ = ["OllamaCall", "chat_call", "generate_call", "now"]
@@ -97,7 +97,7 @@ def chat_call(raw: object) -> OllamaCall:
             raise Refused(f"{where}.images is not supported", field=f"{where}.images")
         message: dict[str, Any] = {"role": role, "content": text_of(item.get("content"), f"{where}.content")}
         if item.get("tool_calls"):
-            message["tool_calls"] = [{"type": "function", **call} for call in item["tool_calls"]]
+            message["tool_calls"] = calls_of(item["tool_calls"], f"{where}.tool_calls")
         messages.append(message)
     if not messages:
         raise Refused("messages is empty; expected at least one message", field="messages")

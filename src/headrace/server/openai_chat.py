@@ -12,11 +12,12 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from headrace.errors import shown
 from headrace.server.fields import MAX_ANSWERS, MAX_TOP_LOGPROBS, Body, text_of
 from headrace.server.generation import Answer, GenerationRequest, Generator, Piece, Refused, Usage
 from headrace.server.tools import ToolCall, ToolText, split_calls
 
-__all__ = ["Call", "chat_call", "completion_call", "messages_of"]
+__all__ = ["Call", "calls_of", "chat_call", "completion_call", "messages_of"]
 
 # They change nothing here: bookkeeping of OpenAI's own service, or hints.
 IGNORED = (
@@ -230,28 +231,31 @@ def messages_of(raw: Sequence[Any]) -> list[dict[str, Any]]:
             )
         message: dict[str, Any] = {"role": role, "content": text_of(item.get("content"), f"{where}.content")}
         if role == "assistant" and item.get("tool_calls"):
-            message["tool_calls"] = [_parsed_call(call, where) for call in item["tool_calls"]]
+            message["tool_calls"] = calls_of(item["tool_calls"], f"{where}.tool_calls")
         if role == "tool":
             message["tool_call_id"] = str(item.get("tool_call_id", ""))
         messages.append(message)
     return messages
 
 
-def _parsed_call(call: Any, where: str) -> dict[str, Any]:
+def calls_of(raw: object, where: str) -> list[dict[str, Any]]:
+    """Tool calls of an earlier answer as turn formats take them, with their arguments as an object.
+
+    Raises:
+        Refused: it is no list of calls, each with a name and a JSON object of arguments.
+    """
     try:
-        function = call["function"]
-        arguments = function["arguments"]
-        parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
-        return {
-            "type": "function",
-            "id": str(call.get("id", "")),
-            "function": {"name": str(function["name"]), "arguments": parsed},
-        }
+        return [_parsed_call(call) for call in raw]  # type: ignore[attr-defined]
     except (KeyError, TypeError, ValueError, RecursionError):
-        raise Refused(
-            f"{where}.tool_calls holds something else than calls with a name and JSON arguments",
-            field=f"{where}.tool_calls",
-        ) from None
+        raise Refused(f"{where} holds something else than calls with a name and JSON arguments", field=where) from None
+
+
+def _parsed_call(call: Any) -> dict[str, Any]:
+    name, arguments = call["function"]["name"], call["function"]["arguments"]
+    parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
+    if not isinstance(name, str) or not isinstance(parsed, dict):
+        raise TypeError
+    return {"type": "function", "id": str(call.get("id", "")), "function": {"name": name, "arguments": parsed}}
 
 
 def tools_of(body: Body) -> tuple[bool, tuple[Mapping[str, Any], ...]]:
@@ -267,12 +271,14 @@ def tools_of(body: Body) -> tuple[bool, tuple[Mapping[str, Any], ...]]:
     return choice == "auto" and bool(tools), tuple(tools)
 
 
-def grammar_of(raw: Mapping[str, Any]) -> tuple[str, str] | None:
+def grammar_of(raw: object) -> tuple[str, str] | None:
     """A response_format as a grammar; None for text.
 
     Raises:
-        Refused: its type is unknown, or a schema is missing.
+        Refused: it is no object, its type is unknown, or a schema is missing.
     """
+    if not isinstance(raw, dict):
+        raise Refused(f"response_format is {shown(raw)}; expected an object", field="response_format")
     kind = raw.get("type")
     if kind == "text":
         return None

@@ -14,7 +14,7 @@ from typing import Any
 
 from headrace.server.fields import Body, text_of
 from headrace.server.generation import Answer, GenerationRequest, Generator, Refused, Usage
-from headrace.server.openai_chat import grammar_of
+from headrace.server.openai_chat import calls_of, grammar_of
 from headrace.server.tools import ToolCall, ToolText, split_calls
 
 __all__ = ["ResponseCall", "response_call"]
@@ -175,13 +175,8 @@ def _messages(raw: Sequence[Any]) -> list[dict[str, Any]]:
                 raise Refused(f"{where}.role is {role!r}; expected system, developer, user or assistant", field=where)
             messages.append({"role": role, "content": text_of(item.get("content"), f"{where}.content")})
         elif kind == "function_call":
-            try:
-                arguments = json.loads(item["arguments"])
-                function = {"name": item["name"], "arguments": arguments}
-            except (KeyError, TypeError, ValueError):
-                raise Refused(f"{where} is no call with a name and JSON arguments", field=where) from None
-            call = {"type": "function", "id": str(item.get("call_id", "")), "function": function}
-            messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+            calls = calls_of([{"id": item.get("call_id", ""), "function": item}], where)
+            messages.append({"role": "assistant", "content": "", "tool_calls": calls})
         elif kind == "function_call_output":
             result = text_of(item.get("output"), f"{where}.output")
             messages.append({"role": "tool", "content": result, "tool_call_id": str(item.get("call_id", ""))})

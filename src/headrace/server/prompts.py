@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from headrace.runtime.answer import Limits
 from headrace.runtime.grammar import Grammar
 from headrace.runtime.sampling import SamplingOptions
 from headrace.server.generation import GenerationRequest, Refused
+from headrace.server.length import refuse_too_long
 from headrace.server.sessions import message_of
 from headrace.text.tokenizer import Tokenizer
 
@@ -76,14 +78,20 @@ def render(model: LanguageModel, request: GenerationRequest) -> Rendered:
     """The prompt as ids.
 
     Raises:
+        ContextFull: it is far longer than the context.
         Refused: it has an id outside of the vocabulary.
         UserError: the turn format cannot render it.
     """
     prompt = request.prompt
     if request.is_conversation:
         messages = [message_of(raw) for raw in prompt if isinstance(raw, Mapping)]
+        # Twice as much, since a template may leave out what was said before.
+        said = "\n".join([*(m.content for m in messages), *(json.dumps(tool) for tool in request.tools)])
+        refuse_too_long(said, model.tokenizer.encode, 2 * model.context)
         turns = model.turns
         return Rendered(turns.render(messages, _WHOLE, request.tools), turns.continues, frozenset(turns.stop_ids))
+    if isinstance(prompt, str):
+        refuse_too_long(prompt, model.tokenizer.encode, model.context)
     ids = model.encode_raw(prompt) if isinstance(prompt, str) else [int(i) for i in prompt if isinstance(i, int)]
     size = model.tokenizer.vocab_size
     if any(not 0 <= i < size for i in ids):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
@@ -12,12 +14,15 @@ from headrace.errors import UserError
 from headrace.language_model import load
 from headrace.progress import Progress, silent
 from headrace.server.app import create_app
+from headrace.server.connections import Connection, Patience
 from headrace.server.door import ServerOptions
+from headrace.server.logs import LOGGING
 from headrace.server.metrics import Metrics
 from headrace.server.worker import ModelWorker, WorkerOptions
 
-__all__ = ["serve"]
+__all__ = ["http_config", "serve"]
 
+CONNECTIONS = 1024  # open at once; who comes then is told 503
 DRAIN_SECONDS = 30  # for answers under way, once somebody said stop
 
 
@@ -66,20 +71,32 @@ def serve(
         progress("loading", len(bundles), len(bundles))
         for worker in workers.values():
             worker.start()
-        config = uvicorn.Config(
-            create_app(workers, door or ServerOptions(), metrics),
-            host=host,
-            port=port,
-            log_level="warning",
-            access_log=False,  # prompts are in bodies, but keys could be in a query
-            timeout_graceful_shutdown=DRAIN_SECONDS,
-            server_header=False,
-            limit_concurrency=1024,
-        )
-        _Announced(config, listening).run()
+        app = create_app(workers, door or ServerOptions(), metrics)
+        _Announced(http_config(app, host=host, port=port), listening).run()
     finally:
         for worker in workers.values():
             worker.close()
+
+
+def http_config(app: Any, *, patience: Patience | None = None, **uvicorn_: Any) -> uvicorn.Config:
+    """How HTTP is spoken, the same whatever of uvicorn's extras is installed.
+
+    Args:
+        app: the ASGI application.
+        patience: how long clients may take.
+        uvicorn_: `host`, `port` and what else uvicorn's Config takes.
+    """
+    settings: dict[str, Any] = {
+        "http": partial(Connection, patience=patience or Patience()),
+        "ws": "none",
+        "log_config": LOGGING,
+        "access_log": False,  # prompts are in bodies, but keys could be in a query
+        "timeout_graceful_shutdown": DRAIN_SECONDS,
+        "server_header": False,
+        "proxy_headers": False,
+        "limit_concurrency": CONNECTIONS,
+    }
+    return uvicorn.Config(app, **(settings | uvicorn_))
 
 
 class _Announced(uvicorn.Server):
