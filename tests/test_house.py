@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from headrace.cli.command import parameters
+from headrace.cli.command import parser
 from headrace.cli.main import VERBS, find_verb
 from tests.exports import Exports
 
@@ -170,7 +170,7 @@ def test_readme_command_exists(command: str) -> None:
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return
     assert words[1] in VERBS, f"{words[1]} is no verb"
-    known = {spelling for parameter in parameters(find_verb(words[1])) for spelling in parameter.given.spellings}
+    known = set(re.findall(r"-[-\w]+", parser(find_verb(words[1]), words[1]).format_help()))
     for word in words[2:]:
         if word.startswith("-") and not word.lstrip("-").replace(".", "").isdigit():
             assert word in known, f"{word} is no option of {words[1]}"

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from headrace import __version__
-from headrace.cli.command import HELP, Verb, call, columns
-from headrace.cli.console import note, show
+from headrace.cli.command import Parser, Verb, call
+from headrace.cli.console import note
 from headrace.cli.streams import flush_output, prepare_streams
 from headrace.errors import HeadraceError, UserError, VerificationFailed, did_you_mean
 
@@ -62,13 +62,10 @@ def find_verb(name: str) -> Verb:
 
 def _run(arguments: Sequence[str]) -> int:
     try:
-        first, *rest = arguments or HELP
-        if first in HELP:
-            show(_overview())
-        elif first == "--version":
-            show(__version__)
-        else:
-            call(find_verb(first), f"headrace {first}", rest)
+        first, *rest = arguments or ["--help"]
+        if first.startswith("-"):
+            _overview().parse_args([first])
+        call(find_verb(first), f"headrace {first}", rest)
         return 0
     except VerificationFailed as error:
         return _report("failed", error, status=1)
@@ -78,7 +75,9 @@ def _run(arguments: Sequence[str]) -> int:
         return 0  # whoever read our output has gone
     except (HeadraceError, OSError, MemoryError) as error:
         return _report("error", error)
-    except (SystemExit, GeneratorExit):
+    except SystemExit as shown:  # argparse has shown help or the version
+        return int(shown.code or 0)
+    except GeneratorExit:
         raise
     except BaseException as error:  # a mistake of ours, or of a library; Rust's panics are no Exception
         return _report("error", error, f"unexpected {type(error).__name__}: {error}; {TRACEBACK}=1 shows where")
@@ -93,20 +92,14 @@ def _report(kind: str, error: BaseException, text: str | None = None, status: in
     return status
 
 
-def _overview() -> str:
-    """The help of the program: its verbs, each with the first sentence of its own."""
-    verbs = [(name, (find_verb(name).__doc__ or "").split("\n")[0]) for name in VERBS]
-    options = [("--version", "Show the version."), (", ".join(HELP), "Show this message, or a command's own.")]
-    return "\n".join(
-        [
-            "Usage: headrace COMMAND [OPTIONS] …",
-            "",
-            "  From an open checkpoint to a phone, and the very same model on any computer.",
-            "",
-            "Commands:",
-            *columns(verbs),
-            "",
-            "Options:",
-            *columns(options),
-        ]
+def _overview() -> Parser:
+    """What is known without a verb: the version, and help that has each verb with the first line of its own."""
+    made = Parser(
+        prog="headrace", description="From an open checkpoint to a phone, and the very same model on any computer."
     )
+    made.usage = "headrace COMMAND [OPTIONS] …"
+    made.add_argument("--version", action="version", version=__version__, help="Show the version.")
+    verbs = made.add_subparsers(title="commands", metavar="COMMAND")
+    for name in VERBS:
+        verbs.add_parser(name, help=(find_verb(name).__doc__ or "").split("\n")[0])
+    return made

@@ -63,7 +63,7 @@ def bench(
         str | None, Option("--speculate", help="Also with guesses ahead: lookup or a draft BUNDLE.")
     ] = None,
     compare: Annotated[
-        tuple[Path, Path] | None, Option("--compare", help="Two kept measurements: what changed beyond noise.")
+        list[Path] | None, Option("--compare", count=2, help="Two kept measurements: what changed beyond noise.")
     ] = None,
     plots: Annotated[
         Path | None, Option("--plots", help="Folder for pictures, PNG and SVG (needs headrace[plots]).")
