@@ -22,6 +22,7 @@ from headrace.checkpoint import open_checkpoint
 from headrace.errors import BundleError, CalibrationError, CheckpointError, ConfigError, RecipeError, UserError
 from headrace.exporter.job import export
 from headrace.model.weights import linears
+from headrace.progress import Progress
 from tests.checkpoint.test_lora import ALPHA, RANK, merge, write_adapter
 from tests.exports import CONTEXT, LAYERS, PHONE, SMALL, VOCAB, Exports, opened_store, write_checkpoint
 from tests.oracle.quantized import stored_weights
@@ -52,6 +53,16 @@ class StopAt:
         self.seen.append((stage, done))
         if len(self.seen) == self.count:
             raise Stop
+
+
+def stop_at(stage: str, done: int) -> Progress:
+    """A progress that dies at a report."""
+
+    def progress(now: str, finished: int, total: int) -> None:
+        if (now, finished) == (stage, done):
+            raise Stop
+
+    return progress
 
 
 @pytest.fixture
@@ -161,16 +172,43 @@ def test_finished_layers_are_not_quantized_again(run: Any, monkeypatch: pytest.M
         return real(*arguments, **options)
 
     monkeypatch.setattr(pipeline, "quantize_layer", counted)
-
-    def stop(stage: str, done: int, total: int) -> None:
-        if (stage, done) == ("quantizing layers", 2):
-            raise Stop
-
     with pytest.raises(Stop):
-        run(progress=stop)
+        run(progress=stop_at("quantizing layers", 2))
     assert numbers == [0, 1]
     run(resume=True)
     assert numbers == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("method", ["gptq", "best"])
+def test_finished_layers_are_not_computed_again(
+    run: Any, exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    from headrace.quantize import pipeline
+
+    with pytest.raises(Stop):
+        run(method=method, progress=stop_at("quantizing layers", 3))
+    walked: list[int] = []
+    real = pipeline.LayerWalk
+
+    def counted(config: Any, weights: Any, layer: int, *rest: Any) -> Any:
+        walked.append(layer)
+        return real(config, weights, layer, *rest)
+
+    monkeypatch.setattr(pipeline, "LayerWalk", counted)
+    run(method=method, resume=True)
+    assert set(walked) == {3}
+    assert contents(tmp_path / "out") == contents(exports.bundle(method=method))
+
+
+@pytest.mark.parametrize("damage", ["gone", "short"])
+def test_lost_states_are_computed_again(run: Any, exports: Exports, tmp_path: Path, damage: str) -> None:
+    with pytest.raises(Stop):
+        run(method="gptq", progress=stop_at("quantizing layers", 3))
+    states = tmp_path / "out.partial" / "states.bin"
+    states.write_bytes(states.read_bytes()[:-5]) if damage == "short" else states.unlink()
+    run(method="gptq", resume=True)
+    assert contents(tmp_path / "out") == contents(exports.bundle(method="gptq"))
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 OTHER_SETTINGS = [

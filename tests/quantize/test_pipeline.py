@@ -26,6 +26,7 @@ from headrace.quantize.windows import (
     cut_windows,
     embed_windows,
     evenly_spaced,
+    window_batches,
 )
 from tests.tiny import write_llama
 
@@ -113,6 +114,11 @@ def test_a_linear_is_calibrated_on_the_quantized_ones_before_it(source: Checkpoi
     assert np.allclose(last, inputs[0], atol=ORDER_NOISE * np.abs(inputs[0]).max())
 
 
+def test_cores_share_few_windows() -> None:
+    for count, length, expected in ((2, 512, [1, 1]), (8, 48, [1] * 8), (20, 64, [2] * 10), (64, 512, [4] * 16)):
+        assert [len(batch) for batch in window_batches(np.zeros((count, length)))] == expected
+
+
 @pytest.mark.parametrize("tokens", [1, 80, 10_000])
 def test_windows_that_walk_together_do_not_matter(
     source: Checkpoint, tokens: int, monkeypatch: pytest.MonkeyPatch
@@ -124,6 +130,7 @@ def test_windows_that_walk_together_do_not_matter(
     stream, (keys, values) = block(Eager(source.config, weights.__getitem__), 0, Residual(whole), at, None)
     expected = stream.settle(Eager(source.config, {}.__getitem__))
     monkeypatch.setattr(windows_module, "_TOKENS", tokens)
+    monkeypatch.setattr(windows_module, "_BATCHES", 1)
     states = embed_windows(source.config, source.tensor(EMBEDDING).load(), ids)
     steps = LayerWalk(source.config, weights, 0, states, at)
     while steps.advance():

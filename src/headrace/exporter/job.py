@@ -154,12 +154,15 @@ def _quantize(
     source, config, rules = settings.model, settings.config, settings.rules
     store = WeightStore(work.bundle, config, settings.parts, settings.grids, create=not work.layers)
     progress("embedding and head", 0, 1)
-    with cores(jobs):
-        embedding = quantize_table(source, EMBEDDING, rules[EMBEDDING], keep=settings.options.keep_grid)
-        store.write(EMBEDDING, embedding)
-        store.write(FINAL_NORM, load_weight(source, FINAL_NORM))
-        if not config.tied_head:
-            store.write(HEAD, quantize_table(source, HEAD, rules[HEAD], keep=settings.options.keep_grid))
+    if work.layers:  # an earlier run wrote them before its first layer
+        embedding = store.read_codes(EMBEDDING)
+    else:
+        with cores(jobs):
+            embedding = quantize_table(source, EMBEDDING, rules[EMBEDDING], keep=settings.options.keep_grid)
+            store.write(EMBEDDING, embedding)
+            store.write(FINAL_NORM, load_weight(source, FINAL_NORM))
+            if not config.tied_head:
+                store.write(HEAD, quantize_table(source, HEAD, rules[HEAD], keep=settings.options.keep_grid))
     progress("embedding and head", 1, 1)
 
     def emit(layer: QuantizedLayer) -> None:
@@ -186,6 +189,7 @@ def _quantize(
         emit,
         embedding=embedding,
         finished=finished,
+        stage=work.stage,
         jobs=jobs,
         keep=settings.options.keep_grid,
         progress=lambda done, total: progress("quantizing layers", done, total),

@@ -2,6 +2,7 @@
 
     OUT.partial/
       state.json            what the export is of, and the layers that are finished
+      states.bin            hidden states after the layers that are finished
       sensitivity.json      what each linear's 4 bits cost, for a budget
       bundle/               becomes OUT when everything is there
       device/               device graphs, and what is compiled of them
@@ -17,23 +18,56 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from headrace.bundle.folder import refuse_foreign
 from headrace.bundle.work_folder import clear, work_folder
 from headrace.errors import BundleError
 from headrace.exporter.options import ExportOptions, flag, spelled
-from headrace.files import read_json, write_file
+from headrace.files import read_json, temporary_name, whole_file, write_file
 
 __all__ = ["Workspace", "differences", "output_folder", "refuse_full_disk", "telling_full_disk", "workspace"]
 
 STATE, SENSITIVITY, BUNDLE, DEVICE, REPLACED = "state.json", "sensitivity.json", "bundle", "device", "replaced"
-_NAMES = (STATE, SENSITIVITY, BUNDLE, DEVICE, REPLACED)
+HIDDEN = "states.bin"
+_NAMES = (STATE, HIDDEN, temporary_name(Path(HIDDEN)).name, SENSITIVITY, BUNDLE, DEVICE, REPLACED)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """Hidden states after some layers, in one file: how many layers, 8 bytes, and the arrays, float32.
+
+    A run that is interrupted between a layer and its states computes that layer's once more.
+    """
+
+    path: Path
+
+    def read(self, states: Sequence[NDArray[np.float32]]) -> int:
+        """Fill `states` with what is kept, and say after how many layers it was; 0 when nothing of that size is."""
+        if not self.path.is_file() or self.path.stat().st_size != 8 + sum(array.nbytes for array in states):
+            return 0
+        with self.path.open("rb") as file:
+            layers = int.from_bytes(file.read(8), "little")
+            for array in states:
+                for window in array:
+                    file.readinto(memoryview(window).cast("B"))
+        return layers
+
+    def write(self, layers: int, states: Sequence[NDArray[np.float32]]) -> None:
+        """Keep `states` in place of what was kept."""
+        with whole_file(self.path) as out:
+            out.write(layers.to_bytes(8, "little"))
+            for array in states:
+                for window in array:
+                    out.write(np.ascontiguousarray(window).data)
 
 
 @dataclass
@@ -59,6 +93,11 @@ class Workspace:
     def device(self) -> Path:
         """Device graphs, and what is known of their binaries."""
         return self.root / DEVICE
+
+    @property
+    def stage(self) -> HiddenStates:
+        """Where hidden states wait between two runs."""
+        return HiddenStates(self.root / HIDDEN)
 
     @property
     def replaced(self) -> Path:

@@ -34,6 +34,7 @@ from headrace.quantize.statistics import InputStatistics
 from headrace.quantize.windows import LayerWalk, attention_energy, causal_positions, embed_windows
 
 __all__ = [
+    "LayerStage",
     "QuantizedLayer",
     "Source",
     "load_layer",
@@ -57,6 +58,16 @@ class Source(Protocol):
     def config(self) -> ModelConfig: ...
 
     def tensor(self, name: str) -> LazyTensor: ...
+
+
+class LayerStage(Protocol):
+    """Where hidden states wait between two runs: those of the calibration windows after some layers."""
+
+    def read(self, states: Sequence[Array]) -> int:
+        """How many layers the kept states have been through, having filled `states` with them; 0 without any."""
+
+    def write(self, layers: int, states: Sequence[Array]) -> None:
+        """Keep the states after so many layers, in place of those kept before."""
 
 
 @dataclass(frozen=True)
@@ -272,6 +283,7 @@ def quantize_layers(
     *,
     embedding: QuantizedTensor | None = None,
     finished: Callable[[int], QuantizedLayer | None] | None = None,
+    stage: LayerStage | None = None,
     jobs: int = 2,
     keep: bool = False,
     progress: Callable[[int, int], Any] | None = None,
@@ -285,6 +297,7 @@ def quantize_layers(
         emit: called with each layer that this call quantized, in order.
         embedding: the embedding's table as it will be used; the float one when None.
         finished: gives a layer that an interrupted run already emitted, or None.
+        stage: keeps the hidden states after each layer, so that a resumed run need not compute them again.
         jobs: cores to use; the result does not depend on it.
         keep: a linear that already lies on its rule's grid is kept as it is.
         progress: called with (layers done, layers) before each layer and at the end.
@@ -293,7 +306,9 @@ def quantize_layers(
         RecipeError: a rule names an unknown method or a block that does not divide a row.
     """
     with cores(jobs):
-        _quantize_layers(source, rules, windows, emit, embedding, finished or (lambda number: None), keep, progress)
+        _quantize_layers(
+            source, rules, windows, emit, embedding, finished or (lambda number: None), stage, keep, progress
+        )
 
 
 def quantize_layer(
@@ -345,6 +360,7 @@ def _quantize_layers(
     emit: Callable[[QuantizedLayer], None],
     embedding: QuantizedTensor | None,
     finished: Callable[[int], QuantizedLayer | None],
+    stage: LayerStage | None,
     keep: bool,
     progress: Callable[[int, int], Any] | None,
 ) -> None:
@@ -355,7 +371,8 @@ def _quantize_layers(
     float_states: Array | None = None
     if any(find_method(rules[name].method).uses_reference for name in linears(config)):
         float_states = embed_windows(config, table, windows)
-    for number in range(config.num_layers):
+    walked = [states] if float_states is None else [states, float_states]
+    for number in range(0 if stage is None else stage.read(walked), config.num_layers):
         if progress is not None:
             progress(number, config.num_layers)
         reference: LayerWalk | None = None
@@ -366,10 +383,12 @@ def _quantize_layers(
         known = finished(number)
         if known is None:
             emit(quantize_layer(source, rules, number, states, at, reference, keep=keep, equalize=not keep))
-            continue
-        LayerWalk(config, known.weights(config), number, states, at).finish()
-        if reference is not None:
-            reference.finish()
+        else:
+            LayerWalk(config, known.weights(config), number, states, at).finish()
+            if reference is not None:
+                reference.finish()
+        if stage is not None:
+            stage.write(number + 1, walked)
     if progress is not None:
         progress(config.num_layers, config.num_layers)
 

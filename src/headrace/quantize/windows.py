@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 _TOKENS = 2048  # of the windows that are computed together
+_BATCHES = 8  # and at least so many batches, where there are as many windows: cores share them
 _MAPPED = 1 << 30  # bytes of hidden states above which they are in a file, which the system may write out
 _HEADS = 8  # KV heads that attention energy is measured on
 _QUERIES = 128  # of a window, whose scores are held at once
@@ -117,7 +118,7 @@ def embed_windows(
 
 def window_batches(of_windows: NDArray[Any]) -> list[NDArray[Any]]:
     """Views of an array (W, S, …), a few windows each: those that are computed together."""
-    count = max(1, _TOKENS // of_windows.shape[1])
+    count = max(1, min(_TOKENS // of_windows.shape[1], len(of_windows) // _BATCHES))
     return [of_windows[start : start + count] for start in range(0, len(of_windows), count)]
 
 
