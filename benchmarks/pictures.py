@@ -1,12 +1,14 @@
-"""The README's two pictures, from measurements: KL against bytes beside peers, speed beside peers.
+"""Pictures from measurements: KL against bytes beside peers, speed beside peers.
 
     python benchmarks/pictures.py kl docs/images/kl.json [--bundle BUNDLE …] [--peers PEERS.jsonl …] -o docs/images/kl
     python benchmarks/pictures.py speed docs/images/speed.json -o docs/images/speed
+    python benchmarks/pictures.py report REPORT.json [--keep docs/images/speed.json] -o docs/images/speed
 
 kl.json     {"title", "note", "text": its name, "series": [{"name", "ours", "points": [{"label", "bytes", "kl"}]}]}
             A bundle adds its own point: its weights' bytes, and the KL that `evaluate --save` kept for the text. Lines
             of llama_cpp_quality.py's output are peers' points.
 speed.json  {"title", "note", "groups": [{"what", "bars": [{"engine", "median", "low", "high"}]}]}
+REPORT.json what `side_by_side.py --report` kept; --keep writes the speed.json of it.
 
 Writes PNG and SVG. Needs matplotlib (headrace[plots]).
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,14 +30,19 @@ from headrace.measure.record import kept_records
 def main() -> int:
     """Draw one picture; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("kl", "speed"))
+    parser.add_argument("kind", choices=("kl", "speed", "report"))
     parser.add_argument("data", type=Path)
     parser.add_argument("--bundle", type=Path, nargs="*", default=[], help="bundles with kept measurements")
     parser.add_argument("--peers", type=Path, nargs="*", default=[], help="output of llama_cpp_quality.py")
+    parser.add_argument("--keep", type=Path, help="report: write what is drawn as a speed.json")
     parser.add_argument("-o", "--out", type=Path, required=True, help="without suffix")
     options = parser.parse_args()
     data = json.loads(options.data.read_text(encoding="utf-8"))
-    if options.kind == "speed":
+    if options.kind == "report":
+        data = speeds(data)
+        if options.keep is not None:
+            options.keep.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    if options.kind != "kl":
         groups = [
             (g["what"], [(b["engine"], b["median"], b["low"], b["high"]) for b in g["bars"]]) for g in data["groups"]
         ]
@@ -50,6 +58,35 @@ def main() -> int:
     for path in made:
         print(f"{path}: {path.stat().st_size} bytes")
     return 0
+
+
+def speeds(report: dict[str, Any]) -> dict[str, Any]:
+    """Tokens a second of every figure of a report in which somebody stands beside headrace."""
+    shape = f"7B shape, {report['layers']} layers,\n"
+    names = {"shape": shape, "smol": "SmolLM2-135M,\n", "smol_w4a16": "SmolLM2-135M w4a16,\n"}
+    groups = []
+    for figure in report["figures"].values():
+        if len(figure.get("all", {})) < 2 or "tokens" not in figure:
+            continue
+        asked = figure["question"]
+        what = f"prompt of {asked['tokens']}" if asked["do"] == "prompt" else f"decoding behind {asked['depth']}"
+        bars = []
+        for name, seconds in figure["all"].items():
+            rates = sorted(figure["tokens"] / s for s in seconds)
+            label = {"llama": "llama.cpp Q4_0", "openvino": "OpenVINO per channel"}.get(name, name)
+            bars.append(
+                {
+                    "engine": label,
+                    **dict(zip(("low", "median", "high"), (rates[0], statistics.median(rates), rates[-1]))),
+                }
+            )
+        groups.append({"what": names[figure["model"]] + what, "bars": bars})
+    machine = report["machine"]
+    return {
+        "title": f"Tokens a second beside peers, {report['threads']} threads of {machine['processor']}",
+        "note": "medians and ranges of alternating rounds; benchmarks/side_by_side.py",
+        "groups": groups,
+    }
 
 
 def bundle_point(root: Path, text: str) -> Point:

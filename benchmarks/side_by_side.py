@@ -1,13 +1,17 @@
 """headrace beside llama.cpp and OpenVINO, alternating on one machine; the last line of stdout is one JSON object.
 
     python benchmarks/side_by_side.py [--quick] [--work DIR] [--peer-python PYTHON] [--threads 2] [--figures NAME,…]
+                                      [--report FILE]
 
 Models: Baichuan2-7B's shape with random weights (make_checkpoint.py; 8 layers and the head under --quick, else 32) and
 SmolLM2-135M-Instruct. What is missing in DIR is made there once. Nothing is installed: a peer that PYTHON lacks stands
 under `missing`. Every contestant is a process of its own. In each round each is asked once, in turning order; medians
-are told, and `ratios` are medians of each round's own ratio, above 1 where headrace is better. A peer with several
-settings runs all of them in a round that does not count, then its best. The machine's peaks are measured between the
-figures (machine_peaks.c, where there is a C compiler).
+are told, and `ratios` are medians of each round's own ratio, above 1 where headrace is better; `missed` names those
+below their floor. A peer with several settings runs all of them in a round that does not count, then its best. The
+machine's peaks are measured between the figures (machine_peaks.c, where there is a C compiler).
+
+--report FILE keeps what was measured, figure by figure: a second run measures what the file lacks, or what --figures
+names, and joins it. `pictures.py report FILE` draws it.
 """
 
 from __future__ import annotations
@@ -27,8 +31,31 @@ sys.path.insert(0, str(Path(__file__).parent))
 from contestants.arena import Arena, Machine
 from contestants.models import Models
 
+from headrace.files import write_file
+
 LONG = 3968
 ROUNDS = 5
+TRIAL = 512  # tokens at most that a peer's settings are tried on
+ROOM = 0.3e9  # bytes that headrace's process may take beside weights and cache
+# What a ratio should be at least: twice as soon means half of the peer's time.
+FLOORS = {
+    "prompt_128_vs_llama": 1.5,
+    "prompt_128_vs_openvino": 1.5,
+    "decode_128_vs_llama": 1.1,
+    "decode_128_vs_openvino": 1.0,
+    f"decode_{LONG}_vs_llama": 1.3,
+    f"prompt_{LONG}_vs_llama": 1.5,
+    "smol_decode_vs_llama": 1.2,
+    "smol_w4a16_decode_vs_llama": 1.4,
+    "smol_prompt_128_vs_llama": 1.5,
+    "smol_prompt_1024_vs_llama": 1.5,
+    "batch_4_vs_one": 3.0,
+    "batch_8_vs_one": 5.0,
+    "smol_batch_4_vs_one": 3.0,
+    "smol_batch_8_vs_one": 5.0,
+    "cold_start_vs_llama": 2.0,
+    "smol_cold_start_vs_llama": 2.0,
+}
 
 
 @dataclass(frozen=True)
@@ -37,11 +64,13 @@ class Figure:
 
     Attributes:
         name: of the figure; its ratios are called `NAME_vs_llama` and so on.
-        model: "shape" or "smol".
+        model: "shape", "smol" or "smol_w4a16".
         question: what every contestant is asked.
+        tokens: that an answer takes the time of.
         peers: who is asked beside headrace.
-        trial: what peers with several settings are asked to choose one; the question itself when None.
         rounds: how often.
+        trial: what peers with several settings are asked to choose one, and everybody before it counts; None: peers
+            keep the setting of this model's figure before, and what they hold.
         bytes_read: of weights and cache that an answer must read at least; 0: not bound by bytes.
         operations: int8 operations that an answer must do; 0: not bound by them.
     """
@@ -49,44 +78,44 @@ class Figure:
     name: str
     model: str
     question: dict[str, Any]
+    tokens: int
     peers: tuple[str, ...]
-    rounds: int = ROUNDS
-    trial: dict[str, Any] | None = None
+    rounds: int
+    trial: dict[str, Any] | None
     bytes_read: float = 0
     operations: float = 0
 
 
 def figures(models: Models, quick: bool) -> list[Figure]:
     """All figures, the short ones first."""
-    shape, smol = models.shape, models.smol
-
-    def decode(model: str, name: str, depth: int, tokens: int, peers: tuple[str, ...], rounds: int) -> Figure:
-        question = {"do": "decode", "depth": depth, "tokens": tokens}
-        size = {"shape": shape, "smol": smol}[model].token_bytes(depth)
-        return Figure(name, model, question, peers, rounds, {**question, "depth": min(depth, most)}, bytes_read=size)
-
-    def prompt(model: str, name: str, tokens: int, peers: tuple[str, ...], rounds: int) -> Figure:
-        question = {"do": "prompt", "tokens": tokens}
-        work = {"shape": shape, "smol": smol}[model].prompt_operations(tokens)
-        return Figure(name, model, question, peers, rounds, {**question, "tokens": min(tokens, most)}, operations=work)
-
-    most = 1024 if quick else LONG  # tokens of a trial
-
     both, rounds = ("llama", "openvino"), ROUNDS if quick else ROUNDS + 2
+
+    def decode(model: str, name: str, depth: int, tokens: int, peers: tuple[str, ...]) -> Figure:
+        question = {"do": "decode", "depth": depth, "tokens": tokens}
+        trial = question if depth < LONG else None
+        return Figure(name, model, question, 1, peers, rounds, trial, bytes_read=models.size[model].token_bytes(depth))
+
+    def prompt(model: str, name: str, tokens: int, peers: tuple[str, ...], rounds: int = rounds) -> Figure:
+        question = {"do": "prompt", "tokens": tokens}
+        trial = {**question, "tokens": min(tokens, TRIAL)}
+        work = models.size[model].prompt_operations(tokens)
+        return Figure(name, model, question, tokens, peers, rounds, trial, operations=work)
+
     return [
-        prompt("shape", "prompt_128", 128, both, rounds),
-        decode("shape", "decode_128", 128, 16, both, rounds),
-        prompt("smol", "smol_prompt_128", 128, ("llama",), rounds),
-        prompt("smol", "smol_prompt_1024", 1024, ("llama",), rounds),
-        decode("smol", "smol_decode", 128, 64, ("llama",), rounds),
+        prompt("shape", "prompt_128", 128, both),
+        decode("shape", "decode_128", 128, 16, both),
+        prompt("smol", "smol_prompt_128", 128, ("llama",)),
+        prompt("smol", "smol_prompt_1024", 1024, ("llama",)),
+        decode("smol", "smol_decode", 128, 64, ("llama",)),
+        decode("smol_w4a16", "smol_w4a16_decode", 128, 64, ("llama",)),
         prompt("shape", f"prompt_{LONG}", LONG, ("llama",), 1 if quick else 3),
-        decode("shape", f"decode_{LONG}", LONG, 12, ("llama",), rounds),
+        decode("shape", f"decode_{LONG}", LONG, 12, ("llama",)),
     ]
 
 
 def run_figure(figure: Figure, arena: Arena, machine: Machine) -> dict[str, Any]:
     """Ask everybody in turn: medians, ratios, and how near the machine's limit headrace comes."""
-    chosen = arena.peers(figure.model, figure.peers, figure.trial or figure.question)
+    chosen = arena.peers(figure.model, figure.peers, figure.trial, figure.question)
     contestants = {"headrace": arena.headrace(figure.model), **chosen}
     for contestant in contestants.values():
         contestant.ask(figure.trial or figure.question)  # does not count
@@ -99,6 +128,9 @@ def run_figure(figure: Figure, arena: Arena, machine: Machine) -> dict[str, Any]
     peaks.append(machine.peaks())
     own = seconds["headrace"]
     result: dict[str, Any] = {
+        "model": figure.model,
+        "question": figure.question,
+        "tokens": figure.tokens,
         "seconds": {name: statistics.median(s) for name, s in seconds.items()},
         "all": seconds,
         "settings": {name: c.about["name"] for name, c in contestants.items()},
@@ -161,6 +193,34 @@ def batches(arena: Arena) -> dict[str, Any]:
     return out
 
 
+def memory(ended: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of each of headrace's processes that is over: what it took at most beside its weights and its filled cache."""
+    own = [about for about in ended if "cache_bytes" in about]
+    return {
+        about["model"]: {
+            **{key: about[key] for key in ("peak_rss", "weight_bytes", "cache_bytes")},
+            "beside": about["peak_rss"] - about["weight_bytes"] - about["cache_bytes"],
+        }
+        for about in own
+    }
+
+
+def joined(report: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """A report with what another run found: its figures replace those of the same name, peaks are the higher ones."""
+    both = {key: {**report.get(key, {}), **more[key]} for key in ("figures", "ratios", "memory", "settings")}
+    peaks = {k: max(v, report.get("peaks", {}).get(k, v)) for k, v in more["peaks"].items()} or report.get("peaks", {})
+    missed = {name: [both["ratios"][name], floor] for name, floor in FLOORS.items() if name in both["ratios"]}
+    return {
+        **report,
+        **more,
+        **both,
+        "peaks": peaks,
+        "missed": {name: pair for name, pair in missed.items() if pair[0] < pair[1]},
+        "too_much_memory": [model for model, took in both["memory"].items() if took["beside"] > ROOM],
+        "seconds": report.get("seconds", 0) + more["seconds"],
+    }
+
+
 def main() -> None:
     """Read the options, make what is missing, measure, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -172,25 +232,47 @@ def main() -> None:
     parser.add_argument("--runner", default="native", help="headrace's own: native or host")
     parser.add_argument("--huge-pages", action="store_true", help="headrace's weights copied into huge pages")
     parser.add_argument("--figures", help="only these, separated by commas; also cold_start and batches")
+    parser.add_argument("--report", type=Path, help="keep figures here, and go on with what it lacks")
     args = parser.parse_args()
-    started = time.monotonic()
     models = Models(args.work, layers=8 if args.quick else 32, peer_python=args.peer_python, tokenizer=args.tokenizer)
     arena = Arena(models, args.peer_python, args.threads, args.runner, quick=args.quick, huge=args.huge_pages)
     machine = Machine(args.work, args.threads)
-    wanted = args.figures.split(",") if args.figures else None
-    report: dict[str, Any] = {"ratios": {}, "figures": {}, "missing": arena.missing}
     jobs: dict[str, Callable[[], dict[str, Any]]] = {
         figure.name: lambda f=figure: run_figure(f, arena, machine) for figure in figures(models, args.quick)
     }
     jobs |= {"batches": lambda: batches(arena), "cold_start": lambda: cold_start(arena, 3 if args.quick else ROUNDS)}
-    for name, job in jobs.items():
-        if wanted is None or name in wanted:
-            found = job()
-            report["ratios"] |= found.pop("ratios")
-            report["figures"][name] = found
-            print(f"{name}: {_line(found)}", file=sys.stderr, flush=True)
-    report |= {"about": arena.close(), "peaks": machine.best(), "machine": asdict(machine.description())}
-    report |= {"threads": args.threads, "layers": models.shape.layers, "seconds": round(time.monotonic() - started)}
+    report: dict[str, Any] = {}
+    if args.report is not None and args.report.exists():
+        report = json.loads(args.report.read_text(encoding="utf-8"))
+    wanted = (
+        args.figures.split(",") if args.figures else [name for name in jobs if name not in report.get("figures", {})]
+    )
+    if unknown := [name for name in wanted if name not in jobs]:
+        parser.error(f"there is no figure {unknown[0]}; expected some of {', '.join(jobs)}")
+    about = {
+        "machine": asdict(machine.description()),
+        "missing": arena.missing,
+        "threads": args.threads,
+        "layers": models.shape.layers,
+    }
+    for name in wanted:
+        started = time.monotonic()
+        found = jobs[name]()
+        print(f"{name}: {_line(found)}", file=sys.stderr, flush=True)
+        last = name == wanted[-1]
+        ended = arena.close() if last else []
+        more = {
+            **about,
+            "ratios": found.pop("ratios"),
+            "figures": {name: found},
+            "peaks": machine.best(),
+            "memory": memory(ended),
+            "settings": {a["name"]: a for a in ended},
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        report = joined(report, more)
+        if args.report is not None:
+            write_file(args.report, json.dumps(report).encode())
     print(json.dumps(report))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -74,15 +75,19 @@ class Arena:
         }
         self.ended: list[dict[str, Any]] = []
         self._running: dict[tuple[str, ...], Contestant] = {}
+        self._settings: dict[tuple[str, str], list[str]] = {}  # peer, model → the command that was fastest
 
     def headrace(self, model: str) -> Contestant:
         """Ours."""
         script, bundle = str(HERE / "run_headrace.py"), str(self.models.bundle[model])
         more = ["huge"] if self.huge else []
-        return self._start([sys.executable, script, bundle, str(self.threads), self.runner, str(SLOTS), *more])
+        return self._start([sys.executable, script, bundle, model, str(self.threads), self.runner, str(SLOTS), *more])
 
-    def peers(self, model: str, names: tuple[str, ...], question: dict[str, Any]) -> dict[str, Contestant]:
-        """Those of the peers that are there, each with the setting that answers the question fastest, tried once."""
+    def peers(
+        self, model: str, names: tuple[str, ...], trial: dict[str, Any] | None, question: dict[str, Any]
+    ) -> dict[str, Contestant]:
+        """Those of the peers that are there, each with the setting that answers the trial fastest, tried once. Without
+        a trial they keep the setting that they have for this model; who has none is tried on the question."""
         commands: dict[str, list[list[str]]] = {}
         if "llama" in names and "llama" not in self.missing:
             command = [self.python, str(HERE / "run_llama.py"), str(self.models.gguf[model]), str(self.threads)]
@@ -90,12 +95,13 @@ class Arena:
         if "openvino" in names and "openvino" not in self.missing:
             command = [self.python, str(HERE / "run_openvino.py"), self.models.openvino_geometry(), str(self.threads)]
             commands["openvino"] = [[*command, *settings] for settings in OPENVINO_SETTINGS]
-        return {
-            name: self._fastest(tried[: QUICK[name]] if self.quick else tried, question)
-            for name, tried in commands.items()
-        }
+        for name, tried in commands.items():
+            if trial is not None or (name, model) not in self._settings:
+                settings = tried[: QUICK[name]] if self.quick else tried
+                self._settings[name, model] = self._fastest(settings, trial or question)
+        return {name: self._start(self._settings[name, model]) for name in commands}
 
-    def _fastest(self, commands: list[list[str]], question: dict[str, Any]) -> Contestant:
+    def _fastest(self, commands: list[list[str]], question: dict[str, Any]) -> list[str]:
         """Two processes at most at a time: those of a large model do not fit into memory all together."""
         best, least = commands[0], float("inf")
         for command in commands if len(commands) > 1 else ():
@@ -106,7 +112,7 @@ class Arena:
                 self._end(best if seconds < least else command)
             if seconds < least:
                 best, least = command, seconds
-        return self._start(best)
+        return best
 
     def first_token(self, model: str) -> list[str]:
         """headrace's whole command: a prompt of 16 tokens, one token."""
@@ -120,8 +126,9 @@ class Arena:
         return [self.python, script, path, str(self.threads), str(COLD_TOKENS)]
 
     def run(self, command: list[str]) -> None:
-        """A command, to its end."""
-        subprocess.run(command, check=True, capture_output=True)
+        """A command, to its end. Modules may be kept compiled, as installed ones are."""
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        subprocess.run(command, check=True, capture_output=True, env=environment)
 
     def close(self) -> list[dict[str, Any]]:
         """Let everybody go: what they were."""

@@ -74,11 +74,14 @@ class Models:
                 _run([sys.executable, str(script), str(checkpoint), "--layers", str(self.layers), *given])
             options = ["--method", "nearest", "--windows", "1", "--window-length", "128"]
             _run([sys.executable, "-m", "headrace", "export", str(checkpoint), "-o", str(shape), *options])
-        smol = self.work / "smollm2-135m.bundle"
+        smol, narrow = self.work / "smollm2-135m.bundle", self.work / "smollm2-w4a16.bundle"
         if not smol.exists():
             recipe = ["--recipe", "smollm2-135m", "--windows", "16"]
             _run([sys.executable, "-m", "headrace", "export", str(self._smol_gguf()), "-o", str(smol), *recipe])
-        return {"shape": shape, "smol": smol}
+        if not narrow.exists():
+            options = ["--method", "nearest", "--windows", "1"]
+            _run([sys.executable, "-m", "headrace", "export", str(self._smol_gguf()), "-o", str(narrow), *options])
+        return {"shape": shape, "smol": smol, "smol_w4a16": narrow}
 
     @cached_property
     def gguf(self) -> dict[str, Path]:
@@ -89,17 +92,17 @@ class Models:
         if not smol.exists():
             script = HERE / "quantize_gguf.py"
             _run([self.peer_python, str(script), str(self._smol_gguf()), str(smol)])
-        return {"shape": shape, "smol": smol}
+        return {"shape": shape, "smol": smol, "smol_w4a16": smol}
 
     @cached_property
+    def size(self) -> dict[str, Size]:
+        """The models' sizes."""
+        return {model: _size(bundle) for model, bundle in self.bundle.items()}
+
+    @property
     def shape(self) -> Size:
         """The 7B shape's size."""
-        return _size(self.bundle["shape"])
-
-    @cached_property
-    def smol(self) -> Size:
-        """SmolLM2's size."""
-        return _size(self.bundle["smol"])
+        return self.size["shape"]
 
     def openvino_geometry(self) -> str:
         """The shape, for run_openvino.py."""

@@ -1,9 +1,10 @@
-"""headrace as a contestant.  usage: run_headrace.py BUNDLE THREADS RUNNER SLOTS [huge]"""
+"""headrace as a contestant.  usage: run_headrace.py BUNDLE MODEL THREADS RUNNER SLOTS [huge]"""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from contestant import ids_of, serve
 
@@ -15,16 +16,19 @@ from headrace.runtime.runner import Span
 class Headrace:
     """A runner, driven as the engine drives it: chunks of a prompt, then spans of one token."""
 
-    def __init__(self, bundle: Path, threads: int, runner: str, slots: int, huge: bool) -> None:
+    def __init__(self, bundle: Path, model: str, threads: int, runner: str, slots: int, huge: bool) -> None:
         opened = open_bundle(bundle)
         self.runner = open_runner(opened, runner, Options(threads=threads, slots=slots, huge_pages=huge))
         self.ids = ids_of(self.runner.context, self.runner.vocab_size)
         self.held = [0] * slots
         self.next = [0] * slots
-        self.about = {
-            "name": f"headrace {runner}{' huge pages' if huge else ''}",
+        self.most_held = [0] * slots
+        self.about: dict[str, Any] = {
+            "name": f"headrace {runner}{' huge pages' if huge else ''}, {model}",
+            "model": model,
             "isa": getattr(self.runner, "isa", "onnxruntime"),
             "weight_bytes": opened.weight_bytes,
+            "cache_bytes": 0,
             "prompt_length": self.runner.prompt_length,
         }
 
@@ -35,7 +39,13 @@ class Headrace:
             last = start + len(ids) == tokens
             logits = self.runner.run([Span(slot, start, ids, (len(ids) - 1,) if last else ())])
         self.next[slot] = int(logits[0].argmax())
+        self._hold(slot, tokens)
+
+    def _hold(self, slot: int, tokens: int) -> None:
         self.held[slot] = tokens
+        self.most_held[slot] = max(self.most_held[slot], tokens)
+        position = self.runner.kv_bytes // (self.runner.slots * self.runner.context)
+        self.about["cache_bytes"] = position * sum(self.most_held)
 
     def rewind(self, tokens: int) -> None:
         if self.held[0] < tokens:
@@ -55,9 +65,9 @@ class Headrace:
         spans = [Span(slot, self.held[slot], (self.next[slot],), (0,)) for slot in range(slots)]
         for slot, row in enumerate(self.runner.run(spans)):
             self.next[slot] = int(row.argmax())
-            self.held[slot] += 1
+            self._hold(slot, self.held[slot] + 1)
 
 
 if __name__ == "__main__":
-    bundle, threads, runner, slots, *more = sys.argv[1:]
-    serve(Headrace(Path(bundle), int(threads), runner, int(slots), more == ["huge"]))
+    bundle, model, threads, runner, slots, *more = sys.argv[1:]
+    serve(Headrace(Path(bundle), model, int(threads), runner, int(slots), more == ["huge"]))

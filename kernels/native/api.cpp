@@ -59,12 +59,6 @@ int with_engine(void* handle, Work work) {
 
 Program& program(void* p) { return *static_cast<Program*>(p); }
 
-std::string joined(const std::vector<const Kernels*>& all) {
-  std::string names;
-  for (const Kernels* k : all) names += (names.empty() ? "" : " ") + std::string(k->name);
-  return names;
-}
-
 }  // namespace
 
 extern "C" {
@@ -73,13 +67,14 @@ extern "C" {
 
 API const char* hk_error() { return message.c_str(); }
 
-API const char* hk_known_isas() {
-  static const std::string names = joined(known_kernels());
-  return names.c_str();
-}
+API const char* hk_known_isas() { return kKnownIsas; }
 
 API const char* hk_available_isas() {
-  static const std::string names = joined(available_kernels());
+  static const std::string names = [] {
+    std::string all;
+    for (const Kernels* k : available_kernels()) all += (all.empty() ? "" : " ") + std::string(k->name);
+    return all;
+  }();
   return names.c_str();
 }
 

@@ -6,6 +6,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 #include "error.h"
@@ -42,16 +44,28 @@ bool supported(const Kernels* kernels) {
                       __builtin_cpu_supports("avx512vnni");
   if (kernels == &avx512vnni_kernels || kernels == &amx_emulated_kernels) return avx512;
   if (kernels == &amx_kernels) return avx512 && tiles();
+#elif defined(__aarch64__)
+  if (kernels == &neon_kernels) return true;
+#if defined(__linux__)
+  constexpr unsigned long kDotProduct = 1ul << 20, kInt8Matrix = 1ul << 13;  // HWCAP_ASIMDDP, HWCAP2_I8MM
+  const bool dotprod = getauxval(AT_HWCAP) & kDotProduct, i8mm = getauxval(AT_HWCAP2) & kInt8Matrix;
+#elif defined(__ARM_FEATURE_DOTPROD)  // this file's own flags: what the system asks of every machine
+  const bool dotprod = true, i8mm = false;
+#else
+  const bool dotprod = false, i8mm = false;
+#endif
+  if (kernels == &dotprod_kernels) return dotprod;
+  if (kernels == &i8mm_kernels) return dotprod && i8mm;
 #endif
   return kernels == &plain_kernels;
 }
 
-}  // namespace
-
-const std::vector<const Kernels*>& known_kernels() {
+const std::vector<const Kernels*>& built_kernels() {  // of this architecture, best first
   static const std::vector<const Kernels*> all = {
 #if defined(__x86_64__)
       &amx_kernels, &avx512vnni_kernels, &avx2vnni_kernels, &avx2_kernels,
+#elif defined(__aarch64__)
+      &i8mm_kernels, &dotprod_kernels, &neon_kernels,
 #endif
       &plain_kernels,
 #if defined(__x86_64__)
@@ -61,10 +75,12 @@ const std::vector<const Kernels*>& known_kernels() {
   return all;
 }
 
+}  // namespace
+
 const std::vector<const Kernels*>& available_kernels() {
   static const std::vector<const Kernels*> there = [] {
     std::vector<const Kernels*> found;
-    for (const Kernels* k : known_kernels())
+    for (const Kernels* k : built_kernels())
       if (supported(k)) found.push_back(k);
     return found;
   }();

@@ -7,7 +7,9 @@
 
 namespace headrace {
 
-const std::vector<const Kernels*>& known_kernels();      // of this architecture, best first
+// Every variant's name, those of other architectures too, which this library does not hold.
+constexpr const char* kKnownIsas = "amx avx512vnni avx2vnni avx2 i8mm dotprod neon plain amx-emulated";
+
 const std::vector<const Kernels*>& available_kernels();  // those that the machine and its system support, best first
 
 // The variant of that name; the best available when it is empty. Raises ProgramError.

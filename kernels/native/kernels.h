@@ -111,6 +111,8 @@ struct Kernels {
 extern const Kernels plain_kernels;
 #if defined(__x86_64__)
 extern const Kernels avx2_kernels, avx2vnni_kernels, avx512vnni_kernels, amx_kernels, amx_emulated_kernels;
+#elif defined(__aarch64__)
+extern const Kernels i8mm_kernels, dotprod_kernels, neon_kernels;
 #endif
 
 }  // namespace headrace

@@ -104,7 +104,7 @@ def checked(code: int) -> None:
 
 
 def known_isas() -> tuple[str, ...]:
-    """Every variant in this library, best first."""
+    """Every variant there is, on any machine."""
     return tuple(load().hk_known_isas().decode().split())
 
 

@@ -1,0 +1,156 @@
+// Vectors of 16 bytes: what the kernels' templates ask of NEON on AArch64. With HEADRACE_DOTPROD, its products of four bytes;
+// with HEADRACE_I8MM also those of unsigned by signed ones.
+#pragma once
+#include <arm_neon.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace headrace {
+namespace {
+
+struct Neon {
+  using I = int32x4_t;
+  using F = float32x4_t;
+  static constexpr int bytes = 16, lanes = 4;
+  static constexpr int panels = 4, tokens = 3;  // 32 registers: 12 sums, 12 totals, 4 of weights, 1 token
+  static constexpr int attend_rows = 4, most_rows = 32;
+
+  static uint8x16_t u8(I v) { return vreinterpretq_u8_s32(v); }
+  static int8x16_t s8(I v) { return vreinterpretq_s8_s32(v); }
+  static int16x8_t s16(I v) { return vreinterpretq_s16_s32(v); }
+  static uint32x4_t u32(I v) { return vreinterpretq_u32_s32(v); }
+
+  static I load(const void* p) { return vreinterpretq_s32_u8(vld1q_u8(static_cast<const uint8_t*>(p))); }
+  static I load_part(const void* p, int n) {
+    uint8_t whole[16] = {};
+    std::memcpy(whole, p, n < 16 ? n : 16);
+    return load(whole);
+  }
+  static void store(void* p, I v) { vst1q_u8(static_cast<uint8_t*>(p), u8(v)); }
+  static I zero() { return vdupq_n_s32(0); }
+  static I set8(int v) { return vreinterpretq_s32_s8(vdupq_n_s8(int8_t(v))); }
+  static I set32(int v) { return vdupq_n_s32(v); }
+  static I add32(I a, I b) { return vaddq_s32(a, b); }
+  static I sub32(I a, I b) { return vsubq_s32(a, b); }
+  static I times256(I a) { return vshlq_n_s32(a, 8); }
+  static I broadcast32(const void* p) {
+    int v;
+    std::memcpy(&v, p, 4);
+    return vdupq_n_s32(v);
+  }
+
+  static I low_nibbles(I w) { return vreinterpretq_s32_u8(vandq_u8(u8(w), vdupq_n_u8(15))); }
+  static I high_nibbles(I w) { return vreinterpretq_s32_u8(vshrq_n_u8(u8(w), 4)); }
+  // In every eight bytes the even ones first.
+  static I evens_first(I w) {
+    const uint8x16_t order = {0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15};
+    return vreinterpretq_s32_u8(vqtbl1q_u8(u8(w), order));
+  }
+
+  // Codes 256 * high + low of N * bytes columns; with N = 2 the even columns first, then the odd ones.
+  template <int N> static void split(const int16_t* codes, int8_t* high, int8_t* low) {
+    int8x16_t h[2], l[2];
+    for (int i = 0; i < N; i++) {
+      const int16x8_t a = vld1q_s16(codes + 16 * i), b = vld1q_s16(codes + 16 * i + 8);
+      h[i] = vcombine_s8(vrshrn_n_s16(a, 8), vrshrn_n_s16(b, 8));
+      l[i] = vcombine_s8(vmovn_s16(a), vmovn_s16(b));
+    }
+    if constexpr (N == 1) {
+      vst1q_s8(high, h[0]), vst1q_s8(low, l[0]);
+    } else {
+      vst1q_s8(high, vuzp1q_s8(h[0], h[1])), vst1q_s8(high + 16, vuzp2q_s8(h[0], h[1]));
+      vst1q_s8(low, vuzp1q_s8(l[0], l[1])), vst1q_s8(low + 16, vuzp2q_s8(l[0], l[1]));
+    }
+  }
+
+  // Sums of products of neighbours: two int16, or four of a byte (unsigned, of Bits) by a byte (signed), to each int32.
+  static I dot16(I sum, I a, I b) {
+    const I low = vmull_s16(vget_low_s16(s16(a)), vget_low_s16(s16(b))), high = vmull_high_s16(s16(a), s16(b));
+    return vaddq_s32(sum, vpaddq_s32(low, high));
+  }
+  template <int Bits> static I dot8(I sum, I a, I b) {
+#if defined(HEADRACE_I8MM)
+    return vusdotq_s32(sum, u8(a), s8(b));
+#else
+    if constexpr (Bits == 4) return signed_dot8(sum, a, b);
+    // Where both must be signed, 128 is taken from the unsigned byte, and its share of the sum added again.
+    const I shifted = vreinterpretq_s32_u8(veorq_u8(u8(a), vdupq_n_u8(128)));
+    return signed_dot8(vaddq_s32(sum, vshlq_n_s32(signed_dot8(zero(), set8(1), b), 7)), shifted, b);
+#endif
+  }
+  static I signed_dot8(I sum, I a, I b) {
+#if defined(HEADRACE_DOTPROD)
+    return vdotq_s32(sum, s8(a), s8(b));
+#else
+    const int16x8_t low = vmull_s8(vget_low_s8(s8(a)), vget_low_s8(s8(b))), high = vmull_high_s8(s8(a), s8(b));
+    return vaddq_s32(sum, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
+#endif
+  }
+  static I kept(I v) { return v; }
+  static I widen(const int8_t* p) { return vreinterpretq_s32_s16(vmovl_s8(vld1_s8(p))); }
+
+  static F loadf(const float* p) { return vld1q_f32(p); }
+  static void storef(float* p, F v) { vst1q_f32(p, v); }
+  static F zerof() { return vdupq_n_f32(0); }
+  static F setf(float v) { return vdupq_n_f32(v); }
+  static F add(F a, F b) { return vaddq_f32(a, b); }
+  static F sub(F a, F b) { return vsubq_f32(a, b); }
+  static F mul(F a, F b) { return vmulq_f32(a, b); }
+  static F div(F a, F b) { return vdivq_f32(a, b); }
+  static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+  static F max(F a, F b) { return vmaxq_f32(a, b); }
+  static F min(F a, F b) { return vminq_f32(a, b); }
+  static F round(F a) { return vrndnq_f32(a); }
+  static F to_float(I v) { return vcvtq_f32_s32(v); }
+  static I to_int(F v) { return vcvtnq_s32_f32(v); }
+  static I bits(F v) { return vreinterpretq_s32_f32(v); }
+  static I and_bits(I a, I b) { return vandq_s32(a, b); }
+  static I max_unsigned(I a, I b) { return vreinterpretq_s32_u32(vmaxq_u32(u32(a), u32(b))); }
+  static uint32_t top_unsigned(I v) { return vmaxvq_u32(u32(v)); }
+  static float sum(F v) { return vaddvq_f32(v); }
+  static float top(F v) { return vmaxvq_f32(v); }
+  static int sum32(I v) { return vaddvq_s32(v); }
+  static F scalef(F a, F whole) {  // a * 2^whole, whole within -127 … 127: by the exponent, whose 0 makes zero
+    return mul(a, vreinterpretq_f32_s32(vshlq_n_s32(add32(to_int(whole), set32(127)), 23)));
+  }
+  static void store16(int16_t* p, I v) { vst1_s16(p, vqmovn_s32(v)); }
+  static void store8(int8_t* p, I v) {
+    const int16x4_t half = vqmovn_s32(v);
+    const int8x8_t packed = vqmovn_s16(vcombine_s16(half, half));
+    std::memcpy(p, &packed, 4);
+  }
+
+  static I pack8(const I* v) {  // four vectors of int32 to one of bytes, saturating
+    const int8x8_t low = vqmovn_s16(vcombine_s16(vqmovn_s32(v[0]), vqmovn_s32(v[1])));
+    return vreinterpretq_s32_s8(vcombine_s8(low, vqmovn_s16(vcombine_s16(vqmovn_s32(v[2]), vqmovn_s32(v[3])))));
+  }
+
+  static float half(uint16_t h) {
+    __fp16 value;
+    std::memcpy(&value, &h, 2);
+    return value;
+  }
+  // The first scales of p, each for `lanes / n` neighbouring lanes, n a power of two up to `lanes`; only `there` of them exist.
+  static F spread(const uint16_t* p, int n, int there) {
+    float out[4];
+    for (int i = 0; i < 4; i++) out[i] = i * n / 4 < there ? half(p[i * n / 4]) : 0;
+    return loadf(out);
+  }
+
+  // Sums over the lanes of 4 vectors, which lie one after the other.
+  static F sums(const float* p) {
+    return vpaddq_f32(vpaddq_f32(loadf(p), loadf(p + 4)), vpaddq_f32(loadf(p + 8), loadf(p + 12)));
+  }
+
+  // Rows and columns of a square of int32 change places.
+  static void transpose(I* r) {
+    const auto pairs = [](I v) { return vreinterpretq_s64_s32(v); };
+    const I a = vtrn1q_s32(r[0], r[1]), b = vtrn2q_s32(r[0], r[1]), c = vtrn1q_s32(r[2], r[3]), d = vtrn2q_s32(r[2], r[3]);
+    r[0] = vreinterpretq_s32_s64(vtrn1q_s64(pairs(a), pairs(c))), r[1] = vreinterpretq_s32_s64(vtrn1q_s64(pairs(b), pairs(d)));
+    r[2] = vreinterpretq_s32_s64(vtrn2q_s64(pairs(a), pairs(c))), r[3] = vreinterpretq_s32_s64(vtrn2q_s64(pairs(b), pairs(d)));
+  }
+};
+
+}  // namespace
+}  // namespace headrace

@@ -1,0 +1,102 @@
+"""side_by_side.py: reports are joined figure by figure and drawn, and headrace answers as a contestant."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.exports import Exports
+
+POSITION = 256  # bytes of the tiny model's int8 cache, a token
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def script() -> dict[str, Any]:
+    return runpy.run_path(str(BENCHMARKS / "side_by_side.py"), run_name="side_by_side")
+
+
+def run_of(name: str, ratio: float, **more: Any) -> dict[str, Any]:
+    """What one run of the script adds to a report."""
+    figure = {
+        "model": "shape", "question": {"do": "prompt", "tokens": 128}, "tokens": 128,
+        "all": {"headrace": [0.5, 0.4, 0.6], "llama": [1.0, 0.8, 1.6]},
+    }  # fmt: skip
+    found = {
+        "figures": {name: figure}, "ratios": {f"{name}_vs_llama": ratio}, "peaks": {"read_gb_s": 30.0}, "memory": {},
+        "settings": {}, "seconds": 10.0, "missing": {}, "layers": 8, "threads": 2, "machine": {"processor": "a chip"},
+    }  # fmt: skip
+    return found | more
+
+
+def test_a_report_goes_on_where_it_ended(script: dict[str, Any]) -> None:
+    joined = script["joined"]
+    report = joined({}, run_of("prompt_128", 2.0))
+    assert report["missed"] == {}
+    report = joined(report, run_of("decode_128", 1.0, peaks={"read_gb_s": 40.0, "int8_tops": 1.0}))
+    assert list(report["figures"]) == ["prompt_128", "decode_128"]
+    assert report["missed"] == {"decode_128_vs_llama": [1.0, 1.1]}
+    assert (report["peaks"], report["seconds"]) == ({"read_gb_s": 40.0, "int8_tops": 1.0}, 20.0)
+    report = joined(report, run_of("decode_128", 1.2, peaks={}))
+    assert report["missed"] == {}, "a figure that is measured again replaces the one before"
+    assert report["peaks"]["read_gb_s"] == 40.0
+
+
+def test_every_floor_has_its_figure(script: dict[str, Any]) -> None:
+    class Sizes(dict[str, Any]):
+        def __missing__(self, model: str) -> Any:
+            class Size:
+                def token_bytes(self, depth: int) -> float:
+                    return 1.0
+
+                def prompt_operations(self, tokens: int) -> float:
+                    return 1.0
+
+            return Size()
+
+    class Models:
+        size = Sizes()
+
+    names = {f"{f.name}_vs_{peer}" for f in script["figures"](Models(), True) for peer in f.peers}
+    others = {name for name in script["FLOORS"] if "batch" in name or "cold_start" in name}
+    assert set(script["FLOORS"]) == names | others
+
+
+def test_memory_beside_weights_and_cache_is_told(script: dict[str, Any]) -> None:
+    ended = [
+        {"model": "smol", "peak_rss": 500_000_000, "weight_bytes": 100_000_000, "cache_bytes": 50_000_000},
+        {"name": "llama.cpp", "peak_rss": 9e9, "weight_bytes": 1},
+    ]
+    memory = script["memory"](ended)
+    assert memory["smol"]["beside"] == 350_000_000
+    assert script["joined"]({}, run_of("prompt_128", 2.0, memory=memory))["too_much_memory"] == ["smol"]
+
+
+def test_a_report_becomes_a_picture(script: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    speeds = runpy.run_path(str(BENCHMARKS / "pictures.py"))["speeds"]
+    drawn = speeds(script["joined"]({}, run_of("prompt_128", 2.0)))
+    (group,) = drawn["groups"]
+    assert group["what"] == "7B shape, 8 layers,\nprompt of 128"
+    assert [round(bar["median"]) for bar in group["bars"]] == [256, 128]
+    assert [bar["engine"] for bar in group["bars"]] == ["headrace", "llama.cpp Q4_0"]
+
+
+def test_headrace_is_a_contestant(script: dict[str, Any], exports: Exports) -> None:
+    arena = sys.modules["contestants.arena"]
+    command = [sys.executable, str(BENCHMARKS / "contestants" / "run_headrace.py"), str(exports.bundle())]
+    contestant = arena.Contestant([*command, "tiny", "1", "host", "2"])
+    assert contestant.about["model"] == "tiny"
+    for question in (
+        {"do": "prompt", "tokens": 16},
+        {"do": "decode", "depth": 16, "tokens": 3},
+        {"do": "batch", "depth": 8, "tokens": 2, "slots": 2},
+    ):
+        assert contestant.ask(question)["seconds"] > 0
+    about = contestant.end()
+    assert about["peak_rss"] > about["weight_bytes"] > 0
+    held = (16 + 1 + 3) + (8 + 1 + 2)  # the first slot held most while it decoded alone
+    assert about["cache_bytes"] == held * POSITION
