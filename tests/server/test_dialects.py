@@ -126,6 +126,31 @@ def test_openai_tools_stream(client: openai.OpenAI, model: ScriptedModel) -> Non
     assert json.loads(arguments) == {"city": "北京"}
 
 
+def test_a_call_can_be_required(address: str, client: openai.OpenAI, model: ScriptedModel) -> None:
+    """By each dialect's words for it; `none` keeps the tools from the model."""
+    model.words = [CALL]
+    named: Any = {"type": "function", "function": {"name": "weather"}}
+    for choice in ("required", named):
+        client.chat.completions.create(model="tiny", messages=ASK, tools=[TOOL], tool_choice=choice)
+    flat: Any = {"type": "function", "name": "weather", "parameters": WEATHER, "strict": None}
+    for choice in ("required", {"type": "function", "name": "weather"}):
+        client.responses.create(model="tiny", input="Weather?", tools=[flat], tool_choice=choice)
+    theirs: Any = {"name": "weather", "input_schema": WEATHER}
+    asked: Any = ASK[1:]
+    with anthropic.Anthropic(base_url=address, api_key="none", max_retries=0) as other:
+        for choice in ({"type": "any"}, {"type": "tool", "name": "weather"}):
+            other.messages.create(model="tiny", max_tokens=9, messages=asked, tools=[theirs], tool_choice=choice)
+        with pytest.raises(anthropic.BadRequestError, match="expected type auto, any, tool or none"):
+            wrong: Any = {"type": []}
+            other.messages.create(model="tiny", max_tokens=9, messages=asked, tools=[theirs], tool_choice=wrong)
+    grammars = {request.grammar for request in model.seen}
+    assert len(model.seen) == 6 and len(grammars) == 1
+    (grammar,) = grammars
+    assert grammar is not None and grammar[0] == "lark" and json.dumps(WEATHER) in grammar[1]
+    client.chat.completions.create(model="tiny", messages=ASK, tools=[TOOL], tool_choice="none")
+    assert (model.seen[-1].tools, model.seen[-1].grammar) == ((), None)
+
+
 def test_openai_schema(client: openai.OpenAI, model: ScriptedModel) -> None:
     schema: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": WEATHER}}
     client.chat.completions.create(model="tiny", messages=ASK, response_format=schema)
@@ -309,7 +334,10 @@ def test_models_and_services(address: str, client: openai.OpenAI) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "image_url"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"response_format": {"type": "xml"}}, "response_format"),
-        ({"tool_choice": "required", "tools": [TOOL]}, "tool_choice"),
+        ({"tool_choice": "sometimes", "tools": [TOOL]}, "expected auto, none, required or a function"),
+        ({"tool_choice": {"type": "function"}, "tools": [TOOL]}, "expected auto, none, required or a function"),
+        ({"tool_choice": "required"}, "tool_choice is 'required'; expected a function of tools"),
+        ({"tool_choice": {"type": "function", "function": {"name": "x"}}, "tools": [TOOL]}, "tool_choice is 'x'"),
         ({"logit_bias": {"a": 1}}, "logit_bias"),
         ({"stop": ["x"] * 99}, "stop"),
         ({"model": "other"}, "not served here; expected tiny"),

@@ -18,6 +18,7 @@ from headrace.language_model import LanguageModel, load
 from headrace.runtime.grammar import Grammar
 from headrace.server.generation import Answer, GenerationRequest, Refused, collect
 from headrace.server.metrics import Metrics
+from headrace.server.tools import split_calls, tool_use
 from headrace.server.worker import ModelWorker, WorkerOptions
 from headrace.text.turns import Message
 from tests.exports import CONTEXT, Exports
@@ -115,6 +116,27 @@ def test_an_answer_follows_its_schema(serving: Callable[..., ModelWorker]) -> No
     with pytest.raises(Refused, match="the JSON schema cannot be read") as refused:
         asyncio.run(answers(worker, [ask("x", grammar=("json_schema", "{"))]))
     assert refused.value.field == "response_format"
+
+
+def test_a_required_call_is_one(serving: Callable[..., ModelWorker]) -> None:
+    """Whatever the model would rather say, in a vocabulary of its own."""
+    city = {"type": "object", "properties": {"city": {"enum": ["Wuhan", "重庆"]}}, "required": ["city"]}
+    depth = {"name": "depth", "parameters": {**city, "additionalProperties": False}}
+    end = {"name": 'end "it"', "parameters": {"type": "object", "additionalProperties": False}}
+    tools = [{"type": "function", "function": function} for function in (depth, end)]
+    worker = serving()
+
+    def call(choice: str, seed: int) -> tuple[str, dict[str, Any]]:
+        use = tool_use(tools, choice)
+        request = ask("How deep?", max_tokens=150, sampling={"temperature": 2.0, "seed": seed}, grammar=use.grammar)
+        text, calls = split_calls(asyncio.run(answers(worker, [request]))[0][0].text)
+        assert not text and len(calls) == 1
+        return calls[0].name, json.loads(calls[0].arguments)
+
+    for seed in range(3):
+        name, arguments = call("=depth", seed)
+        assert name == "depth" and arguments["city"] in ("Wuhan", "重庆")
+        assert call("required", seed)[0] in ("depth", 'end "it"')
 
 
 def test_a_slow_grammar_stops_nobody(serving: Callable[..., ModelWorker], monkeypatch: pytest.MonkeyPatch) -> None:

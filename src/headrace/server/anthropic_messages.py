@@ -11,10 +11,11 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from headrace.errors import shown
 from headrace.server.fields import Body, text_of
 from headrace.server.generation import Answer, GenerationRequest, Generator, Refused, Usage
 from headrace.server.openai_chat import calls_of
-from headrace.server.tools import ToolCall, ToolText, split_calls
+from headrace.server.tools import ToolCall, ToolText, split_calls, tool_use
 
 __all__ = ["MessagesCall", "messages_call"]
 
@@ -88,8 +89,11 @@ def messages_call(raw: object) -> MessagesCall:
         messages.insert(0, {"role": "system", "content": system})
     tools = tuple(_tool(tool, number) for number, tool in enumerate(body.take("tools", list, default=[])))
     choice = body.take("tool_choice", dict, default={"type": "auto"})
-    if choice.get("type") not in ("auto", "none"):
-        raise Refused("tool_choice is supported only as auto or none", field="tool_choice")
+    kinds = {"auto": "auto", "none": "none", "any": "required", "tool": f"={choice.get('name')}"}
+    kind = kinds.get(str(choice.get("type")))
+    if kind is None:
+        raise Refused(f"tool_choice is {shown(choice)}; expected type auto, any, tool or none", field="tool_choice")
+    use = tool_use(tools, kind)
     thinking = body.take("thinking", dict, default={"type": "disabled"})
     if thinking.get("type") != "disabled":
         raise Refused("thinking is supported only as disabled", field="thinking")
@@ -106,7 +110,8 @@ def messages_call(raw: object) -> MessagesCall:
         max_tokens=limit,
         sampling={name: value for name, value in sampling.items() if value is not None},
         stop=body.strings("stop_sequences"),
-        tools=tools if choice["type"] == "auto" else (),
+        tools=use.tools,
+        grammar=use.grammar,
     )
     call = MessagesCall(body.take("model", str, default=""), request, body.flag("stream"))
     body.done()

@@ -15,7 +15,7 @@ from typing import Any
 from headrace.server.fields import Body, text_of
 from headrace.server.generation import Answer, GenerationRequest, Generator, Refused, Usage
 from headrace.server.openai_chat import calls_of, tools_of
-from headrace.server.tools import ToolCall, ToolText, split_calls
+from headrace.server.tools import NO_TOOLS, ToolCall, ToolText, ToolUse, split_calls
 
 __all__ = ["OllamaCall", "chat_call", "generate_call", "now"]
 
@@ -101,8 +101,7 @@ def chat_call(raw: object) -> OllamaCall:
         messages.append(message)
     if not messages:
         raise Refused("messages is empty; expected at least one message", field="messages")
-    wanted, tools = tools_of(body)
-    return _call(body, messages, chat=True, tools=tools if wanted else ())
+    return _call(body, messages, chat=True, tools=tools_of(body))
 
 
 def generate_call(raw: object) -> OllamaCall:
@@ -122,7 +121,7 @@ def generate_call(raw: object) -> OllamaCall:
     return _call(body, [*messages, {"role": "user", "content": text}], chat=False)
 
 
-def _call(body: Body, prompt: Any, *, chat: bool, tools: tuple[Mapping[str, Any], ...] = ()) -> OllamaCall:
+def _call(body: Body, prompt: Any, *, chat: bool, tools: ToolUse = NO_TOOLS) -> OllamaCall:
     options = body.take("options", dict, default={})
     inside = Body({key: options[key] for key in (*OPTIONS, "num_predict", "stop") if key in options})
     sampling = {
@@ -135,8 +134,8 @@ def _call(body: Body, prompt: Any, *, chat: bool, tools: tuple[Mapping[str, Any]
         max_tokens=limit if limit and limit > 0 else None,
         sampling={name: value for name, value in sampling.items() if value is not None},
         stop=inside.strings("stop"),
-        tools=tools,
-        grammar=_grammar(body.take("format", str, dict, default="")),
+        tools=tools.tools,
+        grammar=tools.grammar or _grammar(body.take("format", str, dict, default="")),
     )
     call = OllamaCall(body.take("model", str, default=""), request, body.flag("stream", True), chat, time.monotonic())
     body.done()

@@ -15,7 +15,7 @@ from typing import Any
 from headrace.errors import shown
 from headrace.server.fields import MAX_ANSWERS, MAX_TOP_LOGPROBS, Body, text_of
 from headrace.server.generation import Answer, GenerationRequest, Generator, Piece, Refused, Usage
-from headrace.server.tools import ToolCall, ToolText, split_calls
+from headrace.server.tools import NO_TOOLS, ToolCall, ToolText, ToolUse, choice_of, split_calls, tool_use
 
 __all__ = ["Call", "calls_of", "chat_call", "completion_call", "messages_of"]
 
@@ -133,7 +133,7 @@ def chat_call(raw: object) -> Call:
     """
     body = Body(raw, IGNORED)
     messages = messages_of(body.take("messages", list, required=True))
-    tools, prompt_tools = tools_of(body)
+    tools = tools_of(body)
     top = body.whole("top_logprobs", 0, MAX_TOP_LOGPROBS)
     if not body.flag("logprobs"):
         if top:
@@ -141,7 +141,7 @@ def chat_call(raw: object) -> Call:
         top = None
     else:
         top = top or 0
-    call = _call(body, messages, chat=True, tools=prompt_tools if tools else (), top=top)
+    call = _call(body, messages, chat=True, tools=tools, top=top)
     body.done()
     return call
 
@@ -173,7 +173,7 @@ def _call(
     *,
     chat: bool,
     top: int | None,
-    tools: tuple[Mapping[str, Any], ...] = (),
+    tools: ToolUse = NO_TOOLS,
     echo: str = "",
 ) -> Call:
     options = body.take("stream_options", dict, default={})
@@ -197,8 +197,8 @@ def _call(
         stop=body.strings("stop"),
         n=body.whole("n", 1, MAX_ANSWERS) or 1,
         top_logprobs=top,
-        tools=tools,
-        grammar=grammar_of(body.take("response_format", dict, default={"type": "text"})),
+        tools=tools.tools,
+        grammar=tools.grammar or grammar_of(body.take("response_format", dict, default={"type": "text"})),
     )
     return Call(
         model=body.take("model", str, default=""),
@@ -258,17 +258,19 @@ def _parsed_call(call: Any) -> dict[str, Any]:
     return {"type": "function", "id": str(call.get("id", "")), "function": {"name": name, "arguments": parsed}}
 
 
-def tools_of(body: Body) -> tuple[bool, tuple[Mapping[str, Any], ...]]:
-    """Whether calls are wanted, and the functions, each as {"type": "function", "function": …}."""
+def tools_of(body: Body) -> ToolUse:
+    """tools and tool_choice.
+
+    Raises:
+        Refused: a tool is no function, or the choice is none of them.
+    """
     tools = body.take("tools", list, default=[])
     for number, tool in enumerate(tools):
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise Refused(f"tools[{number}] is no function with a name", field=f"tools[{number}]")
     choice = body.take("tool_choice", str, dict, default="auto")
-    if choice not in ("auto", "none"):
-        raise Refused("tool_choice is supported only as 'auto' or 'none'", field="tool_choice")
-    return choice == "auto" and bool(tools), tuple(tools)
+    return tool_use(tools, choice_of(choice, choice.get("function") if isinstance(choice, dict) else None))
 
 
 def grammar_of(raw: object) -> tuple[str, str] | None:

@@ -15,7 +15,7 @@ from typing import Any
 from headrace.server.fields import Body, text_of
 from headrace.server.generation import Answer, GenerationRequest, Generator, Refused, Usage
 from headrace.server.openai_chat import calls_of, grammar_of
-from headrace.server.tools import ToolCall, ToolText, split_calls
+from headrace.server.tools import ToolCall, ToolText, choice_of, split_calls, tool_use
 
 __all__ = ["ResponseCall", "response_call"]
 
@@ -145,9 +145,8 @@ def response_call(raw: object) -> ResponseCall:
     if instructions:
         messages.insert(0, {"role": "system", "content": instructions})
     tools = tuple(_tool(tool, number) for number, tool in enumerate(body.take("tools", list, default=[])))
-    choice = body.take("tool_choice", str, default="auto")
-    if choice not in ("auto", "none"):
-        raise Refused(f"tool_choice is {choice!r}; expected auto or none", field="tool_choice")
+    choice = body.take("tool_choice", str, dict, default="auto")
+    use = tool_use(tools, choice_of(choice, choice))
     body.only("background", False)
     sampling = {"temperature": body.number("temperature", 0, 2), "top_p": body.number("top_p", 0, 1)}
     text = body.take("text", dict, default={})
@@ -155,8 +154,8 @@ def response_call(raw: object) -> ResponseCall:
         prompt=messages,
         max_tokens=body.whole("max_output_tokens", 1, 1 << 20),
         sampling={name: value for name, value in sampling.items() if value is not None},
-        tools=tools if choice == "auto" else (),
-        grammar=grammar_of(text.get("format") or {"type": "text"}),
+        tools=use.tools,
+        grammar=use.grammar or grammar_of(text.get("format") or {"type": "text"}),
     )
     call = ResponseCall(body.take("model", str, default=""), request, body.flag("stream"), instructions)
     body.done()

@@ -105,7 +105,8 @@ def _grammar(model: LanguageModel, request: GenerationRequest) -> Grammar | None
     try:
         return model.grammar(*request.grammar)
     except UserError as error:
-        raise Refused(str(error), field="response_format") from None
+        field = "tools" if request.grammar[0] == "lark" else "response_format"  # no field takes a Lark grammar itself
+        raise Refused(str(error), field=field) from None
 
 
 def spelled_out(tokenizer: Tokenizer, ids: Sequence[int]) -> str:

@@ -1,5 +1,5 @@
 """Tool calls in a model's text: `<tool_call>{"name": …, "arguments": …}</tool_call>`, the form that the Hermes and
-Qwen templates teach. Knows no dialect and no model.
+Qwen templates teach; and the grammar of an answer that has to be one. Knows no dialect and no model.
 """
 
 from __future__ import annotations
@@ -7,12 +7,78 @@ from __future__ import annotations
 import json
 import re
 import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["ToolCall", "ToolText", "split_calls"]
+from headrace.errors import shown
+from headrace.server.generation import Refused
+
+__all__ = ["NO_TOOLS", "ToolCall", "ToolText", "ToolUse", "choice_of", "split_calls", "tool_use"]
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _BLOCK = re.compile(re.escape(OPEN) + r"\s*(.*?)\s*" + re.escape(CLOSE), re.DOTALL)
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """Which functions a request offers.
+
+    Attributes:
+        tools: those that the model is told of, each as {"type": "function", "function": …}.
+        grammar: what the answer must be where it has to be a call, as (kind, source); else None.
+    """
+
+    tools: tuple[Mapping[str, Any], ...] = ()
+    grammar: tuple[str, str] | None = None
+
+
+NO_TOOLS = ToolUse()
+
+
+def choice_of(choice: str | Mapping[str, Any], named: object) -> str:
+    """OpenAI's tool_choice as `tool_use` takes it.
+
+    Args:
+        choice: the field.
+        named: what holds the name, where the choice is a function.
+
+    Raises:
+        Refused: it is none of the choices.
+    """
+    if isinstance(choice, Mapping) and isinstance(named, Mapping) and isinstance(named.get("name"), str):
+        return f"={named['name']}"
+    if isinstance(choice, str) and choice in ("auto", "none", "required"):
+        return choice
+    raise Refused(f"tool_choice is {shown(choice)}; expected auto, none, required or a function", field="tool_choice")
+
+
+def tool_use(tools: Sequence[Mapping[str, Any]], choice: str) -> ToolUse:
+    """What a choice makes of the functions offered.
+
+    Args:
+        tools: the functions.
+        choice: "auto" (the model decides), "none", "required" (some call), or "=NAME" (a call of this function).
+
+    Raises:
+        Refused: a call is required, and there is no such function.
+    """
+    if choice in ("auto", "none"):
+        return ToolUse(tuple(tools) if choice == "auto" else ())
+    functions = [tool["function"] for tool in tools if choice in ("required", f"={tool['function']['name']}")]
+    if not functions:
+        raise Refused(f"tool_choice is {choice.removeprefix('=')!r}; expected a function of tools", field="tool_choice")
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": f["name"]}, "arguments": f.get("parameters") or {"type": "object"}},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for f in functions
+    ]
+    schema = {"x-guidance": {"whitespace_pattern": " ?"}, "anyOf": calls}
+    return ToolUse(tuple(tools), ("lark", f'start: "{OPEN}\\n" call "\\n{CLOSE}"\ncall: %json {json.dumps(schema)}'))
 
 
 @dataclass(frozen=True)
