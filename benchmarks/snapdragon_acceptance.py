@@ -6,6 +6,11 @@ Exports the checkpoint for a chip (weight-shared binaries, each checked against 
 apart, and lets Genie continue prompts greedily on this computer. Every token and every row of logits is then held
 against headrace's own loop over the same binaries in HTP emulation, against the device graphs on ONNX Runtime's CPU
 kernels, and against the host runtime. Exits 1 when a limit is broken. Needs headrace[qnn].
+
+    python benchmarks/snapdragon_acceptance.py BUNDLE --prompt-length 16 --context 96 --tokens 8
+
+A bundle instead of a checkpoint: its weights and encodings in graphs of other steps and contexts, for emulation alone.
+What an emulated step costs grows with its tokens, so that a larger model is run in short ones.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +30,7 @@ from numpy.typing import NDArray
 
 import headrace
 from headrace.bundle.folder import Bundle, open_bundle
-from headrace.graph.device_folder import kept_device_graphs
+from headrace.graph.device_folder import bundle_device_graphs
 from headrace.measure.device_parity import emulated_loop
 from headrace.runtime.runner import Runner, Span
 from headrace.targets.device import DeviceRunner
@@ -120,11 +125,16 @@ def run_case(
 
 
 def compare(
-    bundle: Bundle, emulated: Emulated, tokens: int, report: Callable[[dict[str, Any]], None]
+    bundle: Bundle,
+    emulated: Emulated,
+    graphs: Path,
+    tokens: int,
+    wanted: Sequence[int] | None,
+    report: Callable[[dict[str, Any]], None],
 ) -> list[dict[str, Any]]:
-    """All cases."""
+    """All cases, or those of the wanted numbers; `graphs`: the folder of the device graphs."""
     plan, tokenizer = emulated.plan, load_tokenizer(bundle.root)
-    cpu = DeviceRunner.open(bundle, kept_device_graphs(bundle))
+    cpu = DeviceRunner.open(bundle, graphs)
     host = HostRunner(bundle)
     results = []
     with (
@@ -133,7 +143,8 @@ def compare(
             emulated.config, emulated.folder, lengths=plan.lengths, contexts=plan.contexts, own_sampler=True
         ) as genie,
     ):
-        for case in cases(tokenizer, bundle.prompt_length):
+        chosen = cases(tokenizer, bundle.prompt_length)
+        for case in chosen if wanted is None else [chosen[number] for number in wanted]:
             result = run_case(case, tokens, genie, loop, cpu, host)
             result["text"] = tokenizer.decode(result["text"])
             results.append(result)
@@ -143,28 +154,12 @@ def compare(
     return results
 
 
-def main() -> int:
-    """Run it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--work", type=Path, help="keep bundle and binaries here; what is there already is used")
-    parser.add_argument("--target", default="snapdragon-8-elite")
-    parser.add_argument("--recipe", default="w4a16")
-    parser.add_argument("--bits", type=float, help="code bits averaged over the linears")
-    parser.add_argument("--prompt-length", type=int, default=128)
-    parser.add_argument("--context", default="144,512", help="two: the crossing prompt starts in the first")
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--calibration", type=Path, nargs="*", default=[])
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    scratch = tempfile.TemporaryDirectory() if options.work is None else None
-    work = Path(scratch.name) if scratch else options.work
-    work.mkdir(parents=True, exist_ok=True)
-
+def exported(options: argparse.Namespace, work: Path) -> Bundle:
+    """The checkpoint's bundle with binaries for the chip, made unless it is there."""
     started = time.monotonic()
     if not (work / "bundle").exists():
         headrace.export(
-            options.checkpoint,
+            options.model,
             work / "bundle",
             recipe=options.recipe,
             block="channel",
@@ -185,6 +180,35 @@ def main() -> int:
         print(
             f"  {path.name}: {len(info.graphs)} graphs, {info.size:,} bytes, {shared:,} of weights shared, {info.build}"
         )
+    return bundle
+
+
+def main() -> int:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="a checkpoint, or a bundle with encodings")
+    parser.add_argument("--work", type=Path, help="keep bundle and binaries here; what is there already is used")
+    parser.add_argument("--target", default="snapdragon-8-elite")
+    parser.add_argument("--recipe", default="w4a16")
+    parser.add_argument("--bits", type=float, help="code bits averaged over the linears")
+    parser.add_argument("--prompt-length", type=int, default=128)
+    parser.add_argument("--context", default="144,512", help="two: the crossing prompt starts in the first")
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--cases", type=int, nargs="*", help="numbers of the prompts to run, from 0; by default all")
+    parser.add_argument("--calibration", type=Path, nargs="*", default=[])
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    scratch = tempfile.TemporaryDirectory() if options.work is None else None
+    work = Path(scratch.name) if scratch else options.work
+    work.mkdir(parents=True, exist_ok=True)
+
+    if (options.model / "headrace.json").exists():
+        contexts = tuple(int(c) for c in options.context.split(","))
+        bundle = replace(open_bundle(options.model), prompt_lengths=(options.prompt_length,), contexts=contexts)
+    else:
+        bundle = exported(options, work)
+    if not (work / "device").exists():
+        bundle_device_graphs(bundle, work / "device")
     started = time.monotonic()
     emulated = emulate(bundle, work / "emulation", options.target)
     print(f"compiled for emulation in {time.monotonic() - started:.0f} s", flush=True)
@@ -198,7 +222,7 @@ def main() -> int:
             flush=True,
         )
 
-    results = compare(bundle, emulated, options.tokens, report)
+    results = compare(bundle, emulated, work / "device", options.tokens, options.cases, report)
     broken = [
         r["case"]
         for r in results
