@@ -1,19 +1,21 @@
 """plan: what an export will need before anything is made: time, memory and disk, beside what its bundle will need
 (forecast/).
 
-Everything is derived from geometry and recipe; the one thing measured is how fast this computer multiplies matrices.
+Everything is derived from geometry and recipe; what is measured is how fast this computer multiplies matrices and
+rounds weights.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from headrace.bundle.grid import Grid, quantize_nearest
 from headrace.bundle.recipe import Recipe, Rule
 from headrace.bundle.weights import layouts
 from headrace.config import ModelConfig
@@ -23,18 +25,27 @@ from headrace.forecast.model import plan_model
 from headrace.model.weights import input_groups, linears, quantized_weights
 from headrace.quantize.budget import within_budget
 from headrace.quantize.descent import SWEEPS
+from headrace.quantize.gptq import ROW_STRIP
 from headrace.quantize.methods import find_method
-from headrace.quantize.parallel import cores, parallel_map
+from headrace.quantize.parallel import cores
+from headrace.quantize.ranges import HEAD_TOKENS, range_tokens
 from headrace.quantize.sensitivity import RANKING_WINDOWS
 from headrace.targets.qualcomm.compile_cost import estimate_compile
+from headrace.text.sample import SAMPLE_TOKENS
 
 __all__ = ["ExportEstimate", "estimate_export", "plan_export"]
 
-_PROBE = 1024  # rows of the matrices that are multiplied to learn this computer's speed
+_PROBE = 1024  # rows of the matrices that are multiplied and rounded to learn this computer's speed
+_TRIES = 10  # of which the best counts
 # Share of the plain matrix product's speed that a whole layer reaches; benchmarks/layer_7b.py measures it.
 _EFFICIENCY = 0.7
-_WORKING = 1 << 30  # bytes: Python, and the temporary arrays of the windows and rows in work
-_BESIDE_WEIGHTS = 32 << 20  # bytes: graphs, tokenizer, encodings, the folder itself
+_WORKING = 350_000_000  # bytes: Python and its libraries, and the temporary arrays of the weight in work
+_SOLVED = 4  # float32 arrays of a strip of rows that a core solves
+# All weights are read and dequantized for the layers, for the proof and for static ranges; each time takes so much of
+# what rounding them takes.
+_READINGS, _READING = 3, 0.5
+_BESIDE_WEIGHTS = 32 << 20  # bytes: graphs, tokenizer, activations' encodings, the folder itself
+_ROW_TEXT = 40  # bytes that encodings.json has of a weight's row: its scale and its offset
 _EQUAL: Mapping[str, float] = defaultdict(lambda: 1.0)  # what each linear's 4 bits cost, before it is measured
 # Operations of each method in units of N·K². GPTQ takes one; descent GPTQ's one, one to begin and two a sweep (scales,
 # codes); best two more before that, for the correction's product and its two triangular solutions.
@@ -44,9 +55,16 @@ _RANKING_PASSES = 5  # a ranking costs so many forward passes: two, and the back
 
 @dataclass(frozen=True)
 class ExportEstimate:
-    """Quantizing all layers: seconds on this computer, and peak memory in bytes."""
+    """A whole export, without compiling.
+
+    Attributes:
+        seconds: on this computer, when nothing else runs on it.
+        work_seconds: of processor time, which does not depend on who else is at work.
+        peak_bytes: memory of the process's own; mapped files of the checkpoint leave it as they are read.
+    """
 
     seconds: float
+    work_seconds: float
     peak_bytes: int
 
 
@@ -58,8 +76,8 @@ def plan_export(settings: ExportSettings, phone_memory: int = PHONE_MEMORY) -> d
         phone_memory: of the phone it is for, bytes.
 
     Returns:
-        what `plan_model` returns, and: export {seconds, peak_bytes, tokens}; disk_bytes; compile {targets, seconds,
-        peak_bytes} or None without a target.
+        what `plan_model` returns, and: export {seconds, work_seconds, peak_bytes, tokens}; disk_bytes; compile
+        {targets, seconds, peak_bytes} or None without a target.
 
     Raises:
         RecipeError: a rule does not fit.
@@ -77,8 +95,14 @@ def plan_export(settings: ExportSettings, phone_memory: int = PHONE_MEMORY) -> d
         phone_memory,
     )
     report["disk_bytes"] = estimate_disk(settings)
-    need = estimate_export(config, settings.rules, tokens, ranked=ranked, jobs=options.jobs)
-    report["export"] = {"seconds": round(need.seconds, 1), "peak_bytes": need.peak_bytes, "tokens": tokens}
+    ranged = range_tokens(config, options.windows, options.window_length) if settings.has_encodings else 0
+    need = estimate_export(config, settings.rules, tokens, ranked=ranked, ranged=ranged, jobs=options.jobs)
+    report["export"] = {
+        "seconds": round(need.seconds, 1),
+        "work_seconds": round(need.work_seconds, 1),
+        "peak_bytes": need.peak_bytes,
+        "tokens": tokens,
+    }
     report["compile"] = None
     if options.targets:
         # A prompt step's graph is compiled together with the token step's: one pair for each prompt length.
@@ -99,7 +123,9 @@ def estimate_disk(settings: ExportSettings) -> int:
     weights = sum(layout.nbytes for layout in layouts(settings.config, settings.parts, grids))
     # Device graphs have the weights in a form of their own, and so has each chip's binary.
     copies = 1 + settings.options.for_device + len(settings.options.targets)
-    return copies * weights + _BESIDE_WEIGHTS
+    rows = sum(row.matrix[0] for row in quantized_weights(settings.config).values())
+    states = 4 * settings.options.windows * settings.options.window_length * settings.config.hidden_size
+    return copies * weights + _ROW_TEXT * rows + states + _BESIDE_WEIGHTS
 
 
 def _forecast_recipe(settings: ExportSettings) -> Recipe:
@@ -113,22 +139,26 @@ def _forecast_recipe(settings: ExportSettings) -> Recipe:
 
 
 def estimate_export(
-    config: ModelConfig, rules: Mapping[str, Rule], tokens: int, *, ranked: int = 0, jobs: int = 2
+    config: ModelConfig, rules: Mapping[str, Rule], tokens: int, *, ranked: int = 0, ranged: int = 0, jobs: int = 2
 ) -> ExportEstimate:
-    """Time and memory of quantizing all layers, from the operations and this computer's speed.
+    """Time and memory of an export, from its operations and this computer's speed.
 
     For T tokens, a linear (N, K) costs 2·T·N·K to compute what calibrates the next. A method that looks at its input
     takes T·K² for the input's second moment, the first group's two of them, K³/3 for a linear's factor, and N·K² as
-    often as _SOLVING says.
+    often as _SOLVING says. The proof computes the float and the quantized model for SAMPLE_TOKENS, static ranges the
+    quantized one for theirs. Each weight is rounded once and read several times.
 
     Args:
         config: the geometry.
         rules: canonical name → rule: methods differ in cost.
         tokens: of calibration, T.
         ranked: tokens that linears are ranked with, for a budget: forward, back, and a quick method.
+        ranged: tokens that static ranges are found with.
         jobs: cores to use.
     """
-    operations = 0.0
+    table = config.vocab_size * config.hidden_size
+    weights = table if config.tied_head else 2 * table
+    operations = 2.0 * table * (2 * SAMPLE_TOKENS + min(ranged, HEAD_TOKENS))
     for layer in range(config.num_layers):
         for number, group in enumerate(input_groups(config, layer)):
             shapes = {linear.name: linear.matrix for linear in group}
@@ -138,26 +168,49 @@ def estimate_export(
             moments += any(method.uses_reference for method in methods.values())
             operations += tokens * moments * columns**2 + ranked * columns**2
             for name, (n, k) in shapes.items():
-                walks = 2 if methods[name].uses_reference else 1  # the float model is computed too
-                operations += 2 * n * k * (walks * tokens + _RANKING_PASSES * ranked)
+                walks = 2 if methods[name].uses_reference else 1  # the float model's beside
+                operations += 2 * n * k * (walks * tokens + _RANKING_PASSES * ranked + 2 * SAMPLE_TOKENS + ranged)
                 operations += _SOLVING[rules[name].method] * n * k**2 + methods[name].calibrated * k**3 / 3
                 operations += bool(ranked) * (n * k**2 + k**3 / 3)
+                weights += n * k
+    speed, rounding = _core_speed()
+    products, rounded = operations / (speed * _EFFICIENCY), rounding * weights
+    reading = _READINGS * _READING * rounded  # by one core
+    return ExportEstimate(
+        (products + rounded) / jobs + reading,
+        products + rounded + reading,
+        _peak_bytes(config, rules, tokens, ranged, jobs),
+    )
+
+
+def _peak_bytes(config: ModelConfig, rules: Mapping[str, Rule], tokens: int, ranged: int, jobs: int) -> int:
+    """The largest of what a layer takes while it is quantized and while its ranges are found, and of the proof's
+    head; benchmarks/layer_7b.py measures the first."""
     weights = sum(linear.size for linear in linears(config, 0).values())
+    table = config.vocab_size * config.hidden_size
     widest = max(config.intermediate_size, config.query_size, config.hidden_size)
-    # float32 values: the layer, and its codes in a byte; hidden states and the widest input; its second moment, that
-    # damped, and the factor. benchmarks/layer_7b.py measures all but the embedding's codes.
-    elements = 5 * weights // 4 + tokens * (config.hidden_size + widest) + 3 * widest**2
-    seconds = operations / (_matmul_speed(jobs) * _EFFICIENCY)
-    return ExportEstimate(seconds, 4 * elements + config.vocab_size * config.hidden_size + _WORKING)
+    # float32 values. Quantized: the layer, and its codes in a byte; hidden states and the widest input; the embedding's
+    # codes; where a method looks at the input, its second moment, that damped, the factor, and strips being solved.
+    layer = 5 * weights // 4 + tokens * (config.hidden_size + widest) + table // 4
+    if any(find_method(rules[name].method).calibrated for name in linears(config)):
+        layer += 3 * widest**2 + jobs * _SOLVED * ROW_STRIP * widest
+    watched = weights + ranged * (2 * config.hidden_size + 4 * widest) if ranged else 0
+    head = 5 * table // 4 + 2 * SAMPLE_TOKENS * config.vocab_size
+    return 4 * max(layer, watched, head) + _WORKING
 
 
-def _matmul_speed(jobs: int) -> float:
-    """float32 operations a second of matrix products on so many cores: the best of ten short ones."""
+def _core_speed() -> tuple[float, float]:
+    """Of one core: float32 operations of matrix products a second, and seconds to round a weight."""
     a = np.random.default_rng(0).standard_normal((_PROBE, _PROBE), np.float32)
-    best = np.inf
-    with cores(jobs):
-        for _ in range(10):
-            started = time.perf_counter()
-            parallel_map(lambda _: a @ a, range(jobs))
-            best = min(best, time.perf_counter() - started)
-    return float(jobs * 2 * _PROBE**3 / best)
+    few = a[: _PROBE // _TRIES]
+
+    def best(work: Callable[[], object]) -> float:
+        seconds = []
+        for _ in range(_TRIES):
+            started = time.thread_time()
+            work()
+            seconds.append(time.thread_time() - started)
+        return min(seconds)
+
+    with cores(1):
+        return 2 * _PROBE**3 / best(lambda: a @ a), best(lambda: quantize_nearest(few, Grid(4))) / few.size

@@ -36,7 +36,7 @@ from headrace.quantize.budget import within_budget
 from headrace.quantize.device_encodings import device_encodings
 from headrace.quantize.parallel import cores
 from headrace.quantize.pipeline import QuantizedLayer, load_weight, quantize_layers, quantize_table
-from headrace.quantize.ranges import collect_ranges
+from headrace.quantize.ranges import RANGE_WINDOWS, collect_ranges
 from headrace.quantize.sensitivity import measure_sensitivity
 from headrace.quantize.windows import evenly_spaced
 from headrace.text.sample import sample_ids
@@ -44,7 +44,6 @@ from headrace.text.turns import turn_format
 
 __all__ = ["export"]
 
-RANGE_WINDOWS = 4  # minimum and maximum settle after two thousand tokens: docs/LOG.md
 KV_LEVELS = 127  # int8, symmetric
 EMPTY_SCALE = 1 / KV_LEVELS  # a cache that calibration saw only zeros in
 
@@ -98,8 +97,7 @@ def _make(settings: ExportSettings, out: Path, work: Workspace, progress: Progre
     manifest = _manifest(settings, kv_scales)
     made = _unpublished(settings, work.bundle, manifest)
     _prove(settings, made, manifest, sample_ids(tokenizer, made.context), progress)
-    # Linears in blocks never reach a device, and a float cache neither: static ranges would be of no use.
-    if kv_scales and not any(grid.block for grid in settings.grids.values()):
+    if settings.has_encodings:
         _calibrate_device(settings, work.bundle, kv_scales, evenly_spaced(windows, RANGE_WINDOWS), progress)
     if asked.for_device:
         graphs = bundle_device_graphs(made, work.bundle / OWN_FOLDER if asked.keep_onnx else work.device)

@@ -81,6 +81,11 @@ class ExportSettings:
         return {name: rule.grid for name, rule in self.rules.items()}
 
     @property
+    def has_encodings(self) -> bool:
+        """Whether the bundle has static ranges: linears in blocks never reach a device, and a float cache neither."""
+        return self.recipe.kv == "int8" and not any(grid.block for grid in self.grids.values())
+
+    @property
     def prompt_lengths(self) -> tuple[int, ...]:
         """Tokens of prompt steps, longest first."""
         return self.options.prompt_length[::-1]

@@ -20,6 +20,7 @@ from headrace.quantize.parallel import parallel_map
 from headrace.quantize.statistics import InputStatistics
 
 __all__ = [
+    "ROW_STRIP",
     "damped",
     "divide_by_moment",
     "factorize",
@@ -39,7 +40,7 @@ _TRIED = 48  # rows that each power is tried on
 _BATCH = 128  # columns that receive all earlier columns' errors by one matrix product
 _INNER = 16  # of these, columns that receive the errors of their neighbours one at a time
 _PANEL = 256  # columns of a factor that are computed at once
-_STRIP = 2048  # rows solved at once: bounds the temporary memory, and cores share strips
+ROW_STRIP = 2048  # rows solved at once: bounds the temporary memory, and cores share strips
 
 
 def quantize(weight: Array, statistics: InputStatistics, grid: Grid) -> QuantizedTensor:
@@ -121,7 +122,7 @@ def divide_by_moment(values: Array, factor: Array) -> Array:
 
 def row_strips(rows: int) -> list[slice]:
     """Rows that are solved together: an even number of equal strips, so that two cores end at the same time."""
-    count = 1 if rows <= _STRIP else 2 * -(-rows // (2 * _STRIP))
+    count = 1 if rows <= ROW_STRIP else 2 * -(-rows // (2 * ROW_STRIP))
     size = max(1, -(-rows // count))
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 

@@ -24,11 +24,13 @@ from headrace.quantize.outliers import SplitEager, find_outliers
 from headrace.quantize.parallel import parallel_map
 from headrace.quantize.windows import causal_positions
 
-__all__ = ["Ranges", "collect_ranges", "mask_gap"]
+__all__ = ["HEAD_TOKENS", "RANGE_WINDOWS", "Ranges", "collect_ranges", "mask_gap", "range_tokens"]
+
+RANGE_WINDOWS = 4  # minimum and maximum settle after two thousand tokens: docs/LOG.md
 
 _ELEMENTS = 1 << 24  # of scores or logits held at once
 _FIRST_TOKENS = 512  # of the vocabulary, each a window of its own
-_HEAD_TOKENS = 512  # whose logits are looked at: a large model's head costs as much as three layers, for each token
+HEAD_TOKENS = 512  # whose logits are looked at: a large model's head costs as much as three layers, for each token
 _TOGETHER = 256  # tokens whose product with a weight a core computes at once
 
 
@@ -123,6 +125,11 @@ def mask_gap(scores: Array, mask: Array) -> float:
     return max(0.0, float((np.maximum(blocked, 0) - best).max()))
 
 
+def range_tokens(config: ModelConfig, windows: int, length: int) -> int:
+    """How many tokens are looked at, given so many calibration windows of `length` tokens."""
+    return min(windows, RANGE_WINDOWS) * length + min(_FIRST_TOKENS, config.vocab_size)
+
+
 def collect_ranges(
     config: ModelConfig,
     weights: Callable[[str], Array],
@@ -133,7 +140,7 @@ def collect_ranges(
     """(low, high) of every named result of the decoder, with outlier channels apart.
 
     The embedding's range is its whole table's, so that no token is ever clipped there; logits are looked at for
-    `_HEAD_TOKENS` of all tokens, evenly. Scores that the mask blocks
+    `HEAD_TOKENS` of all tokens, evenly. Scores that the mask blocks
     count as scores, but `masked_scores` says what the device's own mask makes of them elsewhere: its range here holds
     the mask of the eager decoder and is of no use.
 
@@ -161,7 +168,7 @@ def collect_ranges(
     last = {FINAL_NORM: weights(FINAL_NORM), HEAD: weights(EMBEDDING if config.tied_head else HEAD)}
     ops = _Observer(config, last, found)
     states = np.concatenate([stream.x.reshape(-1, config.hidden_size) for stream in streams])
-    normed = ops.rms_norm(states, FINAL_NORM)[:: -(-len(states) // _HEAD_TOKENS)]
+    normed = ops.rms_norm(states, FINAL_NORM)[:: -(-len(states) // HEAD_TOKENS)]
     step = max(1, _ELEMENTS // config.vocab_size)
     for start in range(0, len(normed), step):
         ops.linear(normed[start : start + step], HEAD)
