@@ -18,7 +18,7 @@ class Headrace:
 
     def __init__(self, bundle: Path, model: str, threads: int, runner: str, slots: int, huge: bool) -> None:
         opened = open_bundle(bundle)
-        self.runner = open_runner(opened, runner, Options(threads=threads, slots=slots, huge_pages=huge))
+        self.runner = open_runner(opened, runner, Options(threads=threads, slots=slots, huge_pages=huge or None))
         self.ids = ids_of(self.runner.context, self.runner.vocab_size)
         self.held = [0] * slots
         self.next = [0] * slots

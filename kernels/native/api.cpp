@@ -118,7 +118,7 @@ API int hk_program_instruction(void* p, const char* op, int layer, int register_
 }
 
 // Takes the program, also when it fails.
-API int hk_engine_new(void* p, int slots, int context, int threads, const char* isa, int fuse, void** out) {
+API int hk_engine_new(void* p, int slots, int context, int threads, const char* isa, int fuse, int settle, void** out) {
   std::unique_ptr<Program> owned(static_cast<Program*>(p));
   return guarded([&] {
     owned->check();
@@ -127,7 +127,8 @@ API int hk_engine_new(void* p, int slots, int context, int threads, const char* 
                           " positions; expected 1 to ", owned->geometry.context);
     require<ProgramError>(threads > 0 && threads <= 1024, threads, " threads; expected 1 to 1024");
     auto handle = std::make_unique<Handle>();
-    handle->engine = std::make_unique<Engine>(std::move(owned), slots, context, threads, choose_kernels(isa), fuse != 0);
+    handle->engine = std::make_unique<Engine>(std::move(owned), slots, context, threads, choose_kernels(isa), fuse != 0,
+                                              static_cast<Settle>(settle));
     *out = handle.release();
   });
 }

@@ -8,6 +8,9 @@
 #define HEADRACE_UNROLL _Pragma("GCC unroll 16")
 #endif
 
+// A function of its own: inside a large one, gcc 12 moves its sums to memory and back.
+#define HEADRACE_APART __attribute__((noinline))
+
 namespace headrace {
 namespace {
 

@@ -11,6 +11,7 @@
 namespace headrace {
 namespace {
 
+constexpr double kSettled = 1, kShare = 0.1;  // seconds of work before weights are copied; share of the time afterwards
 constexpr int kPart = 1024;        // positions of one piece of attention of a short span
 constexpr int kQueries = 32;       // queries of one piece of attention of a prompt
 constexpr size_t kLeastBytes = 12288, kMostBytes = 131072;  // of weights that a thread takes at once when decoding
@@ -34,7 +35,7 @@ struct Engine::Scratch {
   bool leads = false;
 };
 
-Engine::Engine(std::unique_ptr<Program> program, int slots, int context, int threads, const Kernels& kernels, bool fuse)
+Engine::Engine(std::unique_ptr<Program> program, int slots, int context, int threads, const Kernels& kernels, bool fuse, Settle settle)
     : program_(std::move(program)), kernels_(kernels), steps_(compile(*program_, fuse)),
       cache_(program_->geometry, program_->int8, program_->scales, slots, context, kernels), pool_(threads) {
   // An odd number of cache lines, so that the rows of a column do not all fall into one set of the cache.
@@ -43,9 +44,23 @@ Engine::Engine(std::unique_ptr<Program> program, int slots, int context, int thr
   for (int i = 0; i < threads; i++) scratch_.push_back(std::make_unique<Scratch>());
   for (int i = 0; i < threads; i++) scratch_[i]->number = i;
   scratch_[0]->leads = true;
+  if (settle != Settle::kNever) huge_pages_.look_for(program_->files());
+  if (settle == Settle::kAtOnce) {
+    const std::function<void(int)> move = [this](int) { while (huge_pages_.more()) huge_pages_.move_next(); };
+    pool_.run(move);
+  }
 }
 
 Engine::~Engine() = default;
+
+// Copies some weights into huge pages between two runs. Whoever runs the engine for a short answer alone pays nothing.
+void Engine::settle() {
+  if (!huge_pages_.more() || busy_ < kSettled || allowance_ <= 0) return;
+  const double start = now(), end = start + allowance_;
+  const std::function<void(int)> move = [this, end](int) { while (huge_pages_.more() && now() < end) huge_pages_.move_next(); };
+  pool_.run(move);
+  allowance_ -= now() - start;
+}
 
 void Engine::check_slot(int slot) const {
   require<SpanError>(slot >= 0 && slot < cache_.slots(), "slot ", slot, " of ", cache_.slots());
@@ -74,6 +89,8 @@ void Engine::check(const std::vector<Span>& spans) const {
 
 void Engine::run(const std::vector<Span>& spans, float* logits) {
   check(spans);
+  settle();
+  const double start = now();
   prepare(spans, logits);
   cancelled_.store(false);
   stop_at_.store(INT64_MAX);
@@ -81,6 +98,7 @@ void Engine::run(const std::vector<Span>& spans, float* logits) {
   const std::function<void(int)> job = [this](int thread) { work(thread); };
   pool_.run(job);
   meetings = pool_.meetings();
+  busy_ += now() - start, allowance_ += kShare * (now() - start);
   if (stop_at_.load() != INT64_MAX) throw Cancelled();
   for (const Span& s : spans) {
     cache_.length(s.slot) = s.start + s.n;

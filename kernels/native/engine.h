@@ -8,6 +8,7 @@
 #include "buffer.h"
 #include "cache.h"
 #include "compile.h"
+#include "huge_pages.h"
 #include "pool.h"
 
 namespace headrace {
@@ -27,9 +28,12 @@ struct Piece {
   int part, parts, merge;  // merge: number of the first part
 };
 
+// When weights are copied into huge pages: when the engine is made; bit by bit, once it has run for a while; never.
+enum class Settle { kAtOnce, kLater, kNever };
+
 class Engine {
  public:
-  Engine(std::unique_ptr<Program> program, int slots, int context, int threads, const Kernels& kernels, bool fuse);
+  Engine(std::unique_ptr<Program> program, int slots, int context, int threads, const Kernels& kernels, bool fuse, Settle settle);
   ~Engine();
 
   // Logits (wanted rows of all spans, vocab). Raises SpanError, Cancelled.
@@ -53,6 +57,7 @@ class Engine {
  private:
   struct Scratch;  // what a thread has for itself
 
+  void settle();
   void check(const std::vector<Span>& spans) const;
   void check_slot(int slot) const;
   void prepare(const std::vector<Span>& spans, float* logits);
@@ -92,6 +97,9 @@ class Engine {
   std::unique_ptr<std::atomic<int>[]> missing_;     // parts of each merge that are still to come
   int missing_size_ = 0;
   std::vector<std::unique_ptr<Scratch>> scratch_;
+
+  HugePages huge_pages_;
+  double busy_ = 0, allowance_ = 0;                 // seconds that runs took; that copying may take
 
   std::atomic<bool> cancelled_{false};
   std::atomic<int64_t> stop_at_{0};

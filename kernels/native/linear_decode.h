@@ -10,6 +10,8 @@
 #pragma once
 #include "elementwise.h"
 
+#include <algorithm>
+
 namespace headrace {
 namespace {
 
@@ -54,6 +56,17 @@ void fine(const float* x, int k, bool four, bool eight, Fine& out) {
   for (int i = k; i < int(round_up(k, kPad)); i++) out.natural[i] = 0;
   if (four) arrange<V, 4>(out.natural, k, out.high4, out.low4, out.steps4, out.segments4);
   if (eight) arrange<V, 8>(out.natural, k, out.high8, out.low8, out.steps8, out.segments8);
+}
+
+constexpr size_t kAhead = 8192;  // bytes of weights, at least, that are on their way to the second level of the cache
+constexpr int kLong = 4096;      // columns beyond which one token's activations do not stay in the first level
+
+// Rows that share loads of activations. Memory is read fastest in two streams, but long rows wait for activations instead.
+template <class V>
+constexpr int rows_at_once(int tokens, bool long_rows) {
+  if (V::bytes < 64 || tokens > 3) return 2;
+  if (tokens == 3) return 3;
+  return long_rows ? 8 / tokens : 2;
 }
 
 enum class Scales { kRow, kBlocks, kLanes };  // one a row; blocks of whole steps; blocks of less than a step
@@ -104,37 +117,49 @@ struct Sums {
   }
 };
 
-// R rows by T tokens: sums over columns, still spread over lanes, to out[t][row][lane].
+template <class V, int Bits, Scales Mode>
+inline int steps_per_flush(const Weight& w) {  // after so many steps of a row its int32 sums become float
+  using S = Steps<V, Bits>;
+  return Mode == Scales::kRow ? S::per_segment : Mode == Scales::kBlocks ? w.block / S::columns : 1;
+}
+
+// R rows by T tokens over the flushes from `flush` on, `flushes` of them: sums over columns, still spread over lanes, are
+// added to out[t][row][lane], which the first flush begins.
 template <class V, int Bits, Scales Mode, int R, int T>
-inline void spread_sums(const Weight& w, int n, const Fine* x, float* out) {
+HEADRACE_APART void add_spread_sums(const Weight& w, int n, const Fine* x, int flush, int flushes, size_t ahead, float* out) {
   using S = Steps<V, Bits>;
   using I = typename V::I;
   using F = typename V::F;
-  const size_t row_bytes = w.row_bytes(), ahead = 2048;
+  const size_t row_bytes = w.row_bytes();
   const uint8_t* rows = w.packed + n * row_bytes;
   const uint16_t* scales = w.scale + size_t(n) * w.blocks();
   const int whole = w.k / S::columns, steps = (w.k + S::columns - 1) / S::columns;
   const int rest = int(row_bytes) - whole * V::bytes;
-  const int per_flush = Mode == Scales::kRow ? S::per_segment : Mode == Scales::kBlocks ? w.block / S::columns : 1;
+  const int per_flush = steps_per_flush<V, Bits, Mode>(w);
   F f[R][T];
-  HEADRACE_UNROLL for (int r = 0; r < R; r++) HEADRACE_UNROLL for (int t = 0; t < T; t++) f[r][t] = V::zerof();
-  for (int from = 0, flush = 0; from < steps; from += per_flush, flush++) {
+  HEADRACE_UNROLL for (int r = 0; r < R; r++) HEADRACE_UNROLL for (int t = 0; t < T; t++)
+      f[r][t] = flush ? V::loadf(out + (t * V::lanes + r) * V::lanes) : V::zerof();
+  for (const int last = flush + flushes; flush < last; flush++) {
+    const int from = flush * per_flush, to = from + per_flush < whole ? from + per_flush : whole;
     Sums<V, Bits, R, T> sums;
     if (Mode == Scales::kRow) sums.start(x, S::segments, flush);
     else sums.start(x, S::steps, from);
-    const int to = from + per_flush < whole ? from + per_flush : whole;
     I codes[R];
     for (int s = from; s < to; s++) {
       HEADRACE_UNROLL for (int r = 0; r < R; r++) {
         const uint8_t* p = rows + r * row_bytes + size_t(s) * V::bytes;
-        codes[r] = V::load(p);
-        __builtin_prefetch(p + ahead);
+        codes[r] = V::kept(V::load(p));
+        __builtin_prefetch(p + ahead, 0, 2);
       }
       if (Mode == Scales::kBlocks && s > from) sums.add_start(x, s);
       sums.step(x, s, codes);
     }
     if (to < steps && to < from + per_flush) {  // what is less than a load
-      HEADRACE_UNROLL for (int r = 0; r < R; r++) codes[r] = V::load_part(rows + r * row_bytes + size_t(to) * V::bytes, rest);
+      HEADRACE_UNROLL for (int r = 0; r < R; r++) {
+        const uint8_t* p = rows + r * row_bytes + size_t(to) * V::bytes;
+        codes[r] = V::load_part(p, rest);
+        __builtin_prefetch(p + ahead, 0, 2);
+      }
       if (Mode == Scales::kBlocks && to > from) sums.add_start(x, to);
       sums.step(x, to, codes);
     }
@@ -157,43 +182,70 @@ inline void spread_sums(const Weight& w, int n, const Fine* x, float* out) {
       V::storef(out + (t * V::lanes + r) * V::lanes, f[r][t]);
 }
 
-template <class V, int Bits, Scales Mode, int T>
-inline void decode_tokens(const Weight& w, const Fine* x, int n, int count, const Out& out, const int* rows, int column) {
-  alignas(64) float lanes[T * V::lanes * V::lanes];
-  if (count < V::lanes)
-    for (float& one : lanes) one = 0;
-  // Short rows of one token go in pairs. Long ones do not: memory is read fastest as a single stream.
+// The same for up to V::lanes rows, a few at a time.
+template <class V, int Bits, Scales Mode, int T, bool Long>
+inline void add_rows(const Weight& w, int n, int count, const Fine* x, int flush, int flushes, float* out) {
+  constexpr int R = rows_at_once<V>(T, Long);
+  const size_t ahead = round_up(kAhead, (T == 1 ? R : V::lanes) * w.row_bytes());  // the same place of rows that come later
   int r = 0;
-  if (T > 1 || (Bits == 4 && w.row_bytes() <= 1024))
-    for (; r + 2 <= count; r += 2) spread_sums<V, Bits, Mode, 2, T>(w, n + r, x, lanes + r * V::lanes);
-  for (; r < count; r++) spread_sums<V, Bits, Mode, 1, T>(w, n + r, x, lanes + r * V::lanes);
-  float scales[V::lanes], bias[V::lanes] = {};
-  for (int i = 0; i < V::lanes; i++) scales[i] = Mode == Scales::kRow && i < count ? V::half(w.scale[n + i]) : 1;
+  for (; r + R <= count; r += R) add_spread_sums<V, Bits, Mode, R, T>(w, n + r, x, flush, flushes, ahead, out + r * V::lanes);
+  for (; r < count; r++) add_spread_sums<V, Bits, Mode, 1, T>(w, n + r, x, flush, flushes, ahead, out + r * V::lanes);
+}
+
+// The results of up to V::lanes rows for some tokens: sums are added up over the lanes.
+template <class V, Scales Mode>
+inline void write_rows(const Weight& w, int n, int count, const float* lanes, const Fine* x, const Out& out,
+                       const int* rows, int tokens, int column) {
+  const auto scales = Mode == Scales::kRow ? V::spread(w.scale + n, V::lanes, count) : V::setf(1);
+  float part[V::lanes] = {};
   if (w.bias)
-    for (int i = 0; i < count; i++) bias[i] = w.bias[n + i];
-  for (int t = 0; t < T; t++) {
-    const auto total = V::mul(V::sums(lanes + t * V::lanes * V::lanes), V::loadf(scales));
-    const auto y = V::fma(total, V::setf(x[t].scale), V::loadf(bias));
-    float* to = out.y + rows[t] * out.stride + column;
+    for (int i = 0; i < count; i++) part[i] = w.bias[n + i];
+  const auto bias = V::loadf(part);
+  for (int t = 0; t < tokens; t++) {
+    float* y = out.y + rows[t] * out.stride + column;
+    const auto total = V::mul(V::sums(lanes + t * V::lanes * V::lanes), scales);
+    const auto all = V::fma(total, V::setf(x[t].scale), bias);
     if (count == V::lanes) {
-      V::storef(to, y);
-    } else {
-      float part[V::lanes];
-      V::storef(part, y);
-      for (int i = 0; i < count; i++) to[i] = part[i];
+      V::storef(y, all);
+      continue;
     }
+    V::storef(part, all);
+    for (int i = 0; i < count; i++) y[i] = part[i];
   }
 }
 
+// One token reads each row from end to end. Several go over a stretch of some rows one after the other, so that the rows'
+// codes and the tokens' activations stay in the first level of the cache.
 template <class V, int Bits, Scales Mode>
 inline void decode_rows(const Weight& w, const Fine* x, int m, int begin, int end, const Out& out, int column) {
+  constexpr int most = 8;  // tokens whose sums are kept
+  constexpr int size = V::lanes * V::lanes;
+  alignas(64) float lanes[most * size];
+  const int per_flush = steps_per_flush<V, Bits, Mode>(w);
+  const int flushes = (int(round_up(w.k, Steps<V, Bits>::columns)) / Steps<V, Bits>::columns + per_flush - 1) / per_flush;
+  const int stretch = m == 1 ? flushes : std::max(1, Steps<V, Bits>::per_segment / per_flush);
   for (int n = begin; n < end; n += V::lanes) {
-    const int count = end - n < V::lanes ? end - n : V::lanes, at = column + n - begin;
-    int i = 0;
-    for (; i + 4 <= m; i += 4) decode_tokens<V, Bits, Mode, 4>(w, x + i, n, count, out, out.rows + i, at);
-    if (m - i == 3) decode_tokens<V, Bits, Mode, 3>(w, x + i, n, count, out, out.rows + i, at);
-    if (m - i == 2) decode_tokens<V, Bits, Mode, 2>(w, x + i, n, count, out, out.rows + i, at);
-    if (m - i == 1) decode_tokens<V, Bits, Mode, 1>(w, x + i, n, count, out, out.rows + i, at);
+    const int count = end - n < V::lanes ? end - n : V::lanes;
+    for (int first = 0; first < m; first += most) {
+      const int tokens = m - first < most ? m - first : most;
+      if (count < V::lanes)
+        for (int i = 0; i < tokens * size; i++) lanes[i] = 0;
+      for (int flush = 0; flush < flushes; flush += stretch) {
+        const int here = flushes - flush < stretch ? flushes - flush : stretch;
+        int t = 0;
+        const auto add = [&](auto number) {
+          constexpr int T = decltype(number)::value;
+          const auto run = w.k > kLong ? add_rows<V, Bits, Mode, T, true> : add_rows<V, Bits, Mode, T, false>;
+          run(w, n, count, x + first + t, flush, here, lanes + t * size);
+          t += T;
+        };
+        while (t + 4 <= tokens) add(Number<4>());
+        if (tokens - t == 3) add(Number<3>());
+        if (tokens - t == 2) add(Number<2>());
+        if (tokens - t == 1) add(Number<1>());
+      }
+      write_rows<V, Mode>(w, n, count, lanes, x + first, out, out.rows + first, tokens, column + n - begin);
+    }
   }
 }
 

@@ -13,10 +13,11 @@ class Mapping {
   Mapping(const Mapping&) = delete;
   ~Mapping();
   const uint8_t* data() const { return data_; }
+  uint8_t* place() const { return data_; }  // for huge_pages.h, which puts other pages of the same content there
   size_t size() const { return size_; }
 
  private:
-  const uint8_t* data_ = nullptr;
+  uint8_t* data_ = nullptr;
   size_t size_ = 0;
 };
 

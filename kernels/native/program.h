@@ -47,6 +47,7 @@ class Program {
   void instruction(const std::string& op, int layer, std::vector<int> registers, std::vector<std::string> names);
   void check() const;  // the instructions against each other: raises ProgramError
 
+  const std::vector<Mapping>& files() const { return files_; }
   const Weight& weight_named(const std::string& name) const;
   const float* floats(const std::string& name, int64_t rows, int64_t columns) const;
 

@@ -128,7 +128,7 @@ struct Avx2 {
   }
 
   static float half(uint16_t h) { return _cvtsh_ss(h); }
-  // The first scales of p, each for `lanes / n` neighbouring lanes, n a power of two; only `there` of them exist.
+  // The first scales of p, each for `lanes / n` neighbouring lanes, n a power of two up to `lanes`; only `there` of them exist.
   static F spread(const uint16_t* p, int n, int there) {
     float out[8];
     for (int i = 0; i < 8; i++) out[i] = i * n / 8 < there ? half(p[i * n / 8]) : 0;

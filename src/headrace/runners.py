@@ -27,15 +27,15 @@ class Options:
         threads: size of the thread pool; None for physical cores.
         slots: sequences held at once.
         context: positions of a slot; None for the bundle's.
-        huge_pages: native: weights are copied into huge pages, which takes a second or more at 7B and decodes faster
-            where the system's pages are small.
+        huge_pages: native: weights whose files lie in small pages are copied into huge ones, which are read faster: True
+            when it opens, None bit by bit while it runs, False never.
         progress: told what is being made before the first use.
     """
 
     threads: int | None = None
     slots: int = 1
     context: int | None = None
-    huge_pages: bool = False
+    huge_pages: bool | None = None
     progress: Progress = silent
 
 

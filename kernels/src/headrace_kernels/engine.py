@@ -18,6 +18,7 @@ __all__ = ["Engine", "Span", "Stats"]
 
 Span = tuple[int, int, "NDArray[np.int32] | Sequence[int]", "NDArray[np.int32] | Sequence[int]"]
 _INT32 = np.iinfo(np.int32)
+_SETTLE = {True: 0, None: 1, False: 2}
 
 
 class Stats(TypedDict):
@@ -39,6 +40,8 @@ class Engine:
         context: positions of a slot; None: as many as the program's tables have.
         threads: 0: one a physical core.
         isa: a name of `available_isas()`; None: HEADRACE_ISA, else the best.
+        huge_pages: files whose pages are small are copied into pages of 2 MB: True now, None bit by bit once the engine
+            has worked for a second, False never. For nothing where the system has none, or too little memory.
         fuse: False runs one instruction at a time, which gives the same numbers; for tests.
 
     Attributes:
@@ -58,6 +61,7 @@ class Engine:
         threads: int = 0,
         isa: str | None = None,
         fuse: bool = True,
+        huge_pages: bool | None = None,
     ) -> None:
         self._handle = ctypes.c_void_p()
         self._library = load()
@@ -75,7 +79,7 @@ class Engine:
         name = (isa or os.environ.get("HEADRACE_ISA", "")).encode()
         checked(
             self._library.hk_engine_new(
-                description, slots, self.context, self.threads, name, fuse, ctypes.byref(self._handle)
+                description, slots, self.context, self.threads, name, fuse, _SETTLE[huge_pages], ctypes.byref(self._handle)
             )
         )
         self.isa: str = self._library.hk_engine_isa(self._handle).decode()

@@ -16,7 +16,6 @@ import numpy as np
 from headrace.bundle.folder import Bundle
 from headrace.errors import TargetError
 from headrace.model.rope import rope_tables
-from headrace.native.huge_pages import in_huge_pages
 from headrace.native.program import COSINES, SINES, record_program
 from headrace.runtime.runner import Logits, SlotLengths, Span
 
@@ -39,7 +38,7 @@ class NativeRunner:
         slots: sequences held at once.
         context: positions of a slot, the bundle's by default.
         isa: one of `headrace_kernels.available_isas()`; the best by default, or what HEADRACE_ISA says.
-        huge_pages: copy the weights into huge pages, see huge_pages.py, instead of mapping their files.
+        huge_pages: copy files that lie in small pages into huge ones: True now, None while it runs, False never.
 
     Attributes:
         isa: the instruction set that runs.
@@ -56,7 +55,7 @@ class NativeRunner:
         slots: int = 1,
         context: int | None = None,
         isa: str | None = None,
-        huge_pages: bool = False,
+        huge_pages: bool | None = None,
     ) -> None:
         config = bundle.config
         self.vocab_size = config.vocab_size
@@ -75,13 +74,16 @@ class NativeRunner:
                 "run: pip install ./kernels, or take --runner host"
             ) from None
         recorded = record_program(bundle, self.context)
-        program, (cos, sin) = recorded.to_dict(), rope_tables(config, self.context)
-        arrays = {COSINES: cos, SINES: sin}
-        if huge_pages:
-            arrays |= in_huge_pages(bundle.root, recorded.tensors)
-            program |= {"files": [], "tensors": {}}
+        cos, sin = rope_tables(config, self.context)
         try:
-            self.engine = headrace_kernels.Engine(program, arrays, slots=slots, threads=threads or 0, isa=isa)
+            self.engine = headrace_kernels.Engine(
+                recorded.to_dict(),
+                {COSINES: cos, SINES: sin},
+                slots=slots,
+                threads=threads or 0,
+                isa=isa,
+                huge_pages=huge_pages,
+            )
         except headrace_kernels.ProgramError as error:
             raise TargetError(f"{bundle.root} cannot run natively: {error}; take --runner host") from None
         self.isa: str = self.engine.isa
