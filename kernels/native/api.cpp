@@ -181,10 +181,11 @@ API int hk_engine_write(void* e, int slot, int start, int stop, const uint8_t* d
 API int hk_kinds() { return kKinds; }
 API const char* hk_kind(int i) { return kKindNames[i]; }
 
-// counts: runs, tokens, meetings; seconds: one a kind.
+// counts: runs, tokens, meetings, bytes copied into huge pages; seconds: one a kind.
 API int hk_engine_stats(void* e, int64_t* counts, double* seconds) {
   return with_engine(e, [&](Engine& engine) {
     counts[0] = engine.runs, counts[1] = engine.tokens, counts[2] = engine.meetings;
+    counts[3] = int64_t(engine.copied());
     std::memcpy(seconds, engine.seconds, sizeof engine.seconds);
   });
 }

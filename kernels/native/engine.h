@@ -50,6 +50,7 @@ class Engine {
   const Pool& pool() const { return pool_; }
   int slots() const { return cache_.slots(); }
   int context() const { return cache_.context(); }
+  size_t copied() const { return huge_pages_.copied() * kHugePage; }  // bytes
   int vocab() const { return program_->geometry.vocab; }
   int64_t runs = 0, tokens = 0, meetings = 0;
   double seconds[kKinds] = {};

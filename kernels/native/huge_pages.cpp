@@ -57,9 +57,9 @@ bool is_huge(const uint8_t* at) {
   return found;
 }
 
-void copy_to_huge_page(uint8_t* at) {
+bool copy_to_huge_page(uint8_t* at) {
   void* room = mmap(nullptr, 2 * kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (room == MAP_FAILED) return;
+  if (room == MAP_FAILED) return false;
   auto* from = static_cast<uint8_t*>(room);
   uint8_t* copy = from + (kHugePage - reinterpret_cast<uintptr_t>(from) % kHugePage) % kHugePage;
   uint8_t *behind = copy + kHugePage, *end = from + 2 * kHugePage;
@@ -72,6 +72,7 @@ void copy_to_huge_page(uint8_t* at) {
             mremap(copy, kHugePage, kHugePage, MREMAP_MAYMOVE | MREMAP_FIXED, at) != MAP_FAILED;
   }
   if (!moved) munmap(copy, kHugePage);
+  return moved;
 }
 
 }  // namespace
@@ -86,7 +87,8 @@ void HugePages::look_for(const std::vector<Mapping>& files) {
 
 void HugePages::move_next() {
   const size_t number = next_.fetch_add(1, std::memory_order_relaxed);
-  if (number < places_.size() && !is_huge(places_[number])) copy_to_huge_page(places_[number]);
+  if (number >= places_.size() || is_huge(places_[number])) return;
+  if (copy_to_huge_page(places_[number])) copied_.fetch_add(1, std::memory_order_relaxed);
 }
 
 }  // namespace headrace

@@ -21,10 +21,11 @@ class HugePages {
   bool more() const { return next_.load(std::memory_order_relaxed) < places_.size(); }
   // Looks at the next stretch; several threads may call it together.
   void move_next();
+  size_t copied() const { return copied_.load(std::memory_order_relaxed); }  // huge pages
 
  private:
   std::vector<uint8_t*> places_;  // of whole stretches of kHugePage
-  std::atomic<size_t> next_{0};
+  std::atomic<size_t> next_{0}, copied_{0};
 };
 
 }  // namespace headrace

@@ -352,6 +352,7 @@ def load(
     *,
     runner: str | None = None,
     threads: int | None = None,
+    huge_pages: bool | None = None,
     slots: int = SLOTS,
     prefix_bytes: int = PREFIX_BYTES,
     speculate: str | os.PathLike[str] | None = None,
@@ -365,6 +366,8 @@ def load(
             phone's graphs on this CPU), "genie" (Qualcomm's Genie over binaries in HTP emulation); None takes the first
             of them that is installed.
         threads: size of the thread pool, physical cores by default.
+        huge_pages: native: weights whose files lie in small pages are copied into pages of 2 MB, which are read faster:
+            True now, None once the engine has worked for a second, False never.
         slots: conversations held at once; their cache takes memory only as it fills.
         prefix_bytes: most bytes of caches kept of conversations whose slots were needed; see `Engine`.
         speculate: guess ahead; it changes no answer, only its speed. "lookup" guesses that the text repeats itself; a
@@ -378,7 +381,7 @@ def load(
     name = default_runner() if runner is None else runner
     opener = find_runner(name)
     opened = open_bundle(Path(bundle))
-    made = opener(opened, Options(threads=threads, slots=slots, progress=progress))
+    made = opener(opened, Options(threads=threads, slots=slots, huge_pages=huge_pages, progress=progress))
     if not isinstance(made, Runner):
         if speculate is not None:
             raise TargetError(f"runner {name!r} chooses tokens by itself and cannot speculate; expected another runner")

@@ -27,8 +27,8 @@ class Options:
         threads: size of the thread pool; None for physical cores.
         slots: sequences held at once.
         context: positions of a slot; None for the bundle's.
-        huge_pages: native: weights whose files lie in small pages are copied into huge ones, which are read faster: True
-            when it opens, None bit by bit while it runs, False never.
+        huge_pages: native: weights whose files lie in small pages are copied into huge ones, which are read faster:
+            True when it opens, None bit by bit while it runs, False never.
         progress: told what is being made before the first use.
     """
 

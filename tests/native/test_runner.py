@@ -196,7 +196,7 @@ def test_threads_do_not_change_an_answer(calm: Bundle) -> None:
 
 
 def test_weights_in_huge_pages_are_the_same_weights(calm: Bundle) -> None:
-    mapped = NativeRunner(calm)
+    mapped = runners.open_runner(calm, "native", runners.Options(huge_pages=False))
     copied = runners.open_runner(calm, "native", runners.Options(huge_pages=True))
     np.testing.assert_array_equal(run(copied, IDS, wanted=range(60)), run(mapped, IDS, wanted=range(60)))
 

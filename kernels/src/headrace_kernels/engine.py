@@ -22,11 +22,13 @@ _SETTLE = {True: 0, None: 1, False: 2}
 
 
 class Stats(TypedDict):
-    """What an engine did since it was made; `meetings` of threads are those of the last run."""
+    """What an engine did since it was made; `meetings` of threads are those of the last run, `copied_bytes` are weights
+    that were copied into huge pages."""
 
     runs: int
     tokens: int
     meetings: int
+    copied_bytes: int
     seconds: dict[str, float]
 
 
@@ -79,7 +81,14 @@ class Engine:
         name = (isa or os.environ.get("HEADRACE_ISA", "")).encode()
         checked(
             self._library.hk_engine_new(
-                description, slots, self.context, self.threads, name, fuse, _SETTLE[huge_pages], ctypes.byref(self._handle)
+                description,
+                slots,
+                self.context,
+                self.threads,
+                name,
+                fuse,
+                _SETTLE[huge_pages],
+                ctypes.byref(self._handle),
             )
         )
         self.isa: str = self._library.hk_engine_isa(self._handle).decode()
@@ -152,9 +161,15 @@ class Engine:
     def stats(self) -> Stats:
         """Runs, tokens, meetings of the last run, and seconds of each kind of step."""
         kinds = [self._library.hk_kind(i).decode() for i in range(self._library.hk_kinds())]
-        counts, seconds = (ctypes.c_int64 * 3)(), (ctypes.c_double * len(kinds))()
+        counts, seconds = (ctypes.c_int64 * 4)(), (ctypes.c_double * len(kinds))()
         checked(self._library.hk_engine_stats(self._open(), counts, seconds))
-        return Stats(runs=counts[0], tokens=counts[1], meetings=counts[2], seconds=dict(zip(kinds, seconds)))
+        return Stats(
+            runs=counts[0],
+            tokens=counts[1],
+            meetings=counts[2],
+            copied_bytes=counts[3],
+            seconds=dict(zip(kinds, seconds)),
+        )
 
     def close(self) -> None:
         """Gives memory, mappings and threads back; the engine is of no use afterwards."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from headrace.cli.command import Argument, Option
 from headrace.cli.console import human_bytes, note, print_json, progress_bars, show, table
-from headrace.cli.options import Adapters, BundlePath, Json, RunnerName, Save, Threads, limit_threads
+from headrace.cli.options import Adapters, BundlePath, HugePages, Json, RunnerName, Save, Threads, limit_threads
 from headrace.errors import UserError, VerificationFailed
 from headrace.exporter.options import read_lengths
 
@@ -56,6 +56,7 @@ def bench(
     repeats: Annotated[int, Option("-r", "--repeats", min=1, help="Repetitions; the median is told.")] = 5,
     runner: RunnerName = None,
     threads: Threads = None,
+    huge_pages: HugePages = None,
     output: Annotated[
         str | None, Option("-o", "--output", help="json, or llama-bench's md or csv, instead of a table.")
     ] = None,
@@ -97,6 +98,7 @@ def bench(
             repeats=repeats,
             runner=runner,
             threads=threads,
+            huge_pages=huge_pages,
             speculate=speculate,
             progress=progress,
         )

@@ -17,6 +17,7 @@ __all__ = [
     "Adapters",
     "BundlePath",
     "CheckpointPath",
+    "HugePages",
     "Json",
     "RunnerName",
     "Save",
@@ -36,6 +37,13 @@ Adapters = Annotated[
 ]
 Threads = Annotated[int | None, Option("-t", "--threads", min=1, help="Threads; physical cores by default.")]
 
+HugePages = Annotated[
+    bool | None,
+    Option(
+        "--huge-pages/--no-huge-pages",
+        help="native: weights in memory pages of 2 MB, copied at once or never; by default after a second of work.",
+    ),
+]
 RunnerName = Annotated[
     str | None, Option("--runner", help="native, host, device or genie; the first that is installed by default.")
 ]

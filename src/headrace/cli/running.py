@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from headrace.cli.command import Option
 from headrace.cli.console import note, print_answer, progress_bars, show
-from headrace.cli.options import BundlePath, RunnerName, Threads, limit_threads
+from headrace.cli.options import BundlePath, HugePages, RunnerName, Threads, limit_threads
 from headrace.errors import UserError
 
 if TYPE_CHECKING:
@@ -57,9 +57,10 @@ def chat(
     plain: Annotated[bool, Option("--plain", help="Show answers as they come, without Markdown.")] = False,
     runner: RunnerName = None,
     threads: Threads = None,
+    huge_pages: HugePages = None,
 ) -> None:
     """Talk with a bundle."""
-    with _open_model(bundle, runner, limit_threads(threads), speculate) as model:
+    with _open_model(bundle, runner, limit_threads(threads), huge_pages, speculate) as model:
         options = model.sampling_options(
             temperature=0.0 if greedy else temperature,
             top_k=top_k,
@@ -146,8 +147,12 @@ def _grammar(model: LanguageModel, schema: Path | None, regex: str | None, lark:
     return model.grammar(*chosen[0]) if chosen else None
 
 
-def _open_model(bundle: Path, runner: str | None, threads: int | None, speculate: str | None) -> LanguageModel:
+def _open_model(
+    bundle: Path, runner: str | None, threads: int | None, huge_pages: bool | None, speculate: str | None
+) -> LanguageModel:
     from headrace.language_model import load
 
     with progress_bars() as progress:
-        return load(bundle, runner=runner, threads=threads, speculate=speculate, progress=progress)
+        return load(
+            bundle, runner=runner, threads=threads, huge_pages=huge_pages, speculate=speculate, progress=progress
+        )

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from headrace.cli.command import Argument, Option
 from headrace.cli.console import note, print_json, progress_bars
-from headrace.cli.options import BundlePath, Json, RunnerName, Threads, limit_threads
+from headrace.cli.options import BundlePath, HugePages, Json, RunnerName, Threads, limit_threads
 from headrace.errors import UserError
 
 __all__ = ["generate", "serve"]
@@ -31,6 +31,7 @@ def serve(
     sessions: Annotated[Path | None, Option("--sessions", help="Folder where clients may save conversations.")] = None,
     runner: RunnerName = None,
     threads: Threads = None,
+    huge_pages: HugePages = None,
 ) -> None:
     """Serve bundles: OpenAI's, Anthropic's and Ollama's APIs and a web page."""
     try:
@@ -56,6 +57,7 @@ def serve(
             port=port,
             runner=runner,
             threads=limit_threads(threads),
+            huge_pages=huge_pages,
             slots=slots,
             speculate=speculate,
             door=ServerOptions(api_key=key, max_body=max_body, sessions=sessions),
@@ -79,6 +81,7 @@ def generate(
     slots: Annotated[int, Option("--slots", min=1, help="Answers that run at once.")] = 8,
     runner: RunnerName = None,
     threads: Threads = None,
+    huge_pages: HugePages = None,
     json: Json = False,
 ) -> None:
     """Answer a file of prompts: many at once, in order, resumable."""
@@ -87,7 +90,14 @@ def generate(
 
     count = len(read_prompts(source))  # what is wrong there is told before a model is loaded
     with progress_bars() as progress:
-        opened = load(bundle, runner=runner, threads=limit_threads(threads), slots=slots, progress=progress)
+        opened = load(
+            bundle,
+            runner=runner,
+            threads=limit_threads(threads),
+            huge_pages=huge_pages,
+            slots=slots,
+            progress=progress,
+        )
         with opened as model:
             sampling = model.sampling_options(
                 temperature=0.0 if greedy else temperature, top_k=top_k, top_p=top_p, seed=seed

@@ -55,6 +55,7 @@ def bench_bundle(
     depths: Sequence[int] = (128,),
     repeats: int = 5,
     threads: int | None = None,
+    huge_pages: bool | None = None,
     runner: str | None = None,
     speculate: str | None = None,
     progress: Progress = silent,
@@ -68,6 +69,7 @@ def bench_bundle(
         depths: tokens in the cache before decoding starts.
         repeats: repetitions of each; all are kept, medians are told.
         threads: of the shared pool, physical cores by default.
+        huge_pages: see `headrace.load`.
         runner: its name; the fastest that is installed by default.
         speculate: also answer prompts with and without speculation: "lookup" or a draft bundle (speculation_gain.py).
         progress: told how far it is.
@@ -88,7 +90,7 @@ def bench_bundle(
         if length > bundle.context:
             raise ContextFull(length, bundle.context)
     name = default_runner() if runner is None else runner
-    opened = open_runner(bundle, name, Options(threads=threads))
+    opened = open_runner(bundle, name, Options(threads=threads, huge_pages=huge_pages))
     loaded = time.perf_counter() - started
     engine = Engine(opened)
     decoded = sorted(set(depths)) if tokens else []

@@ -33,6 +33,7 @@ def serve(
     port: int = 8080,
     runner: str | None = None,
     threads: int | None = None,
+    huge_pages: bool | None = None,
     slots: int = 4,
     speculate: str | None = None,
     door: ServerOptions | None = None,
@@ -48,6 +49,7 @@ def serve(
         port: 0 takes a free one.
         runner: the best installed one by default.
         threads: physical cores by default.
+        huge_pages: see `headrace.load`.
         slots: answers that run at once, for each model.
         speculate: guess ahead, "lookup" or a draft bundle's folder (see `headrace.load`).
         door: key and limits of requests.
@@ -66,7 +68,7 @@ def serve(
             name = path.resolve().name.removesuffix(".bundle")
             if name in workers:
                 raise UserError(f"two bundles are called {name}; rename one of the folders")
-            model = load(path, runner=runner, threads=threads, slots=slots, speculate=speculate)
+            model = load(path, runner=runner, threads=threads, huge_pages=huge_pages, slots=slots, speculate=speculate)
             workers[name] = ModelWorker(name, model, limits or WorkerOptions(), metrics)
         progress("loading", len(bundles), len(bundles))
         for worker in workers.values():
