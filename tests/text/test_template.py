@@ -72,9 +72,9 @@ def test_what_templates_can_use(what: str) -> None:
 def test_every_standard_filter_is_there() -> None:
     from jinja2.filters import FILTERS
 
-    from headrace.text.sandbox import SandboxEnvironment
+    from headrace.text.sandbox import UNWANTED, SandboxEnvironment
 
-    assert SandboxEnvironment().filters.keys() == FILTERS.keys()
+    assert SandboxEnvironment().filters.keys() == FILTERS.keys() - set(UNWANTED)
 
 
 def test_the_date_and_the_marks() -> None:
@@ -123,7 +123,7 @@ HOSTILE = {
         "{% set ns = namespace(t=[1]) %}{% for i in range(60) %}{% set ns.t = ns.t + ns.t %}{% endfor %}",
         "makes more than",
     ),
-    "joins": ("{% set t = 'a' * 1000000 %}{{ t.join([t] * 1000000) }}", "makes more than"),
+    "joins": ("{% set t = 'a' * 1000000 %}{{ t.join([t] * 100000) }}", "makes more than"),
     "joins by filter": ("{% set t = 'a' * 1000000 %}{{ ([t] * 1000000) | join(t) }}", "makes more than"),
     "joins long texts": ("{% set t = 'a' * 1000000 %}{{ ([t] * 1000000) | join }}", "makes more than"),
     "joins long texts by method": ("{% set t = 'a' * 1000000 %}{{ ''.join([t] * 1000000) }}", "makes more than"),
@@ -135,7 +135,6 @@ HOSTILE = {
     "translates": ("{% set t = 'a' * 1000000 %}{{ t.translate({97: t}) }}", "pads text"),
     "pads by filter": ("{{ 'a' | center(999999999) }}", "pads text"),
     "indents": ("{{ 'a\\nb' | indent(999999999) }}", "pads text"),
-    "wraps": ("{{ ('a ' * 100000) | wordwrap(1, true, 'b' * 100000) }}", "pads text"),
     "formats by filter": ("{{ '%999999999d' | format(1) }}", "width in its format"),
     "loops over long lists": (
         "{% for i in [1] * 1000000 %}{% for j in [1] * 1000000 %}{% endfor %}{% endfor %}",
@@ -149,6 +148,47 @@ HOSTILE = {
     "divides by zero": ("{{ 1 / 0 }}", "division by zero"),
     "misses a name": ("{{ nothing.at.all }}", "nothing"),
     "multiplies": ("{% set ns = namespace(n=9999999999) %}{{ ns.n * ns.n * ns.n * ns.n }}", "numbers are too large"),
+    "wraps": ("{{ ('a ' * 10000) | wordwrap(1, true, 'b' * 100000) }}", "pads text"),
+    "wraps much": ("{{ ('a' * 1000000) | wordwrap(1) }}", "wraps more than"),
+    "compares lists that are in themselves often": (
+        "{% set ns = namespace(a=[1], b=[1]) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}"
+        "{% set ns.b = [ns.b, ns.b] %}{% endfor %}{{ ns.a == ns.b }}",
+        "makes more than",
+    ),
+    "hashes such a list": (
+        "{% set ns = namespace(a=(1,)) %}{% for i in range(60) %}{% set ns.a = (ns.a, ns.a) %}{% endfor %}"
+        "{{ {ns.a: 1} | length }}",
+        "makes more than",
+    ),
+    "makes it of a macro's arguments": (
+        "{% set ns = namespace(a=(1,)) %}{% macro f() %}{% set ns.a = varargs %}{% endmacro %}"
+        "{% for i in range(60) %}{{ f(ns.a, ns.a) }}{% endfor %}{{ {ns.a: 1} | length }}",
+        "makes more than",
+    ),
+    "makes it of a call's arguments": (
+        "{% set ns = namespace(a={'x': 1}, b={'x': 1}) %}{% for i in range(60) %}{% set ns.a = dict(x=ns.a, y=ns.a) %}"
+        "{% set ns.b = dict(x=ns.b, y=ns.b) %}{% endfor %}{{ ns.a == ns.b }}",
+        "makes more than",
+    ),
+    "makes it by a filter": (
+        "{% set ns = namespace(a=[1], b=[1]) %}{% for i in range(60) %}{% set ns.a = (ns.a * 2) | batch(9) | list %}"
+        "{% set ns.b = (ns.b * 2) | batch(9) | list %}{% endfor %}{{ ns.a == ns.b }}",
+        "makes more than",
+    ),
+    "hashes what is too deep": (
+        "{% set ns = namespace(a=()) %}{% for i in range(99999) %}{% set ns.a = (ns.a,) %}{% endfor %}"
+        "{% for i in range(99999) %}{% set ns.a = (ns.a,) %}{% endfor %}{{ {ns.a: 1} | length }}",
+        "lists into lists",
+    ),
+    "searches long lists in a filter": (
+        "{% set t = range(99999) | list %}{{ t | select('in', t | reverse | list) | list | length }}",
+        "more than",
+    ),
+    "adds up lists": ("{{ ([[1]] * 99999) | sum(start=[]) }}", "adds up what are no numbers"),
+    "adds up lists by place": ("{{ ([[1]] * 99999) | sum(none, []) }}", "adds up what are no numbers"),
+    "reads a long number": ("{{ ('f' * 1000000) | int(0, 16) // 3 }}", "numbers are too large"),
+    "spells a long number": ("{{ 0x" + "f" * 99 + " // 3 }}", "numbers are too large"),
+    "strips tags": ("{{ ('<' * 1000000) | striptags }}", "No filter named"),
     "writes much": (
         "{% set t = 'a' * 1000000 %}{% for i in range(99999) %}{{ t }}{% endfor %}",
         "makes more than",

@@ -6,22 +6,22 @@ A recipe is a small JSON file:
      "rules": [{"match": "embed_tokens|lm_head", "bits": 8, "block": "channel", "method": "nearest"},
                {"match": "layers\\..*_proj",      "bits": 4, "block": "channel", "method": "gptq"}]}
 
-`match` is a regular expression searched in the canonical name; `"rotate": true` quantizes the model in another basis
+`match` is a regular expression (patterns.py) searched in the canonical name; `"rotate": true` quantizes the model in another basis
 (rotation.py). This file does not know how a method works.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from headrace.bundle.grid import Grid
-from headrace.errors import RecipeError, did_you_mean
+from headrace.errors import RecipeError, did_you_mean, shown
 from headrace.files import read_json
+from headrace.patterns import Pattern, PatternError
 
 __all__ = ["Recipe", "Rule", "load_recipe", "parse_block", "shipped_recipes"]
 
@@ -36,12 +36,13 @@ class Rule:
     bits: int
     block: int | None
     method: str
+    pattern: Pattern = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         try:
-            re.compile(self.match)
-        except re.error as error:
-            raise RecipeError(f"rule {self.match!r} is not a regular expression: {error}") from None
+            object.__setattr__(self, "pattern", Pattern(self.match))
+        except PatternError as error:
+            raise RecipeError(f"rule {shown(self.match)} is not a regular expression: {error}") from None
         _ = self.grid
 
     @property
@@ -88,7 +89,7 @@ class Recipe:
         used: set[int] = set()
         for name in names:
             for number, rule in enumerate(self.rules):
-                if re.search(rule.match, name):
+                if rule.pattern.found_in(name):
                     chosen[name] = rule
                     used.add(number)
                     break

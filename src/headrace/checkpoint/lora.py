@@ -30,6 +30,7 @@ from headrace.config import ModelConfig
 from headrace.errors import CheckpointError, ConfigError, did_you_mean, shown
 from headrace.files import read_json, sha256_file
 from headrace.model.weights import Role, find_weight, weight_table
+from headrace.patterns import Pattern, PatternError
 
 __all__ = ["adapted", "adapter_digest"]
 
@@ -39,7 +40,6 @@ ADAPTER_FILES: Mapping[str, Callable[[Path], dict[str, LazyTensor]]] = {
     "adapter_model.bin": read_torch,
 }
 FACTOR_LIMIT = 1e6  # of alpha over rank; published adapters have 0.1 to 64
-PATTERN_LIMIT = 200  # characters of a module's pattern
 DEFAULT_RANK, DEFAULT_ALPHA = 8, 8.0  # LoraConfig's
 # base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight; an embedding's pair has no ".weight".
 TENSOR = re.compile(r"base_model\.model\.(?:model\.)?(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
@@ -121,8 +121,15 @@ def _adapter(folder: Path, checkpoint: Checkpoint) -> dict[str, _Change]:
             )
         pairs.setdefault(match[1], {})[f"{match[2] or ''}{match[3]}"] = tensor
     changes: dict[str, _Change] = {}
+    modules = _modules(checkpoint.config)
     for module, pair in pairs.items():
-        changes |= _places(path, module, _change(path, raw, module, pair), checkpoint)
+        if module not in modules:
+            raise CheckpointError(
+                f"{path} changes {shown(module)}, which a {checkpoint.config.architecture} decoder of "
+                f"{checkpoint.config.num_layers} layers does not have{did_you_mean(module, modules)}; expected an "
+                "adapter of this model"
+            )
+        changes |= _places(path, module, modules[module], _change(path, raw, module, pair), checkpoint)
     return changes
 
 
@@ -182,14 +189,9 @@ def _pattern(raw: Mapping[str, Any], key: str, module: str, default: float) -> f
     if not isinstance(patterns, Mapping):
         raise ConfigError(f"{key} is {shown(patterns)}; expected an object")
     for pattern, value in patterns.items():
-        # A repeated group, or many repetitions, can take for ever on a name that does not fit.
-        if len(pattern) > PATTERN_LIMIT or re.search(r"\)[*+?{]", pattern) or len(re.findall("[*+{]", pattern)) > 3:
-            raise ConfigError(
-                f"{key} has {shown(pattern)}; expected a module's name, or a pattern without repeated groups"
-            )
         try:
-            fits = re.match(rf"(.*\.)?({pattern})$", f"model.{module}")
-        except re.error as error:
+            fits = Pattern(rf"(^|\.)({pattern})$").found_in(f"model.{module}")
+        except PatternError as error:
             raise ConfigError(f"{key} has {shown(pattern)}, which is no regular expression: {error}") from None
         if fits:
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < FACTOR_LIMIT:
@@ -198,15 +200,11 @@ def _pattern(raw: Mapping[str, Any], key: str, module: str, default: float) -> f
     return default
 
 
-def _places(path: Path, module: str, change: _Change, checkpoint: Checkpoint) -> dict[str, _Change]:
+def _places(
+    path: Path, module: str, parts: Sequence[str], change: _Change, checkpoint: Checkpoint
+) -> dict[str, _Change]:
     """The weights that a module's change is for: one, or those that are fused in it, each with its rows."""
     config = checkpoint.config
-    parts = _modules(config).get(module)
-    if parts is None:
-        raise CheckpointError(
-            f"{path} changes {shown(module)}, which a {config.architecture} decoder of {config.num_layers} layers does "
-            f"not have{did_you_mean(module, _modules(config))}; expected an adapter of this model"
-        )
     table = weight_table(config)
     rows = [table[name].matrix[0] for name in parts]
     columns = table[parts[0]].matrix[1]

@@ -1,8 +1,10 @@
 """The jinja environment that chat templates run in: Hugging Face's settings, and bounds.
 
 A template is code from whoever made the checkpoint. Jinja's immutable sandbox keeps it from the computer; the bounds
-here keep it from looping, joining, repeating or padding its way through time and memory. Every loop, call, filter and
-joined text counts against the limits of the rendering it belongs to. Knows nothing about messages or tokens.
+here keep it from looping, joining, repeating, nesting or padding its way through time and memory. Every loop, call,
+filter, test and joined text counts against the limits of the rendering it belongs to; what one operation of Python's can
+make of a value is bounded by the value's size, written out, and by the size of whole numbers. Knows nothing about
+messages or tokens.
 
 Source of the settings: transformers, utils/chat_template_utils.py.
 """
@@ -30,14 +32,20 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 __all__ = ["MAX_CHARACTERS", "MAX_STEPS", "SandboxEnvironment", "limited"]
 
 MAX_CHARACTERS = 16 << 20  # characters and list items that one rendering may make, intermediate ones included
-MAX_REPEAT = 1 << 20  # characters or items made at once by repeating or padding
+MAX_REPEAT = 1 << 20  # characters made at once by repeating or padding
+MAX_ITEMS = 1 << 18  # items of a list or object with all that is inside it, one that is in it twice counted twice
+MAX_DEPTH = 200  # lists inside lists; Python compares and hashes them by calling itself
+MAX_BITS = 64  # of a whole number
 MAX_STEPS = 300_000  # turns of loops and calls of one rendering
-MAX_SECONDS = 10.0  # CPU time of one rendering; real templates take milliseconds
+MAX_SECONDS = 5.0  # CPU time of one rendering; real templates take milliseconds
 # Methods of strings, and filters, whose result can be about as long as the product of what they are given.
 MULTIPLYING = frozenset({
-    "batch", "center", "expandtabs", "indent", "ljust", "rjust", "round", "slice", "translate", "urlize", "wordwrap",
+    "batch", "center", "expandtabs", "indent", "ljust", "rjust", "round", "slice", "translate", "wordwrap",
     "zfill",
 })  # fmt: skip
+# Filters that take the square of their text's length and that no prompt has use for.
+UNWANTED = ("pprint", "striptags", "urlize", "xmlattr")
+MAX_WRAPPED = 1 << 16  # characters that wordwrap takes, which copies its text once a line
 
 
 class _Limits:
@@ -105,22 +113,37 @@ def _check_growth(name: str, value: Any, arguments: Sequence[Any]) -> None:
         _check_total(_size(value) * _size(arguments[0]))
     elif name == "format":
         _check_widths(str(value))
+    if name == "wordwrap" and _size(value) > MAX_WRAPPED:
+        raise SecurityError(f"it wraps more than {MAX_WRAPPED} characters")
     _check_text(value, *arguments)
 
 
 def _check_text(*values: object) -> None:
-    """Refuse lists and objects that would be too long written out; one that is in it many times counts each time."""
-    left, pending = MAX_CHARACTERS, list(values)
-    while pending:
-        value = pending.pop()
-        size = _size(value)
-        left -= 1 + size
-        if left < 0:
-            _check_total(MAX_CHARACTERS - left)
-        if isinstance(value, dict):
-            pending += [*value, *value.values()]
-        elif isinstance(value, (list, tuple)):
-            pending += value
+    """Refuse lists and objects that would be too long written out, or are too deep; one that is in it many times counts
+    each time, since comparing, hashing and printing visit it each time. Refuse large numbers too."""
+    characters, items, level, depth = 0, 0, list(values), 0
+    while level:
+        depth += 1
+        inside: list[object] = []
+        for value in level:
+            size = _size(value)
+            characters += 1 + size
+            if isinstance(value, dict):
+                items += 2 * size
+                if items <= MAX_ITEMS:
+                    inside += [*value, *value.values()]
+            elif isinstance(value, (list, tuple)):
+                items += size
+                if items <= MAX_ITEMS:
+                    inside += value
+            elif isinstance(value, int) and value.bit_length() > MAX_BITS:
+                raise SecurityError("its numbers are too large")
+        _check_total(characters)
+        if items > MAX_ITEMS:
+            raise SecurityError(f"it makes more than {MAX_ITEMS} items")
+        if depth > MAX_DEPTH:
+            raise SecurityError(f"it puts lists into lists {MAX_DEPTH} times")
+        level = inside
 
 
 def _check_total(size: int) -> None:
@@ -135,7 +158,7 @@ def _check_widths(text: str) -> None:
 
 
 class _Compiler(CodeGenerator):
-    """Jinja's compiler, but `a ~ b` goes through the environment, which counts it."""
+    """Jinja's compiler, but `a ~ b`, lists and objects go through the environment, which counts them."""
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         self.write("environment.joined((")
@@ -143,6 +166,23 @@ class _Compiler(CodeGenerator):
             self.visit(part, frame)
             self.write(", ")
         self.write("))")
+
+    def visit_List(self, node: nodes.List, frame: Frame) -> None:
+        self._checked(super().visit_List, node, frame)
+
+    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:
+        self._checked(super().visit_Dict, node, frame)
+
+    def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:
+        if node.ctx == "load":
+            self._checked(super().visit_Tuple, node, frame)
+        else:  # names that are set
+            super().visit_Tuple(node, frame)
+
+    def _checked(self, visit: Callable[[Any, Frame], None], node: nodes.Expr, frame: Frame) -> None:
+        self.write("environment.checked(")
+        visit(node, frame)
+        self.write(")")
 
 
 class _GenerationTag(Extension):
@@ -160,14 +200,16 @@ class SandboxEnvironment(ImmutableSandboxedEnvironment):
     """Compiles templates whose work counts against the `limited()` they are rendered in."""
 
     code_generator_class = _Compiler
-    intercepted_binops = frozenset(["+", "*", "**", "%"])
+    intercepted_binops = frozenset(["+", "-", "*", "**", "%", "/", "//"])
 
     def __init__(self) -> None:
         super().__init__(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols], finalize=_written
         )
-        self.filters = {name: _counted_filter(name, function) for name, function in self.filters.items()}
+        kept = {name: function for name, function in self.filters.items() if name not in UNWANTED}
+        self.filters = {name: _counted_filter(name, function) for name, function in kept.items()}
         self.filters["tojson"] = _tojson
+        self.tests = {name: _counted_test(function) for name, function in self.tests.items()}
         self.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
         self.globals.pop("lipsum")  # random text without a bound
 
@@ -185,6 +227,11 @@ class SandboxEnvironment(ImmutableSandboxedEnvironment):
         for item in items:
             limits.step()
             yield item
+
+    def checked(self, value: Any) -> Any:
+        """A list or an object that the template writes."""
+        _check_text(value)
+        return value
 
     def joined(self, parts: Sequence[Any]) -> str:
         """`a ~ b`."""
@@ -207,13 +254,12 @@ class SandboxEnvironment(ImmutableSandboxedEnvironment):
         if operator == "*":
             for one, other in ((left, right), (right, left)):
                 if hasattr(one, "__len__") and isinstance(other, int) and len(one) * other > MAX_REPEAT:
-                    raise SecurityError(f"it repeats something to more than {MAX_REPEAT} items")
-            if isinstance(left, int) and isinstance(right, int) and abs(left * right) >> 64:
-                raise SecurityError("its numbers are too large")
+                    raise SecurityError(f"it repeats something to more than {MAX_REPEAT} characters or items")
         if operator == "%" and isinstance(left, str):
             _check_widths(left)
-            _check_text(right)
+        _check_text(left, right)
         result = super().call_binop(context, operator, left, right)
+        _check_text(result)
         _current.get().make(_size(result))
         return result
 
@@ -226,6 +272,7 @@ class SandboxEnvironment(ImmutableSandboxedEnvironment):
             if name == "join" and len(args) == 1:
                 args = (list(args[0]),)  # its length is needed first, and a generator can be read only once
             _check_growth(name, owner, [*args, *kwargs.values()])
+        _check_text(args, kwargs)  # a macro sees them as a list
         if isinstance(function, LoopContext) and args:  # a recursive loop calls itself with the items of a branch
             args = (self.counted(args[0]), *args[1:])
         result = super().call(context, function, *args, **kwargs)
@@ -253,11 +300,36 @@ def _counted_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
         values = args[skipped:]
         if values:
             _check_growth(name, values[0], [*values[1:], *kwargs.values()])
+        start = kwargs.get("start", values[2] if len(values) > 2 else 0)
+        if name == "sum" and not isinstance(start, (int, float)):
+            raise SecurityError("it adds up what are no numbers")
         result = function(*args, **kwargs)
+        if isinstance(result, Iterator):
+            return _counted_items(result)
+        _check_text(result)
         limits.make(_size(result))
         return result
 
     return filtered
+
+
+def _counted_items(items: Iterator[Any]) -> Iterator[Any]:
+    """What a filter gives one by one, each a step."""
+    for item in items:
+        _current.get().step()
+        _check_text(item)
+        yield item
+
+
+def _counted_test(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A test, which is a step."""
+
+    @functools.wraps(function)
+    def tested(*args: Any, **kwargs: Any) -> Any:
+        _current.get().step()
+        return function(*args, **kwargs)
+
+    return tested
 
 
 def _written(value: Any) -> Any:
