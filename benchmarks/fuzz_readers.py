@@ -1,17 +1,19 @@
-"""Many hostile inputs through every checkpoint reader, each reader in a child with limits of memory and time.
+"""Many hostile inputs through every reader, each reader in a child with limits of memory and time.
 
     python benchmarks/fuzz_readers.py [--inputs 100000] [--readers gguf,torch] [--seed 0]
 
-An input fails when anything but one printable line comes out, when it takes more than SECONDS of the processor, or when
-it needs more than MEMORY above what the child had before; the seed that makes it again is printed. Exit 1 if one
-failed. The inputs are those of tests/checkpoint/hostile.py, at most some tens of KB each.
+An input fails when anything but one printable line comes out, when it takes more than its seconds of the processor or
+its memory above what the child had before, or when it ends the child; the seed that makes it again is printed. Exit 1
+if one failed. The inputs are those of tests/hostile, at most some tens of KB each.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import logging
+import mmap
 import random
 import resource
 import signal
@@ -19,12 +21,16 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
+import warnings
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).parents[1]
-SECONDS = 5  # of the processor for one input; the slowest good one takes some 20 ms
-MEMORY = 256 << 20  # bytes of address space beyond the child's own; an expanded tensor is read a row at a time
 FAILURES = 20  # after so many a reader is given up
+WARM = 100  # inputs before memory is looked at
+STUCK = 20  # seconds of the processor that an input may take where no signal of Python's reaches it
 
 
 def main() -> int:
@@ -32,55 +38,83 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=100_000)
     parser.add_argument("--readers", default="")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--trace", action="store_true", help="show where a failure came from")
     parser.add_argument("--child", default="")
+    parser.add_argument("--at", default="", help="file that says which seed is being tried")
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     if options.child:
-        return run(options.child, options.inputs, options.seed)
-    from tests.checkpoint.hostile import FORMATS
+        return run(options.child, options.inputs, options.seed, Path(options.at), options.trace)
+    from tests.hostile.formats import FORMATS
 
-    status = 0
-    for name in options.readers.split(",") if options.readers else FORMATS:
-        command = [
-            sys.executable,
-            __file__,
-            "--child",
-            name,
-            "--inputs",
-            str(options.inputs),
-            "--seed",
-            str(options.seed),
-        ]
-        status |= subprocess.run(command).returncode != 0
+    names = options.readers.split(",") if options.readers else list(FORMATS)
+    return max(guard(name, options) for name in names)
+
+
+def guard(name: str, options: argparse.Namespace) -> int:
+    """One reader in a child; an input that ends the child, or holds it up, is told and left out."""
+    seed, end, status, lost = options.seed, options.seed + options.inputs, 0, 0
+    with tempfile.NamedTemporaryFile() as at:
+        at.write(seed.to_bytes(8, "little"))
+        at.flush()
+        while seed < end and lost < FAILURES:
+            command = [sys.executable, __file__, "--child", name, "--inputs", str(end - seed), "--seed", str(seed)]
+            child = subprocess.Popen([*command, "--at", at.name, *(["--trace"] if options.trace else [])])
+            last, since = seed, 0.0
+            while (code := child.poll()) is None:
+                time.sleep(0.2)
+                now = int.from_bytes(Path(at.name).read_bytes(), "little")
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    used = sum(psutil.Process(child.pid).cpu_times()[:2])
+                    if now != last:
+                        last, since = now, used
+                    elif used - since > STUCK and last > seed:
+                        child.kill()
+            if code in (0, 1):
+                return status | code
+            last = int.from_bytes(Path(at.name).read_bytes(), "little")
+            reason = signal.Signals(-code).name if code < 0 else f"status {code}"
+            print(f"{name}: seed {last}: ended the process ({reason})", flush=True)
+            seed, status, lost = last + 1, 1, lost + 1
     return status
 
 
-def run(name: str, inputs: int, seed: int) -> int:
+def run(name: str, inputs: int, seed: int, at: Path, trace: bool) -> int:
     """One reader, in this process."""
-    from tests.checkpoint.hostile import prepare, try_one
+    from tests.hostile.format import try_one
+    from tests.hostile.formats import FORMATS
 
+    form = FORMATS[name]
     lines: collections.Counter[str] = collections.Counter()
     failed, slowest, began = 0, 0.0, time.perf_counter()
     shared = Path("/dev/shm")
     logging.disable()  # what a config leaves out is told by a warning, thousands of times
-    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as scratch:
+    warnings.simplefilter("error")
+    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as scratch, at.open("r+b") as file:
+        trying = mmap.mmap(file.fileno(), 8)
         folder = Path(scratch) / "fuzz"
-        good = prepare(folder)
-        try_one(name, random.Random(seed), folder, good)  # what is imported late is not the input's memory
+        good = form.prepare(folder)
+        for number in range(WARM):  # what is imported late is not the input's memory
+            with contextlib.suppress(Exception):
+                try_one(form, random.Random(-1 - number), folder, good)
         signal.signal(signal.SIGPROF, _too_long)
         held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, held + MEMORY))
+        resource.setrlimit(resource.RLIMIT_AS, (held + form.memory, held + form.memory))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for number in range(seed, seed + inputs):
+            trying[:] = number.to_bytes(8, "little")
             start = time.process_time()
-            signal.setitimer(signal.ITIMER_PROF, SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, form.seconds)
             try:
-                line = try_one(name, random.Random(number), folder, good)
+                line = try_one(form, random.Random(number), folder, good)
             except BaseException as error:
+                signal.setitimer(signal.ITIMER_PROF, 0)
                 if isinstance(error, KeyboardInterrupt):
                     raise
                 failed += 1
-                print(f"{name}: seed {number}: {type(error).__name__}: {ascii(str(error))[:300]}", flush=True)
+                print(f"{name}: seed {number}: {type(error).__name__}: {ascii(str(error))[:200]}", flush=True)
+                if trace:
+                    traceback.print_exc(limit=-6)
                 if failed == FAILURES:
                     break
                 continue
@@ -99,7 +133,7 @@ def run(name: str, inputs: int, seed: int) -> int:
 
 
 def _too_long(*_: object) -> None:
-    raise TimeoutError(f"over {SECONDS} s")
+    raise TimeoutError("took too long")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def test_impossible_scaling() -> None:
         RopeScaling("yarn", 4.0)
     with pytest.raises(ConfigError, match=r"factor 0.5 is below 1"):
         RopeScaling("linear", 0.5)
-    with pytest.raises(ConfigError, match="factor nan"):
+    with pytest.raises(ConfigError, match="factor is nan; expected a number above 0"):
         RopeScaling("linear", float("nan"))
 
 

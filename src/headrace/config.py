@@ -5,7 +5,6 @@ Knows nothing about files, tensors or graphs; architectures/ fill it in from wha
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
@@ -13,6 +12,13 @@ from typing import Any
 from headrace.errors import ConfigError, did_you_mean, shown
 
 __all__ = ["ModelConfig", "RopeScaling", "positive_int"]
+
+LARGEST = 3.4e38  # float32, in which frequencies are computed
+_KINDS: Mapping[str, Any] = {
+    "architecture": str, "rms_norm_eps": int | float, "rope_theta": int | float, "tied_head": bool, "qkv_bias": bool,
+    "output_bias": bool, "mlp_bias": bool,
+}  # fmt: skip
+_SPOKEN = {str: "text", bool: "true or false", int | float: "a number"}
 
 
 @dataclass(frozen=True)
@@ -30,9 +36,16 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         if self.kind not in ("linear", "llama3"):
-            raise ConfigError(f"rope_scaling {self.kind!r} is not supported; expected 'linear' or 'llama3'")
-        if not 1 <= self.factor < math.inf:
-            raise ConfigError(f"rope_scaling factor {self.factor} is below 1 or no number")
+            raise ConfigError(f"rope_scaling {shown(self.kind)} is not supported; expected 'linear' or 'llama3'")
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < LARGEST:
+                raise ConfigError(f"rope_scaling's {name} is {shown(value)}; expected a number above 0")
+        if self.factor < 1:
+            raise ConfigError(f"rope_scaling factor {self.factor} is below 1")
+        if self.kind == "llama3" and not self.low_freq_factor < self.high_freq_factor:
+            raise ConfigError(f"rope_scaling's low_freq_factor {self.low_freq_factor} is not below high_freq_factor")
+        positive_int("rope_scaling's original_context", self.original_context)
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,9 @@ class ModelConfig:
     sliding_window: int | None = None
 
     def __post_init__(self) -> None:
+        for name, kind in _KINDS.items():
+            if not isinstance(value := getattr(self, name), kind) or (isinstance(value, bool) and kind is not bool):
+                raise ConfigError(f"{name} is {shown(value)}; expected {_SPOKEN[kind]}")
         for name in (
             "vocab_size", "hidden_size", "intermediate_size", "num_layers",
             "num_heads", "num_kv_heads", "head_dim", "max_context",
@@ -98,9 +114,9 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ConfigError(f"head_dim {self.head_dim} is odd; rotary embedding needs pairs")
         if not 0 < self.rms_norm_eps < 1:
-            raise ConfigError(f"rms_norm_eps {self.rms_norm_eps} is not between 0 and 1")
-        if not 1 < self.rope_theta < math.inf:
-            raise ConfigError(f"rope_theta {self.rope_theta} is not above 1")
+            raise ConfigError(f"rms_norm_eps {shown(self.rms_norm_eps)} is not between 0 and 1")
+        if not 1 < self.rope_theta < LARGEST:
+            raise ConfigError(f"rope_theta {shown(self.rope_theta)} is not above 1 and finite")
 
     @property
     def group_size(self) -> int:

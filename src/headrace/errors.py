@@ -12,8 +12,8 @@
     │   └── TargetError           a compiler, an emulator, a device
     └── VerificationFailed        a check that was asked for found a difference; exit 1
 
-A message says what was wrong, with the value, then what was expected, then what to do, in one line.
-This file does not know who prints the messages.
+A message says what was wrong, with the value, then what was expected, then what to do, in one printable line, whatever
+a stranger's file or request put into it. This file does not know who prints the messages.
 """
 
 from __future__ import annotations
@@ -35,12 +35,19 @@ __all__ = [
     "UserError",
     "VerificationFailed",
     "did_you_mean",
+    "one_line",
     "shown",
 ]
 
 
+LONGEST_LINE = 1500  # characters of a message: a long path, and a sentence
+
+
 class HeadraceError(Exception):
-    """Base of all errors raised on purpose."""
+    """Base of all errors raised on purpose; its message is one line that can be printed."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(str(message)))
 
 
 class UserError(HeadraceError):
@@ -89,6 +96,15 @@ class TargetError(UserError):
 
 class VerificationFailed(HeadraceError):
     """A check that was asked for found a difference."""
+
+
+def one_line(text: str) -> str:
+    """A message on one line, without what cannot be printed, at most `LONGEST_LINE` characters of it."""
+    line = " ".join(text.split()) if "\n" in text else text
+    if not line.isprintable():
+        line = "".join(c if c.isprintable() else "\ufffd" for c in line)
+    # What is long is a foreign value; what to do stands at the end.
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 501]}…{line[-500:]}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

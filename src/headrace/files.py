@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,16 +21,22 @@ from headrace.errors import BundleError, UserError
 __all__ = [
     "JSON_LIMIT",
     "allocate",
+    "exchange",
+    "full_disk",
+    "read_bytes",
     "read_json",
     "read_text",
     "sha256_file",
     "stands_for",
     "sync",
+    "sync_below",
     "temporary_name",
     "whole_file",
     "write_file",
 ]
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 _ZEROS = 1 << 20  # bytes written at once
 JSON_LIMIT = 64 << 20  # bytes; the shard index of the largest models is a few MB
 
@@ -48,13 +55,12 @@ def read_json(path: Path, *, error: type[UserError] = BundleError, advice: str =
     if not path.is_file():
         raise error(f"{path} is missing; expected a JSON object: {advice}")
     try:
-        with path.open("rb") as file:
-            data = file.read(JSON_LIMIT + 1)
-        if len(data) > JSON_LIMIT:
-            raise error(f"{path} has {path.stat().st_size} bytes; expected at most {JSON_LIMIT}")
+        data = read_bytes(path, error=error, limit=JSON_LIMIT)
         if instead := stands_for(data[:512]):
             raise error(f"{path} is {instead}")
         value = json.loads(data.decode("utf-8-sig"))  # some editors put a byte order mark in front
+        if b"\\ud" in data or b"\\uD" in data:  # halves of characters can be spelled, and be no text
+            json.dumps(value, ensure_ascii=False).encode()
     except OSError as cause:
         raise error(f"{path} cannot be read ({cause}): {advice}") from None
     except (ValueError, RecursionError) as cause:
@@ -87,15 +93,26 @@ def read_text(path: Path, *, error: type[UserError] = UserError, limit: int = JS
         UserError: the file cannot be read, is too large or is not UTF-8; of the class `error`.
     """
     try:
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
-        if len(data) > limit:
-            raise error(f"{path} has {path.stat().st_size} bytes; expected at most {limit}")
-        return data.decode("utf-8")
+        return read_bytes(path, error=error, limit=limit).decode("utf-8")
     except OSError as cause:
         raise error(f"{path} cannot be read ({cause})") from None
     except UnicodeDecodeError as cause:
         raise error(f"{path} is not UTF-8 text ({cause.reason} at byte {cause.start}); save it as UTF-8") from None
+
+
+def read_bytes(path: Path, *, error: type[UserError] = UserError, limit: int = JSON_LIMIT) -> bytes:
+    """A whole file of at most `limit` bytes.
+
+    Raises:
+        UserError: it is larger; of the class `error`.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        # Python makes room for as much as is asked for, so no more is asked for than is there.
+        data = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)
+    if len(data) > limit:
+        raise error(f"{path} has {path.stat().st_size} bytes; expected at most {limit}")
+    return data
 
 
 def temporary_name(path: Path) -> Path:
@@ -105,7 +122,10 @@ def temporary_name(path: Path) -> Path:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file open for writing; it appears under its name, synced, when the block ends well; otherwise not at all."""
+    """A file open for writing; it appears under its name, synced, when the block ends well; otherwise not at all.
+
+    Once the block has ended, neither a killed process nor a power cut takes it away again.
+    """
     temporary = temporary_name(path)
     try:
         with temporary.open("wb") as out:
@@ -113,6 +133,7 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
             out.flush()
             os.fsync(out.fileno())
         temporary.replace(path)
+        sync(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -149,11 +170,56 @@ def write_file(path: Path, data: bytes) -> None:
 
 def sync(path: Path) -> None:
     """What was written to a file, or the names in a folder, is on disk when this returns."""
+    if os.name == "nt" and path.is_dir():
+        return  # it has no way to ask for this
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_below(folder: Path) -> None:
+    """Everything in a folder, and the names of it all, is on disk when this returns."""
+    entries = [entry for entry in folder.rglob("*") if not entry.is_symlink()]
+    for entry in sorted(entries, key=lambda entry: entry.is_dir()):  # what is in the files, then their names
+        sync(entry)
+    sync(folder)
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Let two files or folders that are there swap their names in one step; False where the system cannot.
+
+    Nobody then meets a moment in which one of the names is missing. Source: Linux, renameat2(2), RENAME_EXCHANGE.
+    """
+    if sys.platform != "linux":
+        return False
+    import ctypes
+
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # glibc has it since 2.28
+    if rename is None:
+        return False
+    return bool(rename(_HERE, os.fsencode(a), _HERE, os.fsencode(b), _EXCHANGE) == 0)
+
+
+@contextmanager
+def full_disk(told_as: type[UserError], folder: Path, advice: str) -> Iterator[None]:
+    """A disk that fills up inside becomes one line.
+
+    Args:
+        told_as: the class of the error.
+        folder: where there is no room.
+        advice: what to do about it.
+
+    Raises:
+        UserError: of that class.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise told_as(f"{folder} has no room left ({error.strerror}); free some and {advice}") from error
 
 
 def sha256_file(path: Path) -> str:

@@ -1,7 +1,7 @@
 """Regular expressions that come with a file, matched in time that grows with the text and not beyond.
 
-Python's own `re` tries one way after the other, and a short expression in a stranger's recipe or adapter can make it try
-for ever. Here all ways are followed at once (Thompson 1968, "Regular expression search algorithm"), so a text of n
+Python's own `re` tries one way after the other, and a short expression in a stranger's recipe or adapter can make it
+try for ever. Here all ways are followed at once (Thompson 1968, "Regular expression search algorithm"), so a text of n
 characters takes at most n steps over the places of the expression. What needs trying back (back references, looking
 ahead or behind, possessive repeats) is refused. Knows nothing about what is matched.
 """
@@ -117,7 +117,7 @@ class Pattern:
         return frozenset(after)
 
     def _arrived(self, reached: frozenset[int], *, begin: bool, end: bool) -> set[int]:
-        """The places where one is without a further character; a match may begin anywhere, so the first is among them."""
+        """The places where one is without a further character; the first is among them: a match may begin anywhere."""
         found: set[int] = set()
         pending = [self._first, *reached]
         while pending:
@@ -194,7 +194,9 @@ class _Reader:
         self._at += 1
         if self._peek() == "?":
             if not self._text.startswith("?:", self._at):
-                raise PatternError(f"it has ({shown(self._text[self._at : self._at + 2])[1:-1]}, which is not supported")
+                raise PatternError(
+                    f"it has ({shown(self._text[self._at : self._at + 2])[1:-1]}, which is not supported"
+                )
             self._at += 2
         inside = self._either(depth)
         if self._peek() != ")":

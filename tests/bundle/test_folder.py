@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -329,12 +330,11 @@ def test_nothing_half_written_under_the_final_name(tmp_path: Path, monkeypatch: 
     publish(work(tmp_path / "work", "last"), out, {}, aside=out.with_name("aside"))
     assert [p.name for p in tmp_path.iterdir()] == ["out"], "nothing else is left"
 
-
-def test_killed_between_the_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one moment without a bundle under its name: the new one is complete beside it and is published next time."""
+    """Where names cannot be exchanged: the new one is complete beside it and is published next time."""
     out = tmp_path / "out"
     publish(work(tmp_path / "first"), out, {}, aside=out.with_name("aside"))
     real = Path.rename
+    monkeypatch.setattr(bundle_module, "exchange", lambda a, b: False)
     monkeypatch.setattr(
         Path, "rename", lambda a, b: (_ for _ in ()).throw(OSError()) if a.name == "work" else real(a, b)
     )
@@ -346,6 +346,24 @@ def test_killed_between_the_two_renames(tmp_path: Path, monkeypatch: pytest.Monk
     publish(folder, out, {}, aside=out.with_name("aside"))
     assert check_files(out) == []
     assert [p.name for p in tmp_path.iterdir()] == ["out"], "nothing else is left"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="not run: other systems cannot exchange two names")
+def test_a_bundle_is_there_at_every_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Linux the old and the new one swap names in one step."""
+    out = tmp_path / "out"
+    publish(work(tmp_path / "first"), out, {}, aside=out.with_name("aside"))
+    real = Path.rename
+
+    def watched(a: Path, b: Path) -> Path:
+        assert is_bundle(out)
+        made = real(a, b)
+        assert is_bundle(out)
+        return made
+
+    monkeypatch.setattr(Path, "rename", watched)
+    publish(work(tmp_path / "work", "two"), out, {}, aside=out.with_name("aside"))
+    assert (out / "a.onnx").read_text() == "two"
 
 
 def test_what_a_killed_manifest_leaves_is_not_part_of_the_next(tmp_path: Path) -> None:

@@ -132,6 +132,8 @@ def test_killed_while_the_bundle_was_replaced(run: Any, exports: Exports, tmp_pa
     kill = f"""
         import os, signal
         from pathlib import Path
+        from headrace.bundle import folder
+        folder.exchange = lambda a, b: False
         rename = Path.rename
         def killed(self, target):
             if self.name == "bundle" and Path(target) == Path({str(tmp_path / "out")!r}):

@@ -242,7 +242,8 @@ def test_merges_are_spelled_shortly_where_that_says_the_same(tmp_path: Path) -> 
     ("files", "message"),
     [
         ({}, "has neither tokenizer.json nor tokenizer.model"),
-        ({"tokenizer.json": "{"}, "is not a tokenizer.json"),
+        ({"tokenizer.json": "{"}, "is not JSON"),
+        ({"tokenizer.json": "{}"}, "the model is of type None; expected BPE"),
         ({"tokenizer.model": "no model"}, "is not a SentencePiece model"),
         ({"tokenizer_config.json": "[1]"}, "holds a list; expected a JSON object"),
         ({"tokenizer_config.json": "{"}, "is not JSON"),

@@ -203,7 +203,10 @@ def _number(value: object, what: str) -> int:
 
 
 def _int32(values: NDArray[np.int32] | Sequence[int], what: str) -> NDArray[np.int32]:
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except (ValueError, OverflowError):  # rows of several lengths
+        raise SpanError(f"{what} are {values!r:.80}; expected whole numbers in one row") from None
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise SpanError(f"{what} have shape {array.shape} and dtype {array.dtype}; expected whole numbers in one row")
     if array.size and (array.min() < _INT32.min or array.max() > _INT32.max):

@@ -20,11 +20,22 @@ __all__ = [
 ]
 
 
-class ProgramError(ValueError):
+_LONGEST = 1000  # characters of a message
+
+
+class _Refusal(ValueError):
+    """What is refused is told in one line that can be printed, whatever names and values stand in it."""
+
+    def __init__(self, message: object = "") -> None:
+        line = "".join(c if c.isprintable() else "\ufffd" for c in str(message))
+        super().__init__(line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]}…{line[-_LONGEST // 2 + 1 :]}")
+
+
+class ProgramError(_Refusal):
     """A program that cannot be run, or an engine that cannot be made as asked."""
 
 
-class SpanError(ValueError):
+class SpanError(_Refusal):
     """Spans, slots or positions that the engine does not have."""
 
 

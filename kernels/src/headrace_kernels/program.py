@@ -31,6 +31,7 @@ _FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "rows": (("in", "out"), ()),
     "head": (("in",), ("weight",)),
 }
+_LARGEST = 3e38  # of a float32
 _LAYERED = ("rope_cache", "attention")
 
 
@@ -168,12 +169,15 @@ def _int(value: object, what: str, bits: int = 31) -> int:
 
 
 def _float(value: object, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
         raise ProgramError(f"{what} is {value!r:.80}; expected a number")
     return float(value)
 
 
 def _text(value: object, what: str) -> bytes:
-    if not isinstance(value, str) or not value or "\0" in value:
-        raise ProgramError(f"{what} is {value!r:.80}; expected a name")
-    return value.encode("utf-8", "surrogateescape")
+    try:
+        if not isinstance(value, str) or not value or "\0" in value:
+            raise ValueError
+        return value.encode("utf-8", "surrogateescape")
+    except ValueError:  # half a character is no name either
+        raise ProgramError(f"{what} is {value!r:.80}; expected a name") from None

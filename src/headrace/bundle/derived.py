@@ -15,7 +15,7 @@ from pathlib import Path
 from headrace.bundle.folder import Bundle
 from headrace.bundle.work_folder import clear, work_folder
 from headrace.errors import BundleError
-from headrace.files import write_file
+from headrace.files import full_disk, sync, sync_below, write_file
 from headrace.progress import Progress, silent
 
 __all__ = ["derive", "derived_folder"]
@@ -46,7 +46,7 @@ def derive(
         `folder`.
 
     Raises:
-        BundleError: something that headrace did not make is there.
+        BundleError: something that headrace did not make is there, or the disk is full.
     """
     stamp = hashlib.sha256(json.dumps([bundle.files, kind], sort_keys=True).encode()).hexdigest()
     if _stamp(folder) == stamp:
@@ -62,11 +62,18 @@ def derive(
         if _stamp(folder) != stamp:  # whoever was waited for has made it
             clear(work, (_MADE, _REPLACED))
             (work / _MADE).mkdir()
-            make(work / _MADE)
-            write_file(work / _MADE / STAMP, stamp.encode())
+            try:
+                with full_disk(BundleError, folder.parent, "run this again"):
+                    make(work / _MADE)
+                    sync_below(work / _MADE)
+                    write_file(work / _MADE / STAMP, stamp.encode())
+            except BaseException:  # what is left would fill the disk, and cannot be gone on with
+                clear(work, (_MADE,))
+                raise
             if folder.exists():
                 folder.rename(work / _REPLACED)
             (work / _MADE).rename(folder)
+            sync(folder.parent)
         clear(work, (_MADE, _REPLACED))
     return folder
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.errors import BundleError, CalibrationError
+from headrace.errors import BundleError, CalibrationError, shown
 from headrace.files import read_json, write_file
 from headrace.model.decoder import residual_names
 from headrace.model.ops import attention_name
@@ -36,6 +36,7 @@ __all__ = [
     "write_encodings",
 ]
 
+SMALLEST_SCALE, LARGEST_SCALE = 1e-37, 1e30  # of a file: normal float32 numbers, whose products with codes are finite
 _SMALLEST_WIDTH = 1e-6  # of a range: a tensor that was always zero still needs a scale
 AIMET_VERSION = "1.0.0"
 
@@ -196,20 +197,30 @@ def read_encodings(path: Path) -> dict[str, Encoding]:
     try:
         if raw["version"] != AIMET_VERSION:
             raise BundleError(f"{path} has version {raw['version']!r}; expected {AIMET_VERSION}: export again")
-        found = {
-            e["name"]: Encoding(
-                float(e["scale"][0]), -int(e["offset"][0]), int(e["bw"]), tuple(int(c) for c in e.get("channels", ()))
-            )
-            for e in raw["activation_encodings"]
-        }
+        found = {e["name"]: _encoding(e) for e in raw["activation_encodings"]}
         if ATTENTION_MASK not in found:  # a file of before the mask was calibrated: its masked scores tell the depth
             scores, masked = (found[f"{attention_name(0)}.{kind}"] for kind in ("scores", "masked_scores"))
             found[ATTENTION_MASK] = mask_encoding(round(scores.low - masked.low))
         return found
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, ArithmeticError) as error:
         raise BundleError(
             f"{path} cannot be read ({error}); expected encodings in AIMET 1.0.0 form: export again"
         ) from None
+
+
+def _encoding(entry: Mapping[str, Any]) -> Encoding:
+    """An entry of the file, whose values are what this file writes.
+
+    Raises:
+        ValueError: one is not; KeyError, TypeError and the like where the entry is nothing of the sort.
+    """
+    scale, offset, bits, channels = entry["scale"][0], entry["offset"][0], entry["bw"], entry.get("channels", [])
+    whole = all(type(value) is int for value in (offset, bits, *channels))
+    if not whole or bits not in (8, 16) or not 0 <= -offset < 1 << bits or not all(0 <= c < 1 << 31 for c in channels):
+        raise ValueError(f"offset, bw or channels of {shown(entry['name'])}")
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not SMALLEST_SCALE <= scale <= LARGEST_SCALE:
+        raise ValueError(f"scale {shown(scale)} of {shown(entry['name'])}")
+    return Encoding(float(scale), -offset, bits, tuple(channels))
 
 
 def _entry(name: str, bits: int, scales: list[float], offsets: list[int], *, symmetric: bool) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from typing import Any
 from headrace.bundle.recipe import Recipe
 from headrace.bundle.weights import WeightStore
 from headrace.config import ModelConfig
-from headrace.errors import BundleError, ConfigError, RecipeError
-from headrace.files import read_json, sha256_file, sync, temporary_name, write_file
+from headrace.errors import BundleError, ConfigError, RecipeError, shown
+from headrace.files import exchange, read_json, sha256_file, sync, sync_below, temporary_name, write_file
 from headrace.plan import Part, plan_parts
 
 __all__ = [
@@ -37,6 +37,8 @@ FORMAT = 1
 MANIFEST = "headrace.json"
 MEASUREMENTS = "measurements"  # what was measured of the finished bundle, and the card's pictures
 _SYSTEMS_OWN = (".DS_Store", "Thumbs.db", "desktop.ini")  # file managers leave these in any folder
+LONGEST_NAME = 200  # characters of a file's name in a manifest
+LONGEST_CONTEXT = 1 << 20  # tokens; tables of all places are made when a bundle is opened
 UNLISTED = ("README.md", MANIFEST)  # the card may be edited; the manifest has its own digest
 
 
@@ -137,7 +139,10 @@ def open_bundle(path: Path) -> Bundle:
         plan, scales = raw["plan"], raw["kv_scales"]
         lengths, contexts = _lengths(plan, "prompt_lengths", config), _lengths(plan, "contexts", config)
         _expect(lengths == sorted(lengths, reverse=True) and contexts == sorted(contexts), "plan", plan)
-        _expect(lengths[0] < contexts[-1], "plan", plan)
+        _expect(lengths[0] < contexts[-1] <= LONGEST_CONTEXT, "plan", plan)
+        # A layer has two norms in float32: a number of layers that no file holds would make tables without end.
+        stored = sum(f["bytes"] for name, f in raw["files"].items() if name.startswith("weights/"))
+        _expect(config.num_layers * config.hidden_size * 8 <= stored, "geometry", raw["geometry"])
         pairs = isinstance(scales, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in scales)
         _expect(pairs and len(scales) in (0, config.num_layers), "kv_scales", scales)
         _expect(all(_is_scale(value) for pair in scales for value in pair), "kv_scales", scales)
@@ -159,8 +164,7 @@ def open_bundle(path: Path) -> Bundle:
 
 def _expect(holds: bool, key: str, value: object) -> None:
     if not holds:
-        shown = repr(value)
-        raise ValueError(f"{key!r}: {shown[:80]}{' …' if len(shown) > 80 else ''}")
+        raise ValueError(f"{key!r}: {shown(value)}")
 
 
 def _lengths(plan: Mapping[str, Any], key: str, config: ModelConfig) -> list[int]:
@@ -199,7 +203,7 @@ def publish(work: Path, out: Path, manifest: Mapping[str, Any], *, aside: Path) 
         work: the folder, on the disk of `out`.
         out: the final place; a bundle that is already there is replaced, anything else is refused before.
         manifest: all but the files and the digest.
-        aside: where the replaced bundle goes for the moment between two renames; the caller's own, on the same disk.
+        aside: where the replaced bundle goes, and goes on to be removed; the caller's own, on the same disk.
 
     Raises:
         BundleError: `out` exists and is no bundle, or holds files that are not the bundle's.
@@ -211,15 +215,19 @@ def publish(work: Path, out: Path, manifest: Mapping[str, Any], *, aside: Path) 
         name = file.relative_to(work).as_posix()
         if name not in UNLISTED:
             files[name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
-            sync(file)
     body = {"format": FORMAT, **manifest, "files": files}
+    sync_below(work)
     write_file(work / MANIFEST, _text({**body, "digest": _digest(body)}))
-    for folder in sorted({p.parent for p in work.rglob("*")} | {work}):
-        sync(folder)
     if out.exists():
         shutil.rmtree(aside, ignore_errors=True)
-        out.rename(aside)
-    work.rename(out)
+        # The new bundle waits under the name `aside`, so that what a killed run leaves at `work` is never the old one.
+        work.rename(aside)
+        if not exchange(aside, out):
+            aside.rename(work)
+            out.rename(aside)
+            work.rename(out)
+    else:
+        work.rename(out)
     sync(out.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
@@ -258,24 +266,36 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise BundleError(f"{path} has format {version}; this headrace reads up to {FORMAT}: update headrace")
     if version != FORMAT:
         raise BundleError(f"{path / MANIFEST} has format {version!r}; expected {FORMAT}: export the bundle again")
-    text = _text(raw)
-    digest = raw.pop("digest", None)
+    try:
+        text = _text(raw)
+        digest = raw.pop("digest", None)
+        fits = digest == _digest(raw)
+    except UnicodeEncodeError:  # half a character, which JSON can spell and no text can hold
+        fits, text = False, b""
     # JSON has many spellings of one value (1e-06, 1E-06): the text itself must be the one that was written.
-    if digest != _digest(raw) or (path / MANIFEST).read_bytes() != text:
+    if not fits or (path / MANIFEST).read_bytes() != text:
         raise BundleError(f"{path / MANIFEST} was changed (its digest differs); export the bundle again")
     files = raw.get("files")
     if not isinstance(files, dict) or not all(
         isinstance(f, dict) and type(f.get("bytes")) is int and isinstance(f.get("sha256"), str) for f in files.values()
     ):
         raise BundleError(f"{path / MANIFEST} lacks or misstates 'files'; export the bundle again")
-    root = path.resolve()
     for name in files:
-        # Neither `..`, nor an absolute name, nor a link may lead to a file that is not the bundle's.
-        if "\0" in name or "\\" in name or not (root / name).resolve().is_relative_to(root):
+        if not _is_below(path.resolve(), name):
             raise BundleError(
-                f"{path / MANIFEST} names {name!r}, which is not below the bundle; export the bundle again"
+                f"{path / MANIFEST} names {shown(name)}, which is not below the bundle; export the bundle again"
             )
     return raw
+
+
+def _is_below(root: Path, name: str) -> bool:
+    """Neither `..`, nor an absolute name, nor a link may lead to a file that is not the bundle's."""
+    if "\\" in name or not name.isprintable() or len(name) > LONGEST_NAME:
+        return False
+    try:
+        return (root / name).resolve().is_relative_to(root)
+    except (OSError, RuntimeError):  # a part that is too long, a ring of links
+        return False
 
 
 def _problems(

@@ -6,8 +6,8 @@ A recipe is a small JSON file:
      "rules": [{"match": "embed_tokens|lm_head", "bits": 8, "block": "channel", "method": "nearest"},
                {"match": "layers\\..*_proj",      "bits": 4, "block": "channel", "method": "gptq"}]}
 
-`match` is a regular expression (patterns.py) searched in the canonical name; `"rotate": true` quantizes the model in another basis
-(rotation.py). This file does not know how a method works.
+`match` is a regular expression (patterns.py) searched in the canonical name; `"rotate": true` quantizes the model in
+another basis (rotation.py). This file does not know how a method works.
 """
 
 from __future__ import annotations

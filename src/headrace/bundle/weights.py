@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from headrace.bundle.grid import Grid, QuantizedTensor, dequantize, pack, unpack
 from headrace.bundle.recipe import Recipe
 from headrace.config import ModelConfig
-from headrace.files import allocate
+from headrace.errors import BundleError
+from headrace.files import allocate, sync
 from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD, Weight, layer_weights, quantized_weights, weight_table
 from headrace.plan import Part
 
@@ -133,12 +134,28 @@ class WeightStore:
                 with path.open("wb") as out:
                     out.write(layout.header)
                     allocate(out, layout.nbytes)
+            for folder in {(root / layout.file).parent for layout in all_layouts} | {root}:
+                sync(folder)  # that they are there must not be forgotten when a layer of them is remembered
 
     @classmethod
     def open(cls, root: Path, config: ModelConfig, parts: Sequence[Part], recipe: Recipe) -> WeightStore:
-        """The files that are there, on the grids that a recipe gives."""
+        """The files that are there, on the grids that a recipe gives.
+
+        Raises:
+            BundleError: a file is not as long as the geometry and the recipe say.
+            RecipeError: the recipe does not fit the geometry.
+        """
         rules = recipe.resolve(quantized_weights(config))
-        return cls(root, config, parts, {name: rule.grid for name, rule in rules.items()})
+        grids = {name: rule.grid for name, rule in rules.items()}
+        for layout in layouts(config, parts, grids):
+            path = root / layout.file
+            size = path.stat().st_size if path.is_file() else None
+            if size != layout.nbytes:
+                found = "is missing" if size is None else f"has {size} bytes"
+                raise BundleError(
+                    f"{path} {found}; its geometry and recipe want {layout.nbytes}: export the bundle again"
+                )
+        return cls(root, config, parts, grids)
 
     def write(self, name: str, value: QuantizedTensor | NDArray[np.float32]) -> None:
         """Store a weight, with its bias when it has one."""

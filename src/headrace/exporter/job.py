@@ -19,6 +19,7 @@ from headrace import __version__
 from headrace.bundle.encodings import write_encodings
 from headrace.bundle.folder import Bundle, publish
 from headrace.bundle.weights import WeightStore
+from headrace.errors import BundleError
 from headrace.exporter.calibration import calibration_windows
 from headrace.exporter.estimate import estimate_disk
 from headrace.exporter.options import ExportOptions
@@ -27,7 +28,8 @@ from headrace.exporter.proof import quantization_kl, refuse_broken
 from headrace.exporter.settings import ExportSettings, settle
 from headrace.exporter.snapdragon import compile_target
 from headrace.exporter.vocabulary import write_vocabulary
-from headrace.exporter.workspace import Workspace, output_folder, refuse_full_disk, telling_full_disk, workspace
+from headrace.exporter.workspace import Workspace, output_folder, refuse_full_disk, workspace
+from headrace.files import full_disk
 from headrace.graph.device_folder import OWN_FOLDER, bundle_device_graphs
 from headrace.graph.emit_host import HostWeights, emit_host
 from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD, layer_weights
@@ -76,7 +78,7 @@ def export(
     settings = settle(Path(checkpoint), ExportOptions.of(options))
     place = output_folder(out, settings.checkpoint.path)
     with (
-        telling_full_disk(place.parent),
+        full_disk(BundleError, place.parent, "go on with --resume, which keeps what is done"),
         workspace(place, settings.identity(), resume=resume, restart=restart) as work,
     ):
         _make(settings, place, work, progress)

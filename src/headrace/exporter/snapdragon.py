@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.bundle.folder import Bundle
-from headrace.files import read_json, write_file
+from headrace.files import read_json, sync, write_file
 from headrace.graph.emit_device import DeviceGraph
 from headrace.progress import Progress, silent
 from headrace.targets.qualcomm.binary_check import check_binary
@@ -59,6 +59,7 @@ def compile_target(
         if binary.name not in made or not binary.is_file():
             own = [GraphFile(graph.name, graph.path) for graph in graphs if graph.part == part]
             compiled = compile_shared(own, plan.soc, binary)
+            sync(binary)  # the log must not remember what the disk has forgotten
             made[binary.name] = {"seconds": round(compiled.seconds, 1), "peak_bytes": compiled.peak_bytes}
         info = read_context_binary(binary)
         check_binary(binary, info, plan.soc, plan.config, part, plan.steps, plan.encodings)

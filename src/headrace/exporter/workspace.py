@@ -14,7 +14,6 @@ kept here, not how it is made.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -33,12 +32,11 @@ from headrace.errors import BundleError
 from headrace.exporter.options import ExportOptions, flag, spelled
 from headrace.files import read_json, temporary_name, whole_file, write_file
 
-__all__ = ["Workspace", "differences", "output_folder", "refuse_full_disk", "telling_full_disk", "workspace"]
+__all__ = ["Workspace", "differences", "output_folder", "refuse_full_disk", "workspace"]
 
 STATE, SENSITIVITY, BUNDLE, DEVICE, REPLACED = "state.json", "sensitivity.json", "bundle", "device", "replaced"
 HIDDEN = "states.bin"
 _NAMES = (STATE, HIDDEN, temporary_name(Path(HIDDEN)).name, SENSITIVITY, BUNDLE, DEVICE, REPLACED)
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -156,19 +154,6 @@ def refuse_full_disk(folder: Path, need: int) -> None:
             f"{folder} has {free / 1e9:.2f} GB free and this export needs {need / 1e9:.2f} GB more; free some, or "
             "choose another -o"
         )
-
-
-@contextmanager
-def telling_full_disk(folder: Path) -> Iterator[None]:
-    """A disk that fills up inside becomes one line that says how to go on."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise BundleError(
-            f"{folder} has no room left ({error.strerror}); free some and go on with --resume, which keeps what is done"
-        ) from error
 
 
 @contextmanager

@@ -20,8 +20,8 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from headrace.bundle.folder import MEASUREMENTS, open_bundle
-from headrace.errors import BundleError, UserError
-from headrace.files import write_file
+from headrace.errors import BundleError, UserError, one_line, shown
+from headrace.files import read_text, write_file
 from headrace.measure.claims import claim_problems
 from headrace.measure.facts import Facts, bundle_facts
 from headrace.measure.measured_facts import add_measured_facts
@@ -32,7 +32,8 @@ __all__ = ["CARD", "GIVEN", "card_problems", "compare_bundles", "gather_facts", 
 CARD = "README.md"
 VERSION = 1  # of the block of facts
 GIVEN = ("title", "base_model", "license", "license_name", "license_link", "languages")
-_BLOCK = re.compile(r"\n<!-- headrace-card\n(.*?)\n-->\n?$", re.DOTALL)
+_BEGIN, _END = "\n<!-- headrace-card\n", "\n-->"
+CARD_LIMIT = 128 << 10  # bytes; one has some 12 KB
 _LICENCES = {
     "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "cc0-1.0", "cc-by-4.0",
     "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "openrail", "gemma", "llama2", "llama3", "llama3.1", "llama3.2",
@@ -54,7 +55,7 @@ def write_card(root: Path, given: Mapping[str, str], *, pictures: bool = True) -
         UserError: a measurement kept with it is of another bundle; README.md is not a card of headrace.
     """
     path = root / CARD
-    before = _block(path.read_text(encoding="utf-8")) if path.is_file() else {"facts": {}}
+    before = _block(read_text(path, limit=CARD_LIMIT)) if path.is_file() else {"facts": {}}
     if before is None:
         raise UserError(f"{path} was not written by headrace; move it away first")
     kept = _given(before)
@@ -108,7 +109,13 @@ def gather_facts(root: Path, given: Mapping[str, str]) -> Facts:
     """
     bundle = open_bundle(root)
     facts = bundle_facts(bundle, given)
-    add_measured_facts(facts, bundle, kept_records(root))
+    records = kept_records(root)
+    try:
+        add_measured_facts(facts, bundle, records)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"a measurement in {root / MEASUREMENTS} lacks or misstates {error}; measure again or remove it"
+        ) from None
     return facts
 
 
@@ -125,14 +132,16 @@ def card_problems(root: Path, card: Path | None = None) -> list[str]:
     path = card or root / CARD
     if not path.is_file():
         raise BundleError(f"{path} is missing; expected a card: headrace card {root}")
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path, limit=CARD_LIMIT)
     bundle = open_bundle(root)
     if "<!-- headrace-card" not in text:
-        return claim_problems(text, bundle.config, bundle.parts, bundle.prompt_length, bundle.context)
-    try:
-        return differences(text, make_card(root, _given(_block(text) or {"facts": {}})))
-    except UserError as error:
-        return [str(error)]
+        problems = claim_problems(text, bundle.config, bundle.parts, bundle.prompt_length, bundle.context)
+    else:
+        try:
+            problems = differences(text, make_card(root, _given(_block(text) or {"facts": {}})))
+        except UserError as error:
+            problems = [str(error)]
+    return [one_line(problem) for problem in problems]
 
 
 def differences(text: str, fresh: str) -> list[str]:
@@ -147,13 +156,13 @@ def differences(text: str, fresh: str) -> list[str]:
         return ["the facts at the card's end cannot be read; write it again: headrace card"]
     problems = []
     if said["version"] != known["version"]:
-        problems.append(f"the facts have version {said['version']}; expected {known['version']}")
+        problems.append(f"the facts have version {shown(said['version'])}; expected {known['version']}")
     for name in sorted(set(said["facts"]) | set(known["facts"])):
         a, b = said["facts"].get(name), known["facts"].get(name)
         if a != b:
             source = b["source"] if b else "no source"
             problems.append(f"fact {name}: the card has {_short(a)}; {source} has {_short(b)}")
-    if not problems and _BLOCK.findall(text) != _BLOCK.findall(fresh):
+    if not problems and _parts(text)[1] != _parts(fresh)[1]:
         problems.append("the facts at the card's end are not written as headrace writes them")
     return problems + _line_problems(_claims(text), _claims(fresh))
 
@@ -178,8 +187,7 @@ def _line_problems(found: Sequence[tuple[int, str]], expected: Sequence[tuple[in
 
 def _claims(text: str) -> list[tuple[int, str]]:
     """Lines that state something: with a digit, or of a list, a table or the front matter; with their numbers."""
-    body = _BLOCK.sub("", text)
-    lines = body.split("\n")
+    lines = _parts(text)[0].split("\n")
     matter = lines.index("---", 1) if lines[:1] == ["---"] and "---" in lines[1:] else 0
     return [
         (number, line.rstrip())
@@ -188,13 +196,17 @@ def _claims(text: str) -> list[tuple[int, str]]:
     ]
 
 
+def _parts(text: str) -> tuple[str, str | None]:
+    """A card's text, and the facts at its end; None where they are not there."""
+    body, mark, rest = text.partition(_BEGIN)
+    block = rest.removesuffix("\n")
+    return (body, block.removesuffix(_END)) if mark and block.endswith(_END) else (text, None)
+
+
 def _block(text: str) -> dict[str, Any] | None:
-    found = _BLOCK.search(text)
-    if found is None:
-        return None
     try:
-        value = json.loads(found[1])
-    except ValueError:
+        value = json.loads(_parts(text)[1] or "")
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) and isinstance(value.get("facts"), dict) and "version" in value else None
 

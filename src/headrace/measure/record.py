@@ -91,9 +91,11 @@ def kept_records(root: Path) -> dict[str, dict[str, Any]]:
     digest, found = bundle_digest(root), {}
     for path in sorted((root / MEASUREMENTS).glob("*.json")):
         record = read_record(path)
-        if record["bundle"]["digest"] != digest:
+        measured = record.get("bundle")
+        other = measured.get("digest") if isinstance(measured, dict) else None
+        if other != digest:
             raise UserError(
-                f"{path} measured another bundle ({record['bundle']['digest'][:12]}…, this one is {digest[:12]}…); "
+                f"{path} measured another bundle ({str(other)[:12]}…, this one is {digest[:12]}…); "
                 "measure again or remove it"
             )
         found[path.name] = record

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.errors import UserError, did_you_mean
+from headrace.panics import told_as
 from headrace.text.tokenizer import Tokenizer
 
 __all__ = ["KINDS", "Grammar", "GrammarState", "Grammars"]
@@ -70,6 +71,10 @@ class Grammars:
             raise UserError(f"grammar {kind!r} is unknown{did_you_mean(kind, KINDS)}; expected {', '.join(KINDS)}")
         if len(source) > MAX_SOURCE:
             raise UserError(f"the {kind} grammar has {len(source)} characters; expected at most {MAX_SOURCE}")
+        with told_as(UserError, f"the {kind} grammar is not possible"):
+            return self._compiled(kind, source)
+
+    def _compiled(self, kind: str, source: str) -> Grammar:
         matcher = self._library.LLMatcher
         if kind == "regex":
             text = matcher.grammar_from_regex(source)
@@ -118,7 +123,8 @@ class GrammarState:
         Raises:
             UserError: the grammar has more possibilities here than llguidance follows.
         """
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        with told_as(UserError, "the grammar cannot be followed here"):
+            bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
             raise self._failed()
         found = np.unpackbits(bits, bitorder="little")[: self._vocab_size]
@@ -131,7 +137,9 @@ class GrammarState:
         Raises:
             UserError: the token was not allowed, or there are more possibilities behind it than llguidance follows.
         """
-        if not self._matcher.consume_token(token):
+        with told_as(UserError, "the grammar cannot be followed here"):
+            taken = self._matcher.consume_token(token)
+        if not taken:
             raise self._failed()
         return bool(self._matcher.is_stopped())
 

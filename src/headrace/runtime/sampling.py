@@ -23,6 +23,7 @@ __all__ = ["Sampler", "SamplingOptions", "log_probabilities", "usable_settings"]
 LOOKS = (256, 4096, 0)  # candidates looked at for top-p, until they suffice; 0: the whole vocabulary
 ROW = 128  # logits looked at together when the largest are sought, or summed up
 SAMPLED = ("temperature", "top_k", "top_p")  # a generation_config.json has a say in these only where do_sample is true
+LARGEST = 3e38  # of a float32
 HF_TOP_K = 50  # what Hugging Face's generation takes when it samples and the configuration says nothing
 
 
@@ -318,7 +319,7 @@ def _nucleus(weights: npt.NDArray[np.float32], share: float) -> npt.NDArray[np.i
 def _number(name: str, value: float, valid: Callable[[float], bool], expected: str) -> None:
     # NumPy's own numbers are welcome, a bool or a text from a configuration file is not.
     number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not valid(value):
+    if not number or not -LARGEST < value < LARGEST or not valid(value):  # a whole number can be beyond any float
         raise UserError(f"{name} is {value!r}; expected {expected}")
 
 

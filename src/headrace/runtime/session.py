@@ -21,6 +21,7 @@ __all__ = ["Session", "read_session", "write_session"]
 
 MAGIC = b"headrace session 1\n"
 HEADER_LIMIT = 64 << 20  # bytes; a conversation's texts and token ids
+TOKEN_LIMIT = 1 << 31
 _LENGTH, _DIGEST = 8, 32
 
 
@@ -108,7 +109,7 @@ def read_session(path: Path) -> Session:
             model=str(header["model"]),
             runner=str(header["runner"]),
             messages=tuple(map(_message, header["messages"])),
-            tokens=tuple(map(int, header["tokens"])),
+            tokens=_tokens(header["tokens"]),
             cache=cache,
         )
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError, UserError) as error:
@@ -119,5 +120,12 @@ def _message(raw: dict[str, Any]) -> Message:
     calls = raw.get("calls", [])  # files of before 2026-11-26 have none
     if not all(isinstance(call["function"]["name"], str) for call in calls):
         raise ValueError("the name of a call")
-    ids = None if raw["ids"] is None else tuple(map(int, raw["ids"]))
+    ids = None if raw["ids"] is None else _tokens(raw["ids"])
     return Message(str(raw["role"]), str(raw["content"]), ids, tuple(calls))
+
+
+def _tokens(values: list[Any]) -> tuple[int, ...]:
+    """Token ids of a header."""
+    if not all(type(value) is int and 0 <= value < TOKEN_LIMIT for value in values):
+        raise ValueError("tokens")
+    return tuple(values)

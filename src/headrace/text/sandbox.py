@@ -2,8 +2,8 @@
 
 A template is code from whoever made the checkpoint. Jinja's immutable sandbox keeps it from the computer; the bounds
 here keep it from looping, joining, repeating, nesting or padding its way through time and memory. Every loop, call,
-filter, test and joined text counts against the limits of the rendering it belongs to; what one operation of Python's can
-make of a value is bounded by the value's size, written out, and by the size of whole numbers. Knows nothing about
+filter, test and joined text counts against the limits of the rendering it belongs to; what one operation of Python's
+can make of a value is bounded by the value's size, written out, and by the size of whole numbers. Knows nothing about
 messages or tokens.
 
 Source of the settings: transformers, utils/chat_template_utils.py.
@@ -209,7 +209,7 @@ class SandboxEnvironment(ImmutableSandboxedEnvironment):
         kept = {name: function for name, function in self.filters.items() if name not in UNWANTED}
         self.filters = {name: _counted_filter(name, function) for name, function in kept.items()}
         self.filters["tojson"] = _tojson
-        self.tests = {name: _counted_test(function) for name, function in self.tests.items()}
+        self.tests = {name: _counted_test(function) for name, function in dict[str, Any](self.tests).items()}
         self.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
         self.globals.pop("lipsum")  # random text without a bound
 

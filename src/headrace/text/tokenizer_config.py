@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from headrace.errors import TokenizerError
+from headrace.errors import TokenizerError, shown
 from headrace.files import read_json, read_text
 
-__all__ = ["AddedPiece", "TokenizerConfig"]
+__all__ = ["MAX_ID", "AddedPiece", "TokenizerConfig"]
 
+MAX_ID = (1 << 24) - 1  # the largest vocabularies have some 260,000 tokens
 # The tokens that transformers names, and hands to chat templates under these names.
 MARKS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 ADDITIONAL = "additional_special_tokens"
@@ -203,8 +204,11 @@ def _added(decoder: object, names: Mapping[str, Any], where: Path) -> dict[int, 
         raise TokenizerError(f"{where}: added_tokens_decoder is a {type(decoder).__name__}; expected an object")
     for key, value in decoder.items():
         content = _spelling(value)
-        if not key.isdecimal() or content is None:
-            raise TokenizerError(f"{where}: added_tokens_decoder has {key!r}: {value!r}; expected id: token")
+        if not key.isdecimal() or len(key) > len(str(MAX_ID)) or content is None:
+            raise TokenizerError(f"{where}: added_tokens_decoder has {shown(key)}: {shown(value)}; expected id: token")
         told = value if isinstance(value, dict) else {"special": True}
         added[int(key)] = AddedPiece(content, *(bool(told.get(name)) for name in ("special", "lstrip", "rstrip")))
+    for i, piece in added.items():
+        if i > MAX_ID:
+            raise TokenizerError(f"{where}: token {shown(piece.content)} has id {i}; expected at most {MAX_ID}")
     return dict(sorted(added.items()))

@@ -50,6 +50,8 @@ def sentencepiece_to_tokenizer_json(
         spec.ParseFromString(model.read_bytes())
     except Exception as error:  # protobuf's DecodeError, without importing protobuf for its name
         raise TokenizerError(f"{model} is not a SentencePiece model ({error}); fetch the file again") from None
+    if not all(isinstance(piece.piece, str) for piece in spec.pieces):  # protobuf gives bytes that are no text as bytes
+        raise TokenizerError(f"{model} has pieces that are not UTF-8; fetch the file again")
     config = config or TokenizerConfig()
     defined = {i: piece.piece for i, piece in enumerate(spec.pieces) if piece.type == USER_DEFINED}
     prefix = config.add_prefix_space is not False and (config.is_llama or spec.normalizer_spec.add_dummy_prefix)

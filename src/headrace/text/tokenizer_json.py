@@ -11,13 +11,17 @@ from __future__ import annotations
 import json
 import re
 import threading
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from headrace.errors import TokenizerError
+from headrace.files import read_json
+from headrace.panics import told_as
 from headrace.text.tokenizer import Tokenizer, valid_text
-from headrace.text.tokenizer_config import MARKS, TokenizerConfig
+from headrace.text.tokenizer_check import check_tokenizer_json
+from headrace.text.tokenizer_config import MARKS, MAX_ID, TokenizerConfig
 
 __all__ = ["JsonTokenizer", "byte_alphabet", "quick_to_read"]
 
@@ -35,10 +39,11 @@ class JsonTokenizer(Tokenizer):
     def __init__(self, path: Path, config: TokenizerConfig) -> None:
         import tokenizers
 
-        try:
+        raw = read_json(path, error=TokenizerError, advice="fetch the file again")
+        check_tokenizer_json(path, raw)
+        self._path = path
+        with told_as(TokenizerError, f"{path} is not a tokenizer.json; fetch the file again"):
             self._library = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise TokenizerError(f"{path} is not a tokenizer.json ({error}); fetch the file again") from None
         self._library.no_truncation()
         self._library.no_padding()
         added = self._library.get_added_tokens_decoder()
@@ -53,7 +58,8 @@ class JsonTokenizer(Tokenizer):
             _restate_spaces(self._library, config)
         self._bytes: dict[int, bytes] = {}
 
-        begin = _begin_ids(self._library)
+        with self._panics_told():
+            begin = _begin_ids(self._library)
         bos, eos = (None if (mark := config.mark(name)) is None else self.token_id(mark) for name in MARKS[:2])
         self.bos_id = begin[0] if bos is None and begin else bos
         self.eos_ids = tuple(dict.fromkeys((() if eos is None else (eos,)) + config.eos_ids))
@@ -71,7 +77,7 @@ class JsonTokenizer(Tokenizer):
     def encode(self, text: str, *, special: bool = False, continues: bool = False) -> list[int]:
         """See `Tokenizer.encode`."""
         text = valid_text(text)
-        with self._lock:  # the switch is part of the library's tokenizer
+        with self._lock, self._panics_told():  # the switch is part of the library's tokenizer
             self._library.encode_special_tokens = not special
             if continues and self.drops_leading_space:
                 # The library always takes a text for a whole one: a line break in front keeps the space away.
@@ -80,6 +86,9 @@ class JsonTokenizer(Tokenizer):
                 if ids[: len(before)] == before:
                     return ids[len(before) :]
             return list(self._library.encode(text, add_special_tokens=False).ids)
+
+    def _panics_told(self) -> AbstractContextManager[None]:
+        return told_as(TokenizerError, f"{self._path} cannot encode this text; fetch the file again")
 
     def to_json(self) -> str:
         """The text of a tokenizer.json that encodes as this vocabulary does."""
@@ -94,7 +103,7 @@ class JsonTokenizer(Tokenizer):
         """See `Tokenizer.id_to_piece`."""
         if token < 0:
             raise TokenizerError(f"token id {token} is negative; expected 0 … {self.vocab_size - 1}")
-        return self._library.id_to_token(token) or ""
+        return (self._library.id_to_token(token) or "") if token <= MAX_ID else ""
 
     def piece_bytes(self, token: int) -> bytes:
         """See `Tokenizer.piece_bytes`."""

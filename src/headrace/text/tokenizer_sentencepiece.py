@@ -43,7 +43,7 @@ class SentencePieceTokenizer(Tokenizer):
             self._bare = self._model
             if has_prefix := _has_dummy_prefix(self._model):
                 self._bare = sentencepiece.SentencePieceProcessor(model_proto=content + NO_DUMMY_PREFIX)
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, ValueError) as error:  # among them text that is not UTF-8
             raise TokenizerError(f"{path} is not a SentencePiece model ({error}); fetch the file again") from None
         self._trained = size
         self._added = config.added

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
 
 from headrace.errors import BundleError
+from headrace.targets.graph_check import check_graph_file
 
 __all__ = ["default_threads", "make_session"]
 
@@ -35,8 +37,9 @@ def make_session(path: str, threads: int, options: Any = None) -> Any:
     """An onnxruntime session on the CPU in the shared pool; `options`: the caller's own `SessionOptions`.
 
     Raises:
-        BundleError: ONNX Runtime cannot open the graph, or the weights that it names.
+        BundleError: ONNX Runtime cannot open the graph, or the weights that it names, or headrace would not let it.
     """
+    check_graph_file(Path(path))
     _share_threads(threads)
     options = options or ort.SessionOptions()
     options.use_per_session_threads = False

@@ -1,10 +1,7 @@
-"""Hostile checkpoints: each reader's format written with lies in it, or a good file damaged, from any source of chance.
+"""Hostile checkpoints: each reader's format written with lies in it, or a good file damaged.
 
-    FORMATS        name → (what writes one input into a folder, what opens it there)
-    try_one        opens one input and reads from it; returns how it was refused, or None
-
-The source is a random.Random: one with a seed for a long run, hypothesis's for one that shrinks. Half of the inputs are
-built field by field, so that checks behind the first ones are reached; the others are a good file with bytes changed.
+Half of the inputs are built field by field, so that checks behind the first ones are reached; the others are a good
+file with bytes changed.
 """
 
 from __future__ import annotations
@@ -12,11 +9,10 @@ from __future__ import annotations
 import json
 import math
 import pickle
-import random
 import shutil
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,49 +24,12 @@ from headrace.checkpoint.gguf_file import read_gguf
 from headrace.checkpoint.lora import adapted
 from headrace.checkpoint.safetensors_file import read_safetensors
 from headrace.checkpoint.torch_file import read_torch
-from headrace.errors import HeadraceError
 from tests.checkpoint.torch_writer import Stored, write_legacy, write_zip
+from tests.hostile.chance import NAMES, NUMBERS, Good, Rng, any_json, damaged
+from tests.hostile.format import Format
 from tests.tiny import write_gguf, write_llama
 
-LONGEST_LINE = 2000  # characters of a message, the path among them
 READ_LIMIT = 1 << 16  # elements read of one tensor
-NUMBERS = (
-    0,
-    1,
-    2,
-    3,
-    7,
-    8,
-    31,
-    32,
-    64,
-    255,
-    256,
-    1 << 16,
-    1 << 31,
-    (1 << 31) - 1,
-    1 << 32,
-    1 << 61,
-    (1 << 63) - 1,
-    1 << 63,
-    (1 << 64) - 1,
-)
-NAMES = (
-    "a",
-    "model.norm.weight",
-    "lm_head.weight",
-    "a\nb",
-    "\x1b[2J",
-    "\u202e",
-    "x" * 5000,
-    "",
-    "..",
-    "\ud800",
-    "/etc/passwd",
-    "blk.0.attn_q.weight",
-)
-Rng = random.Random
-Good = dict[str, bytes]
 
 
 def good_files(folder: Path) -> Good:
@@ -89,46 +48,6 @@ def good_files(folder: Path) -> Good:
         folder / "model.gguf", layers=1, hidden=32, heads=2, kv_heads=1, head_dim=16, ffn=32, vocab=12, type="Q4_0"
     ).read_bytes()
     return files
-
-
-def damaged(rng: Rng, data: bytes) -> bytes:
-    """The file with some bytes changed, cut, doubled or replaced by a number of note."""
-    out = bytearray(data)
-    for _ in range(rng.randint(1, 4)):
-        # Headers are where the lies matter.
-        place = rng.randrange(max(1, min(len(out), rng.choice((64, 400, 4000, len(out) or 1)))))
-        kind = rng.randrange(6)
-        if kind == 0 and out:
-            out[place] = rng.randrange(256)
-        elif kind == 1:
-            out[place : place + 8] = struct.pack("<Q", rng.choice(NUMBERS))
-        elif kind == 2:
-            out[place : place + 4] = struct.pack("<I", rng.choice(NUMBERS) & 0xFFFFFFFF)
-        elif kind == 3:
-            del out[place : place + rng.randint(1, 40)]
-        elif kind == 4:
-            out[place:place] = out[place : place + rng.randint(1, 40)]
-        else:
-            del out[place:]
-    return bytes(out)
-
-
-def any_json(rng: Rng, depth: int = 0) -> Any:
-    """Any JSON value, with those that hurt more often."""
-    kind = rng.randrange(9 if depth < 4 else 6)
-    if kind == 0:
-        return rng.choice((None, True, False))
-    if kind == 1:
-        return rng.choice(NUMBERS) * rng.choice((1, -1))
-    if kind == 2:
-        return rng.choice((0.5, -1.5, 1e-9, 1e308, math.inf, -math.inf, math.nan, 10**400))
-    if kind <= 5:
-        return rng.choice((*NAMES, "F32", "BF16", "F4", "llama", "yarn", "linear", "gelu", "7"))
-    if kind == 6:
-        return [any_json(rng, depth + 1) for _ in range(rng.randrange(5))]
-    return {
-        rng.choice((*NAMES, "rope_type", "factor", "dtype")): any_json(rng, depth + 1) for _ in range(rng.randrange(4))
-    }
 
 
 # safetensors
@@ -359,29 +278,25 @@ def adapter_weights(rng: Rng, good: Good) -> bytes:
     return damaged(rng, good["adapter_model.safetensors"])
 
 
-def _open_adapter(path: Path) -> dict[str, LazyTensor]:
-    return dict(adapted(open_checkpoint(path.parents[1] / "folder"), [path.parent]).tensors)
+def _open_adapter(path: Path) -> None:
+    _read(adapted(open_checkpoint(path.parents[1] / "folder"), [path.parent]).tensors)
 
 
-def _open_folder(path: Path) -> dict[str, LazyTensor]:
-    return dict(open_checkpoint(path.parent).tensors)
+def _open_folder(path: Path) -> None:
+    _read(open_checkpoint(path.parent).tensors)
 
 
-def _open_gguf(path: Path) -> dict[str, LazyTensor]:
+def _open_gguf(path: Path) -> None:
     dict(read_gguf(path).metadata)
-    return dict(open_checkpoint(path).tensors)
+    _read(open_checkpoint(path).tensors)
 
 
-# What is written, its file's name, and what opens it.
-FORMATS: dict[str, tuple[Callable[[Rng, Good], bytes], str, Callable[[Path], dict[str, LazyTensor]]]] = {
-    "safetensors": (safetensors, "x.safetensors", read_safetensors),
-    "torch": (torch, "x.bin", read_torch),
-    "gguf": (gguf, "x.gguf", _open_gguf),
-    "config.json": (config, "folder/config.json", _open_folder),
-    "index.json": (index, "folder/model.safetensors.index.json", _open_folder),
-    "adapter_config.json": (adapter, "adapter/adapter_config.json", _open_adapter),
-    "adapter": (adapter_weights, "adapter/adapter_model.safetensors", _open_adapter),
-}
+def _read(tensors: Mapping[str, LazyTensor]) -> None:
+    """Some rows of each."""
+    for tensor in tensors.values():
+        if tensor.shape and tensor.shape[0] and math.prod(tensor.shape[1:]) <= READ_LIMIT:
+            tensor.read(0, 1)
+            tensor.read(tensor.shape[0] - 1, tensor.shape[0])
 
 
 def prepare(folder: Path) -> Good:
@@ -400,29 +315,12 @@ def prepare(folder: Path) -> Good:
     return good | {"folder": str(folder).encode()}
 
 
-def try_one(name: str, rng: Rng, folder: Path, good: Good) -> str | None:
-    """Write one input, open it, read some of each tensor.
-
-    Returns:
-        The refusal's line; None where it opened.
-
-    Raises:
-        AssertionError: the refusal is not one printable line.
-        Exception: anything that a reader let through.
-    """
-    write, file, read = FORMATS[name]
-    path = folder / file
-    path.write_bytes(write(rng, good))
-    try:
-        for tensor in read(path).values():
-            if tensor.shape and tensor.shape[0] and math.prod(tensor.shape[1:]) <= READ_LIMIT:
-                tensor.read(0, 1)
-                tensor.read(tensor.shape[0] - 1, tensor.shape[0])
-        return None
-    except HeadraceError as error:
-        line = str(error)
-        assert "\n" not in line and line.isprintable() and len(line) <= LONGEST_LINE, ascii(line)
-        return line
-    finally:
-        if path.parent != folder:
-            path.write_bytes(good[path.name])
+FORMATS = {
+    "safetensors": Format(prepare, safetensors, "x.safetensors", lambda path: _read(read_safetensors(path))),
+    "torch": Format(prepare, torch, "x.bin", lambda path: _read(read_torch(path))),
+    "gguf": Format(prepare, gguf, "x.gguf", _open_gguf),
+    "config.json": Format(prepare, config, "folder/config.json", _open_folder),
+    "index.json": Format(prepare, index, "folder/model.safetensors.index.json", _open_folder),
+    "adapter_config.json": Format(prepare, adapter, "adapter/adapter_config.json", _open_adapter),
+    "adapter": Format(prepare, adapter_weights, "adapter/adapter_model.safetensors", _open_adapter),
+}
