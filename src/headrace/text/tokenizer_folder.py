@@ -17,6 +17,7 @@ from typing import Any
 
 from headrace.errors import TokenizerError
 from headrace.files import stands_for, write_file
+from headrace.panics import told_as
 from headrace.text.tokenizer import Tokenizer
 from headrace.text.tokenizer_config import TokenizerConfig
 
@@ -62,7 +63,9 @@ def save_tokenizer(source: Path, gguf_metadata: Mapping[str, Any] | None, out: P
     if gguf_metadata is not None:
         from headrace.text.tokenizer_gguf import gguf_vocabulary
 
-        name, content, config = gguf_vocabulary(gguf_metadata)
+        with told_as(TokenizerError, "the GGUF's vocabulary is damaged"):
+            name, content, config = gguf_vocabulary(gguf_metadata)
+            config.to_json().encode()  # half a character in a template is no text
     else:
         config = TokenizerConfig.from_folder(source)
         name = _vocabulary_file(source)

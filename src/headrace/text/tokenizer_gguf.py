@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from headrace.errors import TokenizerError, did_you_mean
+from headrace.errors import TokenizerError, did_you_mean, shown
 from headrace.text.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 from headrace.text.tokenizer_config import AddedPiece, TokenizerConfig
 
@@ -23,6 +23,7 @@ __all__ = ["gguf_vocabulary"]
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
+LARGEST_SCORE = 3e38  # of a float32
 BAICHUAN2_TOKENS = 125_696  # of all models of the second generation; the first one's have 64,000
 MARK_KEYS = {
     "bos_token": "bos_token_id",
@@ -59,6 +60,8 @@ def _sentencepiece(metadata: Mapping[str, Any], pieces: list[str], kinds: list[i
     scores = _list(metadata, "scores", (float, int))
     if len(scores) != len(pieces):
         raise TokenizerError(f"tokenizer.ggml.scores has {len(scores)} entries for {len(pieces)} tokens")
+    if not all(abs(score) < LARGEST_SCORE for score in scores):
+        raise TokenizerError("tokenizer.ggml.scores has a score beyond float32; convert the model again")
     unknown = _unknown(metadata, pieces, kinds)
     model = proto.ModelProto()
     seen: set[str] = set()
@@ -209,6 +212,6 @@ def _token(metadata: Mapping[str, Any], name: str, pieces: list[str]) -> int | N
     value = metadata.get(f"tokenizer.ggml.{name}")
     if value is None:
         return None
-    if not isinstance(value, int) or not 0 <= value < len(pieces):
-        raise TokenizerError(f"tokenizer.ggml.{name} is {value!r}; expected 0 … {len(pieces) - 1}")
+    if type(value) is not int or not 0 <= value < len(pieces):
+        raise TokenizerError(f"tokenizer.ggml.{name} is {shown(value)}; expected 0 … {len(pieces) - 1}")
     return value
