@@ -50,8 +50,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runners": {"bundle", "genie_answers", "graph", "native", "runtime", "targets"},
     "language_model": {"bundle", "runners", "runtime", "text"},
     "measure": {
-        "bundle", "checkpoint", "config", "forecast", "graph", "language_model", "model", "native", "plan", "quantize",
-        "runners", "runtime", "targets", "text",
+        "architectures", "bundle", "checkpoint", "config", "forecast", "graph", "language_model", "model", "native",
+        "plan", "quantize", "runners", "runtime", "targets", "text",
     },
     "batch": {"language_model", "runtime", "text"},
     "server": {"language_model", "model", "runtime", "text"},

@@ -20,6 +20,7 @@ from headrace.exporter.snapdragon import compile_target
 from headrace.graph.device_folder import bundle_device_graphs
 from headrace.targets.qualcomm.compiler import Compiled
 from headrace.targets.qualcomm.context_binary import read_context_binary
+from headrace.targets.qualcomm.soc import SOCS
 from tests.exports import PHONE, SMALL, Exports
 
 TARGET = "snapdragon-8-elite"
@@ -44,7 +45,8 @@ def unfinished(phone: Path, tmp_path: Path) -> Bundle:
 def test_an_export_leaves_what_the_phone_needs(phone: Path) -> None:
     folder = phone / TARGET
     assert {path.name for path in folder.iterdir()} == {
-        *BINARIES, "genie_config.json", "htp_backend_ext_config.json", "metadata.yaml", "README.md", "tokenizer.json",
+        *BINARIES, "genie_config.json", "htp_backend_ext_config.json", "metadata.json", "metadata.yaml", "README.md",
+        "tokenizer.json",
         "sample_prompt.txt",
     }  # fmt: skip
     assert check_files(phone) == [], "the binaries are in the manifest"
@@ -144,6 +146,33 @@ def test_push_prints_what_it_would_do(phone: Path, capfd: pytest.CaptureFixture[
     assert lines[0] == f"adb shell mkdir -p {place}"
     assert sum(line.startswith("adb push") and line.endswith(".serialized.bin") for line in lines) == 3
     assert lines[-1].startswith("adb shell") and "genie-t2t-run -c genie_config.json" in lines[-1]
+
+
+def test_push_names_the_chips(capfd: pytest.CaptureFixture[str]) -> None:
+    assert _run(["push", "--list"]) == 0
+    shown = capfd.readouterr().out
+    assert all(f"{soc.name} " in shown and f" {soc.model} " in shown for soc in SOCS)
+    assert _run(["push", "--list", "--json"]) == 0
+    chips = json.loads(capfd.readouterr().out.splitlines()[-1])["chips"]
+    assert {chip["name"] for chip in chips} == {soc.name for soc in SOCS}
+    assert _run(["push"]) == 2
+    assert "push needs a bundle, or --list" in capfd.readouterr().err
+
+
+@pytest.mark.qnn
+def test_the_configuration_holds_against_the_bundle(
+    phone: Path, exports: Exports, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = phone / TARGET
+    assert _run(["verify", str(folder), "--genie"]) == 0
+    assert _run(["verify", str(folder), "--genie", "--checkpoint", str(exports.checkpoint("phone"))]) == 0
+    content = json.loads((folder / "genie_config.json").read_text())
+    content["dialog"]["engine"]["backend"]["QnnHtp"]["kv-dim"] += 1
+    (tmp_path / "genie_config.json").write_text(json.dumps(content))
+    assert _run(["verify", str(tmp_path), "--genie", "--checkpoint", str(phone), "--json"]) == 1
+    links = json.loads(capfd.readouterr().out.splitlines()[-1])["links"]
+    broken = {link["name"] for link in links if not link["ok"]}
+    assert broken == {"dialog.engine.backend.QnnHtp.kv-dim", "files that it names"}
 
 
 def test_push_of_a_chip_that_is_not_there(exports: Exports, capfd: pytest.CaptureFixture[str]) -> None:

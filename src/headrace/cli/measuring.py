@@ -22,16 +22,23 @@ def verify(
     files_only: Annotated[bool, Option("--files-only", help="Only hash the files.")] = False,
     through: Annotated[str, Option("--through", help="The last link: host, device, emulation or genie.")] = "host",
     layers: Annotated[bool, Option("--layers", help="Also each layer of the device graphs.")] = False,
+    genie: Annotated[
+        bool, Option("--genie", help="Only the configuration of a Genie folder, anybody's, against its model's.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Check every link of the chain; exit 1 when one is broken."""
+    from headrace.measure.genie_folder import verify_genie_folder
     from headrace.measure.parity import verify_bundle
 
-    with progress_bars() as progress:
-        links = verify_bundle(
-            bundle, checkpoint, adapters=lora or (), files_only=files_only, through=through, layers=layers,
-            progress=progress,
-        )  # fmt: skip
+    if genie:
+        links = verify_genie_folder(bundle, checkpoint)
+    else:
+        with progress_bars() as progress:
+            links = verify_bundle(
+                bundle, checkpoint, adapters=lora or (), files_only=files_only, through=through, layers=layers,
+                progress=progress,
+            )  # fmt: skip
     if json:
         print_json({"ok": all(link.ok for link in links), "links": [link.to_dict() for link in links]})
     else:

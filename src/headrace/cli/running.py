@@ -7,9 +7,9 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from headrace.cli.command import Option
-from headrace.cli.console import note, print_answer, progress_bars, show
-from headrace.cli.options import BundlePath, HugePages, RunnerName, Threads, limit_threads
+from headrace.cli.command import Argument, Option
+from headrace.cli.console import note, print_answer, print_json, progress_bars, show, table
+from headrace.cli.options import BundlePath, HugePages, Json, RunnerName, Threads, limit_threads
 from headrace.errors import UserError
 
 if TYPE_CHECKING:
@@ -109,18 +109,32 @@ def _converse(talk: Chat, answer: Callable[[str], Generator[Token]], plain: bool
 
 
 def push(
-    bundle: BundlePath,
+    bundle: Annotated[
+        Path | None, Argument(metavar="[BUNDLE]", help="A folder made by: headrace export; none for --list.")
+    ] = None,
     target: Annotated[str, Option("--target", help="Which of the bundle's chips.")] = "snapdragon-8-elite",
     dry_run: Annotated[bool, Option("--dry-run", help="Print the commands and run none.")] = False,
+    chips: Annotated[bool, Option("--list", help="Name the chips that export can compile for.")] = False,
+    json: Json = False,
 ) -> None:
     """Copy the Genie folder to a phone over adb."""
     import shlex
+    from dataclasses import asdict
 
     from headrace.bundle.folder import open_bundle
     from headrace.errors import TargetError
     from headrace.targets.qualcomm.adb import push_commands, push_folder, run_command
-    from headrace.targets.qualcomm.soc import find_soc
+    from headrace.targets.qualcomm.soc import SOCS, find_soc
 
+    if chips:
+        if json:
+            print_json({"chips": [asdict(soc) for soc in SOCS]})
+        else:
+            rows = [(soc.name, soc.title, str(soc.model), soc.dsp_arch) for soc in SOCS]
+            table(rows, ("--target", "chip", "soc_model", "Hexagon"))
+        return
+    if bundle is None:
+        raise UserError("push needs a bundle, or --list")
     find_soc(target)
     folder = open_bundle(bundle).root / target
     if not folder.is_dir():

@@ -23,7 +23,9 @@ from headrace.targets.qualcomm.context_binary import read_context_binary
 from headrace.targets.qualcomm.genie import TOKENIZER_FILE, GeniePlan, binary_name, write_genie_folder
 from headrace.targets.qualcomm.genie_bundle import genie_plan, genie_vocabulary, sample_prompt
 from headrace.targets.qualcomm.genie_check import check_genie_folder
+from headrace.targets.qualcomm.geniex import GENIEX_FILE, geniex_metadata
 from headrace.targets.qualcomm.soc import find_soc
+from headrace.text.tokenizer_folder import load_tokenizer
 
 __all__ = ["compile_target"]
 
@@ -83,3 +85,7 @@ def _write_folder(bundle: Bundle, folder: Path, plan: GeniePlan, qairt_build: st
         qairt_build=qairt_build,
         package=f"onnxruntime-qnn {importlib.metadata.version('onnxruntime-qnn')}",
     )
+    name = str(bundle.provenance.get("checkpoint", bundle.root.name))
+    write_file(folder / GENIEX_FILE, json.dumps(geniex_metadata(plan, name), indent=1).encode())
+    if (template := load_tokenizer(bundle.root).chat_template) is not None:
+        write_file(folder / "tokenizer_config.json", json.dumps({"chat_template": template}, indent=1).encode())

@@ -29,6 +29,7 @@ from headrace.targets.qualcomm.genie import (
 )
 from headrace.targets.qualcomm.genie_check import _check_graphs, check_genie_config, check_genie_folder
 from headrace.targets.qualcomm.genie_dialog import End, GenieRunner
+from headrace.targets.qualcomm.geniex import geniex_metadata
 from headrace.targets.qualcomm.soc import find_soc
 from tests.targets.qualcomm import tiny_qdq
 from tests.targets.qualcomm.conftest import CONTEXTS, EOS, LENGTHS, PARTS, TinyTarget, write_tokenizer
@@ -68,6 +69,33 @@ def test_configuration_follows_the_plan() -> None:
     assert sampled["sampler"]["top-p"] == 0.85
     assert sampled["sampler"]["token-penalty"]["repetition-penalty"] == 1.05
     assert _plan(lengths=(128, 1), contexts=(4096,)).longest_prompt == 3969
+
+
+def test_geniex_counts_the_model_from_its_metadata() -> None:
+    """As llm_spec_loader.cpp of GenieX's QAIRT plugin reads it."""
+    scaling = RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
+    plan = _plan(bos=1, sampling=Sampling(0.3, 5, 0.85, repetition_penalty=1.05))
+    plan = replace(plan, config=replace(plan.config, rope_scaling=scaling))
+    found = json.loads(json.dumps(geniex_metadata(plan, "tiny")))
+    assert found["model_id"] == "tiny" and "architectures" not in found  # which would have to be a text there
+    graphs = found["model_files"]
+    assert set(graphs) == {f"ar{s}_cl{c}_{n}_of_{PARTS}" for n in range(1, PARTS + 1) for s, c in plan.steps}
+    tensors = {name: t["shape"] for graph in graphs.values() for name, t in graph["inputs"].items()}
+    tensors |= {name: t["shape"] for graph in graphs.values() for name, t in graph["outputs"].items()}
+    keys = {int(name.split("_")[2]): shape for name, shape in tensors.items() if name.startswith("past_key")}
+    config = plan.config
+    assert max(keys) + 1 == config.num_layers
+    assert (keys[0][0], keys[0][2]) == (config.num_kv_heads, config.head_dim)
+    assert tensors["logits"][-1] == config.vocab_size and tensors["hidden_1"][-1] == config.hidden_size
+    assert "input_ids" in graphs[f"ar{LENGTHS[0]}_cl{CONTEXTS[0]}_1_of_{PARTS}"]["inputs"]
+    block = found["geniex"]
+    assert block["ctx_bins"] == [binary_name(part) for part in plan.parts]
+    assert block["context"] == {"max_context_length": 512, "bos_token": 1, "eos_token": [2], "pad_token": 0}
+    stretch = block["positional_encoding"]["rope_scaling"]
+    assert (stretch["rope_type"], stretch["factor"], stretch["original_max_position_embeddings"]) == (
+        "llama3", 32.0, 8192,
+    )  # fmt: skip
+    assert block["sampler"]["temp"] == 0.3 and block["sampler"]["token-penalty"]["repetition-penalty"] == 1.05
 
 
 def test_marks_outside_the_vocabulary_are_refused() -> None:
@@ -160,9 +188,10 @@ def test_the_phone_folder_is_as_planned(target: TinyTarget, phone: Path) -> None
     config = check_genie_folder(phone, target.plan)
     assert config["dialog"]["engine"]["model"]["binary"]["ctx-bins"] == [binary_name(p) for p in target.plan.parts]
     readme, metadata = ((phone / name).read_text(encoding="utf-8") for name in ("README.md", "metadata.yaml"))
-    for line in ("adb push . ", "lib/hexagon-v79/unsigned", "genie-t2t-run -c genie_config.json", "release\n2.51.0"):
+    for line in ("adb push . ", "lib/hexagon-v79/unsigned", "genie-t2t-run -c genie_config.json", "older than\n2.51.0"):
         assert line in readme
     assert f'qairt_build: "{target.shared[0].info.build}"' in metadata and 'qairt_minimum: "2.51.0"' in metadata
+    assert f"Built with QAIRT {target.shared[0].info.build[1:]}; needs at least QAIRT 2.51.0 on the device." in readme
 
 
 @pytest.mark.qnn

@@ -3,6 +3,7 @@
     weight_sharing_model_1_of_5.serialized.bin …     the binaries, made elsewhere
     genie_config.json · htp_backend_ext_config.json  what Genie reads
     tokenizer.json · sample_prompt.txt               brought by the caller
+    metadata.json                                    what GenieX reads beside it (geniex.py)
     metadata.yaml · README.md                        for people
 
 This file does not know how binaries or tokenizers are made, nor how Genie is run; genie_check.py holds a folder
@@ -28,11 +29,13 @@ from headrace.targets.qualcomm.soc import Soc
 __all__ = [
     "BACKEND_FILE",
     "CONFIG_FILE",
+    "NO_TOKEN",
     "GeniePlan",
     "Sampling",
     "backend_config",
     "binary_name",
     "genie_config",
+    "positional_encoding",
     "write_genie_folder",
 ]
 
@@ -145,7 +148,7 @@ def genie_config(plan: GeniePlan, binaries: Sequence[str], *, callback: str | No
     if c.rope_scaling is None:
         htp |= {"pos-id-dim": c.head_dim // 2, "rope-theta": c.rope_theta}
     else:
-        model["positional-encoding"] = _positional_encoding(c)
+        model["positional-encoding"] = positional_encoding(c)
     return {
         "dialog": {
             "version": 1,
@@ -170,9 +173,11 @@ def genie_config(plan: GeniePlan, binaries: Sequence[str], *, callback: str | No
     }
 
 
-def _positional_encoding(c: ModelConfig) -> dict[str, Any]:
-    assert c.rope_scaling is not None
-    s = c.rope_scaling
+def positional_encoding(c: ModelConfig) -> dict[str, Any]:
+    """The block `positional-encoding` of a model: its rotary base, and what stretches it, if anything does."""
+    plain = {"type": "rope", "rope-dim": c.head_dim // 2, "rope-theta": c.rope_theta}
+    if (s := c.rope_scaling) is None:
+        return plain
     scaling: dict[str, Any] = {"rope-type": s.kind, "factor": s.factor}
     if s.kind == "llama3":
         scaling |= {
@@ -180,7 +185,7 @@ def _positional_encoding(c: ModelConfig) -> dict[str, Any]:
             "high-freq-factor": s.high_freq_factor,
             "original-max-position-embeddings": s.original_context,
         }
-    return {"type": "rope", "rope-dim": c.head_dim // 2, "rope-theta": c.rope_theta, "rope-scaling": scaling}
+    return {**plain, "rope-scaling": scaling}
 
 
 def backend_config(soc: Soc) -> dict[str, Any]:
@@ -286,11 +291,13 @@ def _readme(plan: GeniePlan, name: str, qairt_build: str) -> str:
 {" and ".join(map(str, plan.lengths))} tokens over contexts of {", ".join(map(str, plan.contexts))} tokens, over weights
 that are stored once. A first prompt may have up to {plan.longest_prompt} tokens.
 
+Built with QAIRT {qairt_build.removeprefix("v")}; needs at least QAIRT {release} on the device.
+
 ## Libraries
 
 Genie and the runtime libraries are Qualcomm's and are not part of this folder. They are in the Qualcomm AI Runtime SDK
-(QAIRT), a free download at https://qpm.qualcomm.com/#/main/tools/details/Qualcomm_AI_Runtime_SDK. Take release
-{release} or newer: these binaries were made by {qairt_build}, and older libraries refuse them.
+(QAIRT), a free download at https://qpm.qualcomm.com/#/main/tools/details/Qualcomm_AI_Runtime_SDK. Libraries older than
+{release} refuse these binaries.
 """
     if not soc.android:
         return (
