@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -124,19 +124,44 @@ def temporary_name(path: Path) -> Path:
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """A file open for writing; it appears under its name, synced, when the block ends well; otherwise not at all.
 
-    Once the block has ended, neither a killed process nor a power cut takes it away again.
+    Once the block has ended, neither a killed process nor a power cut takes it away again. Whoever writes the same file
+    meanwhile comes after this one.
     """
     temporary = temporary_name(path)
     try:
-        with temporary.open("wb") as out:
+        with _alone(temporary) as out:
             yield out
             out.flush()
             os.fsync(out.fileno())
-        temporary.replace(path)
+            if os.name != "nt":  # an open file cannot be renamed there
+                temporary.replace(path)
+        if os.name == "nt":
+            temporary.replace(path)
         sync(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[IO[bytes]]:
+    """An empty file open for writing, locked: a second writer waits here, and then finds the file gone."""
+    while True:
+        with path.open("wb" if os.name == "nt" else "ab") as out:
+            if os.name != "nt":
+                import fcntl
+
+                with suppress(OSError):  # of file systems that have no locks
+                    fcntl.flock(out.fileno(), fcntl.LOCK_EX)
+                try:
+                    same = os.path.samestat(path.stat(), os.fstat(out.fileno()))
+                except FileNotFoundError:
+                    same = False
+                if not same:
+                    continue
+                out.truncate(0)
+            yield out
+            return
 
 
 def allocate(file: IO[bytes], size: int) -> None:

@@ -375,7 +375,7 @@ def load(
         progress: told what is being made before the first use (emulation binaries).
 
     Raises:
-        BundleError: the bundle is missing, damaged or of a newer format.
+        BundleError: the bundle is missing, damaged, of a newer format, or was replaced meanwhile.
         TargetError: there is no such runner, or what it needs is not installed.
     """
     name = default_runner() if runner is None else runner
@@ -385,13 +385,24 @@ def load(
     if not isinstance(made, Runner):
         if speculate is not None:
             raise TargetError(f"runner {name!r} chooses tokens by itself and cannot speculate; expected another runner")
-        return LanguageModel(opened, made, name)
+        return _of_one_bundle(LanguageModel(opened, made, name))
     guesses: Callable[[], Speculation] | None = None
     if speculate == LOOKUP:
         guesses = prompt_lookup()
     elif speculate is not None:
         guesses = draft_model(_draft_engine(Path(speculate), opened, opener, Options(threads=threads, slots=slots)))
-    return LanguageModel(opened, Engine(made, prefix_bytes=prefix_bytes, speculation=guesses), name)
+    engine = Engine(made, prefix_bytes=prefix_bytes, speculation=guesses)
+    return _of_one_bundle(LanguageModel(opened, engine, name))
+
+
+def _of_one_bundle(model: LanguageModel) -> LanguageModel:
+    """The model, when all that was read of its bundle is of the same one."""
+    try:
+        model.bundle.refuse_replaced()
+    except BundleError:
+        model.close()
+        raise
+    return model
 
 
 def _draft_engine(path: Path, bundle: Bundle, opener: Opener, options: Options) -> Engine:

@@ -56,6 +56,7 @@ class Bundle:
         kv_scales: (key, value) scale of each layer's int8 cache; empty when the cache is float32.
         provenance: where it came from, as JSON values.
         files: bytes and sha256 by path below the root.
+        digest: the manifest's own, what a bundle is known by; empty while it is made.
     """
 
     root: Path
@@ -67,6 +68,7 @@ class Bundle:
     kv_scales: tuple[tuple[float, float], ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    digest: str = ""
 
     @property
     def prompt_length(self) -> int:
@@ -105,6 +107,11 @@ class Bundle:
         """A JSON file of the bundle, {} when it has none."""
         path = self.root / name
         return read_json(path) if path.exists() else {}
+
+    def refuse_replaced(self) -> None:
+        """Raise BundleError when another bundle has come to its place: what was read since may be of either."""
+        if read_json(self.root / MANIFEST).get("digest") != self.digest:
+            raise BundleError(f"{self.root} was replaced while it was opened; open it again")
 
     @property
     def pad_id(self) -> int:
@@ -157,6 +164,7 @@ def open_bundle(path: Path) -> Bundle:
             kv_scales=tuple((float(k), float(v)) for k, v in scales),
             provenance=raw["provenance"],
             files=raw["files"],
+            digest=_digest(raw),
         )
     except (AttributeError, KeyError, TypeError, ValueError, ConfigError, RecipeError) as error:
         raise BundleError(f"{path / MANIFEST} lacks or misstates {error}; export the bundle again") from None
