@@ -217,6 +217,11 @@ def test_a_manifest_that_names_other_peoples_files(path: Path, name: str) -> Non
         ("kv_scales", {"0": [1, 1]}),
         ("provenance", None),
         ("geometry.num_layers", 0),
+        ("geometry.num_layers", 1 << 30),
+        ("geometry.architecture", ["llama"]),
+        ("geometry.tied_head", "yes"),
+        ("geometry.rope_theta", 10**400),
+        ("geometry.rope_scaling", {"kind": "linear", "factor": "x"}),
         ("geometry.head_dim", -16),
         ("geometry.rms_norm_eps", float("nan")),
     ],
@@ -264,6 +269,31 @@ def test_publishing_replaces_a_bundle(tmp_path: Path) -> None:
     assert (out / "a.onnx").read_text() == "two"
     assert check_files(out) == []
     assert [p.name for p in tmp_path.iterdir()] == ["out"], "nothing else is left"
+
+
+def test_weights_are_as_long_as_the_geometry_says(path: Path) -> None:
+    """A manifest can be right about sizes that its geometry cannot have."""
+    restate(path, lambda raw: raw["geometry"].update(vocab_size=raw["geometry"]["vocab_size"] + 1))
+    with pytest.raises(BundleError, match=r"part_1_of_5\.safetensors has \d+ bytes; its geometry and recipe want"):
+        open_bundle(path).weights()
+
+
+def test_a_name_that_no_file_can_have(path: Path) -> None:
+    for name in ("a" * 300, "a/" * 3000, "a\nb", "\u202e"):
+        restate(path, lambda raw, name=name: raw["files"].update({name: {"bytes": 1, "sha256": "0" * 64}}))
+        assert "which is not below the bundle" in refusal(path)
+        restate(path, lambda raw, name=name: raw["files"].pop(name))
+    (path / MANIFEST).write_text((path / MANIFEST).read_text().replace('"w4a16"', '"\\ud800"'))
+    assert MANIFEST in refusal(path)
+
+
+def test_a_bundle_that_was_replaced_while_it_was_opened(path: Path, exports: Exports) -> None:
+    opened = open_bundle(path)
+    opened.refuse_replaced()
+    shutil.rmtree(path)
+    exports.copy(path, parts=3)
+    with pytest.raises(BundleError, match="was replaced while it was opened; open it again"):
+        opened.refuse_replaced()
 
 
 def test_publishing_into_an_empty_folder(tmp_path: Path) -> None:

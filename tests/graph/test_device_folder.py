@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import threading
@@ -17,6 +18,21 @@ from headrace.errors import BundleError
 from headrace.graph import device_folder
 from headrace.graph.device_folder import bundle_device_graphs, kept_device_graphs
 from tests.exports import PHONE, Exports
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_left(
+    exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = open_bundle(exports.copy(tmp_path / "b"))
+
+    def fill(bundle: Bundle, folder: Path) -> Any:
+        (folder / "half").write_bytes(b"x")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(device_folder, "bundle_device_graphs", fill)
+    with pytest.raises(BundleError, match=r"has no room left \(No space left on device\); free some and run this"):
+        kept_device_graphs(bundle)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["b"]
 
 
 def test_device_graphs_are_made_once_a_bundle(

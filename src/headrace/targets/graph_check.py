@@ -155,7 +155,7 @@ def _fields(data: memoryview, known: set[int], where: str) -> Iterator[tuple[int
         key, at = _varint(data, at)
         number, wire = key >> 3, key & 7
         if number not in known:
-            raise _Odd(f"a {where} with field {shown(number)}")
+            raise _Odd(f"field {shown(number)} in a message {where!r}")
         if wire == 0:
             value, at = _varint(data, at)
             yield number, value
@@ -165,9 +165,9 @@ def _fields(data: memoryview, known: set[int], where: str) -> Iterator[tuple[int
         elif wire in (1, 5):
             size = 8 if wire == 1 else 4
         else:
-            raise _Odd(f"a {where} with a field of kind {wire}")
+            raise _Odd(f"a field of kind {wire} in a message {where!r}")
         if at + size > len(data):
-            raise _Odd(f"a {where} that is cut off")
+            raise _Odd(f"a message {where!r} that is cut off")
         yield number, data[at : at + size]
         at += size
 
