@@ -142,6 +142,9 @@ def test_methods_and_budgets_cost_what_they_do(speed: float) -> None:
     assert seconds["gptq"] == pytest.approx(gptq / (_EFFICIENCY * speed) + ROUNDED)
     assert sorted(seconds, key=seconds.__getitem__) == ["nearest", "awq", "gptq", "descent", "best"]
     assert estimate_export(BAICHUAN2, rules("gptq"), 32768, ranked=2048).work_seconds > seconds["gptq"]
+    blocks = load_recipe("w4b32").resolve(quantized_weights(BAICHUAN2))
+    one, several = (estimate_export(BAICHUAN2, blocks, 32768, ranked=2048, size=size) for size in (False, True))
+    assert several.work_seconds > one.work_seconds
 
 
 def test_plan_forecasts_the_export_that_would_run(exports: Exports, speed: float) -> None:

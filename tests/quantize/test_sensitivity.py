@@ -16,7 +16,8 @@ from headrace.model.fidelity import FidelityMeter, log_softmax, no_target
 from headrace.model.ops import Eager
 from headrace.model.reference import eager_logits
 from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD, layer_weights, linears
-from headrace.quantize.sensitivity import fisher_gradient, measure_sensitivity
+from headrace.quantize.gradients import fisher_gradient
+from headrace.quantize.sensitivity import measure_sensitivity
 from tests.tiny import write_llama
 
 # One random draw a token over a few hundred tokens: a third of the value is noise, and KL is not quite quadratic.
@@ -48,7 +49,7 @@ def test_proxy_predicts_the_divergence_of_one_linear_alone(source: Checkpoint) -
         flat = logits.reshape(-1, config.vocab_size)
         meter.add(reference.reshape(flat.shape), flat, np.full(len(flat), no_target))
         real = meter.result().kl
-        assert real / PROXY_FACTOR < costs[name] < real * PROXY_FACTOR, name
+        assert real / PROXY_FACTOR < costs[name][None] < real * PROXY_FACTOR, name
 
 
 class UnlikeKeys:
@@ -73,15 +74,28 @@ def test_errors_are_held_against_the_checkpoints_own_weights(source: Checkpoint)
     rules = {name: Rule("proj", 8, None, "nearest") for name in linears(source.config)}
     costs = measure_sensitivity(source, rules, windows)
     unlike = measure_sensitivity(UnlikeKeys(source), rules, windows)
-    assert unlike == pytest.approx(costs, rel=1e-3)
+    for name, kl in costs.items():
+        assert unlike[name] == pytest.approx(kl, rel=1e-3)
 
 
 def test_same_seed_same_costs(source: Checkpoint) -> None:
     windows = np.random.default_rng(2).integers(0, 160, (2, 32))
     rules = {name: Rule("proj", 4, 32, "gptq") for name in linears(source.config)}
     first = measure_sensitivity(source, rules, windows, seed=4)
+    assert all(list(kl) == [32] for kl in first.values())
     assert first == measure_sensitivity(source, rules, windows, seed=4)
     assert first != measure_sensitivity(source, rules, windows, seed=5)
+
+
+def test_each_block_costs_what_it_costs_alone(source: Checkpoint) -> None:
+    windows = np.random.default_rng(2).integers(0, 160, (2, 32))
+    name = "layers.1.self_attn.q_proj.weight"
+    rules = {name: Rule("proj", 4, 32, "nearest") for name in linears(source.config)}
+    several = measure_sensitivity(source, rules, windows, blocks={name: (64, 32, 16)})
+    for block in (64, 32, 16):
+        alone = {**rules, name: replace(rules[name], block=block)}
+        assert several[name][block] == measure_sensitivity(source, alone, windows)[name][block]
+    assert several[name][64] > several[name][16]
 
 
 def test_random_factor_has_the_predictions_covariance(source: Checkpoint) -> None:

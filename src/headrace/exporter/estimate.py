@@ -8,7 +8,6 @@ rounds weights.
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,9 +22,10 @@ from headrace.exporter.settings import ExportSettings
 from headrace.forecast.fit import PHONE_MEMORY
 from headrace.forecast.model import plan_model
 from headrace.model.weights import input_groups, linears, quantized_weights
-from headrace.quantize.budget import within_budget
+from headrace.quantize.budget import blocks_to_try, within_budget
 from headrace.quantize.descent import SWEEPS
 from headrace.quantize.gptq import ROW_STRIP
+from headrace.quantize.gradients import GRADIENT_TOKENS, TOGETHER
 from headrace.quantize.methods import find_method
 from headrace.quantize.parallel import cores
 from headrace.quantize.ranges import HEAD_TOKENS, range_tokens
@@ -46,11 +46,14 @@ _SOLVED = 4  # float32 arrays of a strip of rows that a core solves
 _READINGS, _READING = 3, 0.5
 _BESIDE_WEIGHTS = 32 << 20  # bytes: graphs, tokenizer, activations' encodings, the folder itself
 _ROW_TEXT = 40  # bytes that encodings.json has of a weight's row: its scale and its offset
-_EQUAL: Mapping[str, float] = defaultdict(lambda: 1.0)  # what each linear's 4 bits cost, before it is measured
 # Operations of each method in units of N·K². GPTQ takes one; descent GPTQ's one, one to begin and two a sweep (scales,
 # codes); best two more before that, for the correction's product and its two triangular solutions.
 _SOLVING = {"nearest": 0, "awq": 0, "gptq": 1, "descent": 2 + 2 * SWEEPS, "best": 4 + 2 * SWEEPS}
-_RANKING_PASSES = 5  # a ranking costs so many forward passes: two, and the backward pass with the errors' products
+# A ranking costs so many forward passes: two and one back, and for each block that is tried one to quantize the layer
+# and one with its errors.
+_RANKING_PASSES, _TRIAL_PASSES = 3, 2
+# Gradients cost so many forward passes of layers, and of the head: forward, and forward again and back on the tape.
+_GRADIENT_PASSES, _GRADIENT_HEAD_PASSES = 3, 2
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,9 @@ def plan_export(settings: ExportSettings, phone_memory: int = PHONE_MEMORY) -> d
     )
     report["disk_bytes"] = estimate_disk(settings)
     ranged = range_tokens(config, options.windows, options.window_length) if settings.has_encodings else 0
-    need = estimate_export(config, settings.rules, tokens, ranked=ranked, ranged=ranged, jobs=options.jobs)
+    need = estimate_export(
+        config, settings.rules, tokens, ranked=ranked, size=options.size is not None, ranged=ranged, jobs=options.jobs
+    )
     report["export"] = {
         "seconds": round(need.seconds, 1),
         "work_seconds": round(need.work_seconds, 1),
@@ -134,12 +139,19 @@ def _forecast_recipe(settings: ExportSettings) -> Recipe:
     if options.bits is None and options.size is None:
         return settings.recipe
     return within_budget(
-        settings.recipe, config, _EQUAL, bits=options.bits, size=options.size, parts=settings.parts
+        settings.recipe, config, None, bits=options.bits, size=options.size, parts=settings.parts
     ).recipe
 
 
 def estimate_export(
-    config: ModelConfig, rules: Mapping[str, Rule], tokens: int, *, ranked: int = 0, ranged: int = 0, jobs: int = 2
+    config: ModelConfig,
+    rules: Mapping[str, Rule],
+    tokens: int,
+    *,
+    ranked: int = 0,
+    size: bool = False,
+    ranged: int = 0,
+    jobs: int = 2,
 ) -> ExportEstimate:
     """Time and memory of an export, from its operations and this computer's speed.
 
@@ -153,25 +165,33 @@ def estimate_export(
         rules: canonical name → rule: methods differ in cost.
         tokens: of calibration, T.
         ranked: tokens that linears are ranked with, for a budget: forward, back, and a quick method.
+        size: the budget is one of bytes, for which several blocks are tried.
         ranged: tokens that static ranges are found with.
         jobs: cores to use.
     """
     table = config.vocab_size * config.hidden_size
     weights = table if config.tied_head else 2 * table
-    operations = 2.0 * table * (2 * SAMPLE_TOKENS + min(ranged, HEAD_TOKENS))
+    walked = _gradient_tokens(rules, tokens)
+    tried = blocks_to_try(config, rules, size=size)
+    operations = 2.0 * table * (2 * SAMPLE_TOKENS + min(ranged, HEAD_TOKENS) + _GRADIENT_HEAD_PASSES * walked)
     for layer in range(config.num_layers):
         for number, group in enumerate(input_groups(config, layer)):
             shapes = {linear.name: linear.matrix for linear in group}
             columns = group[0].matrix[1]
             methods = {name: find_method(rules[name].method) for name in shapes}
             moments = (2 if number == 0 else 1) * any(method.calibrated for method in methods.values())
+            if walked:
+                moments = len(group)  # each linear weights tokens in its own way
             moments += any(method.uses_reference for method in methods.values())
-            operations += tokens * moments * columns**2 + ranked * columns**2
+            trials = max(len(tried.get(name, (None,))) for name in shapes)
+            operations += tokens * moments * columns**2 + ranked * trials * columns**2
             for name, (n, k) in shapes.items():
                 walks = 2 if methods[name].uses_reference else 1  # the float model's beside
-                operations += 2 * n * k * (walks * tokens + _RANKING_PASSES * ranked + 2 * SAMPLE_TOKENS + ranged)
+                passed = walks * tokens + _GRADIENT_PASSES * walked + 2 * SAMPLE_TOKENS + ranged
+                passed += (_RANKING_PASSES + _TRIAL_PASSES * trials) * ranked
+                operations += 2 * n * k * passed
                 operations += _SOLVING[rules[name].method] * n * k**2 + methods[name].calibrated * k**3 / 3
-                operations += bool(ranked) * (n * k**2 + k**3 / 3)
+                operations += bool(ranked) * trials * (n * k**2 + k**3 / 3)
                 weights += n * k
     speed, rounding = _core_speed()
     products, rounded = operations / (speed * _EFFICIENCY), rounding * weights
@@ -179,13 +199,21 @@ def estimate_export(
     return ExportEstimate(
         (products + rounded) / jobs + reading,
         products + rounded + reading,
-        _peak_bytes(config, rules, tokens, ranged, jobs),
+        _peak_bytes(config, rules, tokens, ranged, jobs, max(ranked, walked)),
     )
 
 
-def _peak_bytes(config: ModelConfig, rules: Mapping[str, Rule], tokens: int, ranged: int, jobs: int) -> int:
-    """The largest of what a layer takes while it is quantized and while its ranges are found, and of the proof's
-    head; benchmarks/layer_7b.py measures the first."""
+def _gradient_tokens(rules: Mapping[str, Rule], tokens: int) -> int:
+    """Of calibration, the tokens for which a method asks gradients."""
+    asked = any(find_method(rule.method).uses_gradients for rule in rules.values())
+    return min(tokens, GRADIENT_TOKENS) if asked else 0
+
+
+def _peak_bytes(
+    config: ModelConfig, rules: Mapping[str, Rule], tokens: int, ranged: int, jobs: int, walked: int
+) -> int:
+    """The largest of what a layer takes while it is quantized and while its ranges are found, of the proof's head,
+    and of every layer's input beside the head, for gradients; benchmarks/layer_7b.py measures the first."""
     weights = sum(linear.size for linear in linears(config, 0).values())
     table = config.vocab_size * config.hidden_size
     widest = max(config.intermediate_size, config.query_size, config.hidden_size)
@@ -196,7 +224,8 @@ def _peak_bytes(config: ModelConfig, rules: Mapping[str, Rule], tokens: int, ran
         layer += 3 * widest**2 + jobs * _SOLVED * ROW_STRIP * widest
     watched = weights + ranged * (2 * config.hidden_size + 4 * widest) if ranged else 0
     head = 5 * table // 4 + 2 * SAMPLE_TOKENS * config.vocab_size
-    return 4 * max(layer, watched, head) + _WORKING
+    back = (config.num_layers + 1) * min(walked, TOGETHER) * config.hidden_size + table if walked else 0
+    return 4 * max(layer, watched, head, back) + _WORKING
 
 
 def _core_speed() -> tuple[float, float]:

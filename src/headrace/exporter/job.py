@@ -34,8 +34,10 @@ from headrace.graph.device_folder import OWN_FOLDER, bundle_device_graphs
 from headrace.graph.emit_host import HostWeights, emit_host
 from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD, layer_weights
 from headrace.progress import Progress, silent
-from headrace.quantize.budget import within_budget
+from headrace.quantize.budget import Costs, blocks_to_try, within_budget
 from headrace.quantize.device_encodings import device_encodings
+from headrace.quantize.gradients import gradient_energy
+from headrace.quantize.methods import find_method
 from headrace.quantize.parallel import cores
 from headrace.quantize.pipeline import QuantizedLayer, load_weight, quantize_layers, quantize_table
 from headrace.quantize.ranges import RANGE_WINDOWS, collect_ranges
@@ -132,13 +134,14 @@ def _within_budget(
     bits, size = settings.options.bits, settings.options.size
     if bits is None and size is None:
         return settings
-    costs = work.costs()
+    costs: Costs | None = work.costs()
     if costs is None:
         with cores(jobs):
             costs = measure_sensitivity(
                 settings.model,
                 settings.rules,
                 windows,
+                blocks=blocks_to_try(settings.config, settings.rules, size=size is not None),
                 keep=settings.options.keep_grid,
                 progress=lambda done, total: progress("measuring sensitivity", done, total),
             )
@@ -190,6 +193,7 @@ def _quantize(
         embedding=embedding,
         finished=finished,
         stage=work.stage,
+        energy=_gradient_energy(settings, work, windows, progress),
         jobs=jobs,
         keep=settings.options.keep_grid,
         progress=lambda done, total: progress("quantizing layers", done, total),
@@ -198,6 +202,22 @@ def _quantize(
         return []
     peaks = [work.layers[i] for i in range(config.num_layers)]
     return [(key / KV_LEVELS or EMPTY_SCALE, value / KV_LEVELS or EMPTY_SCALE) for key, value in peaks]
+
+
+def _gradient_energy(
+    settings: ExportSettings, work: Workspace, windows: NDArray[np.int64], progress: Progress
+) -> Mapping[str, NDArray[np.float32]] | None:
+    """How much each token counts, for the methods that ask; measured once an export."""
+    if not any(find_method(rule.method).uses_gradients for rule in settings.rules.values()):
+        return None
+    energy = work.energy()
+    if energy is None:
+        with cores(settings.options.jobs):
+            energy = gradient_energy(
+                settings.model, windows, progress=lambda done, total: progress("measuring gradients", done, total)
+            )
+        work.keep_energy(energy)
+    return energy
 
 
 def _emit_graphs(

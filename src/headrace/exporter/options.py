@@ -164,7 +164,12 @@ class ExportOptions:
         metadata=_described(_bits, "Budget: code bits averaged over the linears; 8 for the most sensitive.", "BITS"),
     )
     size: int | None = field(
-        default=None, metadata=_described(read_size, "Budget: bytes of all weights, such as 105MB.", "BYTES")
+        default=None,
+        metadata=_described(
+            read_size,
+            "Budget: bytes of all weights, such as 105MB; blocks of scales are chosen for it too.",
+            "BYTES",
+        ),
     )
     kv: str | None = field(default=None, metadata=_described(_text, "int8 or float32 cache.", "TYPE"))
     parts: int = field(default=5, metadata=_described(_count(1), "Graphs the model is split into.", "N"))

@@ -6,7 +6,6 @@ Refuses what cannot work before anything is written. Knows options, geometry and
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -36,7 +35,6 @@ from headrace.targets.qualcomm.toolchain import find_toolchain
 
 __all__ = ["ExportSettings", "settle"]
 
-_NO_COSTS: Mapping[str, float] = defaultdict(float)
 _CONTEXT = 4096
 _COMPILER_MEMORY = 12e9  # bytes: what a laptop of 16 GB has left
 _SHORT_CONTEXT = 1024  # a device's second: a quarter of the cache to read, for each token of a short conversation
@@ -164,7 +162,7 @@ def _check(settings: ExportSettings) -> None:
         find_method(rule.method)
     layouts(settings.config, settings.parts, settings.grids)  # refuses blocks that do not divide
     if options.bits is not None or options.size is not None:
-        within_budget(recipe, settings.config, _NO_COSTS, bits=options.bits, size=options.size, parts=settings.parts)
+        within_budget(recipe, settings.config, None, bits=options.bits, size=options.size, parts=settings.parts)
     if options.keep_grid and recipe.rotate:
         raise RecipeError("--keep-grid keeps weights as they are and --rotate changes them; expected one of them")
     for target in options.targets:

@@ -4,6 +4,7 @@
       state.json            what the export is of, and the layers that are finished
       states.bin            hidden states after the layers that are finished
       sensitivity.json      what each linear's 4 bits cost, for a budget
+      gradients.npz         how much each token counts, for methods that ask
       bundle/               becomes OUT when everything is there
       device/               device graphs, and what is compiled of them
       replaced/             the bundle that was at OUT, for a moment
@@ -14,6 +15,7 @@ kept here, not how it is made.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -27,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.bundle.folder import refuse_foreign
+from headrace.bundle.recipe import parse_block
 from headrace.bundle.work_folder import clear, work_folder
 from headrace.errors import BundleError
 from headrace.exporter.options import ExportOptions, flag, spelled
@@ -34,9 +37,9 @@ from headrace.files import read_json, temporary_name, whole_file, write_file
 
 __all__ = ["Workspace", "differences", "output_folder", "refuse_full_disk", "workspace"]
 
-STATE, SENSITIVITY, BUNDLE, DEVICE, REPLACED = "state.json", "sensitivity.json", "bundle", "device", "replaced"
-HIDDEN = "states.bin"
-_NAMES = (STATE, HIDDEN, temporary_name(Path(HIDDEN)).name, SENSITIVITY, BUNDLE, DEVICE, REPLACED)
+STATE, HIDDEN, SENSITIVITY, GRADIENTS = "state.json", "states.bin", "sensitivity.json", "gradients.npz"
+BUNDLE, DEVICE, REPLACED = "bundle", "device", "replaced"
+_NAMES = (STATE, HIDDEN, temporary_name(Path(HIDDEN)).name, SENSITIVITY, GRADIENTS, BUNDLE, DEVICE, REPLACED)
 
 
 @dataclass(frozen=True)
@@ -107,14 +110,31 @@ class Workspace:
         self.layers[number] = key_peak, value_peak
         self._save()
 
-    def costs(self) -> dict[str, float] | None:
-        """What was measured for a budget, or None."""
+    def costs(self) -> dict[str, dict[int | None, float]] | None:
+        """What was measured for a budget (see `quantize.budget.Costs`), or None."""
         path = self.root / SENSITIVITY
-        return read_json(path) if path.exists() else None
+        if not path.exists():
+            return None
+        return {name: {parse_block(b): kl for b, kl in costs.items()} for name, costs in read_json(path).items()}
 
-    def keep_costs(self, costs: Mapping[str, float]) -> None:
+    def keep_costs(self, costs: Mapping[str, Mapping[int | None, float]]) -> None:
         """Keep what was measured for a budget."""
-        write_file(self.root / SENSITIVITY, json.dumps(costs, indent=1).encode())
+        named = {name: {str(b or "channel"): kl for b, kl in by_block.items()} for name, by_block in costs.items()}
+        write_file(self.root / SENSITIVITY, json.dumps(named, indent=1).encode())
+
+    def energy(self) -> dict[str, NDArray[np.float32]] | None:
+        """What was measured by `quantize.gradients.gradient_energy`, or None."""
+        path = self.root / GRADIENTS
+        if not path.exists():
+            return None
+        with np.load(path, allow_pickle=False) as kept:
+            return dict(kept)
+
+    def keep_energy(self, energy: Mapping[str, NDArray[np.float32]]) -> None:
+        """Keep it."""
+        data = io.BytesIO()
+        np.savez(data, allow_pickle=False, **energy)
+        write_file(self.root / GRADIENTS, data.getvalue())
 
     def _save(self) -> None:
         state = {"identity": self.identity, "layers": {str(number): peaks for number, peaks in self.layers.items()}}

@@ -1,4 +1,8 @@
-"""Which linears get 8 bits under a budget: greedily by KL gained per byte. The choice is written as recipe rules.
+"""The grid of each linear under a budget: greedily by KL gained per byte. The choice is written as recipe rules.
+
+A linear can have 8 bits instead of 4. Under a budget of bytes one whose scales are for blocks can also have 4 bits in
+other blocks: smaller ones are truer and take more scales. Of a linear's choices only those on the lower convex hull of
+KL over bytes can be part of a best choice; steps along all hulls are taken in the order of KL gained per byte.
 
 Knows no weights and no text: only geometry, a recipe, and what each linear's 4 bits cost.
 """
@@ -7,20 +11,25 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from headrace.bundle.grid import Grid
 from headrace.bundle.recipe import Recipe, Rule
 from headrace.bundle.weights import layouts
 from headrace.config import ModelConfig
 from headrace.errors import RecipeError
-from headrace.model.weights import Role, Weight, linears, quantized_weights, weight_table
+from headrace.model.weights import Role, linears, quantized_weights, weight_table
 from headrace.plan import Part, plan_parts
 
-__all__ = ["BudgetedRecipe", "average_bits", "weight_bytes", "within_budget"]
+__all__ = ["BudgetedRecipe", "Costs", "average_bits", "blocks_to_try", "weight_bytes", "within_budget"]
+
+Costs = Mapping[str, Mapping[int | None, float]]
+"""Canonical name → block (None: a scale a row) → the KL that 4 bits in such blocks cost, from `measure_sensitivity`."""
 
 _EIGHT = Grid(8)
+_BLOCKS = (128, 64, 32, 16)
 _ROUNDING = 1e-3  # bytes: a budget that fits exactly must not fail by float arithmetic
 
 
@@ -29,7 +38,7 @@ class BudgetedRecipe:
     """A recipe that keeps within a budget, and what it comes to.
 
     Attributes:
-        recipe: the recipe with rules for the 8-bit linears in front.
+        recipe: the recipe with rules in front for the linears that got other grids.
         eight_bit: names of the linears that got 8 bits, in the order they were chosen.
         bits: code bits averaged over the linears.
         nbytes: of all weights files.
@@ -58,21 +67,33 @@ def weight_bytes(config: ModelConfig, rules: Mapping[str, Rule], parts: Sequence
     return sum(layout.nbytes for layout in layouts(config, parts or plan_parts(config, 1), grids))
 
 
+def blocks_to_try(config: ModelConfig, rules: Mapping[str, Rule], *, size: bool) -> dict[str, tuple[int | None, ...]]:
+    """For each linear with 4 bits, the blocks that a budget can give it: its rule's alone, or, where that is not a
+    whole row and the budget is one of bytes (`size`), all that divide its rows."""
+    found: dict[str, tuple[int | None, ...]] = {}
+    for name, linear in linears(config).items():
+        rule = rules[name]
+        if rule.bits == 4:
+            fitting = tuple(block for block in _BLOCKS if linear.matrix[1] % block == 0)
+            found[name] = fitting if size and rule.block is not None else (rule.block,)
+    return found
+
+
 def within_budget(
     recipe: Recipe,
     config: ModelConfig,
-    costs: Mapping[str, float],
+    costs: Costs | None,
     *,
     bits: float | None = None,
     size: int | None = None,
     parts: Sequence[Part] | None = None,
 ) -> BudgetedRecipe:
-    """Give 8 bits per channel to the linears where that gains most KL per byte.
+    """Give each linear the grid that is worth its bytes.
 
     Args:
         recipe: what every weight gets otherwise; linears it already gives 8 bits keep them.
         config: the geometry.
-        costs: canonical name → KL that the linear's 4 bits cost, from `measure_sensitivity`.
+        costs: of all that `blocks_to_try` names; None before they are measured: all alike.
         bits: most code bits averaged over the linears.
         size: most bytes of all weights files; either this or `bits`.
         parts: how files are split, for their headers.
@@ -83,61 +104,93 @@ def within_budget(
     if (bits is None) == (size is None):
         raise RecipeError("give either --bits or --size, not both and not neither")
     rules = recipe.resolve(quantized_weights(config))
-    candidates = [name for name in linears(config) if rules[name].bits == 4 and costs[name] > 0]
-    least_bits, least_bytes = average_bits(config, rules), weight_bytes(config, rules, parts)
+    table = weight_table(config)
+    tried = blocks_to_try(config, rules, size=size is not None)
+
+    def nbytes(name: str, grid: Grid) -> int:
+        rows, columns = table[name].matrix
+        return grid.nbytes(rows, columns) if size is not None else rows * columns * grid.bits // 8
+
+    def kl(name: str, grid: Grid) -> float:
+        if grid.bits == 8:
+            return 0.0
+        return costs[name][grid.block] if costs is not None else 1.0
+
+    chosen: dict[str, Grid] = {}
+    steps: list[tuple[float, int, str, Grid]] = []  # KL gained per byte, bytes, and what becomes of which linear
+    for name, blocks in tried.items():
+        hull = _hull([*(Grid(4, block) for block in blocks), _EIGHT], name, nbytes, kl)
+        chosen[name] = hull[0]
+        for before, after in pairwise(hull):
+            more = nbytes(name, after) - nbytes(name, before)
+            steps.append(((kl(name, before) - kl(name, after)) / more, more, name, after))
+    least = _with_grids(recipe, config, rules, chosen)
+    at_least = least.resolve(quantized_weights(config))
+    least_bits, least_bytes = average_bits(config, at_least), weight_bytes(config, at_least, parts)
     if bits is not None and bits < least_bits:
-        raise RecipeError(
-            f"--bits {bits:g} cannot be met: recipe {recipe.name!r} needs {least_bits:.4g} without any 8-bit layer"
-        )
+        raise RecipeError(f"--bits {bits:g} cannot be met: recipe {recipe.name!r} needs {least_bits:.4g} at least")
     if size is not None and size < least_bytes:
         raise RecipeError(
             f"--size {size} bytes cannot be met: recipe {recipe.name!r} needs {least_bytes} bytes "
-            f"({least_bytes / 1e6:.1f} MB) without any 8-bit layer; give more or use larger blocks"
+            f"({least_bytes / 1e6:.1f} MB) at least; give more or use larger blocks"
         )
-    table = weight_table(config)
-    extra = {name: _extra_bytes(table[name], rules[name].grid, count_scales=size is not None) for name in candidates}
     if bits is not None:
         elements = sum(linear.size for linear in linears(config).values())
         left = (bits - least_bits) * elements / 8 + _ROUNDING
     else:
         left = float((size or 0) - least_bytes)
-    chosen = []
-    for name in sorted(candidates, key=lambda n: -costs[n] / max(extra[n], 1)):
-        if extra[name] <= left:
-            chosen.append(name)
-            left -= extra[name]
-    mixed = _with_eight_bit_rules(recipe, rules, [table[name] for name in chosen])
+    eight_bit, full = [], set()
+    for _, more, name, grid in sorted(steps, key=lambda step: -step[0]):
+        if name in full or more > left:
+            full.add(name)  # a later step of a linear stands on the earlier ones
+            continue
+        left -= more
+        chosen[name] = grid
+        if grid.bits == 8:
+            eight_bit.append(name)
+    mixed = _with_grids(recipe, config, rules, chosen)
     final = mixed.resolve(quantized_weights(config))
     return BudgetedRecipe(
         mixed,
-        tuple(chosen),
+        tuple(eight_bit),
         average_bits(config, final),
         weight_bytes(config, final, parts),
-        sum(costs[name] for name in candidates if name not in set(chosen)),
+        sum(kl(name, grid) for name, grid in chosen.items()),
     )
 
 
-def _extra_bytes(weight: Weight, grid: Grid, *, count_scales: bool) -> int:
-    """Bytes that a weight takes at 8 bits, less what it takes now; with `count_scales`, its scales too."""
-    rows, columns = weight.matrix
-    if count_scales:
-        return _EIGHT.nbytes(rows, columns) - grid.nbytes(rows, columns)
-    return weight.size * (8 - grid.bits) // 8
+def _hull(
+    grids: Sequence[Grid], name: str, nbytes: Callable[[str, Grid], int], kl: Callable[[str, Grid], float]
+) -> list[Grid]:
+    """The grids on the lower convex hull of KL over bytes, from the fewest bytes on; each costs less KL than the one
+    before, and gains less per byte."""
+    hull: list[Grid] = []
+
+    def gain(a: Grid, b: Grid) -> float:
+        return (kl(name, a) - kl(name, b)) / (nbytes(name, b) - nbytes(name, a))
+
+    for grid in sorted(grids, key=lambda grid: (nbytes(name, grid), kl(name, grid))):
+        if hull and (kl(name, grid) >= kl(name, hull[-1]) or nbytes(name, grid) == nbytes(name, hull[-1])):
+            continue
+        while len(hull) > 1 and gain(hull[-2], hull[-1]) <= gain(hull[-1], grid):
+            hull.pop()
+        hull.append(grid)
+    return hull
 
 
-def _with_eight_bit_rules(recipe: Recipe, rules: Mapping[str, Rule], chosen: Sequence[Weight]) -> Recipe:
-    """Rules for the chosen linears, one for each kind, in front of the recipe's; rules that then match no weight are
-    dropped, since a recipe refuses them."""
-    kinds: dict[Role, list[int]] = defaultdict(list)
-    for weight in chosen:
-        kinds[weight.role].append(weight.layer or 0)
-    # Rounding to 8 bits costs so little that a longer search does not pay, but the correction of `best` still does.
-    names = {weight.name for weight in chosen}
-    methods = {rules[name].method for name in names}
-    method = "best" if methods == {"best"} else "gptq"
+def _with_grids(recipe: Recipe, config: ModelConfig, rules: Mapping[str, Rule], grids: Mapping[str, Grid]) -> Recipe:
+    """Rules in front of the recipe's for linears that get another grid, one for each kind and grid; rules that then
+    match no weight are dropped, since a recipe refuses them."""
+    table = weight_table(config)
+    changed = {name: grid for name, grid in grids.items() if grid != rules[name].grid}
+    kinds: dict[tuple[Role, Grid, str], list[int]] = defaultdict(list)
+    for name, grid in changed.items():
+        # Rounding to 8 bits costs so little that a longer search does not pay, but the correction of `best` still does.
+        method = rules[name].method if grid.bits == 4 or rules[name].method == "best" else "gptq"
+        kinds[table[name].role, grid, method].append(table[name].layer or 0)
     front = [
-        Rule(rf"layers\.({'|'.join(map(str, sorted(layers)))})\.{re.escape(role.value)}", 8, None, method)
-        for role, layers in kinds.items()
+        Rule(rf"layers\.({'|'.join(map(str, sorted(layers)))})\.{re.escape(role.value)}", grid.bits, grid.block, method)
+        for (role, grid, method), layers in kinds.items()
     ]
-    left = {rule for name, rule in rules.items() if name not in names}
+    left = {rule for name, rule in rules.items() if name not in changed}
     return replace(recipe, rules=(*front, *(rule for rule in recipe.rules if rule in left)))

@@ -26,12 +26,14 @@ class Method:
         scaled: input channels are scaled beforehand as AWQ finds best; all linears of that input must use the method.
         uses_reference: the statistics also hold the shift from the float model's inputs, so the float model is
             computed on the same windows.
+        uses_gradients: tokens are weighted by the gradients of the float model's predictions too.
     """
 
     quantize: Callable[[NDArray[np.float32], InputStatistics, Grid], QuantizedTensor]
     calibrated: bool
     scaled: bool = False
     uses_reference: bool = False
+    uses_gradients: bool = False
 
 
 METHODS: Mapping[str, Method] = {
@@ -39,7 +41,7 @@ METHODS: Mapping[str, Method] = {
     "awq": Method(nearest.quantize, calibrated=True, scaled=True),
     "gptq": Method(gptq.quantize, calibrated=True),
     "descent": Method(descent.quantize, calibrated=True),
-    "best": Method(corrected.quantize, calibrated=True, uses_reference=True),
+    "best": Method(corrected.quantize, calibrated=True, uses_reference=True, uses_gradients=True),
 }
 
 

@@ -31,6 +31,7 @@ from headrace.quantize.exact import keep_grid
 from headrace.quantize.methods import find_method
 from headrace.quantize.parallel import cores, parallel_map
 from headrace.quantize.statistics import InputStatistics
+from headrace.quantize.token_weights import token_weights, with_gradients
 from headrace.quantize.windows import LayerWalk, attention_energy, causal_positions, embed_windows
 
 __all__ = [
@@ -48,7 +49,6 @@ __all__ = [
 _SMALL = 1 << 22  # elements of a linear too small to keep several cores busy
 _LARGEST = float(np.finfo(np.float16).max)  # of a weight: scales are float16
 _ROWS = 8192  # of a table that are in memory at once
-_SKETCH = 512  # random projections that estimate a token's squared length to 6 %
 
 
 class Source(Protocol):
@@ -113,6 +113,7 @@ class _LayerQuantizer:
         gains: norms that took up channel scales.
         value_scale: channel scale of v_proj's rows, (kv_heads·D,), or None.
         attention_weights: how much each token's error in keys and values counts, (tokens,), mean 1; None: equally.
+        energy: canonical name → squared gradient at each token of the linear's output (see gradients.py), or empty.
         keep: a linear that lies on its rule's grid is kept as it is.
     """
 
@@ -123,6 +124,7 @@ class _LayerQuantizer:
     gains: dict[str, Array] = field(default_factory=dict)
     value_scale: Array | None = None
     attention_weights: Array | None = None
+    energy: Mapping[str, Array] = field(default_factory=dict)
     keep: bool = False
 
     def quantize_group(
@@ -146,12 +148,16 @@ class _LayerQuantizer:
             scale = self._scale(names, InputStatistics.of(inputs))
         statistics: dict[str, InputStatistics | None] = dict.fromkeys(names)
         latest: tuple[Array, InputStatistics] | None = None
-        token_weights: Mapping[str, Array] = {}
+        counts_of: dict[str, Array] = {}
         if any(method.calibrated for method in methods.values()):
-            token_weights = self._token_weights(names, inputs, [_flat(batch) for batch in states])
+            stream = [_flat(batch) for batch in states]
+            counts_of = token_weights(self.config, self.weights, names, inputs, stream, self.attention_weights)
+            for name in names:
+                if methods[name].uses_gradients and name in self.energy:
+                    counts_of[name] = with_gradients(counts_of[name], self.energy[name].reshape(-1))
         for name in names:
             if methods[name].calibrated:
-                counts = token_weights[name]
+                counts = counts_of[name]
                 if latest is None or latest[0] is not counts:
                     latest = counts, InputStatistics.of(inputs, counts, float_inputs)
                 statistics[name] = latest[1] if scale is None else latest[1].scaled(scale)
@@ -174,42 +180,6 @@ class _LayerQuantizer:
         ):
             self.quantized[name] = quantized
             self.weights[name] = dequantize(quantized) if scale is None else dequantize(quantized) / scale
-
-    def _token_weights(
-        self, names: tuple[str, ...], inputs: Sequence[Array], stream: Sequence[Array]
-    ) -> dict[str, Array]:
-        """How much each token's error in a linear's output counts, (tokens,), mean 1.
-
-        An output that is added to the residual stream counts in inverse proportion to the stream's energy at that
-        token, since a norm follows: SmolLM2's first token is a thousand times larger than the others. Keys and values
-        count by the attention that their token gets.
-        """
-        row = weight_table(self.config)[names[0]]
-        weight = self.weights[row.name] if row.role.writes_stream else None
-        bias = self.weights[row.bias] if weight is not None and row.bias is not None else None
-        signs: Array | None = None
-        if weight is not None and len(weight) > 2 * _SKETCH:
-            # The energy of stream plus output, estimated from a few sums of its channels with random signs.
-            signs = np.random.default_rng(0).choice(np.array([-1, 1], np.float32), (_SKETCH, len(weight)))
-            weight = signs @ weight
-            bias = None if bias is None else signs @ bias
-
-        def energy(piece: tuple[Array, Array]) -> Array:
-            x, residual = piece
-            if weight is not None:
-                residual = (residual if signs is None else residual @ signs.T) + x @ weight.T
-                if bias is not None:
-                    residual += bias
-            return np.asarray(np.einsum("tk,tk->t", residual, residual), np.float32)
-
-        energies = np.concatenate(parallel_map(energy, zip(inputs, stream, strict=True)))
-        share = 1 / np.maximum(energies, np.finfo(np.float32).tiny)
-        share /= share.mean()
-        found = dict.fromkeys(names, share)
-        if self.attention_weights is not None:
-            table = weight_table(self.config)
-            found.update({n: self.attention_weights for n in names if table[n].role in (Role.KEY, Role.VALUE)})
-        return found
 
     def _scale(self, names: tuple[str, ...], statistics: InputStatistics) -> Array:
         """The scale (K,) of a group's input channels; its inverse is folded into the operation before."""
@@ -284,6 +254,7 @@ def quantize_layers(
     embedding: QuantizedTensor | None = None,
     finished: Callable[[int], QuantizedLayer | None] | None = None,
     stage: LayerStage | None = None,
+    energy: Mapping[str, Array] | None = None,
     jobs: int = 2,
     keep: bool = False,
     progress: Callable[[int, int], Any] | None = None,
@@ -298,6 +269,7 @@ def quantize_layers(
         embedding: the embedding's table as it will be used; the float one when None.
         finished: gives a layer that an interrupted run already emitted, or None.
         stage: keeps the hidden states after each layer, so that a resumed run need not compute them again.
+        energy: what `gradients.gradient_energy` gives for these windows, for methods that use it.
         jobs: cores to use; the result does not depend on it.
         keep: a linear that already lies on its rule's grid is kept as it is.
         progress: called with (layers done, layers) before each layer and at the end.
@@ -306,9 +278,8 @@ def quantize_layers(
         RecipeError: a rule names an unknown method or a block that does not divide a row.
     """
     with cores(jobs):
-        _quantize_layers(
-            source, rules, windows, emit, embedding, finished or (lambda number: None), stage, keep, progress
-        )
+        known = finished or (lambda number: None)
+        _quantize_layers(source, rules, windows, emit, embedding, known, stage, energy or {}, keep, progress)
 
 
 def quantize_layer(
@@ -319,6 +290,7 @@ def quantize_layer(
     at: Positions[Array],
     reference: LayerWalk | None = None,
     *,
+    energy: Mapping[str, Array] | None = None,
     keep: bool = False,
     equalize: bool = False,
 ) -> QuantizedLayer:
@@ -328,11 +300,11 @@ def quantize_layer(
     k_proj are scaled against each other at the end, so they no longer approximate the checkpoint's one by one.
     """
     config = source.config
-    work = _LayerQuantizer(config, rules, load_layer(source, number), keep=keep)
+    work = _LayerQuantizer(config, rules, load_layer(source, number), energy=energy or {}, keep=keep)
     query, key, value = (find_weight(config, r, number).name for r in (Role.QUERY, Role.KEY, Role.VALUE))
     if any(rules[name].bits == 4 and find_method(rules[name].method).calibrated for name in (key, value)):
-        energy = attention_energy(config, work.weights, number, states, at).reshape(-1)
-        work.attention_weights = (energy / energy.mean() + 1) / 2
+        attention = attention_energy(config, work.weights, number, states, at).reshape(-1)
+        work.attention_weights = (attention / attention.mean() + 1) / 2
     steps = LayerWalk(config, work.weights, number, states, at)
     while names := steps.advance():
         if reference is not None:
@@ -361,6 +333,7 @@ def _quantize_layers(
     embedding: QuantizedTensor | None,
     finished: Callable[[int], QuantizedLayer | None],
     stage: LayerStage | None,
+    energy: Mapping[str, Array],
     keep: bool,
     progress: Callable[[int, int], Any] | None,
 ) -> None:
@@ -382,7 +355,10 @@ def _quantize_layers(
             del weights
         known = finished(number)
         if known is None:
-            emit(quantize_layer(source, rules, number, states, at, reference, keep=keep, equalize=not keep))
+            layer = quantize_layer(
+                source, rules, number, states, at, reference, energy=energy, keep=keep, equalize=not keep
+            )
+            emit(layer)
         else:
             LayerWalk(config, known.weights(config), number, states, at).finish()
             if reference is not None:
