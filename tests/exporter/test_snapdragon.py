@@ -88,6 +88,9 @@ def test_a_compile_goes_on_where_it_stopped(
         compile_target(unfinished, TARGET, graphs, tmp_path / "work")
     folder = unfinished.root / TARGET
     kept = (folder / BINARIES[0]).read_bytes()
+    left = folder / ".compile-killed"  # where the compiler was writing when it was killed
+    left.mkdir()
+    (left / "half.bin").write_bytes(b"x")
     # The rest is there already, from another export of the same model: only one is left to compile.
     shutil.copy(phone / TARGET / BINARIES[1], folder)
     log = tmp_path / "work" / f"{TARGET}.json"
@@ -102,6 +105,7 @@ def test_a_compile_goes_on_where_it_stopped(
         compile_target(unfinished, TARGET, graphs, tmp_path / "work", lambda _s, done, _t: seen.append(done)) == folder
     )
     assert second.made == BINARIES[2:] and seen == [0, 1, 2, 3]
+    assert not left.exists(), "it would become part of the bundle"
     assert (folder / BINARIES[0]).read_bytes() == kept
     report = json.loads(log.read_text(encoding="utf-8"))
     assert set(report) == set(BINARIES) and report[BINARIES[2]]["peak_bytes"] > 1 << 20

@@ -19,6 +19,7 @@ from headrace.text.tokenizer_config import AddedPiece, TokenizerConfig
 __all__ = ["SentencePieceTokenizer"]
 
 SPACE = "\u2581"  # ▁, how SentencePiece spells a space
+UNREADABLE = "\ufffd"  # stands for a piece that is not UTF-8
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Behind a model file: the same model, but it puts no space before a text. ModelProto's field 3 is normalizer_spec, and
 # that one's field 3 add_dummy_prefix; a message's field that comes again is merged into what was read of it before
@@ -83,6 +84,8 @@ class SentencePieceTokenizer(Tokenizer):
     @cached_property
     def _cut_all(self) -> re.Pattern[str] | None:
         """Finds special tokens too."""
+        if any(self.id_to_piece(i) == UNREADABLE for i in self.special_ids):
+            raise TokenizerError("the vocabulary has a special token that is not UTF-8; fetch the file again")
         marked = {i: self._added.get(i) or AddedPiece(self.id_to_piece(i), True) for i in self.special_ids}
         return _cutter({**marked, **self._plain})
 
@@ -114,7 +117,7 @@ class SentencePieceTokenizer(Tokenizer):
         if piece in self._ids:
             return self._ids[piece]
         token = int(self._model.PieceToId(piece))  # the unknown token when there is no such piece
-        return token if self._model.IdToPiece(token) == piece else None
+        return token if self.id_to_piece(token) == piece else None
 
     def id_to_piece(self, token: int) -> str:
         """See `Tokenizer.id_to_piece`."""
@@ -122,7 +125,10 @@ class SentencePieceTokenizer(Tokenizer):
             raise TokenizerError(f"token id {token} is negative; expected 0 … {self._size - 1}")
         if token >= self._trained:
             return self._names.get(token, "")
-        return str(self._model.IdToPiece(token))
+        try:
+            return str(self._model.IdToPiece(token))
+        except UnicodeDecodeError:  # a damaged model can have pieces that are no text
+            return UNREADABLE
 
     def piece_bytes(self, token: int) -> bytes:
         """See `Tokenizer.piece_bytes`."""

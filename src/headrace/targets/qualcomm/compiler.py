@@ -25,7 +25,7 @@ from headrace.targets.qualcomm.child import Arrays, Child
 from headrace.targets.qualcomm.context_binary import BinaryInfo, read_context_binaries, read_context_binary
 from headrace.targets.qualcomm.soc import Soc
 
-__all__ = ["Compiled", "EmulationGraph", "Emulator", "GraphFile", "compile_apart", "compile_shared"]
+__all__ = ["SCRATCH", "Compiled", "EmulationGraph", "Emulator", "GraphFile", "compile_apart", "compile_shared"]
 
 COMPILE_SECONDS = 3600.0  # one graph; 7 layers at 7B shape take 57 s on a core
 LOAD_SECONDS = 600.0
@@ -33,6 +33,7 @@ RUN_SECONDS = 3600.0  # one step; a 7B layer at context 4096 takes 51 s for 128 
 OPTIMIZATION = 3  # highest level of the HTP compiler; costs seconds at 7B shape
 
 _WORKER = "headrace.targets.qualcomm.worker"
+SCRATCH = ".compile-"  # what the compiler writes before it is whole, in a folder of such a name
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def compile_shared(
     if len({graph.name for graph in graphs}) != len(graphs) or not graphs:
         raise TargetError(f"cannot compile graphs {[g.name for g in graphs]} together; expected distinct names")
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix=".compile-", dir=binary.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=binary.parent) as scratch:
         with Child(_WORKER, "the HTP compiler") as child:
             # Every session stays open until the last one writes the binary.
             for graph in graphs:
@@ -119,7 +120,7 @@ def compile_apart(
     """
     finished = []
     with (
-        tempfile.TemporaryDirectory(prefix=".compile-", dir=folder) as scratch,
+        tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch,
         Child(_WORKER, "the HTP compiler") as child,
     ):
         for graph in graphs:
