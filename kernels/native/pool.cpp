@@ -5,7 +5,8 @@
 namespace headrace {
 namespace {
 
-constexpr int kSpins = 4000;                           // looks before a thread sleeps or yields, about 50 to 100 us
+constexpr int kSpins = 400;    // looks before a waiting thread offers its processor to others, about 5 to 10 us
+constexpr int kYields = 100;   // offers before it sleeps; where nobody else wants the processor, about 50 us
 constexpr auto kAwake = std::chrono::milliseconds(2);  // how long a worker looks for the next run before it sleeps
 
 inline void pause() {
@@ -66,9 +67,10 @@ void Pool::meet() {
     }
     return;
   }
-  for (int looks = 0; looks < kSpins; looks++) {
+  for (int looks = 0; looks < kSpins + kYields; looks++) {
     if (meeting_.load(std::memory_order_acquire) != now) return;
-    pause();
+    if (looks < kSpins) pause();
+    else std::this_thread::yield();  // perhaps the thread that is waited for stands behind this one
   }
   std::unique_lock<std::mutex> lock(mutex_);
   asleep_.fetch_add(1, std::memory_order_seq_cst);
