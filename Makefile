@@ -9,6 +9,10 @@ MODEL  := $(CACHE)/smollm2-135m/SmolLM2-135M-Instruct.Q4_1.gguf
 BUNDLE := $(CACHE)/smollm2-135m.bundle
 RECIPE := src/headrace/recipes/smollm2-135m.json
 BIN    := .venv/bin
+# A file of pinned and hashed requirements to install from, and nothing else: make test LOCK=supply_chain/requirements.txt
+LOCK   ?=
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check
+ALONE  := $(if $(LOCK),--no-deps --no-build-isolation)
 
 CXX    ?= c++
 NATIVE := $(wildcard kernels/*.txt kernels/*.toml kernels/native/* kernels/src/headrace_kernels/*.py)
@@ -21,7 +25,8 @@ setup: .venv/installed kernels
 	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python %d.%d is too old; headrace needs 3.11 or newer: make PYTHON=python3.12" % sys.version_info[:2])'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing headrace into .venv"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,qnn]'
+	@test -z "$(LOCK)" || $(PIP) --quiet --require-hashes --requirement $(LOCK)
+	@$(PIP) --quiet $(ALONE) --editable $(if $(LOCK),.,'.[dev,qnn]')
 	@touch $@
 
 # The native engine is optional: without it ONNX Runtime runs the model.
@@ -31,7 +36,7 @@ kernels: .venv/installed
 
 .venv/kernels: $(NATIVE)
 	@echo "building the native engine"
-	@if CXX="$(CXX)" $(BIN)/python -m pip install --disable-pip-version-check ./kernels > .venv/kernels.log 2>&1; then touch $@; \
+	@if CXX="$(CXX)" PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) $(ALONE) ./kernels > .venv/kernels.log 2>&1; then touch $@; \
 	else echo "the native engine did not build (.venv/kernels.log), ONNX Runtime serves"; fi
 
 $(MODEL): | setup

@@ -1,13 +1,15 @@
-"""Pictures from measurements: KL against bytes beside peers, speed beside peers.
+"""Pictures from measurements: KL against bytes beside peers, speed beside peers, a server over time.
 
     python benchmarks/pictures.py kl docs/images/kl.json [--bundle BUNDLE …] [--peers PEERS.jsonl …] -o docs/images/kl
     python benchmarks/pictures.py speed docs/images/speed.json -o docs/images/speed
     python benchmarks/pictures.py report REPORT.json [--keep docs/images/speed.json] -o docs/images/speed
+    python benchmarks/pictures.py soak COURSE.json -o docs/images/soak
 
 kl.json     {"title", "note", "text": its name, "series": [{"name", "ours", "points": [{"label", "bytes", "kl"}]}]}
             A bundle adds its own point: its weights' bytes, and the KL that `evaluate --save` kept for the text. Lines
             of llama_cpp_quality.py's output are peers' points.
 speed.json  {"title", "note", "groups": [{"what", "bars": [{"engine", "median", "low", "high"}]}]}
+COURSE.json what `server_soak.py --record` kept.
 REPORT.json what `side_by_side.py --report` kept; --keep writes the speed.json of it.
 
 Writes PNG and SVG. Needs matplotlib (headrace[plots]).
@@ -23,14 +25,14 @@ from pathlib import Path
 from typing import Any
 
 from headrace.bundle.folder import open_bundle
-from headrace.measure.plots import Point, Series, plot_kl, plot_speeds
+from headrace.measure.plots import Point, Series, plot_course, plot_kl, plot_speeds
 from headrace.measure.record import kept_records
 
 
 def main() -> int:
     """Draw one picture; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("kl", "speed", "report"))
+    parser.add_argument("kind", choices=("kl", "speed", "report", "soak"))
     parser.add_argument("data", type=Path)
     parser.add_argument("--bundle", type=Path, nargs="*", default=[], help="bundles with kept measurements")
     parser.add_argument("--peers", type=Path, nargs="*", default=[], help="output of llama_cpp_quality.py")
@@ -38,6 +40,12 @@ def main() -> int:
     parser.add_argument("-o", "--out", type=Path, required=True, help="without suffix")
     options = parser.parse_args()
     data = json.loads(options.data.read_text(encoding="utf-8"))
+    if options.kind == "soak":
+        title = f"{data['streams']} streams for {data['seconds'] / 60:.0f} minutes: {data['answers']} answers"
+        note = f"{data['broken']} broken, {data['other_than_alone']} other than alone; benchmarks/server_soak.py"
+        for path in plot_course(data["memory"], data["answers_over_time"], options.out, title, note):
+            print(f"{path}: {path.stat().st_size} bytes")
+        return 0
     if options.kind == "report":
         data = speeds(data)
         if options.keep is not None:

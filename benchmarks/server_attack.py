@@ -82,8 +82,9 @@ JUNK: list[Any] = [
     [["a"]], float("inf"), "-1", "1e9",
 ]  # fmt: skip
 DEPTHS = (10, 100, 500, 900, 950, 980, 1000, 5000, 100_000)
-SOON = 5.0  # seconds within which somebody else is answered during an attack
+SOON = 10.0  # seconds within which somebody else is answered during an attack
 ENDED = (0, -signal.SIGTERM)  # uvicorn ends by the signal that told it to, once it has finished
+PATIENT = 600.0  # seconds that an attack itself waits: a machine may be stopped for a while
 FREED = 60.0  # seconds within which slots are free behind it
 SLOW = 10.0  # the server's own patience with a request's head
 ALLOWED = 3.0  # beyond it, on a busy machine
@@ -104,14 +105,14 @@ class Served:
             time.sleep(0.05)
         self.address = told.partition("listening on ")[2].split()[0]
         self.port = int(self.address.rpartition(":")[2])
-        self.client = httpx.Client(base_url=self.address, headers={"x-api-key": KEY}, timeout=60)
+        self.client = httpx.Client(base_url=self.address, headers={"x-api-key": KEY}, timeout=PATIENT)
         self.memory = psutil.Process(self.process.pid).memory_info
 
     def answer(self) -> tuple[str, float]:
         """A greedy answer, and the seconds it took."""
         begun = time.monotonic()
         body = {"messages": [{"role": "user", "content": "A river"}], "max_tokens": 8, "temperature": 0}
-        with httpx.Client(base_url=self.address, headers={"x-api-key": KEY}, timeout=60) as client:
+        with httpx.Client(base_url=self.address, headers={"x-api-key": KEY}, timeout=PATIENT) as client:
             told = client.post("/v1/chat/completions", json=body)
         return (
             told.json()["choices"][0]["message"]["content"] if told.status_code == 200 else f"{told.status_code}"

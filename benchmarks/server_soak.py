@@ -1,7 +1,9 @@
 """Many streams at one server for some minutes: every answer is whole or a clean 429, the text is what it is alone, and
 memory stays flat. Prints one JSON object; exit 1 where something of that does not hold.
 
-    python benchmarks/server_soak.py BUNDLE --streams 32 --seconds 300
+    python benchmarks/server_soak.py BUNDLE --streams 32 --seconds 300 [--record FILE]
+
+FILE gets memory and latency over time, for benchmarks/pictures.py.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx
 import psutil
@@ -52,34 +55,41 @@ async def ask(client: httpx.AsyncClient, address: str, prompt: str) -> tuple[int
     return (200 if finished else -1), text, first, time.monotonic() - started
 
 
-async def soak(address: str, streams: int, seconds: float, server: psutil.Process) -> dict[str, object]:
-    """Run the streams, and hold the answers against those given alone."""
+async def soak(
+    address: str, streams: int, seconds: float, server: psutil.Process
+) -> tuple[dict[str, object], dict[str, list[tuple[float, ...]]]]:
+    """Run the streams, and hold the answers against those given alone: what came of it, and the course of it."""
     limits = httpx.Limits(max_connections=streams + 4)
     async with httpx.AsyncClient(timeout=600, limits=limits) as client:
         alone = {prompt: (await ask(client, address, prompt))[1] for prompt in PROMPTS}
-        until = time.monotonic() + seconds
+        begun = time.monotonic()
+        until = begun + seconds
         answers: list[tuple[str, int, str, float, float]] = []
         memory: list[int] = []
+        course: dict[str, list[tuple[float, ...]]] = {"memory": [], "answers_over_time": []}
 
         async def stream(number: int) -> None:
             turn = number
             while time.monotonic() < until:
                 prompt = PROMPTS[turn % len(PROMPTS)]
                 turn += 1
-                status, *rest = await ask(client, address, prompt)
-                answers.append((prompt, status, *rest))
+                status, text, first, took = await ask(client, address, prompt)
+                answers.append((prompt, status, text, first, took))
+                if status == 200:
+                    course["answers_over_time"].append((time.monotonic() - begun, first, took))
                 if status == 429:
                     await asyncio.sleep(1)
 
         async def watch() -> None:
             while time.monotonic() < until:
                 memory.append(server.memory_info().rss)
+                course["memory"].append((time.monotonic() - begun, memory[-1]))
                 await asyncio.sleep(1)
 
         await asyncio.gather(watch(), *(stream(number) for number in range(streams)))
     whole = [a for a in answers if a[1] == 200]
     settled = memory[len(memory) // 4 :]
-    return {
+    report: dict[str, object] = {
         "streams": streams,
         "seconds": seconds,
         "answers": len(whole),
@@ -94,6 +104,7 @@ async def soak(address: str, streams: int, seconds: float, server: psutil.Proces
         "rss_mb": {"first": settled[0] // 10**6, "last": settled[-1] // 10**6},
         "memory_flat": settled[-1] <= GROWTH * settled[0],
     }
+    return report, course
 
 
 def main() -> int:
@@ -104,6 +115,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--slots", default="8")
     parser.add_argument("--runner", default=None)
+    parser.add_argument("--record", type=Path, default=None)
     given = parser.parse_args()
     command = [sys.executable, "-m", "headrace", "serve", given.bundle, "--port", "0", "--slots", given.slots]
     command += ["--runner", given.runner] if given.runner else []
@@ -113,10 +125,12 @@ def main() -> int:
         for line in server.stderr:
             if line.startswith("listening on "):
                 break
-        report = asyncio.run(soak(line.split()[2], given.streams, given.seconds, psutil.Process(server.pid)))
+        report, course = asyncio.run(soak(line.split()[2], given.streams, given.seconds, psutil.Process(server.pid)))
     finally:
         server.terminate()
         server.wait(60)
+    if given.record is not None:
+        given.record.write_text(json.dumps(report | course), encoding="utf-8")
     print(json.dumps(report, indent=1))
     return 0 if report["memory_flat"] and not report["broken"] and not report["other_than_alone"] else 1
 

@@ -88,6 +88,11 @@ class ContextFull(UserError):
         )
         self.needed = needed
         self.context = context
+        self._before = before
+
+    def __reduce__(self) -> tuple[type[ContextFull], tuple[int, int, str]]:
+        """So that it can come from another process."""
+        return type(self), (self.needed, self.context, self._before)
 
 
 class TargetError(UserError):

@@ -13,7 +13,7 @@ import headrace
 from headrace.bundle.folder import open_bundle
 from headrace.checkpoint import open_checkpoint
 from headrace.exporter.hub import RECORD
-from headrace.exporter.origin import licence_line, origin_of
+from headrace.exporter.origin import LICENCES, licence_line, origin_of
 from headrace.measure.card import make_card
 from tests.exports import SMALL, Exports
 
@@ -46,7 +46,15 @@ def test_a_licence_goes_from_the_checkpoint_to_the_card(exports: Exports, tmp_pa
     pulled = {"repository": record["repository"], "revision": "abc"}
     assert origin_of(open_checkpoint(source)) == pulled | COMMUNITY
     assert "baichuan2-community-license (https://example.org/terms.pdf)" in licence_line(COMMUNITY)
+    (source / "LICENSE").write_text("the terms", encoding="utf-8")
+    (source / "Community License for Baichuan.PDF").write_bytes(b"%PDF")
+    (source / "NOTICE").symlink_to(tmp_path / "nowhere")
     bundle = headrace.export(source, tmp_path / "b", **{**SMALL, "calibration": [exports.text]})
+    assert {file.name: file.read_bytes() for file in (bundle / LICENCES).iterdir()} == {
+        "LICENSE": b"the terms",
+        "Community License for Baichuan.PDF": b"%PDF",
+    }
+    assert f"{LICENCES}/LICENSE" in open_bundle(bundle).files
     assert open_bundle(bundle).provenance["origin"] == pulled | COMMUNITY
     text = make_card(bundle, {})
     assert "| [baichuan2-community-license](https://example.org/terms.pdf) |" in text

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from headrace.measure.plots import Point, Series, plot_bench, plot_kl, plot_speeds
+from headrace.measure.plots import Point, Series, plot_bench, plot_course, plot_kl, plot_speeds
 
 pytestmark = pytest.mark.plots
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -59,3 +59,13 @@ def test_quality_and_speed_are_drawn(tmp_path: Path) -> None:
     groups = [("tok/s", [("headrace", 100.0, 90.0, 110.0), ("llama.cpp", 90.0, 80.0, 95.0)])] * 2
     svg, _ = plot_speeds(groups, tmp_path / "speed", "Speed", "a note")
     assert svg.stat().st_size < SMALL and "llama.cpp" in texts(svg)
+
+
+def test_a_course_is_drawn(tmp_path: Path) -> None:
+    memory = [(float(second), 2e8 + 1e5 * second) for second in range(1800)]
+    answers = [(float(second), 0.1, 1.0 + second % 7) for second in range(0, 1800, 3)]
+    made = plot_course(memory, answers, tmp_path / "soak", "8 streams", "a note")
+    assert [path.name for path in made] == ["soak.svg", "soak.png"] and made[0].stat().st_size < SMALL
+    words = texts(made[0])
+    for word in ("8 streams", "a note", "resident memory, MB", "first piece, median", "whole answer, 95 %"):
+        assert word in words

@@ -23,7 +23,7 @@ from headrace.errors import BundleError
 from headrace.exporter.calibration import calibration_windows
 from headrace.exporter.estimate import estimate_disk
 from headrace.exporter.options import ExportOptions
-from headrace.exporter.origin import origin_of
+from headrace.exporter.origin import origin_of, write_terms
 from headrace.exporter.proof import quantization_kl, refuse_broken
 from headrace.exporter.settings import ExportSettings, settle
 from headrace.exporter.snapdragon import compile_target
@@ -93,6 +93,7 @@ def _make(settings: ExportSettings, out: Path, work: Workspace, progress: Progre
     asked, jobs = settings.options, settings.options.jobs
     refuse_full_disk(out.parent, estimate_disk(settings) - _bytes_below(work.root))
     tokenizer = write_vocabulary(settings.checkpoint, work.bundle)
+    write_terms(settings.checkpoint, work.bundle)
     turns = turn_format(tokenizer, settings.checkpoint.generation_config)
     windows = calibration_windows(tokenizer, turns, settings.texts, asked.windows, asked.window_length)
     settings = _within_budget(settings, work, windows, jobs, progress)

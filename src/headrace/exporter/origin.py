@@ -3,16 +3,23 @@ beside it, or a GGUF's keys. Bundles carry it, and their model cards tell it. Ju
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from headrace.checkpoint import Checkpoint
 from headrace.exporter.hub import pulled
+from headrace.files import write_file
 
-__all__ = ["licence_line", "origin_of"]
+__all__ = ["LICENCES", "licence_line", "origin_of", "write_terms"]
+
+LICENCES = "licences"  # a bundle's folder
 
 _KEYS = ("license", "license_name", "license_link")
 _LONGEST = 200  # characters of a value that is shown
+# What anyone who passes a model on must pass on with it, as repositories call it.
+_TERMS = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)[^/]*|[^/]*license[^/]*\.(pdf|txt|md)", re.IGNORECASE)
+_MOST_TERMS, _LARGEST_TERMS = 16, 4 << 20  # files, and bytes of each: a folder may hold anything
 
 
 def origin_of(checkpoint: Checkpoint) -> dict[str, str]:
@@ -32,6 +39,26 @@ def origin_of(checkpoint: Checkpoint) -> dict[str, str]:
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     found |= {key: value for key, value in _card(folder / "README.md").items() if key in _KEYS}
     return {key: value for key, value in found.items() if isinstance(value, str) and 0 < len(value) <= _LONGEST}
+
+
+def write_terms(checkpoint: Checkpoint, bundle: Path) -> None:
+    """Put the licence files beside a checkpoint into a bundle's folder: they hold for the bundle too.
+
+    Args:
+        checkpoint: a folder, or a file that `pull` fetched; beside another file may lie whatever one likes.
+        bundle: the folder in the making.
+    """
+    path = checkpoint.path
+    if path.is_dir():
+        folder = path
+    elif pulled(path) is not None:
+        folder = path.parent
+    else:
+        return
+    found = sorted(f for f in folder.iterdir() if _TERMS.fullmatch(f.name) and f.is_file())
+    for file in [f for f in found if f.stat().st_size <= _LARGEST_TERMS][:_MOST_TERMS]:
+        (bundle / LICENCES).mkdir(exist_ok=True)
+        write_file(bundle / LICENCES / file.name, file.read_bytes())
 
 
 def licence_line(origin: dict[str, str]) -> str:

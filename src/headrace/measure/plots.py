@@ -14,7 +14,7 @@ from typing import Any
 
 from headrace.errors import UserError
 
-__all__ = ["Point", "Series", "need_matplotlib", "plot_bench", "plot_kl", "plot_speeds"]
+__all__ = ["Point", "Series", "need_matplotlib", "plot_bench", "plot_course", "plot_kl", "plot_speeds"]
 
 # Paul Tol's bright scheme: told apart by people with any colour vision, and in grey.
 OURS, OTHERS = ("#4477AA", "#66CCEE"), ("#EE6677", "#228833", "#CCBB44", "#AA3377", "#BBBBBB")
@@ -157,6 +157,52 @@ def plot_speeds(
             axes.spines["left"].set_visible(False)
             axes.tick_params(axis="y", length=0)
             axes.set_xlabel(what, fontsize=9)
+    return made
+
+
+def plot_course(
+    memory: Sequence[tuple[float, float]],
+    answers: Sequence[tuple[float, float, float]],
+    path: Path,
+    title: str,
+    note: str,
+    pieces: int = 30,
+) -> list[Path]:
+    """A server over time: its memory, and how long clients waited.
+
+    Args:
+        memory: (second, bytes), resident.
+        answers: (second of the end, seconds to the first piece, seconds in all) of each answer.
+        path: of the files, without suffix.
+        title, note: above the picture.
+        pieces: the time is cut into so many; of each the median and the 95th percentile are drawn.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    made: list[Path] = []
+    end = max(at for at, *_ in memory)
+    cut: list[list[tuple[float, float]]] = [[] for _ in range(pieces)]
+    for at, *waited in answers:
+        cut[min(int(at / end * pieces), pieces - 1)].append((waited[0], waited[1]))
+    minutes = [(number + 0.5) * end / pieces / 60 for number, piece in enumerate(cut) if piece]
+    with _figure(path, title, note, made, panels=2, height=3.4) as (left, right):
+        # A point a piece is enough to see, and keeps the file small.
+        shown = memory[:: max(1, len(memory) // 200)]
+        left.plot([at / 60 for at, _ in shown], [held / 1e6 for _, held in shown], color=OURS[0], lw=2)
+        left.set_ylim(0, 1.15 * max(held for _, held in memory) / 1e6)
+        left.set_xlabel("minutes")
+        left.set_ylabel("resident memory, MB")
+        for place, name, colour in ((1, "whole answer", OTHERS[4]), (0, "first piece", OURS[0])):
+            waits = [sorted(one[place] for one in piece) for piece in cut if piece]
+            middle = [one[len(one) // 2] for one in waits]
+            slow = [one[min(int(0.95 * len(one)), len(one) - 1)] for one in waits]
+            right.plot(minutes, middle, color=colour, lw=2, label=f"{name}, median")
+            right.plot(minutes, slow, color=colour, lw=1, ls=":", label=f"{name}, 95 %")
+        right.set_ylim(bottom=0)
+        right.set_xlabel("minutes")
+        right.set_ylabel("seconds")
+        right.legend(fontsize=8.5, loc="upper right")
     return made
 
 
