@@ -147,7 +147,7 @@ class Conversation:
             "regenerate": self._regenerate,
             "edit": self._edit,
             "clear": lambda _: self._begin(self.system),
-            "save": lambda file: self.chat.save(_path("save", file)),
+            "save": self._save,
             "load": self._load,
             "stats": lambda _: note(self.status().removesuffix(" · /help") + f" · {self.stats.tokens} tokens"),
             "exit": self._exit,
@@ -168,6 +168,11 @@ class Conversation:
             self._begin(text)
         else:
             note(self.system or "(nothing is told first)")
+
+    def _save(self, file: str) -> None:
+        path = _path("save", file)
+        self.chat.save(path)
+        note(f"saved to {path}")
 
     def _load(self, file: str) -> None:
         path = _path("load", file)
