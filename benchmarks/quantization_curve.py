@@ -28,7 +28,7 @@ from headrace.quantize.budget import average_bits
 
 WINDOW = 512
 CONTEXT = 1024
-DEFAULT_POINTS = ("32", "32:size=104900000", "channel", "channel:bits=4.4", "channel:bits=5.4")
+DEFAULT_POINTS = ("32", "32:size=88300000", "32:size=104900000", "channel", "channel:bits=4.4", "channel:bits=5.4")
 
 
 def main() -> int:
