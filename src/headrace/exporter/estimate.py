@@ -223,7 +223,8 @@ def _peak_bytes(
     if any(find_method(rules[name].method).calibrated for name in linears(config)):
         layer += 3 * widest**2 + jobs * _SOLVED * ROW_STRIP * widest
     watched = weights + ranged * (2 * config.hidden_size + 4 * widest) if ranged else 0
-    head = 5 * table // 4 + 2 * SAMPLE_TOKENS * config.vocab_size
+    # A whole table and its codes, and what ONNX Runtime has let go but not given back.
+    head = 3 * table // 2 + 2 * SAMPLE_TOKENS * config.vocab_size
     back = (config.num_layers + 1) * min(walked, TOGETHER) * config.hidden_size + table if walked else 0
     return 4 * max(layer, watched, head, back) + _WORKING
 
