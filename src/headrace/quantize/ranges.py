@@ -165,6 +165,7 @@ def collect_ranges(
         ops = _Observer(config, {name: weights(name) for name in layer_weights(config, layer)}, found)
         after = [block(ops, layer, stream, at, None)[0] for stream, at in zip(streams, positions, strict=True)]
         streams = [Residual(stream.settle(ops)) for stream in after]
+    del ops, after  # with the last layer's weights
     last = {FINAL_NORM: weights(FINAL_NORM), HEAD: weights(EMBEDDING if config.tied_head else HEAD)}
     ops = _Observer(config, last, found)
     states = np.concatenate([stream.x.reshape(-1, config.hidden_size) for stream in streams])
