@@ -71,8 +71,6 @@ class Figure:
         rounds: how often.
         trial: what peers with several settings are asked to choose one, and everybody before it counts; None: peers
             keep the setting of this model's figure before, and what they hold.
-        bytes_read: of weights and cache that an answer must read at least; 0: not bound by bytes.
-        operations: int8 operations that an answer must do; 0: not bound by them.
     """
 
     name: str
@@ -82,24 +80,21 @@ class Figure:
     peers: tuple[str, ...]
     rounds: int
     trial: dict[str, Any] | None
-    bytes_read: float = 0
-    operations: float = 0
 
 
-def figures(models: Models, quick: bool) -> list[Figure]:
+def figures(quick: bool) -> list[Figure]:
     """All figures, the short ones first."""
     both, rounds = ("llama", "openvino"), ROUNDS if quick else ROUNDS + 2
 
     def decode(model: str, name: str, depth: int, tokens: int, peers: tuple[str, ...]) -> Figure:
         question = {"do": "decode", "depth": depth, "tokens": tokens}
         trial = question if depth < LONG else None
-        return Figure(name, model, question, 1, peers, rounds, trial, bytes_read=models.size[model].token_bytes(depth))
+        return Figure(name, model, question, 1, peers, rounds, trial)
 
     def prompt(model: str, name: str, tokens: int, peers: tuple[str, ...], rounds: int = rounds) -> Figure:
         question = {"do": "prompt", "tokens": tokens}
         trial = {**question, "tokens": min(tokens, TRIAL)}
-        work = models.size[model].prompt_operations(tokens)
-        return Figure(name, model, question, tokens, peers, rounds, trial, operations=work)
+        return Figure(name, model, question, tokens, peers, rounds, trial)
 
     return [
         prompt("shape", "prompt_128", 128, both),
@@ -138,13 +133,13 @@ def run_figure(figure: Figure, arena: Arena, machine: Machine) -> dict[str, Any]
             f"{figure.name}_vs_{name}": statistics.median(b / a for a, b in zip(own, seconds[name])) for name in chosen
         },
     }
-    known = [p for p in peaks if p]
-    if figure.bytes_read and known:
-        rate = figure.bytes_read / statistics.median(own) / 1e9
+    known, size = [p for p in peaks if p], arena.models.size(figure.model)
+    if known and figure.question["do"] == "decode":  # bound by bytes
+        rate = size.token_bytes(figure.question["depth"]) / statistics.median(own) / 1e9
         result |= {"gb_s": rate, "of_bandwidth": rate / max(p["read_gb_s"] for p in known)}
         result["of_huge_bandwidth"] = rate / max(p["read_huge_gb_s"] for p in known)
-    if figure.operations and known:
-        rate = figure.operations / statistics.median(own) / 1e12
+    elif known:  # bound by products
+        rate = size.prompt_operations(figure.question["tokens"]) / statistics.median(own) / 1e12
         result |= {"tops": rate, "of_int8_peak": rate / max(p["int8_tops"] for p in known)}
         if all("amx_tops" in p for p in known):
             result["of_amx_peak"] = rate / max(p["amx_tops"] for p in known)
@@ -238,7 +233,7 @@ def main() -> None:
     arena = Arena(models, args.peer_python, args.threads, args.runner, quick=args.quick, huge=args.huge_pages)
     machine = Machine(args.work, args.threads)
     jobs: dict[str, Callable[[], dict[str, Any]]] = {
-        figure.name: lambda f=figure: run_figure(f, arena, machine) for figure in figures(models, args.quick)
+        figure.name: lambda f=figure: run_figure(f, arena, machine) for figure in figures(args.quick)
     }
     jobs |= {"batches": lambda: batches(arena), "cold_start": lambda: cold_start(arena, 3 if args.quick else ROUNDS)}
     report: dict[str, Any] = {}
@@ -253,7 +248,7 @@ def main() -> None:
         "machine": asdict(machine.description()),
         "missing": arena.missing,
         "threads": args.threads,
-        "layers": models.shape.layers,
+        "layers": models.layers,
     }
     for name in wanted:
         started = time.monotonic()

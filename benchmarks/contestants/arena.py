@@ -79,7 +79,7 @@ class Arena:
 
     def headrace(self, model: str) -> Contestant:
         """Ours."""
-        script, bundle = str(HERE / "run_headrace.py"), str(self.models.bundle[model])
+        script, bundle = str(HERE / "run_headrace.py"), str(self.models.bundle(model))
         more = ["huge"] if self.huge else []
         return self._start([sys.executable, script, bundle, model, str(self.threads), self.runner, str(SLOTS), *more])
 
@@ -118,7 +118,7 @@ class Arena:
         """headrace's whole command: a prompt of 16 tokens, one token."""
         text = self._text(model)
         options = ["--raw", "--greedy", "-n", "1", "-t", str(self.threads), "--runner", self.runner, "-p", text]
-        return [sys.executable, "-m", "headrace", "chat", str(self.models.bundle[model]), *options]
+        return [sys.executable, "-m", "headrace", "chat", str(self.models.bundle(model)), *options]
 
     def first_token_of_llama(self, model: str) -> list[str]:
         """The same of llama.cpp."""
@@ -149,7 +149,7 @@ class Arena:
         """A text of 16 tokens."""
         from headrace.text.tokenizer_folder import load_tokenizer
 
-        tokenizer = load_tokenizer(self.models.bundle[model])
+        tokenizer = load_tokenizer(self.models.bundle(model))
         words = TEXT.split()
         for count in range(1, len(words) + 1):
             if len(tokenizer.encode(" ".join(words[:count]))) >= COLD_TOKENS:

@@ -13,7 +13,8 @@ import numpy as np
 
 HERE = Path(__file__).parent
 GGUF_BLOCKS = {"Q4_0": (18, 32), "Q8_0": (34, 32)}  # bytes and columns of a block
-INT4_LAYER = 0.5  # bytes a weight
+SMOL = {"smol": "smollm2-135m.bundle", "smol_w4a16": "smollm2-w4a16.bundle"}
+PLAIN = ["--method", "nearest", "--windows", "1", "--window-length", "128"]  # an export for its speed alone
 
 
 @dataclass(frozen=True)
@@ -60,28 +61,25 @@ class Models:
         self.layers = layers
         self.peer_python = peer_python
         self.tokenizer = tokenizer
+        self._sizes: dict[str, Size] = {}
         work.mkdir(parents=True, exist_ok=True)
 
-    @cached_property
-    def bundle(self) -> dict[str, Path]:
-        """Bundles by model."""
-        shape = self.work / f"7b-{self.layers}l.bundle"
-        if not shape.exists():
-            checkpoint = self.work / f"7b-{self.layers}l"
-            if not checkpoint.exists():
-                given = [] if self.tokenizer is None else ["--tokenizer", str(self.tokenizer)]
-                script = HERE.parent / "make_checkpoint.py"
-                _run([sys.executable, str(script), str(checkpoint), "--layers", str(self.layers), *given])
-            options = ["--method", "nearest", "--windows", "1", "--window-length", "128"]
-            _run([sys.executable, "-m", "headrace", "export", str(checkpoint), "-o", str(shape), *options])
-        smol, narrow = self.work / "smollm2-135m.bundle", self.work / "smollm2-w4a16.bundle"
-        if not smol.exists():
-            recipe = ["--recipe", "smollm2-135m", "--windows", "16"]
-            _run([sys.executable, "-m", "headrace", "export", str(self._smol_gguf()), "-o", str(smol), *recipe])
-        if not narrow.exists():
-            options = ["--method", "nearest", "--windows", "1"]
-            _run([sys.executable, "-m", "headrace", "export", str(self._smol_gguf()), "-o", str(narrow), *options])
-        return {"shape": shape, "smol": smol, "smol_w4a16": narrow}
+    def bundle(self, model: str) -> Path:
+        """A model's bundle."""
+        path = self.work / {"shape": f"7b-{self.layers}l.bundle", **SMOL}[model]
+        if not path.exists():
+            options = ["--recipe", "smollm2-135m", "--windows", "16"] if model == "smol" else PLAIN
+            checkpoint = self._shape_checkpoint() if model == "shape" else self._smol_gguf()
+            _run([sys.executable, "-m", "headrace", "export", str(checkpoint), "-o", str(path), *options])
+        return path
+
+    def _shape_checkpoint(self) -> Path:
+        checkpoint = self.work / f"7b-{self.layers}l"
+        if not checkpoint.exists():
+            given = [] if self.tokenizer is None else ["--tokenizer", str(self.tokenizer)]
+            script = HERE.parent / "make_checkpoint.py"
+            _run([sys.executable, str(script), str(checkpoint), "--layers", str(self.layers), *given])
+        return checkpoint
 
     @cached_property
     def gguf(self) -> dict[str, Path]:
@@ -94,19 +92,15 @@ class Models:
             _run([self.peer_python, str(script), str(self._smol_gguf()), str(smol)])
         return {"shape": shape, "smol": smol, "smol_w4a16": smol}
 
-    @cached_property
-    def size(self) -> dict[str, Size]:
-        """The models' sizes."""
-        return {model: _size(bundle) for model, bundle in self.bundle.items()}
-
-    @property
-    def shape(self) -> Size:
-        """The 7B shape's size."""
-        return self.size["shape"]
+    def size(self, model: str) -> Size:
+        """A model's size."""
+        if model not in self._sizes:
+            self._sizes[model] = _size(self.bundle(model))
+        return self._sizes[model]
 
     def openvino_geometry(self) -> str:
         """The shape, for run_openvino.py."""
-        s = self.shape
+        s = self.size("shape")
         heads = s.hidden // 128
         return json.dumps({"layers": s.layers, "hidden": s.hidden, "heads": heads, "ffn": s.ffn, "vocab": s.vocab})
 
@@ -120,7 +114,7 @@ class Models:
         """The shape with random Q4_0 linears; embedding and head Q8_0, as ours have 8 bits."""
         from gguf import GGUFWriter
 
-        s = self.shape
+        s = self.size("shape")
         writer = GGUFWriter(path, "llama", use_temp_file=True)
         writer.add_context_length(4096)
         writer.add_embedding_length(s.hidden)

@@ -47,21 +47,7 @@ def test_a_report_goes_on_where_it_ended(script: dict[str, Any]) -> None:
 
 
 def test_every_floor_has_its_figure(script: dict[str, Any]) -> None:
-    class Sizes(dict[str, Any]):
-        def __missing__(self, model: str) -> Any:
-            class Size:
-                def token_bytes(self, depth: int) -> float:
-                    return 1.0
-
-                def prompt_operations(self, tokens: int) -> float:
-                    return 1.0
-
-            return Size()
-
-    class Models:
-        size = Sizes()
-
-    names = {f"{f.name}_vs_{peer}" for f in script["figures"](Models(), True) for peer in f.peers}
+    names = {f"{f.name}_vs_{peer}" for f in script["figures"](True) for peer in f.peers}
     others = {name for name in script["FLOORS"] if "batch" in name or "cold_start" in name}
     assert set(script["FLOORS"]) == names | others
 
