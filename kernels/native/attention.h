@@ -7,7 +7,7 @@ namespace headrace {
 namespace {
 
 // Σ over steps of pairs a[r][2s, 2s + 1] · b[step s][vector n][lane][2] for R rows and N vectors; finish(r, n, sum) takes
-// each result.
+// each result. Few rows wait for memory, which is asked beforehand.
 template <class V, int R, int N, class Finish>
 inline void pairs(const int16_t* a, size_t a_stride, const int8_t* b, size_t vector_bytes, size_t step_bytes, int steps,
                   int row, const Finish& finish) {
@@ -16,7 +16,11 @@ inline void pairs(const int16_t* a, size_t a_stride, const int8_t* b, size_t vec
   a += row * a_stride;
   for (int s = 0; s < steps; s++) {
     typename V::I columns[N];
-    HEADRACE_UNROLL for (int n = 0; n < N; n++) columns[n] = V::kept(V::widen(b + s * step_bytes + n * vector_bytes));
+    HEADRACE_UNROLL for (int n = 0; n < N; n++) {
+      const int8_t* p = b + s * step_bytes + n * vector_bytes;
+      columns[n] = V::kept(V::widen(p));
+      if (R < V::attend_rows) __builtin_prefetch(p + kAhead, 0, 2);
+    }
     HEADRACE_UNROLL for (int r = 0; r < R; r++) {
       const auto pair = V::broadcast32(a + r * a_stride + 2 * s);
       HEADRACE_UNROLL for (int n = 0; n < N; n++) sum[r][n] = V::dot16(sum[r][n], columns[n], pair);

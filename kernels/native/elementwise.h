@@ -14,6 +14,8 @@
 namespace headrace {
 namespace {
 
+constexpr size_t kAhead = 8192;  // bytes, at least, that are on their way from memory to the second level of the cache
+
 template <int N> struct Number { static constexpr int value = N; };
 
 // 2^x: the whole part by the exponent, the rest by a polynomial (Taylor of 2^r on -0.5 … 0.5, error below 2e-7).

@@ -58,8 +58,7 @@ void fine(const float* x, int k, bool four, bool eight, Fine& out) {
   if (eight) arrange<V, 8>(out.natural, k, out.high8, out.low8, out.steps8, out.segments8);
 }
 
-constexpr size_t kAhead = 8192;  // bytes of weights, at least, that are on their way to the second level of the cache
-constexpr int kLong = 4096;      // columns beyond which one token's activations do not stay in the first level
+constexpr int kLong = 4096;  // columns beyond which one token's activations do not stay in the first level
 
 // Rows that share loads of activations. Memory is read fastest in two streams, but long rows wait for activations instead.
 template <class V>

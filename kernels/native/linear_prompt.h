@@ -58,7 +58,7 @@ void coarse(const float* x, int row, bool, bool, const Coarse& out) {
 
 // Codes of up to panels * lanes channels from n on, columns from `from` on: scratch[4 columns][panel][lane][4].
 template <class V, int Bits>
-inline void unpack(const Weight& w, int n, int end, int from, int columns, uint8_t* scratch) {
+HEADRACE_APART void unpack(const Weight& w, int n, int end, int from, int columns, uint8_t* scratch) {
   using I = typename V::I;
   constexpr int width = Bits == 4 ? 2 * V::bytes : V::bytes;  // columns of a load
   constexpr size_t step = V::panels * V::bytes;
@@ -89,7 +89,7 @@ inline void unpack(const Weight& w, int n, int end, int from, int columns, uint8
 
 // T tokens by a panel, the groups of one piece of kColumns. scales: [block][channel], with blocks; sums: [token][channel].
 template <class V, int Bits, bool Blocks, int T>
-inline void multiply(const Weight& w, const Coarse& x, int from, int groups, int token, const uint8_t* scratch,
+HEADRACE_APART void multiply(const Weight& w, const Coarse& x, int from, int groups, int token, const uint8_t* scratch,
                      const float* scales, float* sums) {
   using I = typename V::I;
   using F = typename V::F;
