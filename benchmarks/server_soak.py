@@ -66,6 +66,7 @@ async def soak(
         until = begun + seconds
         answers: list[tuple[str, int, str, float, float]] = []
         memory: list[int] = []
+        asked_again: list[float] = []
         course: dict[str, list[tuple[float, ...]]] = {"memory": [], "answers_over_time": []}
 
         async def stream(number: int) -> None:
@@ -73,7 +74,14 @@ async def soak(
             while time.monotonic() < until:
                 prompt = PROMPTS[turn % len(PROMPTS)]
                 turn += 1
-                status, text, first, took = await ask(client, address, prompt)
+                try:
+                    status, text, first, took = await ask(client, address, prompt)
+                except httpx.RemoteProtocolError as error:
+                    # A connection that rested was closed as it was used again: a client asks again (RFC 9110, 9.2.2).
+                    if "without sending a response" not in str(error):
+                        raise
+                    asked_again.append(time.monotonic() - begun)
+                    continue
                 answers.append((prompt, status, text, first, took))
                 if status == 200:
                     course["answers_over_time"].append((time.monotonic() - begun, first, took))
@@ -94,6 +102,7 @@ async def soak(
         "seconds": seconds,
         "answers": len(whole),
         "refused_429": sum(a[1] == 429 for a in answers),
+        "asked_again": len(asked_again),
         "broken": sum(a[1] not in (200, 429) for a in answers),
         "other_than_alone": sum(text != alone[prompt] for prompt, _, text, _, _ in whole),
         "first_piece_s": {

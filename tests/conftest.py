@@ -12,7 +12,10 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from headrace.text.tokenizer import Tokenizer
+    from tests.clusters import Cluster
     from tests.exports import Exports
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +45,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="not run: needs pip install ./kernels"))
         if item.get_closest_marker("slow") and "slow" not in (item.config.option.markexpr or ""):
             item.add_marker(pytest.mark.skip(reason="not run: slow, ask for it with -m slow"))
+        if item.get_closest_marker("ray") and "ray" not in (item.config.option.markexpr or ""):
+            item.add_marker(pytest.mark.skip(reason="not run: starts a Ray cluster, ask for it with -m ray"))
         if item.get_closest_marker("reference") and "reference" not in (item.config.option.markexpr or ""):
             item.add_marker(pytest.mark.skip(reason="not run: fetches published files, ask for it with -m reference"))
         if item.get_closest_marker("qwen") and "qwen" not in (item.config.option.markexpr or ""):
@@ -101,3 +106,13 @@ def chatml(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     from tests.text.vocabularies import byte_level_tokenizer
 
     return byte_level_tokenizer(tmp_path_factory.mktemp("chatml"))
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A Ray cluster of three nodes on this machine."""
+    from tests.clusters import Cluster
+
+    made = Cluster()
+    yield made
+    made.close()

@@ -96,3 +96,17 @@ def test_somebody_elses_file_is_left_alone(exports: Exports, prompts: Path, tmp_
         with pytest.raises(UserError, match="holds something else"):
             _answer(exports, prompts, out, 1)
         assert out.read_text() == content
+
+
+def test_a_line_does_not_depend_on_what_ran_before(exports: Exports, tmp_path: Path) -> None:
+    """Prompts that begin alike share the cache, which a run that goes on does not have: the file is the same."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"The river flows {n}"}) + "\n" for n in range(6)))
+    rows = _answer(exports, prompts, tmp_path / "whole.jsonl", 1)
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    assert set(rows[0]["usage"]) == {"prompt_tokens", "tokens"}
+    for kept in range(6):
+        out = tmp_path / f"{kept}.jsonl"
+        out.write_bytes(b"".join(whole.splitlines(keepends=True)[:kept]))
+        _answer(exports, prompts, out, 1)
+        assert out.read_bytes() == whole

@@ -10,22 +10,29 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+from headrace.cluster import map_over
 from headrace.errors import HeadraceError, UserError
-from headrace.language_model import LanguageModel
+from headrace.language_model import LanguageModel, load
 from headrace.progress import Progress, silent
 from headrace.runtime.answer import Answer, Limits
 from headrace.runtime.request import Request
 from headrace.runtime.sampling import SamplingOptions
 from headrace.text.turns import Message
 
-__all__ = ["answer_file", "read_prompts"]
+__all__ = ["answer_file", "answer_file_on", "read_prompts"]
+
+Prompts: TypeAlias = Sequence[str | list[dict[str, Any]]]
+Row: TypeAlias = dict[str, Any]
 
 _WHOLE = 1 << 62  # room for any prompt: what does not fit is an error of its line
+_SHARD = 64  # prompts that one node answers together: enough for its slots, few enough that a lost node costs little
 _SYNCED = 16  # lines between two syncs; a crash of the machine loses no more
 
 
@@ -44,7 +51,9 @@ class _Line:
         if self.error is not None or self.request is None:
             return {"index": self.index, "error": self.error}
         answer = self.request.answer
-        return {"index": self.index, "text": self.text, "finish": answer.finish, "usage": asdict(answer.usage)}
+        # What the cache held or a guess saved depends on what ran before: it is no part of the answer.
+        usage = {"prompt_tokens": answer.usage.prompt_tokens, "tokens": answer.usage.tokens}
+        return {"index": self.index, "text": self.text, "finish": answer.finish, "usage": usage}
 
 
 def answer_file(
@@ -77,23 +86,93 @@ def answer_file(
     Raises:
         UserError: a file cannot be read, a line of the prompts is none, or `out` is the answer to something else.
     """
+
+    def rows(lines: Prompts, first: int) -> Iterator[Row]:
+        return _answers(model, lines, first, max_tokens, options, stop)
+
+    return _write(prompts, out, rows, progress)
+
+
+def answer_file_on(
+    address: str,
+    bundle: Path,
+    prompts: Path,
+    out: Path,
+    *,
+    max_tokens: int,
+    sampling: Mapping[str, Any],
+    stop: Sequence[str] = (),
+    slots: int,
+    threads: int | None = None,
+    progress: Progress = silent,
+    **opening: Any,
+) -> int:
+    """`answer_file` on a Ray cluster whose nodes see the bundle: the same file, line for line.
+
+    Args:
+        address: of the cluster.
+        bundle: the folder.
+        prompts, out, max_tokens, stop, progress: as for `answer_file`.
+        sampling: fields of SamplingOptions that differ from the model's own.
+        slots: answers that run at once in each process.
+        threads: of each process, which takes as many of its node's processors; 1 by default.
+        opening: what else `headrace.load` takes: runner, huge_pages.
+
+    Raises:
+        UserError: as for `answer_file`.
+        TargetError: there is no cluster, or it lost a piece of the work too often.
+    """
+    cpus = threads or 1
+    work = partial(
+        _answering, bundle, opening | {"threads": cpus, "slots": slots}, max_tokens, dict(sampling), tuple(stop)
+    )
+
+    def rows(lines: Prompts, first: int) -> Iterator[Row]:
+        shards = [(at, lines[at : at + _SHARD]) for at in range(first, len(lines), _SHARD)]
+        for answered in map_over(address, work, shards, cpus=cpus):
+            yield from answered
+
+    return _write(prompts, out, rows, progress)
+
+
+@contextmanager
+def _answering(
+    bundle: Path,
+    opening: Mapping[str, Any],
+    max_tokens: int,
+    sampling: Mapping[str, Any],
+    stop: Sequence[str],
+) -> Iterator[Callable[[tuple[int, Prompts]], list[Row]]]:
+    """Work for a cluster: (place of the first, prompts) → their rows."""
+    with load(bundle, **opening) as model:
+        options = model.sampling_options(**sampling)
+
+        def answer(shard: tuple[int, Prompts]) -> list[Row]:
+            place, lines = shard
+            return list(_answers(model, lines, 0, max_tokens, options, stop, place))
+
+        yield answer
+
+
+def _write(prompts: Path, out: Path, rows: Callable[[Prompts, int], Iterator[Row]], progress: Progress) -> int:
+    """Add to a file what it lacks: of `rows`, given all prompts and how many have their answer. How many have none."""
     lines = read_prompts(prompts)
     done = _whole_lines(out, len(lines))
     failed = 0
     with out.open("ab") as file:
-        for line in _answers(model, lines, done, max_tokens, options, stop):
-            file.write(json.dumps(line.row(), ensure_ascii=False).encode() + b"\n")
-            failed += line.error is not None
-            if line.index % _SYNCED == 0:
+        for row in rows(lines, done):
+            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            failed += "error" in row
+            if row["index"] % _SYNCED == 0:
                 file.flush()
                 os.fsync(file.fileno())
-            progress("answering", line.index + 1, len(lines))
+            progress("answering", row["index"] + 1, len(lines))
         file.flush()
         os.fsync(file.fileno())
     return failed
 
 
-def read_prompts(path: Path) -> list[str | list[dict[str, Any]]]:
+def read_prompts(path: Path) -> Prompts:
     """The prompts of a file of JSON lines: texts, or conversations.
 
     Raises:
@@ -140,26 +219,28 @@ def _whole_lines(out: Path, total: int) -> int:
 
 def _answers(
     model: LanguageModel,
-    prompts: Sequence[str | list[dict[str, Any]]],
+    prompts: Prompts,
     first: int,
     max_tokens: int,
     options: SamplingOptions,
     stop: Sequence[str],
-) -> Iterator[_Line]:
-    """The lines from `first` on, in order; twice as many as there are slots are under way, so that none stands idle."""
+    place: int = 0,
+) -> Iterator[Row]:
+    """Rows of the prompts from `first` on, in order; twice as many as there are slots are under way, so that none
+    stands idle. `place` is that of the first prompt in the file."""
     engine = model.engine
     waiting: list[_Line] = []
     running: dict[Request, _Line] = {}
     following = first
     while following < len(prompts) or waiting:
         while following < len(prompts) and len(waiting) < 2 * engine.runner.slots:
-            line = _begin(model, following, prompts[following], max_tokens, options, stop)
+            line = _begin(model, place + following, prompts[following], max_tokens, options, stop)
             waiting.append(line)
             if line.request is not None:
                 running[line.request] = line
             following += 1
         while waiting and (waiting[0].request is None or waiting[0].request not in running):
-            yield waiting.pop(0)
+            yield waiting.pop(0).row()
         if not running:
             continue
         for request, token in engine.step():

@@ -8,7 +8,17 @@ from typing import Annotated, Any
 
 from headrace.cli.command import Argument, Option
 from headrace.cli.console import human_bytes, note, print_json, progress_bars, show, table
-from headrace.cli.options import Adapters, BundlePath, HugePages, Json, RunnerName, Save, Threads, limit_threads
+from headrace.cli.options import (
+    Adapters,
+    BundlePath,
+    HugePages,
+    Json,
+    RayAddress,
+    RunnerName,
+    Save,
+    Threads,
+    limit_threads,
+)
 from headrace.errors import UserError, VerificationFailed
 from headrace.exporter.options import read_lengths
 
@@ -227,18 +237,19 @@ def evaluate(
     ] = None,
     runner: Annotated[str, Option("--runner", help="Who computes.")] = "host",
     threads: Threads = None,
+    ray: RayAddress = None,
     save: Save = False,
     json: Json = False,
 ) -> None:
     """Measure perplexity and divergence from the checkpoint on text, and right answers to questions."""
     from headrace.bundle.folder import open_bundle
-    from headrace.measure.bundle_score import evaluate_bundle
+    from headrace.measure.bundle_score import evaluate_on
     from headrace.measure.item_sets import SETS
     from headrace.measure.questions import ask_bundle
     from headrace.measure.record import make_record, save_record
     from headrace.measure.text_score import TASKS, parse_tasks
 
-    threads = limit_threads(threads)
+    threads = threads if ray else limit_threads(threads)
     wanted = () if tasks is None else parse_tasks(tasks, (*TASKS, *SETS))
     on_text = [task for task in wanted if task in TASKS]
     on_questions = [task for task in wanted if task in SETS]
@@ -249,10 +260,11 @@ def evaluate(
         if on_questions:
             report["choices"] = ask_bundle(
                 bundle, on_questions, data, checkpoint=checkpoint, adapters=lora or (), shots=shots, runner=runner,
-                threads=threads, progress=progress,
+                threads=threads, ray=ray, progress=progress,
             )  # fmt: skip
         if on_text or not on_questions:
-            scores = evaluate_bundle(
+            scores = evaluate_on(
+                ray,
                 bundle,
                 text or [],
                 tasks=",".join(on_text) or None,

@@ -19,6 +19,7 @@ __all__ = [
     "CheckpointPath",
     "HugePages",
     "Json",
+    "RayAddress",
     "RunnerName",
     "Save",
     "Threads",
@@ -46,6 +47,9 @@ HugePages = Annotated[
 ]
 RunnerName = Annotated[
     str | None, Option("--runner", help="native, host, device or genie; the first that is installed by default.")
+]
+RayAddress = Annotated[
+    str | None, Option("--ray", help="Work on this Ray cluster: HOST:PORT, or auto.", metavar="ADDRESS")
 ]
 Save = Annotated[
     bool, Option("--save", help="Keep the numbers with the bundle, in its folder measurements, for: card.")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from headrace.cli.command import Argument, Option
 from headrace.cli.console import note, print_json, progress_bars
-from headrace.cli.options import BundlePath, HugePages, Json, RunnerName, Threads, limit_threads
+from headrace.cli.options import BundlePath, HugePages, Json, RayAddress, RunnerName, Threads, limit_threads
 from headrace.errors import UserError
 
 __all__ = ["generate", "serve"]
@@ -32,6 +32,8 @@ def serve(
     runner: RunnerName = None,
     threads: Threads = None,
     huge_pages: HugePages = None,
+    ray: RayAddress = None,
+    replicas: Annotated[int, Option("--replicas", min=1, help="With --ray: of each model.")] = 1,
 ) -> None:
     """Serve bundles: OpenAI's, Anthropic's and Ollama's APIs and a web page."""
     try:
@@ -47,6 +49,10 @@ def serve(
 
     if sessions is not None and not sessions.is_dir():
         raise UserError(f"--sessions {sessions} is no folder; make it first")
+    if ray is None and replicas != 1:
+        raise UserError(f"--replicas {replicas} needs a cluster for them; expected --ray ADDRESS beside it")
+    if ray is not None and sessions is not None:
+        raise UserError("--sessions is not possible with --ray: a conversation would be of one replica; leave one out")
     key = api_key or os.environ.get("HEADRACE_API_KEY")
     if key is None and host not in ("127.0.0.1", "localhost", "::1"):
         note(f"warning: anybody who reaches {host} can use this server; set HEADRACE_API_KEY")
@@ -56,12 +62,14 @@ def serve(
             host=host,
             port=port,
             runner=runner,
-            threads=limit_threads(threads),
+            threads=threads if ray else limit_threads(threads),
             huge_pages=huge_pages,
             slots=slots,
             speculate=speculate,
             door=ServerOptions(api_key=key, max_body=max_body, sessions=sessions),
             limits=WorkerOptions(queue=queue, seconds=seconds),
+            ray=ray,
+            replicas=replicas,
             progress=progress,
             listening=lambda address: note(f"listening on {address}  (the page is there too; Ctrl-C ends)"),
         )
@@ -82,29 +90,35 @@ def generate(
     runner: RunnerName = None,
     threads: Threads = None,
     huge_pages: HugePages = None,
+    ray: RayAddress = None,
     json: Json = False,
 ) -> None:
     """Answer a file of prompts: many at once, in order, resumable."""
-    from headrace.batch import answer_file, read_prompts
+    from headrace.batch import answer_file, answer_file_on, read_prompts
     from headrace.language_model import load
 
     count = len(read_prompts(source))  # what is wrong there is told before a model is loaded
+    chosen = {"temperature": 0.0 if greedy else temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     with progress_bars() as progress:
-        opened = load(
-            bundle,
-            runner=runner,
-            threads=limit_threads(threads),
-            huge_pages=huge_pages,
-            slots=slots,
-            progress=progress,
-        )
-        with opened as model:
-            sampling = model.sampling_options(
-                temperature=0.0 if greedy else temperature, top_k=top_k, top_p=top_p, seed=seed
+        if ray is not None:
+            failed = answer_file_on(
+                ray, bundle.resolve(), source, output, max_tokens=max_tokens, sampling=chosen, stop=stop or (),
+                slots=slots, threads=threads, runner=runner, huge_pages=huge_pages, progress=progress,
+            )  # fmt: skip
+        else:
+            opened = load(
+                bundle,
+                runner=runner,
+                threads=limit_threads(threads),
+                huge_pages=huge_pages,
+                slots=slots,
+                progress=progress,
             )
-            failed = answer_file(
-                model, source, output, max_tokens=max_tokens, options=sampling, stop=stop or (), progress=progress
-            )
+            with opened as model:
+                sampling = model.sampling_options(**chosen)
+                failed = answer_file(
+                    model, source, output, max_tokens=max_tokens, options=sampling, stop=stop or (), progress=progress
+                )
     if json:
         print_json({"prompts": count, "failed": failed, "output": str(output)})
     elif failed:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +14,7 @@ from numpy.typing import NDArray
 from headrace.bundle.encodings import read_encodings
 from headrace.bundle.folder import Bundle, open_bundle
 from headrace.bundle.weights import WeightStore
+from headrace.cluster import map_over
 from headrace.errors import UserError
 from headrace.measure.original import open_original
 from headrace.measure.text_score import TextScore, evaluate_text, first_windows, follow, parse_tasks, read_text
@@ -23,7 +27,7 @@ from headrace.text.tokenizer import Tokenizer, check_ids
 from headrace.text.tokenizer_folder import load_tokenizer
 from headrace.text.turns import turn_format
 
-__all__ = ["evaluate_bundle"]
+__all__ = ["evaluate_bundle", "evaluate_on"]
 
 Score = Callable[[Sequence[int]], NDArray[np.float32]]
 SIMULATIONS = ("a16", "kv8")
@@ -89,6 +93,38 @@ def evaluate_bundle(
         reference = follow(config, weights, ids, progress) if "kl" in wanted else None
         scores.append(evaluate_text(name, ids, score, reference, progress))
     return scores
+
+
+def evaluate_on(
+    address: str | None, path: Path, texts: Sequence[Path], *, threads: int | None = None, **options: Any
+) -> list[TextScore]:
+    """`evaluate_bundle`, on a Ray cluster whose nodes see the same files: a text each.
+
+    Args:
+        address: of the cluster; None: here.
+        path, texts: as for `evaluate_bundle`.
+        threads: on a cluster each text takes as many of its node's processors, 1 by default.
+        options: the others of `evaluate_bundle`.
+
+    Raises:
+        UserError: as for `evaluate_bundle`.
+        TargetError: there is no cluster, or it lost a piece of the work too often.
+    """
+    if address is None:
+        return evaluate_bundle(path, texts, threads=threads, **options)
+    cpus, progress = threads or 1, options.pop("progress", silent)
+    checkpoint = options.pop("checkpoint", None)
+    work = partial(_scoring, path.resolve(), threads=cpus, checkpoint=checkpoint and checkpoint.resolve(), **options)
+    scores: list[TextScore] = []
+    for number, told in enumerate(map_over(address, work, [text.resolve() for text in texts], cpus=cpus)):
+        scores += told
+        progress("texts", number + 1, len(texts))
+    return scores
+
+
+@contextmanager
+def _scoring(path: Path, **options: Any) -> Iterator[Callable[[Path], list[TextScore]]]:
+    yield lambda text: evaluate_bundle(path, [text], **options)
 
 
 def _runs(bundle: Bundle, runner: str | None, threads: int | None) -> Score:

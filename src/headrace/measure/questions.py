@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from headrace.bundle.folder import open_bundle
+from headrace.cluster import map_over
 from headrace.errors import UserError
 from headrace.language_model import LanguageModel, load
 from headrace.measure.choices import Choices, answer_subject, choices_report
-from headrace.measure.item_sets import SHOTS, open_set
+from headrace.measure.item_sets import SHOTS, ItemSet, Subject, open_set
 from headrace.measure.likelihood import NextLogits
 from headrace.measure.original import open_original
 from headrace.measure.shared_prefix import next_logits
 from headrace.progress import Progress, silent
 
 __all__ = ["ask_bundle", "following"]
+
+Asked: TypeAlias = tuple[ItemSet, Subject]
+Found: TypeAlias = tuple[Choices, Choices | None]  # the bundle's, and the checkpoint's where it is asked too
 
 
 def ask_bundle(
@@ -32,6 +38,7 @@ def ask_bundle(
     shots: int = SHOTS,
     runner: str | None = None,
     threads: int | None = None,
+    ray: str | None = None,
     progress: Progress = silent,
 ) -> list[dict[str, Any]]:
     """Ask a bundle the items of sets, each answer chosen by its likelihood.
@@ -45,6 +52,7 @@ def ask_bundle(
         shots: worked examples before each question.
         runner: who computes; the fastest that is installed by default.
         threads: of the runner.
+        ray: address of a cluster that does the subjects; each takes `threads` of a node's processors, or 1.
         progress: told how many subjects are done.
 
     Returns:
@@ -57,29 +65,52 @@ def ask_bundle(
     if data is None:
         raise UserError(f"{tasks[0]} needs its items; expected --data FOLDER in the set's published layout")
     opened = [open_set(task, data) for task in tasks]  # all are read before the first is asked
-    source = None if checkpoint is None else open_original(open_bundle(path), checkpoint, adapters)
+    cpus = threads or 1
+    given = checkpoint and checkpoint.resolve()
+    work = partial(_asking, path.resolve(), given, tuple(adapters), shots, runner, threads if ray is None else cpus)
+    asked = [(chosen_set, subject) for chosen_set, subjects in opened for subject in subjects]
+    answered = map_over(ray, work, asked, cpus=cpus)
     reports = []
+    for chosen_set, subjects in opened:
+        found = []
+        for number in range(len(subjects)):
+            progress(chosen_set.name, number, len(subjects))
+            found.append(next(answered))
+        progress(chosen_set.name, len(subjects), len(subjects))
+        before = [reference for _, reference in found if reference is not None]
+        reports.append(choices_report(chosen_set.name, [own for own, _ in found], before or None))
+    return reports
+
+
+@contextmanager
+def _asking(
+    path: Path,
+    checkpoint: Path | None,
+    adapters: Sequence[Path],
+    shots: int,
+    runner: str | None,
+    threads: int | None,
+) -> Iterator[Callable[[Asked], Found]]:
+    """The function that answers a subject, with the bundle open."""
+    source = None if checkpoint is None else open_original(open_bundle(path), checkpoint, adapters)
     with load(path, runner=runner, threads=threads) as model:
         ask = following(model)
-        for chosen_set, subjects in opened:
-            found: list[Choices] = []
-            before: list[Choices] = []
-            for number, subject in enumerate(subjects):
-                progress(chosen_set.name, number, len(subjects))
-                common = (chosen_set, subject, model.encode_raw)
-                found.append(answer_subject(*common, ask, model.context - 1, shots=shots))
-                if source is not None:
 
-                    def weights(name: str) -> NDArray[np.float32]:
-                        return source.tensor(name).load()
+        def answer(asked: Asked) -> Found:
+            common = (*asked, model.encode_raw)
+            own = answer_subject(*common, ask, model.context - 1, shots=shots)
+            if source is None:
+                return own, None
 
-                    def reference(prompts: Sequence[Sequence[int]]) -> Iterator[NDArray[np.float32]]:
-                        return next_logits(source.config, weights, prompts)
+            def weights(name: str) -> NDArray[np.float32]:
+                return source.tensor(name).load()
 
-                    before.append(answer_subject(*common, reference, model.context - 1, shots=shots))
-            progress(chosen_set.name, len(subjects), len(subjects))
-            reports.append(choices_report(chosen_set.name, found, before or None))
-    return reports
+            def reference(prompts: Sequence[Sequence[int]]) -> Iterator[NDArray[np.float32]]:
+                return next_logits(source.config, weights, prompts)
+
+            return own, answer_subject(*common, reference, model.context - 1, shots=shots)
+
+        yield answer
 
 
 def following(model: LanguageModel) -> NextLogits:

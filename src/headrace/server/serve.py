@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import signal
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 
-from headrace.errors import UserError
+from headrace.errors import HeadraceError, UserError
 from headrace.language_model import load
 from headrace.progress import Progress, silent
 from headrace.server.app import create_app
 from headrace.server.connections import Connection, Patience
-from headrace.server.door import ServerOptions
+from headrace.server.door import ServedModel, ServerOptions
 from headrace.server.logs import LOGGING
 from headrace.server.metrics import Metrics
+from headrace.server.replicas import Loading, RemoteModel, replicated
 from headrace.server.worker import ModelWorker, WorkerOptions
 
 __all__ = ["http_config", "serve"]
 
+_log = logging.getLogger(__name__)
 CONNECTIONS = 1024  # open at once; who comes then is told 503
 DRAIN_SECONDS = 30  # for answers under way, once somebody said stop
 
@@ -38,6 +44,8 @@ def serve(
     speculate: str | None = None,
     door: ServerOptions | None = None,
     limits: WorkerOptions | None = None,
+    ray: str | None = None,
+    replicas: int = 1,
     progress: Progress = silent,
     listening: Callable[[str], None] = lambda address: None,
 ) -> None:
@@ -54,30 +62,36 @@ def serve(
         speculate: guess ahead, "lookup" or a draft bundle's folder (see `headrace.load`).
         door: key and limits of requests.
         limits: limits of each model.
+        ray: address of a Ray cluster where the models run instead of here; SIGHUP replaces their replicas one by one.
+        replicas: of each model there.
         progress: told how many models are loaded.
         listening: told the address, once requests are answered.
 
     Raises:
         UserError: a bundle cannot be opened, or two have one name.
+        TargetError: there is no cluster, or the replicas do not start there.
     """
-    metrics = Metrics()
-    workers: dict[str, ModelWorker] = {}
-    try:
+    metrics, given = Metrics(), limits or WorkerOptions()
+    models: dict[str, ServedModel] = {}
+    with ExitStack() as stack:
         for number, path in enumerate(bundles):
             progress("loading", number, len(bundles))
             name = path.resolve().name.removesuffix(".bundle")
-            if name in workers:
+            if name in models:
                 raise UserError(f"two bundles are called {name}; rename one of the folders")
-            model = load(path, runner=runner, threads=threads, huge_pages=huge_pages, slots=slots, speculate=speculate)
-            workers[name] = ModelWorker(name, model, limits or WorkerOptions(), metrics)
-        progress("loading", len(bundles), len(bundles))
-        for worker in workers.values():
+            opening: dict[str, Any] = {"runner": runner, "huge_pages": huge_pages, "speculate": speculate}
+            if ray is not None:
+                loading = Loading(path, slots, threads or 1, given, opening)
+                models[name] = stack.enter_context(replicated(ray, name, loading, replicas, progress))
+                continue
+            model = load(path, threads=threads, slots=slots, **opening)
+            models[name] = worker = ModelWorker(name, model, given, metrics)
             worker.start()
-        app = create_app(workers, door or ServerOptions(), metrics)
-        _Announced(http_config(app, host=host, port=port), listening).run()
-    finally:
-        for worker in workers.values():
-            worker.close()
+            stack.callback(worker.close)
+        progress("loading", len(bundles), len(bundles))
+        app = create_app(models, door or ServerOptions(), metrics)
+        remote = [model for model in models.values() if isinstance(model, RemoteModel)]
+        _Announced(http_config(app, host=host, port=port), listening, remote).run()
 
 
 def http_config(app: Any, *, patience: Patience | None = None, **uvicorn_: Any) -> uvicorn.Config:
@@ -102,14 +116,25 @@ def http_config(app: Any, *, patience: Patience | None = None, **uvicorn_: Any) 
 
 
 class _Announced(uvicorn.Server):
-    """A server that says where it listens, once it does."""
+    """A server that says where it listens, once it does, and replaces replicas when SIGHUP comes."""
 
-    def __init__(self, config: uvicorn.Config, listening: Callable[[str], None]) -> None:
+    def __init__(self, config: uvicorn.Config, listening: Callable[[str], None], remote: Sequence[RemoteModel]) -> None:
         super().__init__(config)
         self._listening = listening
+        self._remote = remote
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        if self._remote and self.started:
+            loop = asyncio.get_running_loop()
+            loop.add_signal_handler(signal.SIGHUP, lambda: loop.run_in_executor(None, self._restart))
         if self.started:
             address, port = self.servers[0].sockets[0].getsockname()[:2]
             self._listening(f"http://{f'[{address}]' if ':' in address else address}:{port}")
+
+    def _restart(self) -> None:
+        for model in self._remote:
+            try:
+                model.restart()
+            except HeadraceError as error:
+                _log.warning("%s", error)

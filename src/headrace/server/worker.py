@@ -162,6 +162,11 @@ class ModelWorker:
         """Begin to answer."""
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        """Requests are answered."""
+        return self._thread.is_alive()
+
     def close(self) -> None:
         """Stop answering and give back the model's memory; what runs is cut off."""
         self._closing = True
