@@ -8,7 +8,7 @@ runs=${1:-100000}
 export CXX
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-cmake -S "$here" -B "$folder" -DSANITIZE="address;undefined;fuzzer-no-link" > "$folder/log" && cmake --build "$folder" -j 2 >> "$folder/log" \
+cmake -S "$here" -B "$folder" -DSANITIZE="address;undefined;fuzzer-no-link" > "$folder/log" && cmake --build "$folder" -j "${JOBS:-2}" >> "$folder/log" \
   || { cat "$folder/log"; exit 1; }
 "$CXX" -std=c++17 -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined "$here/fuzz/program_fuzzer.cpp" \
   -L"$folder" -lheadrace_kernels -Wl,-rpath,"$folder" -o "$folder/fuzz"

@@ -29,11 +29,19 @@ bool tiles() {
 }
 #endif
 
+#if defined(__x86_64__)
+// Conversions of float16; clang before 17 cannot be asked by name. They need no more of the system than AVX2 does.
+bool f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+#endif
+
 // __builtin_cpu_supports also asks whether the system saves the wide registers.
 bool supported(const Kernels* kernels) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c();
   if (kernels == &avx2_kernels) return avx2;
   if (kernels == &avx2vnni_kernels) {
     unsigned a = 0, b = 0, c = 0, d = 0;

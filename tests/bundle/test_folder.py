@@ -212,6 +212,7 @@ def test_a_manifest_that_names_other_peoples_files(path: Path, name: str) -> Non
         ("kv_scales", [[1.0, 0.0]] * LAYERS),
         ("kv_scales", [[-1.0, 1.0]] * LAYERS),
         ("kv_scales", [[float("nan"), 1.0]] * LAYERS),
+        ("kv_scales", [[10**400, 1.0]] * LAYERS),
         ("kv_scales", [[float("inf"), 1.0]] * LAYERS),
         ("kv_scales", [["1", "1"]] * LAYERS),
         ("kv_scales", {"0": [1, 1]}),

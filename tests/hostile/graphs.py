@@ -69,11 +69,11 @@ def graph(rng: Rng, good: Good) -> bytes:
                     (str(int(entry.value) + rng.choice((-64, 1, 2, 4, 64))), "-1", "0", "99999999999", "x", "")
                 )
         elif kind == 6 and tensor.raw_data:
-            values = np.frombuffer(tensor.raw_data, np.int64 if tensor.data_type == 7 else np.uint8).copy()
+            values = np.frombuffer(tensor.raw_data, np.uint8).copy()
             values[rng.randrange(len(values))] = rng.choice((0, 1, 2, 127, 128, 255))
             tensor.raw_data = values.tobytes()
         elif kind == 7:
-            del node.input[rng.randrange(len(node.input)) :]
+            del node.input[rng.randrange(len(node.input) + 1) :]
         elif kind == 8:
             nodes.insert(rng.randrange(len(nodes)), node)
         elif kind == 9:

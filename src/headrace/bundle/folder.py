@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -37,6 +36,7 @@ FORMAT = 1
 MANIFEST = "headrace.json"
 MEASUREMENTS = "measurements"  # what was measured of the finished bundle, and the card's pictures
 _SYSTEMS_OWN = (".DS_Store", "Thumbs.db", "desktop.ini")  # file managers leave these in any folder
+LARGEST_SCALE = 3e38  # of a float32
 LONGEST_NAME = 200  # characters of a file's name in a manifest
 LONGEST_CONTEXT = 1 << 20  # tokens; tables of all places are made when a bundle is opened
 UNLISTED = ("README.md", MANIFEST)  # the card may be edited; the manifest has its own digest
@@ -184,7 +184,7 @@ def _lengths(plan: Mapping[str, Any], key: str, config: ModelConfig) -> list[int
 
 
 def _is_scale(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and value > 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < LARGEST_SCALE
 
 
 def check_files(path: Path, progress: Callable[[str], None] | None = None) -> list[tuple[str, str]]:
