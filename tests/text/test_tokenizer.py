@@ -525,3 +525,12 @@ def test_a_pointer_in_place_of_a_vocabulary(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2001107\n")
     with pytest.raises(TokenizerError, match=f"{name} is a git-lfs pointer.*; run: git lfs pull$"):
         load_tokenizer(tmp_path)
+
+
+def test_a_config_cannot_rename_a_special_token(tmp_path: Path) -> None:
+    """Its other spelling is text like any other."""
+    added = {"1": {"content": "sea", "special": True}}
+    tokenizer = sentencepiece_tokenizer(tmp_path, added_tokens_decoder=added)
+    text = "the sea <s>"
+    assert tokenizer.decode(tokenizer.encode("the sea", special=True)) == "the sea"
+    assert tokenizer.encode(text, special=True)[-1] == 1

@@ -8,6 +8,7 @@ is the configuration's matter. Knows nothing about models or turns.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,8 @@ class SentencePieceTokenizer(Tokenizer):
         """Finds special tokens too."""
         if any(self.id_to_piece(i) == UNREADABLE for i in self.special_ids):
             raise TokenizerError("the vocabulary has a special token that is not UTF-8; fetch the file again")
-        marked = {i: self._added.get(i) or AddedPiece(self.id_to_piece(i), True) for i in self.special_ids}
+        told = {i: self._added.get(i, AddedPiece("", True)) for i in self.special_ids}
+        marked = {i: replace(piece, content=self.id_to_piece(i)) for i, piece in told.items()}  # none is renamed
         return _cutter({**marked, **self._plain})
 
     @property
