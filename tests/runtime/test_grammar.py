@@ -260,3 +260,11 @@ def test_generate_with_a_grammar(exports: Exports) -> None:
     with headrace.load(exports.bundle("gqa")) as model:
         made = model.generate("The river", max_tokens=50, grammar=model.grammar("regex", PHONE))
         assert valid("regex", "".join(token.text for token in made))
+
+
+@pytest.mark.parametrize("step", [2147483648, 1e-30, 0])
+def test_multiples_that_would_take_all_memory(grammars: Grammars, step: float) -> None:
+    schema = json.dumps({"type": "array", "items": {"type": "number", "multipleOf": step}})
+    with pytest.raises(UserError, match=r"multipleOf is .*; expected 0.001 to 1000"):
+        grammars.compile("json_schema", schema)
+    assert grammars.compile("json_schema", json.dumps({"type": "integer", "multipleOf": 7})).start().allowed().any()

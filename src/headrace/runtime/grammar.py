@@ -25,6 +25,7 @@ __all__ = ["KINDS", "Grammar", "GrammarState", "Grammars"]
 KINDS = ("json_schema", "json_object", "regex", "lark")
 # Between JSON's tokens: enough for indented text, too little for a model that would put spaces for ever.
 WHITESPACE = r"[ \n\t]{1,32}"
+SMALLEST_STEP, LARGEST_STEP = 0.001, 1000  # of multipleOf
 MAX_SOURCE = 1 << 19  # characters; so many take seconds
 
 
@@ -83,6 +84,7 @@ class Grammars:
         else:
             try:
                 schema = json.loads(source) if kind == "json_schema" else {"type": "object"}
+                _refuse_multiples(schema)
                 text = matcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE})
             except (ValueError, TypeError, RecursionError) as error:
                 raise UserError(f"the JSON schema cannot be read ({_line(error)}); expected a JSON object") from None
@@ -90,6 +92,20 @@ class Grammars:
         if compiled.is_error():
             raise UserError(f"the {kind} grammar is not possible: {_line(compiled.get_error())}")
         return Grammar(self, compiled)
+
+
+def _refuse_multiples(schema: Any) -> None:
+    """Raise UserError for multiples of a large number: llguidance counts remainders, and takes all memory for them."""
+    pending = [schema]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict):
+            step = value.get("multipleOf", 1)
+            if isinstance(step, int | float) and not SMALLEST_STEP <= abs(step) <= LARGEST_STEP:
+                raise UserError(f"multipleOf is {step}; expected {SMALLEST_STEP} to {LARGEST_STEP}")
+            pending += value.values()
+        elif isinstance(value, list):
+            pending += value
 
 
 class Grammar:
