@@ -117,7 +117,7 @@ def test_structure_decides_some_grids(ranges: Ranges) -> None:
         assert found[name] == found[f"{name}.low"] == found[f"{name}.high"]
         assert found[name].low <= min(ranges.seen[f"{name}.low"][0], ranges.seen[f"{name}.high"][0]) / FLOAT32_SLACK
     masked, scores = (found[f"layers.1.self_attn.{n}scores"] for n in ("masked_", ""))
-    assert masked.low == pytest.approx(scores.low - LEAST_MASK_DEPTH, abs=2 * masked.scale)
+    assert masked.low == pytest.approx(-LEAST_MASK_DEPTH, abs=2 * masked.scale)
     assert masked.high == pytest.approx(scores.high, abs=2 * masked.scale)
     assert found["layers.0.self_attn.weights"] == found["layers.0.mlp.silu.sigmoid"] == Encoding.of_range(0, 1)
 
@@ -215,8 +215,8 @@ def test_the_mask_is_as_deep_as_the_deepest_gap_asks(ranges: Ranges) -> None:
     found = device_encodings(CONFIG, deep, [(0.01, 0.01)] * 3)
     assert found[ATTENTION_MASK] == mask_encoding(HEADROOM * 64 + MASK_LEAD)
     for layer in range(3):
-        masked, scores = (found[f"layers.{layer}.self_attn.{n}scores"] for n in ("masked_", ""))
-        assert masked.low == pytest.approx(scores.low - 100, abs=2 * masked.scale)
+        masked = found[f"layers.{layer}.self_attn.masked_scores"]
+        assert masked.low == pytest.approx(-100, abs=2 * masked.scale)
     short = replace(ranges, mask_gaps={"layers.1.self_attn": 1.0})
     with pytest.raises(CalibrationError, match="scores of 1 of 3 layers"):
         device_encodings(CONFIG, short, [(0.01, 0.01)] * 3)
@@ -233,12 +233,11 @@ def test_a_mask_gap_is_what_a_token_s_best_score_lacks() -> None:
 
 @pytest.mark.parametrize("depth", [50, 100])
 def test_an_older_file_keeps_its_mask(ranges: Ranges, depth: int, tmp_path: Path) -> None:
-    found = device_encodings(
-        CONFIG,
-        replace(ranges, mask_gaps=dict.fromkeys(ranges.mask_gaps, (depth - MASK_LEAD) / HEADROOM)),
-        [(0.01, 0.01)] * 3,
-    )
+    """Files of before the mask was calibrated say its depth by their first layer's masked scores."""
+    found = device_encodings(CONFIG, ranges, [(0.01, 0.01)] * 3)
     del found[ATTENTION_MASK]
+    scores = found["layers.0.self_attn.scores"]
+    found["layers.0.self_attn.masked_scores"] = Encoding.of_range(scores.low - depth, scores.high)
     path = tmp_path / "encodings.json"
     write_encodings(path, found)
     assert read_encodings(path)[ATTENTION_MASK] == mask_encoding(depth)

@@ -41,8 +41,8 @@ def device_encodings(
 
     Some are not what calibration saw, but what the graph's structure asks for: both halves of a rotated head and
     their concatenation are on one grid; sigmoids and softmaxes are 0 … 1; the mask is as deep as calibration asks
-    for, with `HEADROOM` and `MASK_LEAD`, and masked scores reach down by it; keys and values are the cache's. All but
-    the residual stream have `HEADROOM`.
+    for, with `HEADROOM` and `MASK_LEAD`, and masked scores reach down to it alone; keys and values are the cache's. All
+    but the residual stream have `HEADROOM`.
 
     Args:
         config: the geometry.
@@ -75,8 +75,8 @@ def device_encodings(
             found[rope] = found[f"{rope}.low"] = found[f"{rope}.high"] = Encoding.of_range(low, high)
         low, high = (end / math.sqrt(config.head_dim) for end in _union(ranges, f"{attention}.q_rope.low"))
         found[f"{attention}.q_scaled"] = Encoding.of_range(low, high)
-        low, high = _union(ranges, f"{attention}.scores")
-        found[f"{attention}.masked_scores"] = Encoding.of_range(low - depth, high)
+        # A token's best score is above −depth by `MASK_LEAD`: what lies below −depth gets nothing and may be clipped.
+        found[f"{attention}.masked_scores"] = Encoding.of_range(-depth, _union(ranges, f"{attention}.scores")[1])
         found[f"{attention}.weights"] = found[f"{mlp}.silu.sigmoid"] = _UNIT
         found[f"{attention}.k_cache"] = Encoding(float(np.float32(key_scale)), 128, 8)
         found[f"{attention}.v_cache"] = Encoding(float(np.float32(value_scale)), 128, 8)
