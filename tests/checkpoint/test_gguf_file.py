@@ -269,7 +269,7 @@ def test_another_architecture(tmp_path: Path) -> None:
         ({"llama.expert_count": 8}, "mixture of 8 experts"),
         (GEOMETRY | {"llama.rope.dimension_count": 2}, "turns 2 of 4 dimensions"),
         (GEOMETRY | {"llama.rope.scaling.type": 7}, "rope scaling 7 is not supported"),
-        (GEOMETRY | {"llama.rope.scale_linear": 0}, "factor 0.0 is below 1"),
+        (GEOMETRY | {"llama.rope.scale_linear": 0}, "factor is 0.0; expected a number above 0"),
         ({"llama.embedding_length": 8, "llama.attention.head_count": 0}, "above 0|does not state"),
         ({"llama.embedding_length": 8, "llama.attention.head_count": 2}, "does not state intermediate_size"),
     ],

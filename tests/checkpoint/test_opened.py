@@ -205,11 +205,11 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "bias is a word": (lambda f: edit_config(f, mlp_bias="yes"), "mlp_bias is 'yes'; expected true or false"),
     "other activation": (lambda f: edit_config(f, hidden_act="gelu"), "hidden_act 'gelu'"),
     "yarn": (lambda f: edit_config(f, rope_scaling={"rope_type": "yarn"}), "rope_scaling 'yarn' is not supported"),
-    "no factor": (lambda f: edit_config(f, rope_scaling={"type": "linear"}), "factor 0.0 is below 1"),
+    "no factor": (lambda f: edit_config(f, rope_scaling={"type": "linear"}), "factor is 0.0; expected"),
     "scaling is a word": (lambda f: edit_config(f, rope_scaling="linear"), "expected an object or null"),
     "factors cross": (
         lambda f: edit_config(f, rope_scaling={"rope_type": "llama3", "factor": 8, "low_freq_factor": 4.0}),
-        "is not above low_freq_factor",
+        "is not below high_freq_factor",
     ),
     "config is a folder": (
         lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()),

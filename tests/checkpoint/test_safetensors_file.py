@@ -104,7 +104,7 @@ INDEXES = [
     ({"weight_map": {"a": ""}}, "expected a file name inside the folder"),
     ({"weight_map": {"a": "x" * 5000}}, "expected a file name inside the folder"),
     ({"weight_map": {"a": "a\nb"}}, "expected a file name inside the folder"),
-    ({"weight_map": {"a": "\ud800"}}, "expected a file name inside the folder"),
+    ({"weight_map": {"a": "\ud800"}}, "is not JSON"),
     ({"weight_map": {"a": ".."}}, "expected a file name inside the folder"),
     (
         {"weight_map": {"a": "absent.safetensors", "b": "model-00001-of-00002.safetensors"}},

@@ -173,7 +173,7 @@ HOSTILE = {
     "makes it by a filter": (
         "{% set ns = namespace(a=[1], b=[1]) %}{% for i in range(60) %}{% set ns.a = (ns.a * 2) | batch(9) | list %}"
         "{% set ns.b = (ns.b * 2) | batch(9) | list %}{% endfor %}{{ ns.a == ns.b }}",
-        "makes more than",
+        "(makes|takes) more than",
     ),
     "hashes what is too deep": (
         "{% set ns = namespace(a=()) %}{% for i in range(99999) %}{% set ns.a = (ns.a,) %}{% endfor %}"
