@@ -19,6 +19,7 @@ __all__ = ["Point", "Series", "need_matplotlib", "plot_bench", "plot_course", "p
 # Paul Tol's bright scheme: told apart by people with any colour vision, and in grey.
 OURS, OTHERS = ("#4477AA", "#66CCEE"), ("#EE6677", "#228833", "#CCBB44", "#AA3377", "#BBBBBB")
 _INK, _FAINT = "#333333", "#E4E4E4"
+_ACROSS = 4  # panels side by side
 _HEADING = 0.58  # inches
 _STYLE: Any = {
     "figure.figsize": (7.0, 4.2),
@@ -140,7 +141,10 @@ def plot_speeds(
     """
     made: list[Path] = []
     names = list(dict.fromkeys(name for _, bars in groups for name, *_ in bars))
-    with _figure(path, title, note, made, panels=len(groups), height=1.9 + 0.42 * len(names)) as panels:
+    rows = -(-len(groups) // _ACROSS)
+    height = 0.9 + rows * (1 + 0.42 * len(names))
+    with _figure(path, title, note, made, panels=len(groups), height=height) as panels:
+        across = -(-len(groups) // rows)
         for axes, (what, bars) in zip(panels, groups):
             for name, value, low, high in bars:
                 colour = OURS[0] if name.startswith("headrace") else "#B8B8B8"
@@ -149,7 +153,7 @@ def plot_speeds(
                 axes.barh([place], [value], xerr=error, color=colour, ecolor="#777777", height=0.62)
                 axes.annotate(f"{value:.0f}" if value >= 100 else f"{value:.1f}", (high, place), xytext=(4, 0),
                               textcoords="offset points", va="center", fontsize=9)  # fmt: skip
-            axes.set_yticks(range(len(names)), names if axes is panels[0] else [""] * len(names))
+            axes.set_yticks(range(len(names)), names if axes in panels[::across] else [""] * len(names))
             axes.set_ylim(len(names) - 0.5, -0.5)
             axes.set_xlim(0, 1.3 * max(high for *_, high in bars))
             axes.locator_params(axis="x", nbins=3)
@@ -239,11 +243,14 @@ def _figure(
         # Title and note stand above what is laid out.
         figure = Figure((width, tall), layout=ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - _HEADING / tall)))
         FigureCanvasAgg(figure)
-        axes = figure.subplots(1, panels)
+        rows = -(-panels // _ACROSS)
+        axes = figure.subplots(rows, -(-panels // rows), squeeze=False).flatten()
+        for spare in axes[panels:]:
+            spare.set_visible(False)
         left = 0.1 / width
         figure.text(left, 1 - 0.12 / tall, title, va="top", fontsize=11.5, fontweight="bold").set_in_layout(False)
         figure.text(left, 1 - 0.36 / tall, note, va="top", fontsize=8.5, color="#777777").set_in_layout(False)
-        yield axes
+        yield axes[0] if panels == 1 else axes[:panels]
         path.parent.mkdir(parents=True, exist_ok=True)
         for suffix in ("svg", "png"):
             file = path.with_suffix(f".{suffix}")
