@@ -262,3 +262,11 @@ def test_without_the_package_onnx_runtime_serves(calm: Bundle, monkeypatch: pyte
     assert isinstance(runners.open_runner(calm), HostRunner)
     with pytest.raises(TargetError, match=r"pip install ./kernels, or take --runner host"):
         runners.open_runner(calm, "native")
+
+
+def test_kernels_of_another_version_are_one_line(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headrace_kernels.__version__", "0.1.0")
+    with pytest.raises(
+        TargetError, match=r"headrace-kernels 0\.1\.0 is installed, and this headrace needs [\d.]+; run: pip"
+    ):
+        NativeRunner(open_bundle(exports.bundle()))

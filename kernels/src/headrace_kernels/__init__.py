@@ -7,4 +7,4 @@ from headrace_kernels.engine import Engine
 from headrace_kernels.library import Cancelled, ProgramError, SpanError, available_isas, known_isas
 
 __all__ = ["Cancelled", "Engine", "ProgramError", "SpanError", "available_isas", "known_isas"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -21,6 +21,7 @@ from headrace.runtime.runner import Logits, SlotLengths, Span
 
 __all__ = ["CALL_TOKENS", "FINE_TOKENS", "NativeRunner"]
 
+KERNELS = "0.2.0"  # of headrace-kernels, whose interface changes together with this package
 CALL_TOKENS = 256
 """Most tokens of one call: weights are unpacked once a call, so more gain little."""
 
@@ -73,6 +74,11 @@ class NativeRunner:
                 f"runner 'native' needs headrace-kernels, which is not installed ({error}); "
                 "run: pip install ./kernels, or take --runner host"
             ) from None
+        if headrace_kernels.__version__ != KERNELS:
+            raise TargetError(
+                f"headrace-kernels {headrace_kernels.__version__} is installed, and this headrace needs {KERNELS}; "
+                "run: pip install ./kernels, or take --runner host"
+            )
         recorded = record_program(bundle, self.context)
         cos, sin = rope_tables(config, self.context)
         try:
