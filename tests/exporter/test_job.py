@@ -200,6 +200,21 @@ def test_finished_layers_are_not_computed_again(
     assert contents(tmp_path / "out") == contents(exports.bundle(method=method))
 
 
+def test_finished_gradients_are_not_measured_again(
+    run: Any, exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from headrace.exporter import job
+
+    def measured_twice(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError("measured twice")
+
+    with pytest.raises(Stop):
+        run(method="best", progress=stop_at("quantizing layers", 0))
+    monkeypatch.setattr(job, "gradient_energy", measured_twice)
+    run(method="best", resume=True)
+    assert contents(tmp_path / "out") == contents(exports.bundle(method="best"))
+
+
 @pytest.mark.parametrize("damage", ["gone", "short"])
 def test_lost_states_are_computed_again(run: Any, exports: Exports, tmp_path: Path, damage: str) -> None:
     with pytest.raises(Stop):

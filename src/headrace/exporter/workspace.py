@@ -122,6 +122,11 @@ class Workspace:
         named = {name: {str(b or "channel"): kl for b, kl in by_block.items()} for name, by_block in costs.items()}
         write_file(self.root / SENSITIVITY, json.dumps(named, indent=1).encode())
 
+    @property
+    def has_work(self) -> bool:
+        """There is something that took long and need not be done again."""
+        return bool(self.layers) or (self.root / SENSITIVITY).exists() or (self.root / GRADIENTS).exists()
+
     def energy(self) -> dict[str, NDArray[np.float32]] | None:
         """What was measured by `quantize.gradients.gradient_energy`, or None."""
         path = self.root / GRADIENTS
@@ -178,7 +183,7 @@ def refuse_full_disk(folder: Path, need: int) -> None:
 
 @contextmanager
 def workspace(out: Path, identity: Mapping[str, Any], *, resume: bool, restart: bool) -> Iterator[Workspace]:
-    """OUT.partial, for one export at a time. It goes when the export is done, or stopped before a layer was finished.
+    """OUT.partial, for one export at a time. It goes when the export is done, or stopped before it has work to keep.
 
     Args:
         out: the final place.
@@ -196,7 +201,7 @@ def workspace(out: Path, identity: Mapping[str, Any], *, resume: bool, restart: 
         if not out.exists() and (root / REPLACED).exists():  # a run was killed while it replaced the bundle
             (root / REPLACED).rename(out)
         found = Workspace(root, identity, _finished(root))
-        has_work = bool(found.layers) or (root / SENSITIVITY).exists()
+        has_work = found.has_work
         if has_work and not _goes_on(root, found, resume=resume, restart=restart):
             has_work = False
         if not has_work:
@@ -208,7 +213,7 @@ def workspace(out: Path, identity: Mapping[str, Any], *, resume: bool, restart: 
             yield found
             done = True
         finally:
-            if done or not (found.layers or (root / SENSITIVITY).exists()):
+            if done or not found.has_work:
                 clear(root, _NAMES)
 
 

@@ -30,7 +30,7 @@ __all__ = ["GRADIENT_TOKENS", "TOGETHER", "AtLinear", "fisher_gradient", "gradie
 AtLinear = Callable[[int, str, Array, Array], None]
 """Called with a window's number, a linear's name, its input (S, K) and the gradient at its output (S, N)."""
 
-GRADIENT_TOKENS = 8192  # half an hour for a model of 7 billion weights on two cores
+GRADIENT_TOKENS = 8192  # by its operations half an hour at 7 billion weights on two cores; not timed
 TOGETHER = 2048  # tokens whose layers' inputs are in memory at once
 
 
