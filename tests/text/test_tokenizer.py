@@ -534,3 +534,22 @@ def test_a_config_cannot_rename_a_special_token(tmp_path: Path) -> None:
     text = "the sea <s>"
     assert tokenizer.decode(tokenizer.encode("the sea", special=True)) == "the sea"
     assert tokenizer.encode(text, special=True)[-1] == 1
+
+
+def test_a_special_token_that_the_library_does_not_find_is_still_itself(tmp_path: Path) -> None:
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto.FromString(sentencepiece_model())
+    model.pieces[0].piece = "\0"  # of the unknown token; asked for it, the library says it is not there
+    (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
+    added = {"0": {"content": "<unk>", "special": True}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    assert load_tokenizer(tmp_path).encode("\0", special=True) == [0]
+
+
+def test_white_space_around_a_token_that_has_some_itself(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
+    size = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model()).GetPieceSize()
+    added = {str(size): {"content": " <a> ", "lstrip": True, "rstrip": True, "special": False}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    assert load_tokenizer(tmp_path).encode("b   <a>   ")[-1] == size

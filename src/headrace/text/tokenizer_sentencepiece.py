@@ -8,6 +8,7 @@ is the configuration's matter. Knows nothing about models or turns.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -54,7 +55,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._ids = {content: i for i, content in self._names.items()}
         self._size = max([size - 1, *self._names]) + 1
         self._plain = {i: piece for i, piece in config.added.items() if i >= size and not piece.special}
-        self._cut_plain = _cutter(self._plain)
+        self._cut_plain = _Cutter(self._plain)
         wanted = config.add_prefix_space is not False
         self.drops_leading_space = wanted and (config.is_llama or has_prefix)
         self._every_stretch = config.space_before_every_stretch
@@ -83,13 +84,13 @@ class SentencePieceTokenizer(Tokenizer):
         return token < self._trained and (self._model.IsControl(token) or self._model.IsUnknown(token))
 
     @cached_property
-    def _cut_all(self) -> re.Pattern[str] | None:
+    def _cut_all(self) -> _Cutter:
         """Finds special tokens too."""
         if any(self.id_to_piece(i) == UNREADABLE for i in self.special_ids):
             raise TokenizerError("the vocabulary has a special token that is not UTF-8; fetch the file again")
         told = {i: self._added.get(i, AddedPiece("", True)) for i in self.special_ids}
         marked = {i: replace(piece, content=self.id_to_piece(i)) for i, piece in told.items()}  # none is renamed
-        return _cutter({**marked, **self._plain})
+        return _Cutter({**marked, **self._plain})
 
     @property
     def vocab_size(self) -> int:
@@ -101,9 +102,9 @@ class SentencePieceTokenizer(Tokenizer):
         text = valid_text(text)
         cutter = self._cut_all if special else self._cut_plain
         ids: list[int] = []
-        for i, stretch in enumerate(cutter.split(text) if cutter else [text]):  # text, token, text, token, … text
+        for i, stretch in enumerate(cutter.split(text)):  # text, token, text, token, … text
             if i % 2:
-                ids.append(self._token(stretch))
+                ids.append(cutter.token(stretch))
             elif stretch:
                 spaced = self._every_stretch if i else not continues
                 ids.extend(self._stretch(stretch, spaced and self.drops_leading_space))
@@ -152,18 +153,32 @@ class SentencePieceTokenizer(Tokenizer):
             return bytes([int(match[1], 16)])
         return piece.replace(SPACE, " ").encode()
 
-    def _token(self, piece: str) -> int:
-        for spelling in (piece, piece.strip()):  # white space around it may belong to it
-            if (token := self.token_id(spelling)) is not None:
-                return token
-        raise AssertionError(f"{piece!r} was cut out of the text but is no token")
 
+class _Cutter:
+    """Finds tokens' spellings in a text, the longest first.
 
-def _cutter(pieces: dict[int, AddedPiece]) -> re.Pattern[str] | None:
-    """A pattern that finds the tokens' spellings, the longest first; None when there are none."""
-    found = sorted((piece for piece in pieces.values() if piece.content), key=lambda p: len(p.content), reverse=True)
-    spellings = [r"\s*" * p.lstrip + re.escape(p.content) + r"\s*" * p.rstrip for p in found]
-    return re.compile("(" + "|".join(spellings) + ")") if spellings else None
+    Of two tokens that are spelled alike the larger id is meant, which a configuration added. The library is not asked:
+    it does not find every piece that it has.
+
+    Args:
+        pieces: the tokens by id.
+    """
+
+    def __init__(self, pieces: Mapping[int, AddedPiece]) -> None:
+        found = sorted((p for p in pieces.values() if p.content), key=lambda p: len(p.content), reverse=True)
+        spellings = [r"\s*" * p.lstrip + re.escape(p.content) + r"\s*" * p.rstrip for p in found]
+        self._pattern = re.compile("(" + "|".join(spellings) + ")") if spellings else None
+        ids = {pieces[i].content: i for i in sorted(pieces)}
+        self._ids = {p.content: ids[p.content] for p in found}
+
+    def split(self, text: str) -> list[str]:
+        """Text, token, text, token, … text."""
+        return self._pattern.split(text) if self._pattern else [text]
+
+    def token(self, stretch: str) -> int:
+        """The id of a token that was cut out, with white space around it where that belongs to it."""
+        known = self._ids.get(stretch)
+        return next(i for content, i in self._ids.items() if content in stretch) if known is None else known
 
 
 def _has_dummy_prefix(model: Any) -> bool:
