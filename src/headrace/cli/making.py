@@ -39,7 +39,7 @@ def pull(
 
 
 def inspect(
-    path: Annotated[Path, Argument(metavar="PATH", help="A checkpoint or a bundle.")],
+    path: Annotated[Path, Argument(metavar="PATH", help="A checkpoint, a bundle, a Genie folder or a .bin of one.")],
     tensors: Annotated[bool, Option("--tensors", help="Also list every tensor.")] = False,
     program: Annotated[
         bool, Option("--program", help="Instead: a bundle's instructions for the native engine.")
@@ -66,7 +66,16 @@ def inspect(
         return
     table([(key, str(value)) for key, value in report["summary"].items()])
     show("")
-    table([(n, str(c), human_bytes(b)) for n, c, b in report["precisions"]], ("precision", "tensors", "bytes"))
+    if graphs := report.get("graphs"):
+        head = ("binary", "graph", "inputs", "outputs", "weights", "own", "VTCM")
+        sizes = ("weight_bytes", "own_bytes", "vtcm_bytes")
+        table(
+            [(*(str(g[k]) for k in ("binary", "name", "inputs", "outputs")), *(human_bytes(g[k]) for k in sizes))
+             for g in graphs],
+            head,
+        )  # fmt: skip
+    else:
+        table([(n, str(c), human_bytes(b)) for n, c, b in report["precisions"]], ("precision", "tensors", "bytes"))
     if tensors:
         show("")
         table([(t["name"], t["precision"], "×".join(map(str, t["shape"]))) for t in report["tensors"]])

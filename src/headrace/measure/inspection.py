@@ -1,4 +1,6 @@
-"""What a checkpoint or a bundle is: geometry, tensors, precisions, sizes, as plain values. Runs nothing."""
+"""What a checkpoint or a bundle is, or what was compiled of it, as plain values: geometry, tensors, precisions, sizes.
+
+Runs nothing."""
 
 from __future__ import annotations
 
@@ -17,10 +19,16 @@ __all__ = ["inspect_path"]
 def inspect_path(path: Path) -> dict[str, Any]:
     """A report: `summary` (name → value), `precisions` [(name, tensors, bytes)], `tensors` [{name, precision, shape}].
 
+    For context binaries `graphs` stand in the place of `precisions` (see binary_inspection.py).
+
     Raises:
-        UserError: it is neither a checkpoint nor a bundle.
+        UserError: it is neither a checkpoint nor a bundle nor compiled.
     """
-    return _bundle(path) if is_bundle(path) else _checkpoint(path)
+    if is_bundle(path):
+        return _bundle(path)
+    from headrace.measure.binary_inspection import inspect_binaries, is_compiled
+
+    return inspect_binaries(path) if is_compiled(path) else _checkpoint(path)
 
 
 def _geometry(config: ModelConfig) -> dict[str, Any]:

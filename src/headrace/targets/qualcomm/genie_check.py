@@ -28,7 +28,7 @@ from headrace.targets.qualcomm.genie import (
 )
 from headrace.targets.qualcomm.soc import SOCS
 
-__all__ = ["check_genie_config", "check_genie_folder"]
+__all__ = ["check_genie_config", "check_genie_folder", "planned_name"]
 
 # Keys that Genie knows and that a person may add, by block; those that headrace writes are always known.
 _OPTIONAL = {
@@ -54,6 +54,12 @@ _FIXED = (
     "dialog.engine.model.",
 )
 _GRAPH = re.compile(r"ar(\d+)_cl(\d+)_(\d+)_of_(\d+)(?:_|$)")
+
+
+def planned_name(compiled: str) -> str | None:
+    """`ar128_cl4096_2_of_5` of a compiled graph's name, to which the compiler appends; None where Genie reads none."""
+    match = _GRAPH.match(compiled)
+    return None if match is None else match[0].removesuffix("_")
 
 
 def check_genie_folder(folder: Path, plan: GeniePlan, *, emulation: bool = False) -> dict[str, Any]:
@@ -167,10 +173,9 @@ def _check_graphs(folder: Path, infos: Mapping[Path, BinaryInfo], plan: GeniePla
     by_name: dict[str, tuple[Path, GraphInfo]] = {}
     for path, info in infos.items():
         for graph in info.graphs:
-            match = _GRAPH.match(graph.name)
-            if match is None:
+            name = planned_name(graph.name)
+            if name is None:
                 raise TargetError(f"{path}: Genie cannot parse graph name {graph.name!r}; expected arS_clC_K_of_N")
-            name = match[0].removesuffix("_")
             if name in by_name:
                 raise TargetError(f"{path} and {by_name[name][0]} both hold {name}; expected it once")
             by_name[name] = path, graph
