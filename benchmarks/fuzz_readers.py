@@ -14,6 +14,7 @@ import collections
 import contextlib
 import logging
 import mmap
+import os
 import random
 import resource
 import signal
@@ -25,6 +26,7 @@ import traceback
 import warnings
 from pathlib import Path
 
+import onnxruntime
 import psutil
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +61,9 @@ def guard(name: str, options: argparse.Namespace) -> int:
         at.flush()
         while seed < end and lost < FAILURES:
             command = [sys.executable, __file__, "--child", name, "--inputs", str(end - seed), "--seed", str(seed)]
-            child = subprocess.Popen([*command, "--at", at.name, *(["--trace"] if options.trace else [])])
+            command += ["--at", at.name, *(["--trace"] if options.trace else [])]
+            # A panic in Rust would look up the name of every function on the way.
+            child = subprocess.Popen(command, env={**os.environ, "RUST_BACKTRACE": "0"})
             last, since = seed, 0.0
             while (code := child.poll()) is None:
                 time.sleep(0.2)
@@ -89,6 +93,7 @@ def run(name: str, inputs: int, seed: int, at: Path, trace: bool) -> int:
     failed, slowest, began = 0, 0.0, time.perf_counter()
     shared = Path("/dev/shm")
     logging.disable()  # what a config leaves out is told by a warning, thousands of times
+    onnxruntime.set_default_logger_severity(4)  # it would tell every refusal once more
     warnings.simplefilter("error")
     with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as scratch, at.open("r+b") as file:
         trying = mmap.mmap(file.fileno(), 8)
@@ -126,7 +131,8 @@ def run(name: str, inputs: int, seed: int, at: Path, trace: bool) -> int:
     done = sum(lines.values()) + failed
     print(
         f"{name}: {done} inputs, {failed} failed, {lines['opened']} opened, {len(lines) - 1} kinds of refusal, slowest "
-        f"{slowest * 1000:.0f} ms, memory grew by {grown / 1024:.0f} MB, {time.perf_counter() - began:.0f} s",
+        f"{slowest * 1000:.0f} ms, memory grew by {grown / 1024:.0f} MB, {time.perf_counter() - began:.0f} s, "
+        f"{time.process_time():.0f} s of the processor",
         flush=True,
     )
     return int(failed > 0)

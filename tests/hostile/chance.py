@@ -7,12 +7,14 @@ format.
 from __future__ import annotations
 
 import copy
+import json
 import math
 import random
 import struct
+from functools import cache
 from typing import Any
 
-__all__ = ["NAMES", "NUMBERS", "Good", "Rng", "any_json", "changed_json", "damaged"]
+__all__ = ["NAMES", "NUMBERS", "Good", "Rng", "any_json", "changed_json", "damaged", "parsed"]
 
 NUMBERS = (
     0,
@@ -75,6 +77,12 @@ def damaged(rng: Rng, data: bytes) -> bytes:
     return bytes(out)
 
 
+@cache
+def parsed(good: bytes) -> Any:
+    """The value of a good JSON file, read once; nobody may change it."""
+    return json.loads(good)
+
+
 def any_json(rng: Rng, depth: int = 0) -> Any:
     """Any JSON value, with those that hurt more often."""
     kind = rng.randrange(9 if depth < 4 else 6)
@@ -94,11 +102,11 @@ def any_json(rng: Rng, depth: int = 0) -> Any:
 
 
 def changed_json(rng: Rng, value: Any, keys: tuple[str, ...] = ()) -> Any:
-    """A copy of a JSON value with one to four places of any depth changed: another value, one more, one less.
+    """A JSON value with one to four places of any depth changed: another value, one more, one less.
 
-    `keys`: further names that an object may get.
+    The value itself stays as it was; what did not change is shared with it. `keys`: further names that an object may get.
     """
-    out = copy.deepcopy(value)
+    out = copy.copy(value)
     for _ in range(rng.randint(1, 4)):
         place = out
         while isinstance(place, (dict, list)) and place:
@@ -106,6 +114,7 @@ def changed_json(rng: Rng, value: Any, keys: tuple[str, ...] = ()) -> Any:
             if not isinstance(place[key], (dict, list)) or not place[key] or rng.randrange(4) == 0:
                 _change(rng, place, key, keys)
                 break
+            place[key] = copy.copy(place[key])  # only what is on the way to a change is copied: files can be large
             place = place[key]
     return out
 
@@ -115,7 +124,7 @@ def _change(rng: Rng, place: Any, key: Any, keys: tuple[str, ...]) -> None:
     if kind == 0:
         del place[key]
     elif kind == 1 and isinstance(place, list):
-        place.insert(key, copy.deepcopy(rng.choice(place)))
+        place.insert(key, rng.choice(place))
     elif kind == 1:
         place[rng.choice((*NAMES, *keys))] = any_json(rng)
     elif kind == 2 and isinstance(place[key], str):
@@ -125,6 +134,6 @@ def _change(rng: Rng, place: Any, key: Any, keys: tuple[str, ...]) -> None:
         place[key] = rng.choice((-place[key], place[key] + 1, place[key] * 2, place[key] // 3, place[key] - 1))
     elif kind == 3:
         others = list(place.values()) if isinstance(place, dict) else place
-        place[key] = copy.deepcopy(rng.choice(others))
+        place[key] = rng.choice(others)
     else:
         place[key] = any_json(rng)

@@ -13,11 +13,12 @@ import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 from headrace.bundle.folder import MEASUREMENTS, open_bundle
 from headrace.errors import BundleError, UserError, one_line, shown
@@ -77,9 +78,7 @@ def make_card(root: Path, given: Mapping[str, str]) -> str:
     facts = gather_facts(root, given)
     name = root.resolve().name
     title = given.get("title") or name.removesuffix(".bundle")
-    template = resources.files("headrace.measure").joinpath("card.md.jinja").read_text(encoding="utf-8")
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
-    text = environment.from_string(template).render(
+    text = _template().render(
         f=facts,
         name=name,
         title=title,
@@ -98,6 +97,13 @@ def make_card(root: Path, given: Mapping[str, str]) -> str:
     # Two hyphens would end an HTML comment.
     block = f'{{"version": {VERSION}, "facts": {{\n{lines}\n}}}}'.replace("--", "-\\u002d")
     return f"{text}\n\n<!-- headrace-card\n{block}\n-->\n"
+
+
+@cache
+def _template() -> Template:
+    text = resources.files("headrace.measure").joinpath("card.md.jinja").read_text(encoding="utf-8")
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    return environment.from_string(text)
 
 
 def gather_facts(root: Path, given: Mapping[str, str]) -> Facts:
