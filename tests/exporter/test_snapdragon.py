@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from headrace.bundle.folder import Bundle, check_files, open_bundle
+from headrace.bundle.work_folder import MARK, SCRATCH
 from headrace.cli.main import _run
 from headrace.errors import RecipeError, TargetError
 from headrace.exporter import snapdragon
@@ -88,8 +89,9 @@ def test_a_compile_goes_on_where_it_stopped(
         compile_target(unfinished, TARGET, graphs, tmp_path / "work")
     folder = unfinished.root / TARGET
     kept = (folder / BINARIES[0]).read_bytes()
-    left = folder / ".compile-killed"  # where the compiler was writing when it was killed
+    left = folder / f"{SCRATCH}killed"  # where the compiler was writing when it was killed
     left.mkdir()
+    (left / MARK).touch()
     (left / "half.bin").write_bytes(b"x")
     # The rest is there already, from another export of the same model: only one is left to compile.
     shutil.copy(phone / TARGET / BINARIES[1], folder)

@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 
 from headrace.bundle.folder import MANIFEST, check_files
+from headrace.bundle.work_folder import MARK
 from headrace.errors import BundleError
 from headrace.exporter import job, workspace
 from headrace.exporter.job import export
 from headrace.exporter.workspace import differences
+from headrace.files import temporary_name
 from tests.exports import SMALL, Exports
 
 
@@ -154,6 +156,17 @@ def test_killed_while_the_bundle_was_replaced(run: Any, exports: Exports, tmp_pa
 
 
 # Two at once
+
+
+@pytest.mark.parametrize("name", ["state.json", "sensitivity.json", "gradients.npz"])
+def test_killed_while_work_was_kept(run: Any, tmp_path: Path, name: str) -> None:
+    """What was half written is not taken for somebody's, and does not stay."""
+    work = tmp_path / "out.partial"
+    work.mkdir()
+    (work / MARK).touch()
+    temporary_name(work / name).write_text("half")
+    run(tmp_path / "out")
+    assert not work.exists()
 
 
 def test_a_second_export_into_one_place_is_refused(run: Any, exports: Exports, tmp_path: Path) -> None:

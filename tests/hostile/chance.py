@@ -104,7 +104,9 @@ def any_json(rng: Rng, depth: int = 0) -> Any:
 def changed_json(rng: Rng, value: Any, keys: tuple[str, ...] = ()) -> Any:
     """A JSON value with one to four places of any depth changed: another value, one more, one less.
 
-    The value itself stays as it was; what did not change is shared with it. `keys`: further names that an object may get.
+    The value itself stays as it was; what did not change is shared with it.
+
+    `keys`: further names that an object may get.
     """
     out = copy.copy(value)
     for _ in range(rng.randint(1, 4)):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from headrace.bundle.folder import open_bundle
+from headrace.bundle.work_folder import SCRATCH
 from headrace.errors import BundleError
 from headrace.measure import native_parity, parity
 from headrace.measure.native_parity import instruction_sets
@@ -51,7 +52,7 @@ def test_the_whole_chain(exports: Exports) -> None:
         *NATIVE,
     ]
     assert {"hashing", "comparing"} <= set(steps)
-    assert [p.name for p in path.parent.iterdir() if p.name.startswith(".headrace-verify")] == []
+    assert [p.name for p in path.parent.iterdir() if p.name.startswith(SCRATCH)] == []
     assert links[0].to_dict() == {"name": "files", "found": "13 files as written", "limit": links[0].limit, "ok": True}
     assert json.dumps([link.to_dict() for link in links])
 

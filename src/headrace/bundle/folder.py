@@ -11,9 +11,11 @@ import json
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from headrace.bundle.blocks import are_block_sums, block_sums, damaged_blocks
 from headrace.bundle.recipe import Recipe
 from headrace.bundle.weights import WeightStore
 from headrace.config import ModelConfig
@@ -38,8 +40,12 @@ MEASUREMENTS = "measurements"  # what was measured of the finished bundle, and t
 _SYSTEMS_OWN = (".DS_Store", "Thumbs.db", "desktop.ini")  # file managers leave these in any folder
 LARGEST_SCALE = 3e38  # of a float32
 LONGEST_NAME = 200  # characters of a file's name in a manifest
+HASHED_WHOLE = 64 << 10  # bytes of a file that opening hashes; of larger ones it looks at some blocks
 LONGEST_CONTEXT = 1 << 20  # tokens; tables of all places are made when a bundle is opened
 UNLISTED = ("README.md", MANIFEST)  # the card may be edited; the manifest has its own digest
+_HALF = tuple(
+    temporary_name(Path(name)).name for name in UNLISTED
+)  # of a process that was killed; the next one goes on
 
 
 @dataclass(frozen=True)
@@ -131,13 +137,14 @@ def is_bundle(path: Path) -> bool:
 
 
 def open_bundle(path: Path) -> Bundle:
-    """Open a bundle: the manifest and the graphs are hashed, every other file's size is checked.
+    """Open a bundle: manifest, graphs and small files are hashed, of the others the size and a few blocks are checked.
 
     Raises:
         BundleError: there is none, its format is newer, or a file is missing or changed.
     """
     raw = _manifest(path)
-    for name, problem in _problems(path, raw, hashed=lambda n: n.endswith(".onnx")):
+    listed = _problems(path, raw, hashed=lambda name: not _has_blocks(name, raw["files"][name]["bytes"]))
+    for name, problem in chain(listed, damaged_blocks(path, raw["files"])):
         raise BundleError(
             f"{path / name} {problem}; export the bundle again or run: headrace verify {path} --files-only"
         )
@@ -222,7 +229,10 @@ def publish(work: Path, out: Path, manifest: Mapping[str, Any], *, aside: Path) 
     for file in sorted(p for p in work.rglob("*") if p.is_file()):
         name = file.relative_to(work).as_posix()
         if name not in UNLISTED:
-            files[name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+            size = file.stat().st_size
+            files[name] = {"bytes": size, "sha256": sha256_file(file)}
+            if _has_blocks(name, size):
+                files[name]["blocks"] = block_sums(file)
     body = {"format": FORMAT, **manifest, "files": files}
     sync_below(work)
     write_file(work / MANIFEST, _text({**body, "digest": _digest(body)}))
@@ -238,6 +248,11 @@ def publish(work: Path, out: Path, manifest: Mapping[str, Any], *, aside: Path) 
         work.rename(out)
     sync(out.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _has_blocks(name: str, size: int) -> bool:
+    """Whether opening looks at some blocks of a file, and does not hash it."""
+    return size > HASHED_WHOLE and not name.endswith(".onnx")
 
 
 def refuse_foreign(out: Path) -> None:
@@ -257,7 +272,7 @@ def _unlisted(path: Path, listed: Collection[str]) -> list[str]:
     found = []
     for file in sorted(file for file in path.rglob("*") if file.is_symlink() or not file.is_dir()):
         name = file.relative_to(path).as_posix()
-        later = name in UNLISTED or name.startswith(f"{MEASUREMENTS}/") or file.name in _SYSTEMS_OWN
+        later = name in (*UNLISTED, *_HALF) or name.startswith(f"{MEASUREMENTS}/") or file.name in _SYSTEMS_OWN
         if name not in listed and not later:
             found.append(name)
     return found
@@ -285,7 +300,10 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise BundleError(f"{path / MANIFEST} was changed (its digest differs); export the bundle again")
     files = raw.get("files")
     if not isinstance(files, dict) or not all(
-        isinstance(f, dict) and type(f.get("bytes")) is int and isinstance(f.get("sha256"), str) for f in files.values()
+        isinstance(f, dict)
+        and (type(size := f.get("bytes")) is int and size >= 0 and isinstance(f.get("sha256"), str))
+        and ("blocks" not in f or are_block_sums(f["blocks"], size))
+        for f in files.values()
     ):
         raise BundleError(f"{path / MANIFEST} lacks or misstates 'files'; export the bundle again")
     for name in files:

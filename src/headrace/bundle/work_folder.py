@@ -1,5 +1,9 @@
 """A folder in the making: marked as headrace's own, and locked while one process works in it.
 
+    work_folder      under a name that the next run knows, so that it can go on there
+    scratch_folder   under a name of its own, gone at the end; the next one in the same place removes what a killed
+                     process could not
+
 What headrace did not make it does not touch: a folder without the mark is refused, and only what was put there under
 known names is removed. The mark is a file, and the lock is the operating system's lock on it, so it ends with the
 process however that ends.
@@ -11,6 +15,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import shutil
 import sys
 import time
@@ -21,9 +26,10 @@ from typing import IO
 
 from headrace.errors import BundleError
 
-__all__ = ["MARK", "clear", "work_folder"]
+__all__ = ["MARK", "SCRATCH", "clear", "remove_leftovers", "scratch_folder", "work_folder"]
 
 MARK = "made-by-headrace"
+SCRATCH = ".headrace-"  # how the names of scratch folders begin
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # of file systems that have none
 _FAR = 1 << 30  # Windows locks bytes against reading too, and the process id is at the beginning
 _POLL = 0.2  # seconds
@@ -52,6 +58,39 @@ def work_folder(path: Path, purpose: str, *, waiting: Callable[[int], object] | 
         mark.close()
 
 
+@contextmanager
+def scratch_folder(parent: Path, purpose: str) -> Iterator[Path]:
+    """An empty folder in `parent` that is gone at the end; those that killed processes left there go first.
+
+    Args:
+        parent: where; it is made when it is not there.
+        purpose: what is done in it, for the mark: a person may read it.
+
+    Raises:
+        BundleError: it cannot be made.
+    """
+    remove_leftovers(parent)
+    path = parent / f"{SCRATCH}{secrets.token_hex(6)}"
+    with work_folder(path, purpose, waiting=lambda _: None):
+        try:
+            yield path
+        finally:
+            _empty(path)
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Remove the scratch folders in a folder whose processes have ended. Where there are no locks they stay."""
+    for left in parent.glob(f"{SCRATCH}*"):
+        with suppress(OSError):  # no mark: not headrace's, or just being made
+            mark = (left / MARK).open("rb+")
+            try:
+                if not left.is_symlink() and _try_lock(mark, without=False):
+                    _empty(left)
+                    _remove(left, mark)
+            finally:
+                mark.close()
+
+
 def clear(path: Path, names: Iterable[str]) -> None:
     """Remove files and folders of these names from a folder."""
     for name in names:
@@ -60,6 +99,10 @@ def clear(path: Path, names: Iterable[str]) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink(missing_ok=True)
+
+
+def _empty(path: Path) -> None:
+    clear(path, [entry.name for entry in path.iterdir() if entry.name != MARK])
 
 
 def _take(path: Path, purpose: str, waiting: Callable[[int], object] | None) -> IO[bytes]:
@@ -128,7 +171,7 @@ def _remove(path: Path, mark: IO[bytes]) -> None:
 if sys.platform == "win32":
     import msvcrt
 
-    def _try_lock(file: IO[bytes]) -> bool:
+    def _try_lock(file: IO[bytes], without: bool = True) -> bool:
         file.seek(_FAR)
         try:
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
@@ -138,7 +181,8 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-    def _try_lock(file: IO[bytes]) -> bool:
+    def _try_lock(file: IO[bytes], without: bool = True) -> bool:
+        """Whether the lock is this process's now; `without` where the file system has no locks."""
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -146,4 +190,5 @@ else:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
+            return without
         return True

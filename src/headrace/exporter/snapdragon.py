@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from headrace.bundle.folder import Bundle
+from headrace.bundle.work_folder import remove_leftovers
 from headrace.files import read_json, sync, write_file
 from headrace.graph.emit_device import DeviceGraph
 from headrace.progress import Progress, silent
 from headrace.targets.qualcomm.binary_check import check_binary
-from headrace.targets.qualcomm.compiler import SCRATCH, GraphFile, compile_shared
+from headrace.targets.qualcomm.compiler import GraphFile, compile_shared
 from headrace.targets.qualcomm.context_binary import read_context_binary
 from headrace.targets.qualcomm.genie import TOKENIZER_FILE, GeniePlan, binary_name, write_genie_folder
 from headrace.targets.qualcomm.genie_bundle import genie_plan, genie_vocabulary, sample_prompt
@@ -51,8 +51,7 @@ def compile_target(
     plan = genie_plan(bundle, find_soc(target))
     folder = bundle.root / target
     folder.mkdir(exist_ok=True)
-    for left in folder.glob(f"{SCRATCH}*"):  # of a run that was killed: it would become part of the bundle
-        shutil.rmtree(left)
+    remove_leftovers(folder)  # of a run that was killed: they would become part of the bundle
     work.mkdir(parents=True, exist_ok=True)
     made: dict[str, dict[str, Any]] = {}
     log = work / f"{target}.json"

@@ -39,7 +39,8 @@ __all__ = ["Workspace", "differences", "output_folder", "refuse_full_disk", "wor
 
 STATE, HIDDEN, SENSITIVITY, GRADIENTS = "state.json", "states.bin", "sensitivity.json", "gradients.npz"
 BUNDLE, DEVICE, REPLACED = "bundle", "device", "replaced"
-_NAMES = (STATE, HIDDEN, temporary_name(Path(HIDDEN)).name, SENSITIVITY, GRADIENTS, BUNDLE, DEVICE, REPLACED)
+_FILES = (STATE, HIDDEN, SENSITIVITY, GRADIENTS)
+_NAMES = (*_FILES, *(temporary_name(Path(name)).name for name in _FILES), BUNDLE, DEVICE, REPLACED)
 
 
 @dataclass(frozen=True)

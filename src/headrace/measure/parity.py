@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from headrace.bundle.folder import Bundle, check_files, open_bundle
 from headrace.bundle.weights import WeightStore
+from headrace.bundle.work_folder import scratch_folder
 from headrace.errors import UserError, did_you_mean
 from headrace.graph.emit_host import HostWeights, emit_host
 from headrace.measure.link import Link, divergence
@@ -164,8 +165,7 @@ def _variant(bundle: Bundle, parts: int, store: WeightStore) -> Iterator[Bundle]
     parent = bundle.root.resolve().parent
     if not os.access(parent, os.W_OK):
         parent = Path(tempfile.gettempdir())
-    with tempfile.TemporaryDirectory(dir=parent, prefix=".headrace-verify-") as name:
-        folder = Path(name)
+    with scratch_folder(parent, "a check of a bundle") as folder:
         (folder / "weights").mkdir()
         for file in sorted((bundle.root / "weights").iterdir()):
             try:

@@ -11,6 +11,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 
+from headrace.bundle.work_folder import SCRATCH
 from headrace.errors import ContextFull, TargetError
 from headrace.plan import GraphStyle, graph_name, ports
 from headrace.targets.device_loop import DeviceLoop, choose_graph, longest_prompt, prompt_steps
@@ -58,7 +59,7 @@ def test_shared_binaries_are_what_was_planned(target: TinyTarget) -> None:
         check_binary(made.path, made.info, plan.soc, plan.config, part, plan.steps, plan.encodings)
         assert made.info.shared and made.info.build.startswith("v2.")
         assert made.seconds > 0 and made.peak_bytes > 50e6  # the compiler's library alone has 100 MB
-    assert not list(target.phone.glob(".compile-*"))
+    assert not list(target.phone.glob(f"{SCRATCH}*"))
 
 
 @pytest.mark.qnn

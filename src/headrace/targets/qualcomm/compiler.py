@@ -9,7 +9,6 @@ emulator live in child processes. This file does not know what the graphs comput
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,13 +18,14 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from headrace.bundle.work_folder import scratch_folder
 from headrace.errors import TargetError
 from headrace.files import sync
 from headrace.targets.qualcomm.child import Arrays, Child
 from headrace.targets.qualcomm.context_binary import BinaryInfo, read_context_binaries, read_context_binary
 from headrace.targets.qualcomm.soc import Soc
 
-__all__ = ["SCRATCH", "Compiled", "EmulationGraph", "Emulator", "GraphFile", "compile_apart", "compile_shared"]
+__all__ = ["Compiled", "EmulationGraph", "Emulator", "GraphFile", "compile_apart", "compile_shared"]
 
 COMPILE_SECONDS = 3600.0  # one graph; 7 layers at 7B shape take 57 s on a core
 LOAD_SECONDS = 600.0
@@ -33,7 +33,6 @@ RUN_SECONDS = 3600.0  # one step; a 7B layer at context 4096 takes 51 s for 128 
 OPTIMIZATION = 3  # highest level of the HTP compiler; costs seconds at 7B shape
 
 _WORKER = "headrace.targets.qualcomm.worker"
-SCRATCH = ".compile-"  # what the compiler writes before it is whole, in a folder of such a name
 
 
 @dataclass(frozen=True)
@@ -89,14 +88,14 @@ def compile_shared(
     if len({graph.name for graph in graphs}) != len(graphs) or not graphs:
         raise TargetError(f"cannot compile graphs {[g.name for g in graphs]} together; expected distinct names")
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=binary.parent) as scratch:
+    with scratch_folder(binary.parent, "what the compiler writes") as scratch:
         with Child(_WORKER, "the HTP compiler") as child:
             # Every session stays open until the last one writes the binary.
             for graph in graphs:
-                answer = _prepare(child, graph, soc, Path(scratch), share=True, last=graph is graphs[-1])
+                answer = _prepare(child, graph, soc, scratch, share=True, last=graph is graphs[-1])
                 if progress is not None:
                     progress(graph.name)
-        made = _only_binary(Path(scratch), graphs[0].name)
+        made = _only_binary(scratch, graphs[0].name)
         info = read_context_binary(made)
         _publish(made, binary)
     return Compiled(binary, info, time.monotonic() - started, int(answer["peak_bytes"]))
@@ -120,15 +119,15 @@ def compile_apart(
     """
     finished = []
     with (
-        tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch,
+        scratch_folder(folder, "what the compiler writes") as scratch,
         Child(_WORKER, "the HTP compiler") as child,
     ):
         for graph in graphs:
-            _prepare(child, graph, soc, Path(scratch), share=False, last=True)
-            made = _only_binary(Path(scratch), graph.name)
+            _prepare(child, graph, soc, scratch, share=False, last=True)
+            made = _only_binary(scratch, graph.name)
             # The .onnx names its binary, so both keep the names they were written under.
             _publish(made, folder / made.name)
-            _publish(Path(scratch) / f"{graph.name}.onnx", folder / f"{graph.name}.onnx")
+            _publish(scratch / f"{graph.name}.onnx", folder / f"{graph.name}.onnx")
             finished.append(EmulationGraph(graph.name, folder / f"{graph.name}.onnx", folder / made.name))
             if progress is not None:
                 progress(graph.name)
