@@ -48,7 +48,15 @@ Engine::Engine(std::unique_ptr<Program> program, int slots, int context, int thr
   if (settle == Settle::kAtOnce) {
     const std::function<void(int)> move = [this](int) { while (huge_pages_.more()) huge_pages_.move_next(); };
     pool_.run(move);
+    return;
   }
+  std::vector<Arrival::Stretch> weights;
+  for (const Step& step : steps_)
+    for (const Weight& w : step.linear.weights) {
+      weights.emplace_back(w.packed, size_t(w.n) * w.row_bytes());
+      weights.emplace_back(reinterpret_cast<const uint8_t*>(w.scale), size_t(w.n) * w.blocks() * sizeof *w.scale);
+    }
+  arrival_.begin(std::move(weights));
 }
 
 Engine::~Engine() = default;
@@ -89,6 +97,7 @@ void Engine::check(const std::vector<Span>& spans) const {
 
 void Engine::run(const std::vector<Span>& spans, float* logits) {
   check(spans);
+  arrival_.end();
   settle();
   const double start = now();
   prepare(spans, logits);

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "activations.h"
+#include "arrival.h"
 #include "buffer.h"
 #include "cache.h"
 #include "compile.h"
@@ -104,6 +105,7 @@ class Engine {
 
   std::atomic<bool> cancelled_{false};
   std::atomic<int64_t> stop_at_{0};
+  Arrival arrival_;                                 // last, so that it ends before what it reads
 };
 
 }  // namespace headrace

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from oracle import Decoder, Weight, random_weight
+
+PAGE = 4096
 
 
 def weight_entries(weights: dict[str, Weight]) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
@@ -43,6 +46,20 @@ def linear_program(table: Weight, w: Weight) -> tuple[dict[str, Any], dict[str, 
             {"op": "head", "in": 1, "weight": "w"},
         ],
     }  # fmt: skip
+    return program, arrays
+
+
+def stored_linear(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """A linear whose weights lie in a file, 19 MB, which the system holds in small pages; the table's come first."""
+    rng = np.random.default_rng(0)
+    program, arrays = linear_program(random_weight(rng, 1536, 8192, 8, None), random_weight(rng, 1536, 8192, 4, None))
+    program["files"] = [str(path)]
+    with path.open("wb", buffering=0) as file:
+        for name in [n for n in arrays if n.endswith("_packed")]:
+            array = arrays.pop(name)
+            program["tensors"][name] = {"file": 0, "offset": file.tell(), "dtype": "U8", "shape": list(array.shape)}
+            for at in range(0, array.nbytes, PAGE):
+                file.write(array.reshape(-1)[at : at + PAGE])
     return program, arrays
 
 

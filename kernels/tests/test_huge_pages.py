@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 import headrace_kernels as hk
-from oracle import random_weight
-from programs import linear_program
+from programs import stored_linear
 
-PAGE, HUGE = 4096, 2 << 20
+HUGE = 2 << 20
 PATIENCE = 60  # seconds for what begins after one second of work
 SYSTEM = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -23,17 +22,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], di
     """A linear whose weights lie in a file, 19 MB, which the system holds in small pages."""
     if not SYSTEM.exists() or "[never]" in SYSTEM.read_text():
         pytest.skip("NOT RUN: this system has no huge pages")
-    rng = np.random.default_rng(0)
-    program, arrays = linear_program(random_weight(rng, 1536, 8192, 8, None), random_weight(rng, 1536, 8192, 4, None))
-    path = tmp_path_factory.mktemp("huge") / "weights"
-    program["files"] = [str(path)]
-    with path.open("wb", buffering=0) as file:
-        for name in [n for n in arrays if n.endswith("_packed")]:
-            array = arrays.pop(name)
-            program["tensors"][name] = {"file": 0, "offset": file.tell(), "dtype": "U8", "shape": list(array.shape)}
-            for at in range(0, array.nbytes, PAGE):
-                file.write(array.reshape(-1)[at : at + PAGE])
-    return program, arrays
+    return stored_linear(tmp_path_factory.mktemp("huge") / "weights")
 
 
 def test_at_once(stored: Any) -> None:

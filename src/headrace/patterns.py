@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from headrace.errors import shown
 
@@ -87,26 +88,30 @@ class Pattern:
         self._places: list[tuple[_One | _Edge | None, list[int]]] = [(None, [])]
         self._work = 0
         self._first = self._placed(_Reader(text).whole(), 0)
-        self._known: dict[tuple[frozenset[int], str, bool], frozenset[int] | None] = {}
+        self._states: dict[tuple[frozenset[int], bool], _State] = {}
+        self._kept = 0
 
     def found_in(self, text: str) -> bool:
         """Whether it matches anywhere in the text; `^` is the text's beginning, `$` its very end."""
-        reached: frozenset[int] = frozenset()
-        for number, character in enumerate(text):
-            key = reached, character, number == 0
-            if key not in self._known:
-                if len(self._known) >= _KEPT:
-                    self._known.clear()
-                self._known[key] = self._step(*key)
-            after = self._known[key]
+        state = self._state(frozenset(), begin=True)
+        for character in text:
+            after = state[character]
             if after is None:
                 return True
-            reached = after
-        return 0 in self._arrived(reached, begin=not text, end=True)
+            state = after
+        return state.is_whole
 
-    def _step(self, reached: frozenset[int], character: str, begin: bool) -> frozenset[int] | None:
+    def whole(self, state: _State) -> bool:
+        """Whether the expression is complete where the text ends."""
+        return 0 in self._arrived(state.reached, begin=state.begin, end=True)
+
+    def after(self, state: _State, character: str) -> _State | None:
         """Where one character leads; None where the expression was complete before it."""
-        here = self._arrived(reached, begin=begin, end=False)
+        self._kept += 1
+        if self._kept > _KEPT:  # what was known is let go, once nobody is on the way through it
+            self._kept = 0
+            self._states.clear()
+        here = self._arrived(state.reached, begin=state.begin, end=False)
         if 0 in here:
             return None
         after: set[int] = set()
@@ -114,7 +119,13 @@ class Pattern:
             what, following = self._places[number]
             if isinstance(what, _One) and what.fits.fullmatch(character):
                 after.update(following)
-        return frozenset(after)
+        return self._state(frozenset(after), begin=False)
+
+    def _state(self, reached: frozenset[int], *, begin: bool) -> _State:
+        key = reached, begin
+        if key not in self._states:
+            self._states[key] = _State(self, reached, begin)
+        return self._states[key]
 
     def _arrived(self, reached: frozenset[int], *, begin: bool, end: bool) -> set[int]:
         """The places where one is without a further character; the first is among them: a match may begin anywhere."""
@@ -158,6 +169,26 @@ class Pattern:
     def _add(self, what: _One | _Edge | None, following: list[int]) -> int:
         self._places.append((what, following))
         return len(self._places) - 1
+
+
+class _State(dict[str, "_State | None"]):
+    """The places that are reached behind some text, and, by the next character, where that leads: worked out when it is
+    first asked for, so that texts which are alike are read as fast as a dictionary is."""
+
+    def __init__(self, pattern: Pattern, reached: frozenset[int], begin: bool) -> None:
+        super().__init__()
+        self.pattern = pattern
+        self.reached = reached
+        self.begin = begin
+
+    @cached_property
+    def is_whole(self) -> bool:
+        """The expression is complete where the text ends."""
+        return self.pattern.whole(self)
+
+    def __missing__(self, character: str) -> _State | None:
+        self[character] = self.pattern.after(self, character)
+        return self[character]
 
 
 class _Reader:

@@ -7,13 +7,14 @@ import json
 import subprocess
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sentencepiece
+import tokenizers as tokenizers_library
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +23,7 @@ from headrace.checkpoint.gguf_file import read_gguf
 from headrace.errors import TokenizerError
 from headrace.text.tokenizer import Tokenizer
 from headrace.text.tokenizer_folder import load_tokenizer, save_tokenizer
-from headrace.text.tokenizer_json import byte_alphabet, quick_to_read
+from headrace.text.tokenizer_json import JsonTokenizer, byte_alphabet, quick_to_read
 from tests.text.vocabularies import (
     CHATML,
     TEXT,
@@ -236,6 +237,54 @@ def test_merges_are_spelled_shortly_where_that_says_the_same(tmp_path: Path) -> 
     one |= {"a b": len(one), "a bc": len(one) + 1}
     file["model"]["merges"].append(["a b", "c"])
     assert json.loads(quick_to_read(json.dumps(file))) == file, "a piece with a space in it needs the longer spelling"
+
+
+@pytest.mark.parametrize("spelling", ["left right", "pairs"])
+def test_the_library_is_given_what_it_would_read(tmp_path: Path, spelling: str) -> None:
+    before = byte_level_tokenizer(tmp_path).encode("the sea <|im_end|> 百川", special=True)
+    path = tmp_path / "tokenizer.json"
+    file = json.loads(path.read_text(encoding="utf-8"))
+    file["model"] |= {"ignore_merges": True, "unk_token": next(iter(file["model"]["vocab"]))}
+    file["added_tokens"] += [
+        {"id": 999, "content": "<tool>", "single_word": False, "lstrip": True, "rstrip": True, "normalized": True,
+         "special": False},
+    ]  # fmt: skip
+    if spelling == "pairs":
+        file["model"]["merges"] = [merge.split(" ") for merge in file["model"]["merges"]]
+    path.write_text(json.dumps(file), encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path)
+    assert isinstance(tokenizer, JsonTokenizer)
+    assert json.loads(tokenizer.to_json()) == json.loads(tokenizers_library.Tokenizer.from_file(str(path)).to_str())
+    assert tokenizer.encode("the sea <|im_end|> 百川", special=True) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda file: file["model"]["merges"].append(["t", "h"]), "merges are spelled in two ways"),
+        (lambda file: file["model"]["merges"].append("t h e"), "is not a tokenizer.json"),
+        (lambda file: file["model"]["merges"].append("☃ ☃"), "is not a tokenizer.json"),
+        (lambda file: file["model"].update(merges=[["t"]]), "is not a tokenizer.json"),
+        (lambda file: file["model"].update(merges={"t": 1}), "is not a tokenizer.json"),
+        (lambda file: file["model"].update(merges=None), "is not a tokenizer.json"),
+        (lambda file: file["model"].pop("merges"), "is not a tokenizer.json"),
+        (lambda file: file["model"].update(byte_fallback="yes"), "is not a tokenizer.json"),
+        (lambda file: file["added_tokens"][0].update(lstrip="yes"), "is not a tokenizer.json"),
+        (lambda file: file["added_tokens"][0].pop("special"), "is not a tokenizer.json"),
+        (lambda file: file.update(added_tokens=5), "is not a tokenizer.json"),
+        (lambda file: file.update(normalizer={"type": "Strip"}), "is not a tokenizer.json"),
+    ],
+)
+def test_what_the_library_would_refuse_is_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    byte_level_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    file = json.loads(path.read_text(encoding="utf-8"))
+    change(file)
+    path.write_text(json.dumps(file), encoding="utf-8")
+    with pytest.raises(TokenizerError, match=message):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(

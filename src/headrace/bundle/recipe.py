@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +173,8 @@ def parse_block(value: object) -> int | None:
 
 def shipped_recipes() -> dict[str, Path]:
     """Names and files of the recipes that come with the package."""
+    from importlib import resources
+
     folder = Path(str(resources.files("headrace"))) / "recipes"
     return {file.stem: file for file in sorted(folder.glob("*.json"))}
 

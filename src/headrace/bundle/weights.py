@@ -12,6 +12,7 @@ graphs can point into it. Knows nothing about how codes were found.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class StoredTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor."""
-        return int(np.prod(self.shape)) * _DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def _layout(config: ModelConfig, part: Part, grids: Mapping[str, Grid]) -> Layou
     at = 0
     for name in order:
         dtype, shape = shapes[name]
-        size = int(np.prod(shape)) * _DTYPES[dtype].itemsize
+        size = math.prod(shape) * _DTYPES[dtype].itemsize
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
         at += size
     text = json.dumps({"__metadata__": {"format": "headrace"}, **entries}, separators=(",", ":")).encode()
@@ -125,16 +126,16 @@ class WeightStore:
         self.grids = grids
         self._table = weight_table(config)
         self.names = [name for part in parts for name in _stored(config, part)]
-        all_layouts = layouts(config, parts, grids)
-        self.tensors: Mapping[str, StoredTensor] = {n: t for layout in all_layouts for n, t in layout.tensors.items()}
+        self._layouts = layouts(config, parts, grids)
+        self.tensors: Mapping[str, StoredTensor] = {n: t for one in self._layouts for n, t in one.tensors.items()}
         if create:
-            for layout in all_layouts:
+            for layout in self._layouts:
                 path = root / layout.file
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with path.open("wb") as out:
                     out.write(layout.header)
                     allocate(out, layout.nbytes)
-            for folder in {(root / layout.file).parent for layout in all_layouts} | {root}:
+            for folder in {(root / layout.file).parent for layout in self._layouts} | {root}:
                 sync(folder)  # that they are there must not be forgotten when a layer of them is remembered
 
     @classmethod
@@ -146,8 +147,8 @@ class WeightStore:
             RecipeError: the recipe does not fit the geometry.
         """
         rules = recipe.resolve(quantized_weights(config))
-        grids = {name: rule.grid for name, rule in rules.items()}
-        for layout in layouts(config, parts, grids):
+        store = cls(root, config, parts, {name: rule.grid for name, rule in rules.items()})
+        for layout in store._layouts:
             path = root / layout.file
             size = path.stat().st_size if path.is_file() else None
             if size != layout.nbytes:
@@ -155,7 +156,7 @@ class WeightStore:
                 raise BundleError(
                     f"{path} {found}; its geometry and recipe want {layout.nbytes}: export the bundle again"
                 )
-        return cls(root, config, parts, grids)
+        return store
 
     def write(self, name: str, value: QuantizedTensor | NDArray[np.float32]) -> None:
         """Store a weight, with its bias when it has one."""

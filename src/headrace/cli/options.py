@@ -11,7 +11,6 @@ from typing import Annotated, Any, TypeVar
 
 from headrace.cli.command import Argument, Option
 from headrace.cli.console import note
-from headrace.exporter.options import ExportOptions, flag, spelled
 
 __all__ = [
     "Adapters",
@@ -83,6 +82,8 @@ def takes_export_options(verb: Verb) -> Verb:
 
 
 def _parameters() -> list[inspect.Parameter]:
+    from headrace.exporter.options import ExportOptions, flag, spelled
+
     made = []
     for option in fields(ExportOptions):
         kind: Any

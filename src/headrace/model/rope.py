@@ -15,7 +15,11 @@ __all__ = ["rope_angles", "rope_tables"]
 def rope_tables(config: ModelConfig, length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """cos and sin of `rope_angles`, each float32 (length, head_dim / 2)."""
     angles = rope_angles(config, length)
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    cos, sin = np.empty_like(angles, np.float32), np.empty_like(angles, np.float32)
+    # The functions work in float64, as their input is, and only what they give is rounded.
+    np.cos(angles, out=cos, casting="same_kind")
+    np.sin(angles, out=sin, casting="same_kind")
+    return cos, sin
 
 
 def rope_angles(config: ModelConfig, length: int) -> NDArray[np.float64]:

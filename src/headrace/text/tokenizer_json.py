@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,11 @@ from headrace.text.tokenizer_config import MARKS, MAX_ID, TokenizerConfig
 __all__ = ["JsonTokenizer", "byte_alphabet", "quick_to_read"]
 
 SPACE = "\u2581"  # ▁, how SentencePiece spells a space
+_MODEL_OPTIONS = (
+    "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix",
+    "fuse_unk", "byte_fallback", "ignore_merges",
+)  # fmt: skip
+_ADDED_OPTIONS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -37,13 +43,11 @@ class JsonTokenizer(Tokenizer):
     """
 
     def __init__(self, path: Path, config: TokenizerConfig) -> None:
-        import tokenizers
-
         raw = read_json(path, error=TokenizerError, advice="fetch the file again")
         check_tokenizer_json(path, raw)
         self._path = path
         with told_as(TokenizerError, f"{path} is not a tokenizer.json; fetch the file again"):
-            self._library = tokenizers.Tokenizer.from_file(str(path))
+            self._library = _library_tokenizer(raw)
         self._library.no_truncation()
         self._library.no_padding()
         added = self._library.get_added_tokens_decoder()
@@ -128,9 +132,41 @@ class JsonTokenizer(Tokenizer):
         return piece.replace(SPACE, " ").encode()
 
 
+def _library_tokenizer(raw: Mapping[str, Any]) -> Any:
+    """The library's tokenizer of what a tokenizer.json says.
+
+    The library could read the file itself. But then it would be read twice, which is most of the time until a small
+    model answers, and what was checked would be another reading than what is used. So it reads the settings alone, and
+    is given the vocabulary, the merges and the added tokens as they were checked.
+    """
+    from tokenizers import AddedToken, Tokenizer, models
+
+    model = raw["model"]
+    settings = {**raw, "model": {**model, "vocab": {}, "merges": []}, "added_tokens": []}
+    made = Tokenizer.from_str(json.dumps(settings))
+    options = {name: value for name in _MODEL_OPTIONS if (value := getattr(made.model, name)) is not None}
+    made.model = models.BPE(model["vocab"], _pairs(model["merges"]), **options)
+    added = [
+        AddedToken(token["content"], **{name: token[name] for name in _ADDED_OPTIONS})
+        for token in raw.get("added_tokens", [])
+    ]
+    made.add_tokens(added)  # in the file's order, which gives those their ids that the vocabulary lacks
+    return made
+
+
+def _pairs(merges: Sequence[str | Sequence[str]]) -> list[Any]:
+    """Merges in both spellings, "left right" and ["left", "right"], as the library takes them."""
+    lines = [merge for merge in merges if isinstance(merge, str)]
+    if not lines:
+        return [tuple(pair) for pair in merges]
+    if len(lines) != len(merges):
+        raise ValueError("its merges are spelled in two ways")
+    return [tuple(line.split(" ")) for line in lines if not line.startswith("#version")]
+
+
 def quick_to_read(content: str) -> str:
-    """The same tokenizer.json in the spelling that the library reads fastest: merges as "left right", as all its
-    versions know them, instead of ["left", "right"] (a quarter less time for 49,000 merges). Where a piece has a space
+    """The same tokenizer.json in the spelling that is read fastest: merges as "left right", as all versions of the
+    library know them, instead of ["left", "right"] (a quarter less time for 49,000 merges). Where a piece has a space
     in it only the longer spelling is possible."""
     file = json.loads(content)
     merges = file["model"].get("merges", [])
