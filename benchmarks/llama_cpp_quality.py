@@ -4,8 +4,9 @@
 
 The GGUF is dequantized to F16, which is the reference, and quantized from there by llama.cpp's quantizer; with
 --calibration by an importance matrix as llama-imatrix defines it: the mean square of each linear's input channels, here
-computed by the float decoder over windows of the text. Files are kept beside the GGUF and used again. Needs
-llama-cpp-python in the Python that LLAMA_PYTHON names, by default this one.
+computed by the float decoder over windows of the text. Files are kept beside the GGUF and used again. Runs on the
+processors that it may use, `taskset` included. Needs llama-cpp-python in the Python that LLAMA_PYTHON names, by default
+this one.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ GGUF_NAMES = {
 QUANTIZE = """
 import ctypes, sys
 import numpy as np, llama_cpp
-source, out, kind, importance = sys.argv[1:]
+threads, source, out, kind, importance = sys.argv[1:]
 parameters = llama_cpp.llama_model_quantize_default_params()
-parameters.ftype, parameters.nthread = getattr(llama_cpp, "LLAMA_FTYPE_MOSTLY_" + kind), 2
+parameters.ftype, parameters.nthread = getattr(llama_cpp, "LLAMA_FTYPE_MOSTLY_" + kind), int(threads)
 if importance:
     values = dict(np.load(importance))
     entries = (llama_cpp.llama_model_imatrix_data * (len(values) + 1))()  # ends with an entry without a name
@@ -58,10 +59,13 @@ sys.exit(llama_cpp.llama_model_quantize(source.encode(), out.encode(), ctypes.by
 LOGITS = """
 import sys
 import numpy as np, llama_cpp
-path, windows, out = sys.argv[1:]
+threads, path, windows, out = sys.argv[1:]
 windows = np.load(windows)
 length = windows.shape[1]
-model = llama_cpp.Llama(path, n_ctx=length, n_batch=length, logits_all=True, verbose=False, n_threads=2)
+model = llama_cpp.Llama(
+    path, n_ctx=length, n_batch=length, logits_all=True, verbose=False,
+    n_threads=int(threads), n_threads_batch=int(threads),
+)
 with open(out, "wb") as file:
     for window in windows:
         model.reset()
@@ -95,7 +99,9 @@ def main() -> int:
             np.savez(matrix, allow_pickle=False, **importance(checkpoint, cut_windows(ids, WINDOW, IMPORTANCE_WINDOWS)))
         for kind, file in files.items():
             if not file.exists():
-                _llama(QUANTIZE, exact, file, kind, matrix)
+                partial = file.with_name(f"{file.name}.partial")  # a file that is there is a whole one
+                _llama(QUANTIZE, exact, partial, kind, matrix)
+                partial.replace(file)
         for text in options.text:
             windows = first_windows(tokenizer.encode(read_text(text)), text.name, WINDOW, options.windows)
             np.save(f"{scratch}/windows.npy", windows)
@@ -106,7 +112,8 @@ def main() -> int:
                     meter.add(np.array(a), np.array(b), np.append(window[WINDOW // 2 + 1 :], no_target))
                 found = meter.result()
                 report = {
-                    "type": f"{kind}, matrix" if by else kind,
+                    "type": kind,
+                    "matrix": options.calibration.name if options.calibration else None,
                     "text": text.name,
                     "bytes": file.stat().st_size,
                     "windows": len(windows),
@@ -160,8 +167,9 @@ def logits(model: Path, windows: np.ndarray, scratch: str, name: str) -> np.ndar
 
 
 def _llama(code: str, *arguments: object) -> None:
-    python = os.environ.get("LLAMA_PYTHON", sys.executable)
-    subprocess.run([python, "-c", code, *map(str, arguments)], check=True, stderr=subprocess.DEVNULL)
+    """Runs the code with as many threads as this process may use: more of them would wait for each other."""
+    python, threads = os.environ.get("LLAMA_PYTHON", sys.executable), len(os.sched_getaffinity(0))
+    subprocess.run([python, "-c", code, *map(str, (threads, *arguments))], check=True, stderr=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@
 
 kl.json     {"title", "note", "text": its name, "series": [{"name", "ours", "points": [{"label", "bytes", "kl"}]}]}
             A bundle adds its own point: its weights' bytes, and the KL that `evaluate --save` kept for the text. Lines
-            of llama_cpp_quality.py's output are peers' points.
+            of llama_cpp_quality.py's output are peers' points, with and without an importance matrix apart. --keep
+            writes the kl.json of what is drawn.
 speed.json  {"title", "note", "groups": [{"what", "bars": [{"engine", "median", "low", "high"}]}]}
 COURSE.json what `server_soak.py --record` kept.
 REPORT.json what `side_by_side.py --report` kept; --keep writes the speed.json of it.
@@ -36,7 +37,7 @@ def main() -> int:
     parser.add_argument("data", type=Path)
     parser.add_argument("--bundle", type=Path, nargs="*", default=[], help="bundles with kept measurements")
     parser.add_argument("--peers", type=Path, nargs="*", default=[], help="output of llama_cpp_quality.py")
-    parser.add_argument("--keep", type=Path, help="report: write what is drawn as a speed.json")
+    parser.add_argument("--keep", type=Path, help="kl, report: write what is drawn as a kl.json or speed.json")
     parser.add_argument("-o", "--out", type=Path, required=True, help="without suffix")
     options = parser.parse_args()
     data = json.loads(options.data.read_text(encoding="utf-8"))
@@ -48,8 +49,13 @@ def main() -> int:
         return 0
     if options.kind == "report":
         data = speeds(data)
-        if options.keep is not None:
-            options.keep.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    if options.kind == "kl":
+        data["series"] += [one for path in options.peers for one in peers(path, data["text"])]
+        if options.bundle:
+            points = [bundle_point(b, data["text"]) for b in options.bundle]
+            data["series"].append({"name": "headrace, measured now", "ours": True, "points": points})
+    if options.keep is not None:
+        options.keep.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     if options.kind != "kl":
         groups = [
             (g["what"], [(b["engine"], b["median"], b["low"], b["high"]) for b in g["bars"]]) for g in data["groups"]
@@ -57,11 +63,6 @@ def main() -> int:
         made = plot_speeds(groups, options.out, data["title"], data["note"])
     else:
         series = [Series(s["name"], [Point(**p) for p in s["points"]], s.get("ours", False)) for s in data["series"]]
-        series += [peers(path, data["text"]) for path in options.peers]
-        if options.bundle:
-            series.append(
-                Series("headrace, measured now", [bundle_point(b, data["text"]) for b in options.bundle], True)
-            )
         made = plot_kl(series, options.out, data["title"], data["note"])
     for path in made:
         print(f"{path}: {path.stat().st_size} bytes")
@@ -97,21 +98,27 @@ def speeds(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def bundle_point(root: Path, text: str) -> Point:
+def bundle_point(root: Path, text: str) -> dict[str, Any]:
     """A bundle's bytes and what `evaluate --save` measured."""
     for record in kept_records(root).values():
         for one in record.get("texts", ()):
             if one["text"] == text and "kl" in one and not record["simulate"]:
-                return Point(open_bundle(root).recipe.name, open_bundle(root).weight_bytes, one["kl"])
+                bundle = open_bundle(root)
+                return {"label": bundle.recipe.name, "bytes": bundle.weight_bytes, "kl": one["kl"]}
     raise SystemExit(
         f"{root} has no kept KL of {text}; run: headrace evaluate {root} --text {text} --checkpoint … --save"
     )
 
 
-def peers(path: Path, text: str) -> Series:
-    """llama.cpp's own quantizations."""
+def peers(path: Path, text: str) -> list[dict[str, Any]]:
+    """llama.cpp's own quantizations: a series without an importance matrix and one with it, those that there are."""
     rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    return Series("llama.cpp", [Point(r["type"], r["bytes"], r["kl"]) for r in rows if r.get("text", text) == text])
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["text"] == text:
+            name = "llama.cpp, importance matrix" if row["matrix"] else "llama.cpp"
+            found.setdefault(name, []).append({"label": row["type"], "bytes": row["bytes"], "kl": row["kl"]})
+    return [{"name": name, "points": points} for name, points in found.items()]
 
 
 if __name__ == "__main__":
