@@ -28,13 +28,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from contestants.arena import Arena, Machine
+from contestants.arena import COLD_TOKENS, SLOTS, Arena, Machine
 from contestants.models import Models
 
+from headrace.bundle.folder import open_bundle
 from headrace.files import write_file
 
 LONG = 3968
 ROUNDS = 5
+ANSWER = 64  # tokens of each answer whose memory is looked at
 TRIAL = 512  # tokens at most that a peer's settings are tried on
 ROOM = 0.3e9  # bytes that headrace's process may take beside weights and cache
 # What a ratio should be at least: twice as soon means half of the peer's time.
@@ -150,7 +152,7 @@ def cold_start(arena: Arena, rounds: int) -> dict[str, Any]:
     """Whole commands from nothing to the first token behind a prompt of 16, files in the system's cache."""
     seconds: dict[str, dict[str, list[float]]] = {}
     for model in ("shape", "smol"):
-        commands: dict[str, Callable[[], list[str]]] = {"headrace": lambda m=model: arena.first_token(m)}
+        commands: dict[str, Callable[[], list[str]]] = {"headrace": lambda m=model: arena.chat(m, 1)}
         if "llama" not in arena.missing:
             commands["llama"] = lambda m=model: arena.first_token_of_llama(m)
         taken = seconds[model] = {name: [] for name in commands}
@@ -186,6 +188,24 @@ def batches(arena: Arena) -> dict[str, Any]:
         for slots in (4, 8):
             out["ratios"][f"{'smol_' if model == 'smol' else ''}batch_{slots}_vs_one"] = rate[slots] / rate[1]
     return out
+
+
+def commands(arena: Arena) -> dict[str, Any]:
+    """What whole commands take at most, beside the bundle's weights and the cache of their tokens."""
+    took = {}
+    for model in ("smol", "shape"):
+        size = arena.models.size(model)
+        for verb, command, answers in (
+            ("chat", arena.chat(model, ANSWER), 1),
+            ("generate", arena.generate(model, ANSWER, SLOTS), SLOTS),
+        ):
+            took[f"{model} {verb}"] = {
+                "model": f"{model} {verb}",
+                "peak_rss": arena.run(command),
+                "weight_bytes": open_bundle(arena.models.bundle(model)).weight_bytes,
+                "cache_bytes": answers * int(size.token_bytes(COLD_TOKENS + ANSWER) - size.token_bytes(0)),
+            }
+    return {"ratios": {}, "memory": memory(list(took.values()))}
 
 
 def memory(ended: list[dict[str, Any]]) -> dict[str, Any]:
@@ -226,7 +246,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runner", default="native", help="headrace's own: native or host")
     parser.add_argument("--huge-pages", action="store_true", help="headrace's weights copied into huge pages")
-    parser.add_argument("--figures", help="only these, separated by commas; also cold_start and batches")
+    parser.add_argument("--figures", help="only these, separated by commas; also batches, cold_start and commands")
     parser.add_argument("--report", type=Path, help="keep figures here, and go on with what it lacks")
     args = parser.parse_args()
     models = Models(args.work, layers=8 if args.quick else 32, peer_python=args.peer_python, tokenizer=args.tokenizer)
@@ -236,6 +256,7 @@ def main() -> None:
         figure.name: lambda f=figure: run_figure(f, arena, machine) for figure in figures(args.quick)
     }
     jobs |= {"batches": lambda: batches(arena), "cold_start": lambda: cold_start(arena, 3 if args.quick else ROUNDS)}
+    jobs |= {"commands": lambda: commands(arena)}
     report: dict[str, Any] = {}
     if args.report is not None and args.report.exists():
         report = json.loads(args.report.read_text(encoding="utf-8"))
@@ -261,7 +282,7 @@ def main() -> None:
             "ratios": found.pop("ratios"),
             "figures": {name: found},
             "peaks": machine.best(),
-            "memory": memory(ended),
+            "memory": {**found.pop("memory", {}), **memory(ended)},
             "settings": {a["name"]: a for a in ended},
             "seconds": round(time.monotonic() - started, 1),
         }

@@ -114,21 +114,37 @@ class Arena:
                 best, least = command, seconds
         return best
 
-    def first_token(self, model: str) -> list[str]:
-        """headrace's whole command: a prompt of 16 tokens, one token."""
-        text = self._text(model)
-        options = ["--raw", "--greedy", "-n", "1", "-t", str(self.threads), "--runner", self.runner, "-p", text]
-        return [sys.executable, "-m", "headrace", "chat", str(self.models.bundle(model)), *options]
+    def chat(self, model: str, tokens: int) -> list[str]:
+        """headrace's whole command: an answer of so many tokens behind a prompt of 16."""
+        return [*self._verb("chat", model, tokens), "--raw", "-p", self._text(model)]
+
+    def generate(self, model: str, tokens: int, prompts: int) -> list[str]:
+        """The same for several prompts at once."""
+        source, answers = self.models.work / "prompts.jsonl", self.models.work / "answers.jsonl"
+        source.write_text(f"{json.dumps({'prompt': self._text(model)})}\n" * prompts, encoding="utf-8")
+        answers.unlink(missing_ok=True)
+        files = ["--slots", str(prompts), "--input", str(source), "--output", str(answers)]
+        return [*self._verb("generate", model, tokens), *files]
+
+    def _verb(self, verb: str, model: str, tokens: int) -> list[str]:
+        options = ["--greedy", "-n", str(tokens), "-t", str(self.threads), "--runner", self.runner]
+        return [sys.executable, "-m", "headrace", verb, str(self.models.bundle(model)), *options]
 
     def first_token_of_llama(self, model: str) -> list[str]:
         """The same of llama.cpp."""
         script, path = str(HERE / "first_token_llama.py"), str(self.models.gguf[model])
         return [self.python, script, path, str(self.threads), str(COLD_TOKENS)]
 
-    def run(self, command: list[str]) -> None:
-        """A command, to its end. Modules may be kept compiled, as installed ones are."""
+    def run(self, command: list[str]) -> int:
+        """A command, to its end: the most memory it took, bytes. Modules can be kept compiled, as if installed."""
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-        subprocess.run(command, check=True, capture_output=True, env=environment)
+        quiet = subprocess.DEVNULL
+        child = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, env=environment)
+        _, status, used = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode:
+            raise SystemExit(f"error: {' '.join(command)} ended with status {child.returncode}")
+        return int(used.ru_maxrss) * 1024
 
     def close(self) -> list[dict[str, Any]]:
         """Let everybody go: what they were."""

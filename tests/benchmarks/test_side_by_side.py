@@ -86,3 +86,13 @@ def test_headrace_is_a_contestant(script: dict[str, Any], exports: Exports) -> N
     assert about["peak_rss"] > about["weight_bytes"] > 0
     held = (16 + 1 + 3) + (8 + 1 + 2)  # the first slot held most while it decoded alone
     assert about["cache_bytes"] == held * POSITION
+
+
+def test_a_command_is_run_and_its_memory_told(script: dict[str, Any], tmp_path: Path) -> None:
+    arena, models = sys.modules["contestants.arena"], sys.modules["contestants.models"]
+    made = models.Models(tmp_path, layers=8, peer_python=sys.executable, tokenizer=None)
+    run = arena.Arena(made, sys.executable, 1, "host", quick=True, huge=False).run
+    size = 200_000_000
+    assert run([sys.executable, "-c", f"bytes({size}).count(1); b'x' * {size}"]) > size
+    with pytest.raises(SystemExit, match="ended with status 3"):
+        run([sys.executable, "-c", "raise SystemExit(3)"])
