@@ -123,10 +123,12 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--slots", default="8")
+    parser.add_argument("--threads", default=None, help="of the engine; all processors when not given")
     parser.add_argument("--runner", default=None)
     parser.add_argument("--record", type=Path, default=None)
     given = parser.parse_args()
     command = [sys.executable, "-m", "headrace", "serve", given.bundle, "--port", "0", "--slots", given.slots]
+    command += ["--threads", given.threads] if given.threads else []
     command += ["--runner", given.runner] if given.runner else []
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
