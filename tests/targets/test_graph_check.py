@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from headrace.bundle.folder import open_bundle
 from headrace.errors import BundleError
@@ -50,6 +51,23 @@ def _branch(model: Any) -> None:
     model.graph.node.append(helper.make_node("If", ["a"], ["b"], then_branch=inner, else_branch=inner))
 
 
+def _sizes(model: Any, operator: str, numbers: tuple[int, ...]) -> None:
+    """Other numbers in the constant that says how much an operator makes."""
+    node = next(node for node in model.graph.node if node.op_type == operator)
+    old = next(tensor for tensor in model.graph.initializer if tensor.name == node.input[1])
+    old.CopyFrom(numpy_helper.from_array(np.array(numbers, np.int64), old.name))
+
+
+def _computed_size(model: Any) -> None:
+    node = next(node for node in model.graph.node if node.op_type == "Expand")
+    node.input[1] = node.input[0]
+
+
+def _pad(model: Any, width: int) -> None:
+    model.graph.initializer.append(numpy_helper.from_array(np.array([0, width], np.int64), "wide"))
+    model.graph.node.append(helper.make_node("Pad", [model.graph.initializer[0].name, "wide"], ["padded"]))
+
+
 ODD: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a graph in a graph": (_branch, "field 6 in a message 'attribute'"),
     "another operator": (lambda m: setattr(m.graph.node[0], "op_type", "Loop"), "an operator 'Loop'"),
@@ -64,6 +82,13 @@ ODD: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a length of its own": (_place("length", "1"), "a weight "),
     "a huge shape": (lambda m: _external(m).dims.append(1 << 62), " and shape "),
     "a shape that is not the length": (lambda m: _external(m).dims.append(2), "a weight "),
+    "an expansion to much": (
+        lambda m: _sizes(m, "Expand", (1, 1 << 20, 1 << 20)),
+        "expansions to 1099511627776 numbers",
+    ),
+    "an expansion by less than nothing": (lambda m: _sizes(m, "Expand", (-1, -1, 1 << 40)), "Expand of a size "),
+    "an expansion to what is computed": (_computed_size, "Expand of a size "),
+    "a wide border": (lambda m: _pad(m, 1 << 20), "a border of 1048576"),
     "an unknown type": (lambda m: setattr(_external(m), "data_type", 99), "of type 99"),
 }
 

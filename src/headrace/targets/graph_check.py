@@ -30,6 +30,10 @@ OPERATORS = frozenset({
         "GroupQueryAttention", "MatMulNBits", "SkipSimplifiedLayerNormalization",
     )),
 })  # fmt: skip
+LONGEST_SIZES = 16  # numbers of a shape or of a border
+BYTES_OF_SCALE = 8  # of packed weights to each scale that is repeated: 16 weights of 4 bits
+WIDEST_PAD = 4096  # places; a head is padded to the next width that the operator takes
+INT64 = 7
 # float, uint8, int8, uint16, int32, int64, bool, float16, uint4, int4
 ELEMENT_BITS = {1: 32, 2: 8, 3: 8, 4: 16, 6: 32, 7: 64, 9: 8, 10: 16, 21: 4, 22: 4}
 # Fields of messages, by number.
@@ -70,17 +74,33 @@ def check_graph_file(path: Path) -> None:
 
 
 def _check_graph(graph: memoryview, files: Mapping[str, int]) -> None:
+    sizes: dict[str, list[str]] = {"Expand": [], "Pad": []}  # the constants that say how much is made
+    constants: dict[str, list[int]] = {}
     for number, value in _fields(graph, _GRAPH_KNOWN, "graph"):
         if number == 1:
-            _check_node(_message(value))
+            operator, inputs = _check_node(_message(value))
+            if operator in sizes:
+                sizes[operator].append(inputs[1] if len(inputs) > 1 else "")
         elif number == 5:
-            _check_tensor(_message(value), files)
+            name, numbers = _check_tensor(_message(value), files)
+            constants[name] = numbers
         elif number in (11, 12, 13):
             _check_port(_message(value))
+    for operator, names in sizes.items():
+        for name in names:
+            if not 0 < len(constants.get(name, ())) <= LONGEST_SIZES or min(constants[name]) < 0:
+                raise _Odd(f"{operator} of a size {shown(name)} that is not in the graph")
+    expanded = sum(math.prod(constants[name]) for name in sizes["Expand"])
+    if expanded > sum(files.values()) / BYTES_OF_SCALE:
+        raise _Odd(f"expansions to {expanded} numbers, more than the weights have blocks")
+    if most := [n for name in sizes["Pad"] for n in constants[name] if n > WIDEST_PAD]:
+        raise _Odd(f"a border of {most[0]}")
 
 
-def _check_node(node: memoryview) -> None:
+def _check_node(node: memoryview) -> tuple[str, list[str]]:
+    """The operator, and the names of its inputs."""
     operator = domain = ""
+    inputs = []
     for number, value in _fields(node, _NODE_KNOWN, "node"):
         if number == 5:
             for field, inside in _fields(_message(value), _ATTRIBUTE_KNOWN, "attribute"):
@@ -88,12 +108,15 @@ def _check_node(node: memoryview) -> None:
                     _text(inside)
             continue
         text = _text(value)
-        if number == 4:
+        if number == 1:
+            inputs.append(text)
+        elif number == 4:
             operator = text
         elif number == 7:
             domain = text
     if (domain, operator) not in OPERATORS:
         raise _Odd(f"an operator {shown(f'{domain}::{operator}' if domain else operator)}")
+    return operator, inputs
 
 
 def _check_port(port: memoryview) -> None:
@@ -111,10 +134,10 @@ def _check_port(port: memoryview) -> None:
                             _text(length)
 
 
-def _check_tensor(tensor: memoryview, files: Mapping[str, int]) -> None:
-    """A constant in the graph, or a weight in a file."""
+def _check_tensor(tensor: memoryview, files: Mapping[str, int]) -> tuple[str, list[int]]:
+    """A constant in the graph, or a weight in a file: its name, and the whole numbers of a constant of 64 bits."""
     shape: list[int] = []
-    kind, name, inside, external = 0, "", 0, False
+    kind, name, inside, external = 0, "", memoryview(b""), False
     place: dict[str, str] = {}
     for number, value in _fields(tensor, _TENSOR_KNOWN, "tensor"):
         if number == 1:
@@ -124,7 +147,7 @@ def _check_tensor(tensor: memoryview, files: Mapping[str, int]) -> None:
         elif number == 8:
             name = _text(value)
         elif number == 9:
-            inside = len(_message(value))
+            inside = _message(value)
         elif number == 13:
             entry = dict(_fields(_message(value), {1, 2}, "place"))
             place[_text(entry.get(1, memoryview(b"")))] = _text(entry.get(2, memoryview(b"")))
@@ -134,9 +157,9 @@ def _check_tensor(tensor: memoryview, files: Mapping[str, int]) -> None:
         raise _Odd(f"a tensor {shown(name)} of type {kind} and shape {shown(shape)}")
     size = -(-math.prod(shape) * ELEMENT_BITS[kind] // 8)
     if not external:
-        if place or inside != size or size > CONSTANT_LIMIT:
-            raise _Odd(f"a constant {shown(name)} of {inside} bytes for shape {shown(shape)}")
-        return
+        if place or len(inside) != size or size > CONSTANT_LIMIT:
+            raise _Odd(f"a constant {shown(name)} of {len(inside)} bytes for shape {shown(shape)}")
+        return name, list(inside.cast("q")) if kind == INT64 else []
     location = place.pop("location", "")
     offset, length = (_decimal(place.pop(key, "0")) for key in ("offset", "length"))
     if location not in files or place or inside:
@@ -146,6 +169,7 @@ def _check_tensor(tensor: memoryview, files: Mapping[str, int]) -> None:
             f"a weight {shown(name)} of {size} bytes at {offset} … {offset + length} of {location}, which has "
             f"{files[location]} bytes"
         )
+    return name, []
 
 
 def _fields(data: memoryview, known: set[int], where: str) -> Iterator[tuple[int, int | memoryview]]:
