@@ -115,6 +115,11 @@ def write_checkpoint(folder: Path, kind: str = "gqa", **shape: Any) -> Path:
     return folder
 
 
+def contents(bundle: Path) -> dict[str, bytes]:
+    """Every file of a folder, by path."""
+    return {p.relative_to(bundle).as_posix(): p.read_bytes() for p in sorted(bundle.rglob("*")) if p.is_file()}
+
+
 def opened_store(bundle: Bundle) -> WeightStore:
     """A bundle's weights."""
     return bundle.weights()
@@ -151,6 +156,7 @@ __all__ = [
     "SMALL",
     "VOCAB",
     "Exports",
+    "contents",
     "opened_store",
     "re_emitted",
     "write_checkpoint",
