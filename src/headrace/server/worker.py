@@ -18,22 +18,23 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 from headrace.errors import HeadraceError, UserError
 from headrace.language_model import LanguageModel
 from headrace.model.weights import weight_table
-from headrace.runtime.answer import Answer, Token
+from headrace.runtime.answer import Answer
 from headrace.runtime.request import Request
 from headrace.runtime.session import read_session, write_session
-from headrace.server.generation import GenerationRequest, Logprob, Piece, Refused, Usage
+from headrace.server.generation import GenerationRequest, Piece, Refused, Usage
+from headrace.server.job import Generation, Job, deliver
 from headrace.server.metrics import Metrics
-from headrace.server.prompts import Prompt, prepare, render, spelled_out
+from headrace.server.prompts import prepare, render, spelled_out
 from headrace.server.sessions import message_object, message_of
 
 __all__ = ["ModelWorker", "WorkerOptions"]
@@ -65,70 +66,6 @@ class _Task:
     done: Future[Any]
 
 
-@dataclass
-class _Job:
-    """A request on its way: what the engine needs, and where its pieces go."""
-
-    prompt: Prompt
-    request: GenerationRequest
-    loop: asyncio.AbstractEventLoop
-    pieces: asyncio.Queue[Piece | Exception]
-    usage: Usage
-    arrived: float = field(default_factory=time.monotonic)
-    answers: list[Request] = field(default_factory=list)
-    last: dict[int, float] = field(default_factory=dict)  # when each answer's newest token came
-    gone: bool = False
-
-    def take(self, items: Sequence[Piece | Exception]) -> None:
-        """Pieces have come; called on the event loop."""
-        for item in items:
-            self.pieces.put_nowait(item)
-
-
-Delivery: TypeAlias = list[tuple[_Job, list[Piece | Exception]]]
-
-
-def _deliver(items: Delivery) -> None:
-    """Hand pieces to the event loops that wait for them; called by the worker. Once for all answers of a step: each
-    call wakes the loop, which then wants Python's lock while the worker still has it."""
-    loops = {job.loop for job, _ in items}
-    for loop in loops:
-        mine = [(job, pieces) for job, pieces in items if job.loop is loop]
-        try:
-            loop.call_soon_threadsafe(_take_all, mine)
-        except RuntimeError:  # the loop has closed, and with it everybody who listened
-            for job, _ in mine:
-                job.gone = True
-
-
-def _take_all(items: Delivery) -> None:
-    for job, pieces in items:
-        job.take(pieces)
-
-
-class Generation:
-    """A request under way, as the event loop sees it. A `Generator`."""
-
-    def __init__(self, job: _Job) -> None:
-        self._job = job
-        self.usage = job.usage
-
-    async def __aiter__(self) -> AsyncIterator[Piece]:
-        left = self._job.request.n
-        while left:
-            item = await self._job.pieces.get()
-            if isinstance(item, Exception):
-                raise item
-            yield item
-            left -= item.finish is not None
-
-    async def aclose(self) -> None:
-        """Stop; the worker frees the slots before its next step."""
-        self._job.gone = True
-        for request in self._job.answers:
-            request.cancel()
-
-
 class ModelWorker:
     """A model that is served. A `ServedModel`.
 
@@ -146,11 +83,11 @@ class ModelWorker:
         self._engine = model.engine
         self._options = options
         self._metrics = metrics.of(name)
-        self._inbox: queue.SimpleQueue[_Job | _Task | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Job | _Task | None] = queue.SimpleQueue()
         self._tasks: deque[_Task] = deque()
         self._open = 0  # answers asked for that have not ended
         self._counting = threading.Lock()
-        self._jobs: dict[Request, tuple[_Job, int]] = {}
+        self._jobs: dict[Request, tuple[Job, int]] = {}
         self._closing = False
         self._parameters = sum(
             math.prod(row.shape) for row in weight_table(model.bundle.config).values() if row.stored_as == row.name
@@ -200,7 +137,7 @@ class ModelWorker:
             self._count(-request.n)
             raise
         usage = Usage(len(prompt.ids))
-        job = _Job(prompt, request, asyncio.get_running_loop(), asyncio.Queue(), usage, arrived)
+        job = Job(prompt, request, asyncio.get_running_loop(), asyncio.Queue(), usage, arrived)
         self._inbox.put(job)
         return Generation(job)
 
@@ -301,13 +238,13 @@ class ModelWorker:
         closing = Refused("the server is closing", status=503)
         left = [*self._tasks, *self._arrived(wait=False), *{id(job): job for job, _ in self._jobs.values()}.values()]
         for one in left:
-            if isinstance(one, _Job):
-                _deliver([(one, [closing])])
+            if isinstance(one, Job):
+                deliver([(one, [closing])])
             elif one.done.set_running_or_notify_cancel():
                 one.done.set_exception(closing)
         self._model.close()
 
-    def _arrived(self, *, wait: bool) -> Iterator[_Job | _Task]:
+    def _arrived(self, *, wait: bool) -> Iterator[Job | _Task]:
         """What has come; `wait`: for the first, as there is nothing else to do."""
         while True:
             try:
@@ -326,7 +263,7 @@ class ModelWorker:
         except Exception as error:  # it is told to whoever asked
             task.done.set_exception(error)
 
-    def _begin(self, job: _Job) -> None:
+    def _begin(self, job: Job) -> None:
         prompt, made = job.prompt, list[Request]()
         try:
             for index in range(job.request.n):
@@ -347,7 +284,7 @@ class ModelWorker:
             for request in made:
                 request.cancel()
             self._count(-job.request.n)
-            _deliver([(job, [error])])
+            deliver([(job, [error])])
             return
         job.answers = made
         self._jobs |= {request: (job, index) for index, request in enumerate(made)}
@@ -366,7 +303,7 @@ class ModelWorker:
                 self._end(request)
             elif now - job.arrived > self._options.seconds:
                 self._end(request)
-                _deliver([(job, [Piece(index, "", "length")])])
+                deliver([(job, [Piece(index, "", "length")])])
         try:
             made = self._engine.step()
         except Exception as error:
@@ -374,47 +311,18 @@ class ModelWorker:
             _log.exception("a step of %s failed", self.name)
             for request, (job, _) in list(self._jobs.items()):
                 self._end(request)
-                _deliver([(job, [error])])
+                deliver([(job, [error])])
             return
-        pieces: dict[int, tuple[_Job, list[Piece | Exception]]] = {}
+        pieces: dict[int, tuple[Job, list[Piece | Exception]]] = {}
         for request, token in made:
             if request in self._jobs:
                 job, index = self._jobs[request]
-                pieces.setdefault(id(job), (job, []))[1].append(self._piece(job, request, index, token))
+                pieces.setdefault(id(job), (job, []))[1].append(
+                    job.piece(index, token, self._model.tokenizer, self._metrics)
+                )
         for request, (job, _) in list(self._jobs.items()):
             if request.done:
                 self._end(request)
                 if request.error is not None:
                     pieces.setdefault(id(job), (job, []))[1].append(request.error)
-        _deliver(list(pieces.values()))
-
-    def _piece(self, job: _Job, request: Request, index: int, token: Token) -> Piece:
-        now = time.monotonic()
-        if index in job.last:
-            self._metrics.between_tokens.observe(now - job.last[index])
-        elif not job.last:
-            cached = request.answer.usage.cached_tokens
-            job.usage.cached_tokens = cached
-            job.usage.prompt_seconds = now - job.arrived
-            self._metrics.first_token.observe(now - job.arrived)
-            self._metrics.cached_tokens.inc(cached)
-        job.last[index] = now
-        job.usage.completion_tokens += 1
-        self._metrics.generated_tokens.inc()
-        if token.finish is not None:
-            took = request.answer.usage
-            self._metrics.drafted_tokens.inc(took.drafted_tokens)
-            self._metrics.accepted_tokens.inc(took.accepted_tokens)
-        if token.likelihood is None:
-            return Piece(index, token.text, token.finish)
-        spell, told = self._spell, token.likelihood
-        top = tuple(Logprob(spell(other), logprob) for other, logprob in told.top)
-        return Piece(index, token.text, token.finish, spell(token.id), told.logprob, top)
-
-    def _spell(self, token: int) -> str:
-        tokenizer = self._model.tokenizer
-        return (
-            tokenizer.id_to_piece(token)
-            if token in tokenizer.special_ids
-            else tokenizer.decode([token], continues=True)
-        )
+        deliver(list(pieces.values()))
