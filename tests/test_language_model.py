@@ -160,8 +160,12 @@ def test_an_answer_closed_early_stays_in_the_conversation(models: dict[str, Lang
     stream.close()  # type: ignore[attr-defined]
     assert chat.messages[-1].role == "assistant"
     assert chat.messages[-1].content == text(heard)
+    assert chat.used == len(chat.turns.render(chat.messages[:1], CONTEXT)) + len(heard)
     list(chat.say(" and", max_tokens=2))
     assert len(chat.messages) == 4
+    assert chat.used > len(chat.turns.render(chat.messages[:3], CONTEXT))
+    chat.messages = []
+    assert chat.used == 0
 
 
 def test_the_oldest_rounds_go_when_the_context_fills(

@@ -287,6 +287,12 @@ class Chat:
         self.dropped_tokens = 0
         self.usage = Usage()
         self._tokens: Sequence[int] = ()  # what the model has before it
+        self._used = 0
+
+    @property
+    def used(self) -> int:
+        """Tokens of the context that the conversation took when it was last answered; 0 where it was not."""
+        return self._used if any(message.role == "assistant" for message in self.messages) else 0
 
     def say(
         self,
@@ -320,6 +326,7 @@ class Chat:
         finally:
             if answer:
                 self.usage, self._tokens = made.usage, made.tokens
+                self._used = len(made.tokens) or made.usage.prompt_tokens + made.usage.tokens
                 # The answer's own tokens: the next prompt then begins with what the cache holds. A stop string's
                 # tokens are no part of the answer, so then the text decides.
                 cut = answer[-1].finish == "stop" and answer[-1].id not in self.turns.stop_ids
@@ -345,6 +352,7 @@ class Chat:
         session = read_session(path)
         self.model.hold(session, path)
         self.messages, self._tokens = list(session.messages), session.tokens
+        self._used = len(session.tokens)
 
 
 def load(

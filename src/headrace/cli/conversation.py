@@ -69,7 +69,6 @@ class Conversation:
 
     Attributes:
         stats: of the newest answer.
-        used: tokens of the context that the conversation takes.
         draft: text that the next prompt begins with.
         left: the person wants to leave.
     """
@@ -82,7 +81,6 @@ class Conversation:
         self._console = console
         self._markdown = markdown
         self.stats = Stats()
-        self.used = 0
         self.draft = ""
         self.left = False
 
@@ -120,8 +118,6 @@ class Conversation:
                         seconds=now - first,
                         finish=token.finish,
                     )
-                    if token.usage is not None:
-                        self.used = token.usage.prompt_tokens + token.usage.tokens
                     view.push(token.text)
         except KeyboardInterrupt:
             note("(stopped)")
@@ -133,7 +129,7 @@ class Conversation:
         parts = []
         if self.stats.tokens:
             parts = [f"{self.stats.speed:.1f} tok/s", f"first token {self.stats.first:.2f} s"]
-        return " · ".join([*parts, f"context {self.used} of {self.chat.model.context}", "/help"])
+        return " · ".join([*parts, f"context {self.chat.used} of {self.chat.model.context}", "/help"])
 
     @property
     def names(self) -> list[str]:
@@ -161,7 +157,7 @@ class Conversation:
 
     def _begin(self, system: str | None) -> None:
         self.chat.messages = [] if system is None else [Message("system", system)]
-        self.stats, self.used = Stats(), 0
+        self.stats = Stats()
 
     def _system(self, text: str) -> None:
         if text:
@@ -182,7 +178,7 @@ class Conversation:
         except UserError:
             self.chat.messages = before
             raise
-        self.stats, self.used = Stats(), 0
+        self.stats = Stats()
         for message in self.chat.messages[-2:]:
             self._console.print(f"{message.role}: {message.content}", markup=False, highlight=False)
 
