@@ -1,5 +1,5 @@
 """What a server costs beside its engine: tokens a second of one and of several streams, and the first token of a second
-turn over a long history. Prints one JSON object.
+turn over a long history, whose answer a server that holds nothing of it must give too. Prints one JSON object.
 
     python benchmarks/serving_speed.py BUNDLE --streams 4
 
@@ -15,6 +15,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 PROMPTS = [
@@ -32,7 +34,7 @@ async def ask(port: int, messages: list[dict[str, str]], tokens: int) -> tuple[f
         "stream_options": {"include_usage": True},
     }).encode()  # fmt: skip
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}"
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
     started = time.perf_counter()
     writer.write(f"{head}\r\nConnection: close\r\n\r\n".encode() + body)
     times, lines = [], []
@@ -60,8 +62,10 @@ async def turns(port: int, history: int) -> dict[str, Any]:
     talk = [{"role": "user", "content": text + "\nWhat does the river carry?"}]
     started, times, first, said = await ask(port, talk, 16)
     talk += [{"role": "assistant", "content": said}, {"role": "user", "content": "And where does it end?"}]
-    again, later, second, _ = await ask(port, talk, 16)
+    again, later, second, answer = await ask(port, talk, 16)
     return {
+        "talk": talk,
+        "answer": answer,
         "prompt_tokens": [first["prompt_tokens"], second["prompt_tokens"]],
         "cached_tokens": second["prompt_tokens_details"]["cached_tokens"],
         "first_token_s": [round(times[0] - started, 4), round(later[0] - again, 4)],
@@ -93,14 +97,24 @@ def main() -> None:
     parser.add_argument("serve", nargs="*", help="further options of headrace serve, behind --")
     given = parser.parse_args()
     command = [sys.executable, "-m", "headrace", "serve", given.bundle, "--port", "0", "--slots", str(given.streams)]
-    server = subprocess.Popen([*command, *given.serve], stderr=subprocess.PIPE, text=True)
+    with serving([*command, *given.serve]) as port:
+        found = asyncio.run(measure(port, given.streams, given.tokens, given.rounds, given.history))
+    turn = found["second_turn"]
+    talk, answer = turn.pop("talk"), turn.pop("answer")
+    with serving([*command, *given.serve]) as port:
+        _, _, usage, anew = asyncio.run(ask(port, talk, 16))
+    turn |= {"cached_tokens_anew": usage["prompt_tokens_details"]["cached_tokens"], "same_answer_anew": anew == answer}
+    print(json.dumps(found, indent=1))
+
+
+@contextmanager
+def serving(command: list[str]) -> Iterator[int]:
+    """A server, for as long as the block lasts: its port."""
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert server.stderr is not None
         line = next(line for line in server.stderr if line.startswith("listening on "))
-        port = int(line.split()[2].rsplit(":", 1)[1])
-        print(
-            json.dumps(asyncio.run(measure(port, given.streams, given.tokens, given.rounds, given.history)), indent=1)
-        )
+        yield int(line.split()[2].rsplit(":", 1)[1])
     finally:
         server.terminate()
         server.wait(60)
