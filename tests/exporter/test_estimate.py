@@ -11,7 +11,7 @@ from headrace.bundle.folder import open_bundle
 from headrace.bundle.recipe import Recipe, Rule, load_recipe
 from headrace.config import ModelConfig
 from headrace.errors import RecipeError
-from headrace.exporter.estimate import _EFFICIENCY, estimate_export, plan_export
+from headrace.exporter.estimate import _PASSING, _SOLVING_SHARE, estimate_export, plan_export
 from headrace.exporter.options import ExportOptions
 from headrace.exporter.settings import settle
 from headrace.forecast.model import plan_model
@@ -128,18 +128,18 @@ ROWS = 4 * H * H * H + 2 * F * H * H + H * F * F  # N·K²
 
 def test_the_export_grows_with_its_calibration(speed: float) -> None:
     few, many = (estimate_export(BAICHUAN2, rules("descent"), tokens) for tokens in (8192, 32768))
-    products = 32 * (MOMENTS + LINEARS + FACTORS + 6 * ROWS) + PROOF
-    assert many.work_seconds == pytest.approx(products / (_EFFICIENCY * speed) + ROUNDED)
-    assert many.seconds == pytest.approx(products / (2 * _EFFICIENCY * speed) + 0.8 * ROUNDED)
+    products = ((32 * (MOMENTS + LINEARS) + PROOF) / _PASSING + 32 * (FACTORS + 6 * ROWS) / _SOLVING_SHARE) / speed
+    assert many.work_seconds == pytest.approx(products + ROUNDED)
+    assert many.seconds == pytest.approx(products / 2 + 0.8 * ROUNDED)
     assert 1 < many.seconds / few.seconds < 4
     assert few.peak_bytes < many.peak_bytes == pytest.approx(MEASURED_PEAK + V * H, rel=0.05)
 
 
 def test_methods_and_budgets_cost_what_they_do(speed: float) -> None:
     seconds = {name: estimate_export(BAICHUAN2, rules(name), 32768).work_seconds for name in METHODS}
-    assert seconds["nearest"] == pytest.approx((32 * LINEARS + PROOF) / (_EFFICIENCY * speed) + ROUNDED)
-    gptq = 32 * (MOMENTS + LINEARS + FACTORS + ROWS) + PROOF
-    assert seconds["gptq"] == pytest.approx(gptq / (_EFFICIENCY * speed) + ROUNDED)
+    assert seconds["nearest"] == pytest.approx((32 * LINEARS + PROOF) / (_PASSING * speed) + ROUNDED)
+    gptq = (32 * (MOMENTS + LINEARS) + PROOF) / _PASSING + 32 * (FACTORS + ROWS) / _SOLVING_SHARE
+    assert seconds["gptq"] == pytest.approx(gptq / speed + ROUNDED)
     assert sorted(seconds, key=seconds.__getitem__) == ["nearest", "awq", "gptq", "descent", "best"]
     assert estimate_export(BAICHUAN2, rules("gptq"), 32768, ranked=2048).work_seconds > seconds["gptq"]
     blocks = load_recipe("w4b32").resolve(quantized_weights(BAICHUAN2))

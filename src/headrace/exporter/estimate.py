@@ -37,8 +37,10 @@ __all__ = ["ExportEstimate", "estimate_export", "plan_export"]
 
 _PROBE = 1024  # rows of the matrices that are multiplied and rounded to learn this computer's speed
 _TRIES = 10  # of which the best counts
-# Share of the plain matrix product's speed that a whole layer reaches; benchmarks/layer_7b.py measures it.
-_EFFICIENCY = 0.7
+# Shares of the plain matrix product's speed: of passes and second moments, which are large products beside some
+# attention, and of solving for codes, whose products are narrow and whose columns follow each other. A profile of a
+# layer of Baichuan2-7B's shape gave 0.89 and 0.51.
+_PASSING, _SOLVING_SHARE = 0.9, 0.5
 _WORKING = 350_000_000  # bytes: Python and its libraries, and the temporary arrays of the weight in work
 _SOLVED = 4  # float32 arrays of a strip of rows that a core solves
 # All weights are read and dequantized for the layers, for the proof and for static ranges; each time takes so much of
@@ -173,7 +175,8 @@ def estimate_export(
     weights = table if config.tied_head else 2 * table
     walked = _gradient_tokens(rules, tokens)
     tried = blocks_to_try(config, rules, size=size)
-    operations = 2.0 * table * (2 * SAMPLE_TOKENS + min(ranged, HEAD_TOKENS) + _GRADIENT_HEAD_PASSES * walked)
+    solving = 0.0
+    passing = 2.0 * table * (2 * SAMPLE_TOKENS + min(ranged, HEAD_TOKENS) + _GRADIENT_HEAD_PASSES * walked)
     for layer in range(config.num_layers):
         for number, group in enumerate(input_groups(config, layer)):
             shapes = {linear.name: linear.matrix for linear in group}
@@ -184,17 +187,17 @@ def estimate_export(
                 moments = len(group)  # each linear weights tokens in its own way
             moments += any(method.uses_reference for method in methods.values())
             trials = max(len(tried.get(name, (None,))) for name in shapes)
-            operations += tokens * moments * columns**2 + ranked * trials * columns**2
+            passing += tokens * moments * columns**2 + ranked * trials * columns**2
             for name, (n, k) in shapes.items():
                 walks = 2 if methods[name].uses_reference else 1  # the float model's beside
                 passed = walks * tokens + _GRADIENT_PASSES * walked + 2 * SAMPLE_TOKENS + ranged
                 passed += (_RANKING_PASSES + _TRIAL_PASSES * trials) * ranked
-                operations += 2 * n * k * passed
-                operations += _SOLVING[rules[name].method] * n * k**2 + methods[name].calibrated * k**3 / 3
-                operations += bool(ranked) * trials * (n * k**2 + k**3 / 3)
+                passing += 2 * n * k * passed
+                solving += _SOLVING[rules[name].method] * n * k**2 + methods[name].calibrated * k**3 / 3
+                solving += bool(ranked) * trials * (n * k**2 + k**3 / 3)
                 weights += n * k
     speed, rounding = _core_speed()
-    products, rounded = operations / (speed * _EFFICIENCY), rounding * weights
+    products, rounded = (passing / _PASSING + solving / _SOLVING_SHARE) / speed, rounding * weights
     reading = _READINGS * _READING * rounded  # by one core
     return ExportEstimate(
         (products + rounded) / jobs + reading,
