@@ -66,7 +66,7 @@ def graph(rng: Rng, good: Good) -> bytes:
                 entry.value = rng.choice(LOCATIONS)
             else:
                 entry.value = rng.choice(
-                    (str(int(entry.value) + rng.choice((-64, 1, 2, 4, 64))), "-1", "0", "99999999999", "x", "")
+                    (str(_place(entry.value) + rng.choice((-64, 1, 2, 4, 64))), "-1", "0", "99999999999", "x", "")
                 )
         elif kind == 6 and tensor.raw_data:
             values = np.frombuffer(tensor.raw_data, np.uint8).copy()
@@ -83,6 +83,11 @@ def graph(rng: Rng, good: Good) -> bytes:
             port.name = rng.choice((port.name, *NAMES[:3]))
             port.type.tensor_type.elem_type = rng.choice((1, 2, 3, 6, 7, 10))
     return model.SerializeToString()
+
+
+def _place(text: str) -> int:
+    """A place in a file, as it stands there; 0 where it was changed already to what is no number."""
+    return int(text) if text.isdecimal() else 0
 
 
 def _open(path: Path) -> None:

@@ -203,10 +203,10 @@ def plot_course(
             slow = [one[min(int(0.95 * len(one)), len(one) - 1)] for one in waits]
             right.plot(minutes, middle, color=colour, lw=2, label=f"{name}, median")
             right.plot(minutes, slow, color=colour, lw=1, ls=":", label=f"{name}, 95 %")
-        right.set_ylim(bottom=0)
+        right.set_ylim(0, 1.35 * right.get_ylim()[1])  # room for the names above the lines
         right.set_xlabel("minutes")
         right.set_ylabel("seconds")
-        right.legend(fontsize=8.5, loc="upper right")
+        right.legend(fontsize=8.5, loc="upper center", ncols=2)
     return made
 
 

@@ -2,18 +2,18 @@
 
 The library panics on some files, and a short file can make it repeat text, or try one way to match after the other,
 for ever. Allowed is what the vocabularies of this family of models have: BPE, the steps listed here, and regular
-expressions without repeats of what repeats. A file that passes can still be wrong in ways the library tells. Knows
+expressions of bounded cost (expression_cost.py). A file that passes can still be wrong in ways the library tells. Knows
 nothing about what the steps do.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from headrace.errors import TokenizerError, shown
+from headrace.text.expression_cost import expression_problem
 from headrace.text.tokenizer_config import MAX_ID
 
 __all__ = ["check_tokenizer_json"]
@@ -36,9 +36,6 @@ STEPS: Mapping[str, tuple[str, frozenset[str]]] = {
     "post_processor": ("processors", frozenset({"ByteLevel", "TemplateProcessing"})),
     "decoder": ("decoders", frozenset({"ByteLevel", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"})),
 }
-# A part of an expression: an escape, a class (which may hold classes), a bracket, a repeat, an alternative.
-_TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|\[:\^?\w+:\]|[^\]\\])*\]|\(\?#[^)]*\)|[()|*+?]|\{\d*,?\d*\}|.", re.DOTALL)
-_COUNTED = re.compile(r"\{(\d*),?(\d*)\}")
 
 
 def check_tokenizer_json(path: Path, raw: Mapping[str, Any]) -> None:
@@ -111,8 +108,9 @@ def _growth(path: Path, step: Mapping[str, Any]) -> float:
     given = pattern.get("String", pattern.get("Regex")) if isinstance(pattern, dict) else None
     if pattern is not None and (not isinstance(given, str) or not given or len(given) > MAX_PATTERN):
         raise TokenizerError(f"{path} has a pattern {shown(pattern)}; expected 1 to {MAX_PATTERN} characters")
-    if isinstance(pattern, dict) and "String" not in pattern and isinstance(given, str):
-        _check_expression(path, given)
+    expression = given if isinstance(pattern, dict) and "String" not in pattern else None
+    if expression is not None and (problem := expression_problem(expression)):
+        raise TokenizerError(f"{path} {problem}, which can take for ever")
     if step.get("type") != "Replace":
         return 1.0
     content = step.get("content")
@@ -138,26 +136,3 @@ def _check_template(path: Path, step: Mapping[str, Any]) -> None:
 
 def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
-
-
-def _check_expression(path: Path, text: str) -> None:
-    """Refuse a repeat of a group that can itself match in several ways, and large counts."""
-    groups = [False]  # of each open group: whether something in it repeats or is one of several
-    closed = False  # whether the part just read is such a group
-    for found in _TOKEN.finditer(text):
-        token = found[0]
-        counted = _COUNTED.fullmatch(token)
-        repeats = token in ("*", "+") or (counted is not None and (counted[1] or counted[2]))
-        if repeats and closed:
-            raise TokenizerError(f"{path} repeats what repeats in the pattern {shown(text)}, which can take for ever")
-        if counted and max(int(n or 0) for n in (counted[1][:9], counted[2][:9])) > 1000:
-            raise TokenizerError(f"{path} counts above 1000 in the pattern {shown(text)}")
-        if token == "(":
-            groups.append(False)
-        elif token == ")":
-            closed = groups.pop() if len(groups) > 1 else False
-            groups[-1] = groups[-1] or closed
-            continue
-        elif repeats or token in ("|", "?"):
-            groups[-1] = True
-        closed = False
