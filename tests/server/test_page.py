@@ -120,9 +120,43 @@ def test_stop_keeps_what_was_said(page: Any, model: ScriptedModel) -> None:
     say(page, "Talk")
     until(lambda: page.find_elements(By.CSS_SELECTOR, ".assistant .body")[0].text.count("word") > 3)
     page.find_element(By.ID, "stop").click()
-    assert 3 < answered(page).text.count("word") < 400
+    answer = answered(page)
+    assert 3 < answer.text.count("word") < 400
+    assert answer.text.endswith("stopped")
     until(lambda: model.closed == 1)
     assert page.find_element(By.ID, "send").is_displayed()
+    said = answer.find_element(By.CLASS_NAME, "body").text
+    taken = len("Talk") + len(said) + 1  # the scripted model's tokens are bytes; what is shown ends without its space
+    until(lambda: page.find_element(By.ID, "gauge").text == f"{taken} / {CONTEXT}")
+    buttons = {b.text: b for b in page.find_elements(By.CSS_SELECTOR, ".actions button")}
+    buttons["Edit"].click()
+    until(lambda: page.find_element(By.ID, "gauge").text == f"0 / {CONTEXT}")
+
+
+def test_a_reload_in_the_middle_of_an_answer_keeps_what_came(page: Any, model: ScriptedModel) -> None:
+    model.words, model.delay = ["word "] * 500, 0.02
+    say(page, "Talk")
+    until(lambda: page.find_elements(By.CSS_SELECTOR, ".assistant .body")[0].text.count("word") > 3)
+    page.refresh()
+    until(lambda: model.closed == 1)
+    assert until(lambda: page.find_elements(By.CSS_SELECTOR, ".user .body"))[0].text == "Talk"
+    assert page.find_elements(By.CSS_SELECTOR, ".assistant .body")[0].text.count("word") > 3
+    assert not page.find_elements(By.CSS_SELECTOR, ".error")
+
+
+def test_copying_is_confirmed(page: Any, model: ScriptedModel) -> None:
+    say(page, "Capital of France?")
+    answer = answered(page)
+    for secure in (True, False):  # a page over plain http from elsewhere has no clipboard of its own
+        if not secure:
+            page.execute_script("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+        for button in answer.find_elements(By.CSS_SELECTOR, ".code button, .actions button:first-child"):
+            until(lambda button=button: button.text == "Copy")
+            button.click()
+            until(lambda button=button: button.text == "Copied")
+    field = page.find_element(By.ID, "input")
+    field.send_keys(Keys.CONTROL + "v")
+    assert until(lambda: field.get_attribute("value")).startswith("**Paris** is the capital.")
 
 
 def test_edit_and_regenerate(page: Any, model: ScriptedModel) -> None:
@@ -158,6 +192,27 @@ def test_settings_reach_the_model(page: Any, model: ScriptedModel) -> None:
     shot(page, "probabilities")
 
 
+def test_two_tabs_keep_each_others_conversations(page: Any, model: ScriptedModel) -> None:
+    first, address = page.current_window_handle, page.current_url
+    say(page, "One")
+    answered(page)
+    page.switch_to.new_window("tab")
+    page.get(address)
+    until(lambda: page.find_element(By.ID, "model").text == "tiny")
+    page.find_element(By.ID, "new").click()
+    say(page, "Two")
+    answered(page)
+    page.close()
+    page.switch_to.window(first)
+    until(lambda: len(page.find_elements(By.CSS_SELECTOR, ".row .open")) == 2)
+    assert page.find_element(By.CSS_SELECTOR, ".user .body").text == "One"
+    say(page, "Three")
+    answered(page, 2)
+    page.refresh()
+    titles = until(lambda: [r.text for r in page.find_elements(By.CSS_SELECTOR, ".row .open")])
+    assert titles == ["Two", "One"]
+
+
 def test_conversations_apart(page: Any, model: ScriptedModel) -> None:
     say(page, "One")
     answered(page)
@@ -187,6 +242,8 @@ def test_chinese_dark_and_a_phone(page: Any, model: ScriptedModel) -> None:
     shot(page, "phone-menu")
     width = page.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
     assert width <= 0, "the page is wider than the phone"
+    for button in page.find_elements(By.CSS_SELECTOR, ".actions button"):
+        assert button.rect["height"] < 30, f"{button.text} is broken over two lines"
 
 
 def test_a_model_cannot_run_anything(page: Any, model: ScriptedModel) -> None:

@@ -18,6 +18,13 @@ export async function models(key) {
   return (await response.json()).data;
 }
 
+/** How many tokens a conversation takes as a prompt. */
+export async function promptTokens(body, key) {
+  const response = await fetch("/apply-template", { method: "POST", headers: headers(key), body: JSON.stringify(body) });
+  if (!response.ok) throw await refused(response);
+  return (await response.json()).tokens.length;
+}
+
 /** Stream an answer; yields {text, tokens, usage, finish} pieces. */
 export async function* stream(body, key, signal) {
   const response = await fetch("/v1/chat/completions", {

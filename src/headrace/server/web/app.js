@@ -1,5 +1,6 @@
 // The page: conversations in the browser's own storage, one open at a time, answers as they stream.
-import { models, stream } from "/web/api.js";
+import { models, promptTokens, stream } from "/web/api.js";
+import { copy } from "/web/clipboard.js";
 import { element, markdown } from "/web/markdown.js";
 import { STRINGS } from "/web/strings.js";
 
@@ -24,9 +25,10 @@ function save() {
   try {
     localStorage.setItem(STORE, JSON.stringify(state));
   } catch {
-    // The storage is full: the oldest conversation goes.
-    if (state.conversations.length > 1) {
-      state.conversations.pop();
+    // The storage is full: the oldest conversation goes, but never the one that is open.
+    const oldest = state.conversations.findLastIndex((c) => c.id !== state.current);
+    if (oldest >= 0) {
+      state.conversations.splice(oldest, 1);
       save();
     }
   }
@@ -110,10 +112,10 @@ function messageNode(message, index) {
   const actions = element("div", { className: "actions" });
   const action = (label, run) => {
     const button = element("button", { type: "button", textContent: label });
-    button.addEventListener("click", run);
+    button.addEventListener("click", () => run(button));
     actions.append(button);
   };
-  action(strings().copy, () => navigator.clipboard.writeText(message.content));
+  action(strings().copy, (button) => copy(message.content, button, strings()));
   if (message.role === "user") action(strings().edit, () => edit(index));
   else action(strings().regenerate, () => regenerate(index));
   if (message.stats) actions.append(element("span", { className: "stats", textContent: statsText(message) }));
@@ -139,6 +141,7 @@ function tokenNode(token) {
 function statsText({ stats, finish }) {
   const parts = [`${strings().first} ${stats.first.toFixed(2)} s`, `${stats.speed.toFixed(1)} tok/s`, `${stats.tokens} ${strings().tokens}`];
   if (stats.cached) parts.push(`${stats.cached} ${strings().cached}`);
+  if (!finish) parts.push(strings().stopped);
   if (finish === "length") parts.push(current().used >= contextLength() ? strings().context_full : strings().cut);
   return parts.join(" · ");
 }
@@ -176,6 +179,19 @@ function edit(index) {
   render();
   resize();
   $("input").focus();
+  measure(conversation);
+}
+
+/** How much of the context a conversation takes whose last answer did not come to tell: it was stopped or taken back. */
+async function measure(conversation) {
+  const { model, messages } = requestBody(conversation);
+  try {
+    conversation.used = conversation.messages.length ? await promptTokens({ model, messages }, state.settings.api_key) : 0;
+  } catch {
+    return; // the gauge stays as it was
+  }
+  save();
+  renderGauge();
 }
 
 function regenerate(index) {
@@ -200,6 +216,7 @@ async function answer(conversation) {
   conversation.messages.push(message);
   abort = new AbortController();
   busy(true);
+  save();
   render();
   const node = $("log").lastElementChild.querySelector(".body");
   node.classList.add("cursor");
@@ -207,6 +224,7 @@ async function answer(conversation) {
   let first = 0;
   let count = 0;
   let drawn = 0;
+  let told = false; // what the conversation takes of the context
   const draw = () => {
     const near = $("log").scrollHeight - $("log").scrollTop - $("log").clientHeight < 80;
     fill(node, message);
@@ -228,6 +246,7 @@ async function answer(conversation) {
       message.finish = piece.finish ?? message.finish;
       if (piece.usage) {
         conversation.used = piece.usage.total_tokens;
+        told = true;
         count = piece.usage.completion_tokens;
         message.stats = { cached: piece.usage.prompt_tokens_details?.cached_tokens ?? 0 };
       }
@@ -243,6 +262,7 @@ async function answer(conversation) {
   busy(false);
   save();
   render();
+  if (!told) measure(conversation);
 }
 
 function busy(yes) {
@@ -282,6 +302,16 @@ document.addEventListener("keydown", (event) => {
   }
 });
 $("stop").addEventListener("click", () => abort?.abort());
+addEventListener("beforeunload", () => abort?.abort()); // or the answer would end with the network's error
+addEventListener("pagehide", () => abort && save()); // what came so far
+addEventListener("storage", (event) => {
+  // Another tab of this page has saved. What this one saves next must not take that away.
+  if (event.key !== STORE || abort) return;
+  const here = state.current;
+  Object.assign(state, load());
+  if (state.conversations.some((c) => c.id === here)) state.current = here;
+  render();
+});
 $("new").addEventListener("click", newConversation);
 $("menu").addEventListener("click", () => {
   const shown = document.body.classList.toggle("menu-open");

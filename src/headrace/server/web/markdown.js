@@ -1,4 +1,5 @@
 // Markdown to DOM nodes. A model's output is never parsed as HTML: every character goes through textContent.
+import { copy } from "/web/clipboard.js";
 
 export function element(tag, properties = {}, ...children) {
   const node = Object.assign(document.createElement(tag), properties);
@@ -25,11 +26,7 @@ function inline(text) {
 
 function codeBlock(source, language, labels) {
   const button = element("button", { type: "button", textContent: labels.copy });
-  button.addEventListener("click", async () => {
-    await navigator.clipboard.writeText(source);
-    button.textContent = labels.copied;
-    setTimeout(() => (button.textContent = labels.copy), 1500);
-  });
+  button.addEventListener("click", () => copy(source, button, labels));
   const code = element("code", { textContent: source });
   if (language) code.dataset.language = language;
   return element("div", { className: "code" }, element("pre", {}, code), button);
