@@ -18,7 +18,7 @@ from headrace.server import anthropic_messages, app, ollama, openai_chat, openai
 from headrace.server.connections import Patience
 from headrace.server.door import BODIES, MAX_MESSAGE, ServerOptions
 from headrace.server.fields import Body
-from headrace.server.generation import GenerationRequest
+from headrace.server.generation import GenerationRequest, Refused
 from headrace.server.length import CHARACTERS, refuse_too_long
 from headrace.server.logs import Discreet
 from headrace.server.openapi import BODIES as DESCRIBED
@@ -268,3 +268,21 @@ def test_bodies_are_described_as_they_are_read(path: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(Body, "done", lambda body: known.append(body._known))
     READERS[path]({name: NEEDED[name] for name in DESCRIBED[path]["required"]})
     assert known == [set(DESCRIBED[path]["properties"])]
+
+
+@pytest.mark.parametrize("path", READERS)
+def test_null_is_as_good_as_nothing(path: str) -> None:
+    """As the description says of every field that need not be there."""
+    body, properties = DESCRIBED[path], DESCRIBED[path]["properties"]
+    optional = [name for name in properties if name not in body["required"]]
+    assert all({"type": "null"} in properties[name]["anyOf"] for name in optional)
+    needed = {name: NEEDED[name] for name in body["required"]}
+    READERS[path](needed | dict.fromkeys(optional))
+
+
+def test_a_whole_number_may_be_written_with_a_point() -> None:
+    """JSON has but one kind of numbers, and its schema's integers are those without a rest."""
+    assert Body({"seed": 8.0}).whole("seed", 0, 9) == 8
+    for value in (8.5, 10.0, -1.0, float("inf"), float("nan"), True, "8"):
+        with pytest.raises(Refused, match=r"seed is .*expected a whole number, 0 … 9"):
+            Body({"seed": value}).whole("seed", 0, 9)

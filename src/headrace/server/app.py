@@ -23,7 +23,7 @@ from headrace.server.door import Door, Gate, ServedModel, ServerOptions, error_o
 from headrace.server.fields import Body
 from headrace.server.generation import Generator, Refused
 from headrace.server.metrics import Metrics
-from headrace.server.openapi import described
+from headrace.server.openapi import UNKNOWN, described
 from headrace.server.sessions import SavedSessions
 
 __all__ = ["create_app"]
@@ -91,7 +91,7 @@ def _model_routes(app: FastAPI, door: Door) -> None:
         """OpenAI: the models that are served."""
         return {"object": "list", "data": [_model_object(model) for model in door.models.values()]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", responses=UNKNOWN)
     async def model(name: str) -> dict[str, Any]:
         """OpenAI: one model."""
         return _model_object(door.model(name))
@@ -147,7 +147,7 @@ def _session_routes(app: FastAPI, door: Door, saved: SavedSessions) -> None:
             messages, tokens = await model.restore_session(path)
         return {"name": name, "messages": messages, "tokens": tokens}
 
-    @app.delete("/sessions/{name}")
+    @app.delete("/sessions/{name}", responses=UNKNOWN)
     async def delete(name: str) -> dict[str, str]:
         """Delete a saved conversation."""
         with saved.file(name) as path:

@@ -59,9 +59,11 @@ class Body:
         return None if value is None else float(value)
 
     def whole(self, name: str, low: int, high: int) -> int | None:
-        """A whole number between two bounds, or None."""
-        value: int | None = self.take(name, int, expected=f"a whole number, {low} … {high}")
-        if value is not None and not low <= value <= high:
+        """A whole number between two bounds, or None; 8.0 is one too, since JSON has but one kind of numbers."""
+        value: int | float | None = self.take(name, int, float, expected=f"a whole number, {low} … {high}")
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if value is not None and not (isinstance(value, int) and low <= value <= high):
             raise Refused(f"{name} is {value}; expected a whole number, {low} … {high}", field=name)
         return value
 

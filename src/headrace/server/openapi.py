@@ -10,7 +10,7 @@ from typing import Any
 from headrace.server import anthropic_messages, ollama, openai_chat, openai_responses
 from headrace.server.fields import MAX_ANSWERS, MAX_STOPS, MAX_TOP_LOGPROBS
 
-__all__ = ["BODIES", "described"]
+__all__ = ["BODIES", "UNKNOWN", "described"]
 
 Schema = dict[str, Any]
 
@@ -46,6 +46,13 @@ def _object(properties: Mapping[str, Schema], required: Sequence[str], *, open_:
     }
 
 
+def _body(properties: Mapping[str, Schema], required: Sequence[str]) -> Schema:
+    """A whole body: null is as good as nothing."""
+    null: Schema = {"type": "null"}
+    optional = {name: _either(schema, null) for name, schema in properties.items() if name not in required}
+    return _object({**properties, **optional}, required)
+
+
 def _either(*schemas: Schema) -> Schema:
     return {"anyOf": list(schemas)}
 
@@ -54,6 +61,7 @@ def _ignored(names: Sequence[str]) -> dict[str, Schema]:
     return dict.fromkeys(names, ANYTHING)
 
 
+SHARE: Schema = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
 STOP = _either({"type": "string", "minLength": 1}, _list({"type": "string", "minLength": 1}, most=MAX_STOPS))
 PARTS = _list(
     _object({"type": _one_of("text", "input_text", "output_text"), "text": TEXT}, ["type", "text"], open_=True)
@@ -87,7 +95,7 @@ _OPENAI = {
     "max_tokens": _whole(1, MOST_TOKENS),
     "max_completion_tokens": _whole(1, MOST_TOKENS),
     "temperature": _number(0, 2),
-    "top_p": _number(0, 1),
+    "top_p": SHARE,
     "top_k": _whole(0, MOST_TOKENS),
     "min_p": _number(0, 1),
     "repetition_penalty": _number(0.01, 10),
@@ -129,13 +137,13 @@ _OLLAMA = {
     **_ignored(ollama.IGNORED),
 }
 
-_CHAT = _object(
+_CHAT = _body(
     _OPENAI | _MESSAGES | _TOOLS | {"logprobs": FLAG, "top_logprobs": _whole(0, MAX_TOP_LOGPROBS)}, ["messages"]
 )
 
 BODIES: Mapping[str, Schema] = {
     "/v1/chat/completions": _CHAT,
-    "/v1/completions": _object(
+    "/v1/completions": _body(
         _OPENAI
         | {
             "prompt": _either(TEXT, _list(_whole(0, MOST_TOKENS), 1), _list(TEXT, 1, 1)),
@@ -146,7 +154,7 @@ BODIES: Mapping[str, Schema] = {
         },
         ["prompt"],
     ),
-    "/v1/responses": _object(
+    "/v1/responses": _body(
         {
             "model": TEXT,
             "input": _either(
@@ -172,7 +180,7 @@ BODIES: Mapping[str, Schema] = {
             "stream": FLAG,
             "max_output_tokens": _whole(1, MOST_TOKENS),
             "temperature": _number(0, 2),
-            "top_p": _number(0, 1),
+            "top_p": SHARE,
             "text": _object({"format": OBJECT}, [], open_=True),
             "tools": _list(
                 _object({"type": _one_of("function"), **FUNCTION["properties"]}, ["type", "name"], open_=True)
@@ -183,7 +191,7 @@ BODIES: Mapping[str, Schema] = {
         },
         ["input"],
     ),
-    "/v1/messages": _object(
+    "/v1/messages": _body(
         {
             "model": TEXT,
             "messages": _list(_message("user", "assistant"), 1),
@@ -191,7 +199,7 @@ BODIES: Mapping[str, Schema] = {
             "stream": FLAG,
             "max_tokens": _whole(1, MOST_TOKENS),
             "temperature": _number(0, 1),
-            "top_p": _number(0, 1),
+            "top_p": SHARE,
             "top_k": _whole(0, MOST_TOKENS),
             "stop_sequences": STOP,
             "tools": _list(
@@ -205,26 +213,30 @@ BODIES: Mapping[str, Schema] = {
         },
         ["messages", "max_tokens"],
     ),
-    "/api/chat": _object(
+    "/api/chat": _body(
         _OLLAMA
         | {"messages": _list(_message("system", "user", "assistant", "tool", tool_calls=_list(CALL)), 1)}
         | _TOOLS,
         ["messages"],
     ),
-    "/api/generate": _object(
+    "/api/generate": _body(
         _OLLAMA
         | {"prompt": TEXT, "system": TEXT, "suffix": _one_of(""), "images": _list(ANYTHING, most=0), "raw": FLAG},
         [],
     ),
-    "/api/show": _object({"model": TEXT, "name": TEXT, **_ignored(("verbose", "system", "template", "options"))}, []),
-    "/tokenize": _object({"model": TEXT, "content": TEXT, "add_special": FLAG}, ["content"]),
+    "/api/show": _body({"model": TEXT, "name": TEXT, **_ignored(("verbose", "system", "template", "options"))}, []),
+    "/tokenize": _body({"model": TEXT, "content": TEXT, "add_special": FLAG}, ["content"]),
     "/apply-template": _CHAT,
     "/sessions/{name}": _CHAT,
-    "/sessions/{name}/restore": _object({"model": TEXT}, []),
-    "/detokenize": _object({"model": TEXT, "tokens": _list(_whole(0, MOST_TOKENS))}, ["tokens"]),
+    "/sessions/{name}/restore": _body({"model": TEXT}, []),
+    "/detokenize": _body({"model": TEXT, "tokens": _list(_whole(0, MOST_TOKENS))}, ["tokens"]),
 }
 
 
+UNKNOWN: dict[int | str, dict[str, Any]] = {
+    status: {"description": description, "content": {"application/json": {"schema": OBJECT}}}
+    for status, description in ((400, "It can be no name"), (404, "There is none of that name"))
+}
 STREAMS = {"/api/": "application/x-ndjson", "/v1/": "text/event-stream"}
 
 
