@@ -6,6 +6,7 @@ import io
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import textwrap
@@ -19,11 +20,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prompt_toolkit.completion import CompleteEvent
+from prompt_toolkit.document import Document
 from rich.console import Console
 
 from headrace.cli.answer_view import AnswerView
 from headrace.cli.console import print_answer
-from headrace.cli.conversation import Conversation
+from headrace.cli.conversation import Conversation, _Commands
+from headrace.cli.interruption import uninterrupted
 from headrace.errors import UserError
 from headrace.runtime.answer import Token
 from headrace.text.turns import Message
@@ -158,7 +162,50 @@ def test_chat_on_a_terminal(exports: Exports) -> None:
     assert "Traceback" not in terminal.shown
 
 
+def test_keys_are_not_shown_in_the_midst_of_an_answer() -> None:
+    terminal = Terminal("""
+        import sys
+        from headrace.cli.interruption import unechoed
+
+        with unechoed():
+            print("ANSWERING", flush=True)
+            got = sys.stdin.readline()
+        print("GOT", len(got), flush=True)
+        sys.stdin.readline()
+        print("LEFT")
+    """)
+    at = terminal.until("ANSWERING")
+    terminal.send("ahead\n")
+    at = terminal.until("GOT 6", at)
+    terminal.send("later\n")
+    terminal.until("LEFT", at)
+    assert terminal.leave() == 0
+    assert "later" in terminal.shown and "ahead" not in terminal.shown
+
+
 # Without a terminal
+
+
+def test_ctrl_c_waits_until_the_screen_is_whole() -> None:
+    drawn = []
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        drawn.append("all of it")
+    assert drawn
+    with pytest.raises(KeyboardInterrupt):  # and comes at once elsewhere
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(LIMIT)
+
+
+def test_a_command_is_completed() -> None:
+    def completed(text: str) -> list[str]:
+        found = _Commands(["/help", "/save", "/system"], sentence=True)
+        return [c.text for c in found.get_completions(Document(text), CompleteEvent())]
+
+    assert completed("/sa") == ["/save"]
+    assert completed("/s") == ["/save", "/system"]
+    assert completed("/save he") == completed("sa") == []
 
 
 class FakeChat:

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.markdown import Markdown
 
+from headrace.cli.interruption import uninterrupted
+
 __all__ = ["AnswerView"]
 
 FENCE = "```"
@@ -33,26 +35,28 @@ class AnswerView:
         self._live: Live | None = None
 
     def push(self, text: str) -> None:
-        """Show more of the answer."""
-        if not self._markdown:
-            self._console.file.write(text)
-            self._console.file.flush()
-            return
-        self._open += text
-        while (end := _block_end(self._open)) is not None:
-            self._settle(self._open[:end])
-            self._open = self._open[end:]
-        if self._open.strip():
-            self._draw(self._open)
+        """Show more of the answer. Ctrl-C waits until it is shown."""
+        with uninterrupted():
+            if not self._markdown:
+                self._console.file.write(text)
+                self._console.file.flush()
+                return
+            self._open += text
+            while (end := _block_end(self._open)) is not None:
+                self._settle(self._open[:end])
+                self._open = self._open[end:]
+            if self._open.strip():
+                self._draw(self._open)
 
     def finish(self) -> None:
-        """Set what is left."""
-        if not self._markdown:
-            self._console.file.write("\n")
-            self._console.file.flush()
-        elif self._live is not None or self._open.strip():
-            self._settle(self._open)
-        self._open = ""
+        """Set what is left. Ctrl-C waits until it is set."""
+        with uninterrupted():
+            if not self._markdown:
+                self._console.file.write("\n")
+                self._console.file.flush()
+            elif self._live is not None or self._open.strip():
+                self._settle(self._open)
+            self._open = ""
 
     def _draw(self, text: str) -> None:
         if self._live is None:

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from headrace.cli.answer_view import AnswerView
 from headrace.cli.console import note
+from headrace.cli.interruption import unechoed
 from headrace.errors import UserError
 from headrace.runtime.answer import Token
 from headrace.text.turns import Message
@@ -107,7 +108,8 @@ class Conversation:
         started = time.monotonic()
         first = started
         try:
-            with closing(self._say(text)) as tokens, AnswerView(self._console, markdown=self._markdown) as view:
+            view = AnswerView(self._console, markdown=self._markdown)
+            with unechoed(), closing(self._say(text)) as tokens, view:
                 for token in tokens:
                     now = time.monotonic()
                     first = now if not self.stats.tokens else first
@@ -217,7 +219,7 @@ def converse(conversation: Conversation, history: Path | None = None) -> None:
     session: PromptSession[str] = PromptSession(
         history=FileHistory(str(history)) if history is not None else InMemoryHistory(),
         key_bindings=keys,
-        completer=_Commands(conversation.names),
+        completer=_Commands(conversation.names, sentence=True),
         complete_while_typing=False,
         bottom_toolbar=lambda: HTML("<style bg='default' fg='ansibrightblack'>{}</style>").format(
             conversation.status()
