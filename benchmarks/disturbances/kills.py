@@ -12,7 +12,7 @@ from tests.exports import PHONE, SMALL, Exports
 
 from disturbances.bundles import comparable, made, whole
 from disturbances.findings import fault
-from disturbances.processes import killed, moments, run
+from disturbances.processes import killed, last_words, moments, run
 from headrace.bundle.folder import check_files
 from headrace.exporter.job import export
 from headrace.measure.card import card_problems, write_card
@@ -89,7 +89,7 @@ def _kill_exports(
         elif number % 2 or found is not None:
             fault(f"kill {name} {number}: after {seconds:.2f} s neither the old bundle nor the new one is there")
         if run(job):
-            fault(f"kill {name} {number}: --resume failed after a kill at {seconds:.2f} s")
+            fault(f"kill {name} {number}: --resume failed after a kill at {seconds:.2f} s: {last_words()}")
         elif comparable(place / "out") != expected or not whole(place / "out"):
             odd = sorted(set(comparable(place / "out").items()) ^ set(expected.items()))
             fault(f"kill {name} {number}: --resume gave another bundle after a kill at {seconds:.2f} s: {odd[:3]}")

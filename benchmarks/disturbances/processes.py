@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,10 +13,12 @@ from contextlib import contextmanager
 from disturbances.findings import fault
 from headrace.errors import HeadraceError
 
+_SAID = tempfile.TemporaryFile()  # noqa: SIM115 (shared with the forks, as long as this process)
+
 
 @contextmanager
 def forked(job: Callable[[], object]) -> Iterator[int]:
-    """A fork that does a job and leaves: 0, or 2 where it was refused. Its words go nowhere."""
+    """A fork that does a job and leaves: 0, 2 where it was refused, 1 where it broke (`last_words`)."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -25,12 +28,19 @@ def forked(job: Callable[[], object]) -> Iterator[int]:
             os.dup2(null, 2)
             job()
             status = 0
-        except HeadraceError:
-            status = 2
+        except BaseException as error:
+            status = 2 if isinstance(error, HeadraceError) else 1
+            os.ftruncate(_SAID.fileno(), 0)
+            os.pwrite(_SAID.fileno(), f"{type(error).__name__}: {error}".encode(), 0)
         finally:
             os._exit(status)
     yield pid
     with_status(pid)
+
+
+def last_words() -> str:
+    """Why the last fork that failed did."""
+    return os.pread(_SAID.fileno(), 2000, 0).decode("utf-8", "replace")
 
 
 def with_status(pid: int) -> int | None:

@@ -204,3 +204,29 @@ def test_without_locks_nothing_is_swept(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("fcntl.flock", none)
     with scratch_folder(tmp_path, "a test"):
         assert left.exists(), "its process may be alive"
+
+
+def test_what_somebody_still_writes_into_goes_too(tmp_path: Path) -> None:
+    """The compiler that a killed export had started goes on for a while."""
+    left = tmp_path / f"{SCRATCH}left"
+    left.mkdir()
+    (left / MARK).touch()
+    for number in range(300):
+        (left / f"old {number}").touch()
+    writing = threading.Event()
+
+    def write() -> None:
+        for number in range(1_000_000):
+            try:
+                (left / f"new {number}").touch()
+            except FileNotFoundError:
+                return
+            writing.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    assert writing.wait(10)
+    with scratch_folder(tmp_path, "a test"):
+        writer.join(10)
+        assert not writer.is_alive()
+    assert list(tmp_path.iterdir()) == []

@@ -70,7 +70,7 @@ def scratch_folder(parent: Path, purpose: str) -> Iterator[Path]:
         BundleError: it cannot be made.
     """
     remove_leftovers(parent)
-    path = parent / f"{SCRATCH}{secrets.token_hex(6)}"
+    path = _scratch_name(parent)
     with work_folder(path, purpose, waiting=lambda _: None):
         try:
             yield path
@@ -85,8 +85,11 @@ def remove_leftovers(parent: Path) -> None:
             mark = (left / MARK).open("rb+")
             try:
                 if not left.is_symlink() and _try_lock(mark, without=False):
-                    _empty(left)
-                    _remove(left, mark)
+                    # A child of the process that was killed may still write here: under this name it finds nothing.
+                    # (Windows renames no folder with an open file in it.)
+                    gone = left if sys.platform == "win32" else left.rename(_scratch_name(parent))
+                    _empty(gone)
+                    _remove(gone, mark)
             finally:
                 mark.close()
 
@@ -99,6 +102,10 @@ def clear(path: Path, names: Iterable[str]) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink(missing_ok=True)
+
+
+def _scratch_name(parent: Path) -> Path:
+    return parent / f"{SCRATCH}{secrets.token_hex(6)}"
 
 
 def _empty(path: Path) -> None:
