@@ -68,10 +68,10 @@ def harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
     import headrace.measure.lm_eval  # noqa: F401  (registers the model)
 
-    def run(bundle: Path, tasks: list[str]) -> dict[str, Any]:
+    def run(bundle: Path, runner: str, tasks: list[str]) -> dict[str, Any]:
         result: dict[str, Any] = lm_eval.simple_evaluate(
             model="headrace",
-            model_args={"bundle": str(bundle)},
+            model_args={"bundle": str(bundle), "runner": runner},
             tasks=tasks,
             task_manager=lm_eval.tasks.TaskManager(include_path=str(tmp_path), include_defaults=False),
             bootstrap_iters=0,
@@ -81,15 +81,16 @@ def harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return run
 
 
-def test_every_choice_is_our_own(exports: Exports, harness: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("runner", ["host", pytest.param("native", marks=pytest.mark.kernels)])
+def test_every_choice_is_our_own(exports: Exports, harness: Any, tmp_path: Path, runner: str) -> None:
     bundle = exports.bundle("tied", context=512)
     subjects = {}
     for name in SETS:
         _, found = open_set(name, CHOICES)
         for subject in found[:2]:
             subjects[write_task(tmp_path, name, subject)] = (SETS[name], subject)
-    result = harness(bundle, list(subjects))
-    with load(bundle) as model:
+    result = harness(bundle, runner, list(subjects))
+    with load(bundle, runner=runner) as model:
         for task, (chosen, subject) in subjects.items():
             own = answer_subject(chosen, subject, model.encode_raw, following(model), model.context - 1, shots=SHOTS)
             samples = sorted(result["samples"][task], key=lambda s: s["doc_id"])
