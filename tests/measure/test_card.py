@@ -34,6 +34,7 @@ GIVEN = {
     "languages": "zh,en",
 }
 BLOCK = "<!-- headrace-card"
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 # What the published card of Baichuan2-7B states; the geometry is config.json's of Baichuan2-7B-Chat.
 REFERENCE = """- Input sequence length for Prompt Processor: 128
 - Context length: 4096
@@ -252,10 +253,16 @@ def test_bundles_side_by_side(bundle: Path, exports: Exports, capsys: pytest.Cap
     assert lines[3].count("–") >= 4  # nothing was measured of the other
 
 
-@pytest.mark.parametrize("name", ["smollm2-135m", "qwen2.5-coder-0.5b", "tiny-baichuan2"])
-def test_example_cards_are_what_card_writes(name: str) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "examples" / f"{name}.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*/README.md")), ids=lambda path: path.parent.name)
+def test_example_cards_are_what_card_writes(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
     assert huggingface_hub.ModelCard(text).data.to_dict()["library_name"] == "headrace"
     assert differences(text, text) == []
     for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
-        assert (Path(__file__).parents[2] / "docs" / "examples" / picture).is_file()
+        assert (path.parent / picture).is_file()
+
+
+def test_there_is_an_example_card_of_each_kind() -> None:
+    table = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    linked = set(re.findall(r"\]\(([^)]+)/README\.md\)", table))
+    assert linked == {path.parent.name for path in EXAMPLES.glob("*/README.md")} and len(linked) == 4

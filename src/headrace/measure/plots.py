@@ -109,14 +109,16 @@ def plot_kl(series: Sequence[Series], path: Path, title: str, note: str) -> list
         colours = {True: iter(OURS), False: iter(OTHERS)}
         largest = max(p.bytes for one in series for p in one.points)
         least = min(p.bytes for one in series for p in one.points)
-        for one in sorted(series, key=lambda s: not s.ours):
+        peers = [one for one in series if not one.ours]
+        for one in [*(one for one in series if one.ours), *peers]:
             points = sorted(one.points, key=lambda p: p.bytes)
+            below = one in peers[1::2]  # so that labels of two peers' points beside each other do not overlap
             colour = next(colours[one.ours])
             axes.plot([p.bytes / 1e6 for p in points], [p.kl for p in points], "o-" if one.ours else "s",
                       color=colour, ms=6, lw=1.4, label=one.name, zorder=3 if one.ours else 2)  # fmt: skip
             for p in points:
                 inward = p.bytes > least + 0.7 * (largest - least)  # a label there would run out of the picture
-                offset = (-8, -11 if one.ours else 5) if inward else (7, 5)
+                offset = (-8, -11 if one.ours else 5) if inward else (7, -10 if below else 5)
                 axes.annotate(p.label, (p.bytes / 1e6, p.kl), xytext=offset, textcoords="offset points", fontsize=8,
                               ha="right" if inward else "left", color=_INK)  # fmt: skip
         axes.set(yscale="log", xlabel="megabytes of weights", ylabel="KL to the float model (lower is better)")
