@@ -20,7 +20,7 @@ from headrace.errors import shown
 __all__ = ["expression_problem"]
 
 MAX_REPEATS = 1  # with something behind them that can fail
-MAX_WAYS = (4096, 64)  # of all choices and alternatives together: of an expression without such a repeat, and with one
+MAX_WAYS = (4096, 32)  # of all choices and alternatives together: of an expression without such a repeat, and with one
 MAX_COUNT = 1000
 FEW = 16  # a repeat with no more counts than this is a choice among them
 MAX_DEPTH = 20  # groups in groups; published ones have 3
