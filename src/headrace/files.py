@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import sys
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -58,8 +59,9 @@ def read_json(path: Path, *, error: type[UserError] = BundleError, advice: str =
         data = read_bytes(path, error=error, limit=JSON_LIMIT)
         if instead := stands_for(data[:512]):
             raise error(f"{path} is {instead}")
-        value = json.loads(data.decode("utf-8-sig"))  # some editors put a byte order mark in front
-        if b"\\ud" in data or b"\\uD" in data:  # halves of characters can be spelled, and be no text
+        value = json.loads(data.removeprefix(BOM_UTF8).decode())  # some editors put a byte order mark in front
+        # Halves of characters can be spelled, and be no text.
+        if b"\\u" in data and (b"\\ud" in data or b"\\uD" in data):
             json.dumps(value, ensure_ascii=False).encode()
     except OSError as cause:
         raise error(f"{path} cannot be read ({cause}): {advice}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -164,6 +165,9 @@ def _grammar(model: LanguageModel, schema: Path | None, regex: str | None, lark:
 def _open_model(
     bundle: Path, runner: str | None, threads: int | None, huge_pages: bool | None, speculate: str | None
 ) -> LanguageModel:
+    if "numpy" not in sys.modules:
+        # Its linear algebra starts threads that look for work for a while, and so takes a processor from the engine's.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from headrace.language_model import load
 
     with progress_bars() as progress:
