@@ -19,6 +19,7 @@ from headrace.measure.bench import bench_bundle
 from headrace.measure.bundle_score import evaluate_bundle
 from headrace.measure.card import card_problems, differences, gather_facts, make_card, write_card
 from headrace.measure.claims import claim_problems
+from headrace.measure.facts import decimal
 from headrace.measure.questions import ask_bundle
 from headrace.measure.record import make_record, save_record
 from headrace.plan import plan_parts
@@ -123,6 +124,13 @@ def test_its_numbers_are_the_bundles(card: str, bundle: Path) -> None:
         "headrace.json", "plan", "given", "measurements/bench-host.json", "measurements/text.json",
         "measurements/ceval.json",
     }  # fmt: skip
+
+
+def test_large_numbers_are_written_out() -> None:
+    assert [decimal(value) for value in (8.5507, 999.96, 9999.4, 9999.7, 17037.2)] == [
+        "8.551", "1000", "9999", "10,000", "17,037"
+    ]  # fmt: skip
+    assert [decimal(value, 3) for value in (0.00751, 99.96, 1953.9)] == ["0.00751", "100", "1,954"]
 
 
 def test_a_model_far_smaller_than_published_ones_is_not_estimated(

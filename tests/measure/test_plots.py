@@ -45,6 +45,9 @@ def test_bench_is_drawn(tmp_path: Path) -> None:
     words = texts(made[0])
     for word in ("river: time to first token", "host, 2 threads, a processor", "by formula: steps × one step", "3.52"):
         assert word in words
+    fast = [{**row, "tokens": 100_000} for row in RECORD["decode"]]
+    words = texts(plot_bench({**RECORD, "decode": fast}, tmp_path / "fast")[2])
+    assert "90,909" in words and "e+0" not in words
     again = plot_bench(RECORD, tmp_path / "b")
     assert [p.read_bytes() for p in made if p.suffix == ".svg"] == [p.read_bytes() for p in again if p.suffix == ".svg"]
     assert plot_bench({**RECORD, "prompts": [], "decode": []}, tmp_path / "c") == []

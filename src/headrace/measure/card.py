@@ -24,7 +24,7 @@ from headrace.bundle.folder import MEASUREMENTS, open_bundle
 from headrace.errors import BundleError, UserError, one_line, shown
 from headrace.files import read_text, write_file
 from headrace.measure.claims import claim_problems
-from headrace.measure.facts import Facts, bundle_facts
+from headrace.measure.facts import Facts, bundle_facts, decimal
 from headrace.measure.measured_facts import add_measured_facts
 from headrace.measure.record import kept_records
 
@@ -310,7 +310,7 @@ def compare_bundles(roots: Sequence[Path]) -> str:
             ", ".join(f"{t['kl']:.3g} ({t['text']})" for t in compared) or "–",
             ", ".join(f"{t['top1']:.3f}" for t in compared) or "–",
             " – ".join(f"{p['seconds']:.3g}" for p in (bench["prompts"][:1] + bench["prompts"][1:][-1:])) or "–",
-            f"{bench['decode'][0]['tok_s']:.4g}" if bench["decode"] else "–",
+            decimal(bench["decode"][0]["tok_s"]) if bench["decode"] else "–",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -20,7 +20,7 @@ from headrace.quantize.budget import average_bits
 from headrace.targets.device_loop import longest_prompt
 from headrace.targets.qualcomm.soc import SOCS
 
-__all__ = ["PLAN", "Fact", "Facts", "bundle_facts", "human", "table_rows"]
+__all__ = ["PLAN", "Fact", "Facts", "bundle_facts", "decimal", "human", "table_rows"]
 
 MANIFEST, PLAN = "headrace.json", "plan"
 _LANGUAGES = {"en": "English", "zh": "Chinese"}
@@ -84,6 +84,11 @@ def human(size: float) -> str:
         if size >= scale:
             return f"{size / scale:.3g} {unit}" if size < 1000 * scale else f"{size / scale:.0f} {unit}"
     return f"{size:.0f} B"
+
+
+def decimal(value: float, digits: int = 4) -> str:
+    """`8.55`, `17,037`: so many significant digits, and never a power of ten for a large number."""
+    return f"{value:,.0f}" if value >= 10**digits - 0.5 else f"{value:.{digits}g}"
 
 
 def _geometry(facts: Facts, bundle: Bundle) -> None:

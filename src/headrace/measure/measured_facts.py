@@ -8,7 +8,7 @@ from typing import Any
 from headrace.bundle.folder import MEASUREMENTS, Bundle
 from headrace.forecast.model import plan_model
 from headrace.forecast.roofline import LEAST_SHARE
-from headrace.measure.facts import PLAN, Facts, human, table_rows
+from headrace.measure.facts import PLAN, Facts, decimal, human, table_rows
 from headrace.targets.qualcomm.soc import SOCS
 
 __all__ = ["add_measured_facts"]
@@ -42,7 +42,7 @@ def _speeds(facts: Facts, bundle: Bundle, records: Records) -> None:
     title = bundle.root.resolve().name.removesuffix(".bundle")
     for file, record in _of(records, "bench"):
         first, decode, machine = record["prompts"], record["decode"], record["machine"]
-        rate = f"{decode[0]['tok_s']:.4g} after {decode[0]['depth']} tokens" if decode else "–"
+        rate = f"{decimal(decode[0]['tok_s'])} after {decode[0]['depth']} tokens" if decode else "–"
         ttft = "–"
         if first:
             low, high = first[0], first[-1]
@@ -93,9 +93,9 @@ def _fidelity(facts: Facts, records: Records) -> None:
             values.append(t)
             more: tuple[str, ...] = ("–",) * 4
             if "kl" in t:
-                more = (f"{t['reference_perplexity']:.4g}", f"{t['kl']:.3g}", f"{t['kl_p99']:.3g}", f"{t['top1']:.3f}")
+                more = (decimal(t["reference_perplexity"]), f"{t['kl']:.3g}", f"{t['kl_p99']:.3g}", f"{t['top1']:.3f}")
             tokens = t.get("tokens", t["windows"] * (t["length"] // 2))
-            rows.append((t["text"], how, str(tokens), f"{t['perplexity']:.4g}", *more))
+            rows.append((t["text"], how, str(tokens), decimal(t["perplexity"]), *more))
     if rows:
         facts.put("fidelity", values, ", ".join(files), table_rows(rows))
 
@@ -135,12 +135,12 @@ def _bench(facts: Facts, records: Records) -> None:
         first: list[tuple[str, ...]] = [("Prompt", "First token", "Steps × one step", "Tokens a second"), ("---",) * 4]
         for p in record["prompts"]:
             seconds = (f"{p['seconds']:.3g} s", f"{p['formula_seconds']:.3g} s")
-            first.append((str(p["tokens"]), *seconds, f"{p['useful_tok_s']:.4g}"))
+            first.append((str(p["tokens"]), *seconds, decimal(p["useful_tok_s"])))
         later: list[tuple[str, ...]] = [("In the cache", "Tokens a second", "Between tokens, p50 / p90 / p99")]
         later.append(("---",) * 3)
         for d in record["decode"]:
             gaps = " / ".join(f"{d['gap_ms'][p]:.3g}" for p in ("p50", "p90", "p99"))
-            later.append((str(d["depth"]), f"{d['tok_s']:.4g}", f"{gaps} ms"))
+            later.append((str(d["depth"]), decimal(d["tok_s"]), f"{gaps} ms"))
         memory, load = record["memory"], record["load"]
         shown = [table_rows(rows) for rows in (first, later) if len(rows) > 2]
         shown.append(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.errors import UserError
+from headrace.measure.facts import decimal
 
 __all__ = ["Point", "Series", "need_matplotlib", "plot_bench", "plot_course", "plot_kl", "plot_speeds"]
 
@@ -218,7 +219,7 @@ def _band(axes: Any, places: list[int], rows: Sequence[Mapping[str, Any]], value
     axes.fill_between(places, low, high, color=OURS[0], alpha=0.18, lw=0)
     axes.plot(places, middle, "o-", color=OURS[0], ms=5, lw=2, label=f"measured, median of {len(rows[0]['samples'])}")
     for x, y in zip(places, middle):
-        axes.annotate(f"{y:.3g}", (x, y), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8.5)
+        axes.annotate(decimal(y, 3), (x, y), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8.5)
 
 
 def _plain_log(axes: Any) -> None:
