@@ -2,8 +2,7 @@
 #pragma once
 #include "attention.h"
 #include "elementwise.h"
-#include "linear_decode.h"
-#include "linear_prompt.h"
+#include "linear_blocks.h"
 
 namespace headrace {
 namespace {

@@ -62,9 +62,10 @@ def test_long_past_is_merged_from_parts(isa: str) -> None:
         assert spread_error(logits, expected[1020:]) < COARSE
 
 
-def test_same_bits_in_any_company(isa: str) -> None:
+@pytest.mark.parametrize("options", [{}, {"block": 32}, {"bits": 8}], ids=str)
+def test_same_bits_in_any_company(isa: str, options: dict[str, Any]) -> None:
     """A sequence alone, in a batch of 8, on other numbers of threads, fused or not: the same numbers bit for bit."""
-    model = decoder(5)
+    model = decoder(5, **options)
     rng = np.random.default_rng(2)
     prompts = [rng.integers(0, 131, n).tolist() for n in (1, 3, 8, 9, 40, 70, 2, 33)]
 
@@ -75,8 +76,8 @@ def test_same_bits_in_any_company(isa: str) -> None:
 
     with engine_of(model, slots=8, threads=2, isa=isa) as together:
         logits = [together.run(all_spans(0)), together.run(all_spans(1))]
-    for options in ({"threads": 1}, {"threads": 3}, {"threads": 2, "fuse": False}):
-        with engine_of(model, slots=8, isa=isa, **options) as alone:
+    for other in ({"threads": 1}, {"threads": 3}, {"threads": 2, "fuse": False}):
+        with engine_of(model, slots=8, isa=isa, **other) as alone:
             for step in range(2):
                 one_by_one = np.concatenate([alone.run([span]) for span in all_spans(step)])
                 np.testing.assert_array_equal(one_by_one, logits[step])

@@ -49,13 +49,13 @@ def test_shapes(isa: str, n: int, k: int, bits: int, block: int | None) -> None:
             check(engine, table, w, m, batched, rng)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits,block", [(4, None), (8, None), (4, 16)])
 @pytest.mark.parametrize("batched", [False, True])
-def test_every_number_of_tokens(isa: str, bits: int, batched: bool) -> None:
+def test_every_number_of_tokens(isa: str, bits: int, block: int | None, batched: bool) -> None:
     rng = np.random.default_rng(bits)
-    table, w = sharp_table(rng, 21, 176), random_weight(rng, 21, 176, bits, None)
+    table, w = sharp_table(rng, 21, 176), random_weight(rng, 21, 176, bits, block)
     with hk.Engine(*linear_program(table, w), slots=130, threads=2, isa=isa) as engine:
-        for m in range(1, 131) if bits == 4 else (*range(1, 20), 63, 64, 65, 127, 128, 129, 130):
+        for m in range(1, 131) if bits == 4 and not block else (*range(1, 20), 63, 64, 65, 127, 128, 129, 130):
             check(engine, table, w, m, batched, rng)
 
 
@@ -88,6 +88,14 @@ def test_extreme_codes_do_not_overflow(isa: str, bits: int) -> None:
     with hk.Engine(*linear_program(table, w), slots=9, threads=1, isa=isa) as engine:
         for m, batched in ((1, False), (9, True), (9, False)):
             check(engine, table, w, m, batched, rng)
+
+
+def test_rows_too_long_for_sums_are_refused() -> None:
+    rng = np.random.default_rng(0)
+    table = sharp_table(rng, 1, 131080)
+    w = Weight(np.zeros((1, 131080), np.int8), np.ones((1, 1), np.float16), 8)
+    with pytest.raises(hk.ProgramError, match="rows of more than 131072"):
+        hk.Engine(*linear_program(table, w), slots=1, threads=1)
 
 
 def test_zeros_and_not_a_number(isa: str) -> None:
