@@ -26,8 +26,13 @@ def kill(exports: Exports, rng: random.Random, times: int, compilations: int) ->
     _kill_exports("export", exports, rng, times, "gqa", options)
     if compilations:
         _kill_exports("compile", exports, rng, compilations, "phone", {**options, **PHONE})
-    folder = exports.root / "kill"
-    shutil.rmtree(folder, ignore_errors=True)
+    kill_sessions(exports, rng, times)
+    kill_cards(exports, rng, times)
+
+
+def kill_sessions(exports: Exports, rng: random.Random, times: int) -> None:
+    """A conversation while it is saved over another."""
+    folder = exports.root / "killed-sessions"
     folder.mkdir()
     talks = [Session("m", "host", (Message("user", f"{i}"),), tuple(range(9)), bytes([i]) * (4 << 20)) for i in (1, 2)]
     path = folder / "talk"
@@ -39,7 +44,11 @@ def kill(exports: Exports, rng: random.Random, times: int, compilations: int) ->
         kept[read_session(path).cache] += 1
     print(f"kill session: {times} kills, the old one was there {kept[talks[0].cache]} times, the new one "
           f"{kept[talks[1].cache]} times", flush=True)  # fmt: skip
-    root = Path(shutil.copytree(made(exports), folder / "bundle"))
+
+
+def kill_cards(exports: Exports, rng: random.Random, times: int) -> None:
+    """A card while it is written over another."""
+    root = Path(shutil.copytree(made(exports), exports.root / "killed-cards"))
     write_card(root, {}, pictures=False)
     before = (root / "README.md").read_bytes()
     write_card(root, {"title": "Another"}, pictures=False)
