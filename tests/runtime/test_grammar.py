@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +28,7 @@ from headrace.runtime.speculation import prompt_lookup
 from headrace.testing import ScriptedRunner, prefix_logits
 from headrace.text.tokenizer import Tokenizer
 from tests.exports import Exports
-from tests.text.vocabularies import sentencepiece_tokenizer
+from tests.text.vocabularies import byte_level_tokenizer, sentencepiece_tokenizer
 
 SCHEMA = {
     "type": "object",
@@ -187,10 +190,16 @@ DOUBLING = "\n".join(
 )
 
 
-@pytest.mark.parametrize(("kind", "source"), [("json_schema", json.dumps(WIDE)), ("lark", DOUBLING)])
-def test_a_grammar_that_explodes_fails_in_one_line(grammars: Grammars, kind: str, source: str) -> None:
+def test_a_grammar_that_doubles_is_followed_token_by_token(grammars: Grammars) -> None:
+    """All that must come, 2^39 characters, is not looked for at once."""
+    state = grammars.compile("lark", DOUBLING).start()
+    for _ in range(20):
+        assert not state.take(int(np.flatnonzero(state.allowed())[0]))
+
+
+def test_a_grammar_that_explodes_fails_in_one_line(grammars: Grammars) -> None:
     """Within its answer, at llguidance's own limits; not in memory and not for ever."""
-    state = grammars.compile(kind, source).start()
+    state = grammars.compile("json_schema", json.dumps(WIDE)).start()
     with pytest.raises(UserError, match="cannot be followed here; make it simpler: ") as error:
         for _ in range(20):
             state.take(int(np.flatnonzero(state.allowed())[0]))
@@ -268,3 +277,23 @@ def test_multiples_that_would_take_all_memory(grammars: Grammars, step: float) -
     with pytest.raises(UserError, match=r"multipleOf is .*; expected 0.001 to 1000"):
         grammars.compile("json_schema", schema)
     assert grammars.compile("json_schema", json.dumps({"type": "integer", "multipleOf": 7})).start().allowed().any()
+
+
+@pytest.mark.parametrize("more", ["", "%llguidance {}", '%llguidance {"no_forcing": false}'])
+def test_a_grammar_without_an_end_does_not_hang(more: str) -> None:
+    """In a process of its own, which the system ends: llguidance holds Python up for ever."""
+    code = """if True:
+        import resource, sys
+        resource.setrlimit(resource.RLIMIT_CPU, (20, 20))
+        from pathlib import Path
+        from headrace.runtime.grammar import Grammars
+        from headrace.text.tokenizer_folder import load_tokenizer
+        tokenizer = load_tokenizer(Path(sys.argv[1]))
+        grammars = Grammars(tokenizer, tokenizer.vocab_size, tokenizer.eos_ids)
+        print(grammars.compile("lark", sys.argv[2]).start().allowed().sum())
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        byte_level_tokenizer(Path(folder))
+        grammar = "start: a~3\na: /x+/\n" + more
+        done = subprocess.run([sys.executable, "-c", code, folder, grammar], capture_output=True, text=True)
+    assert done.returncode == 0 and int(done.stdout) > 0, done.stderr[-300:]

@@ -29,6 +29,10 @@ SMALLEST_STEP, LARGEST_STEP = 0.001, 1000  # of multipleOf
 MAX_SOURCE = 1 << 19  # characters; so many take seconds
 
 
+# Where only one byte can follow, llguidance goes on to the next one, and never ends where a grammar does not: /x+/ /x+/.
+NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
+
+
 class Grammars:
     """Compiles grammars for one vocabulary.
 
@@ -80,7 +84,7 @@ class Grammars:
         if kind == "regex":
             text = matcher.grammar_from_regex(source)
         elif kind == "lark":
-            text = matcher.grammar_from_lark(source)
+            text = matcher.grammar_from_lark(source + NO_FORCING)
         else:
             try:
                 schema = json.loads(source) if kind == "json_schema" else {"type": "object"}
