@@ -29,7 +29,7 @@ SMALLEST_STEP, LARGEST_STEP = 0.001, 1000  # of multipleOf
 MAX_SOURCE = 1 << 19  # characters; so many take seconds
 
 
-# Where only one byte can follow, llguidance goes on to the next one, and never ends where a grammar does not: /x+/ /x+/.
+# Where only one byte can follow, llguidance seeks the next one too: for ever in a grammar without an end, /x+/ /x+/.
 NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
 
 
