@@ -20,8 +20,8 @@ class Activations {
  public:
   // Room for the rows of one input of width k; pointers below are valid until the next call.
   void reserve(int fine_rows, int coarse_rows, int k) {
-    // An odd number of cache lines, so that the same columns of several tokens do not fall into one set of the cache.
-    const size_t padded = round_up(k, kPad), sums = padded / 16 + 1, bytes = round_up(8 * padded + 4 * (4 * 16 + sums), 64) | 64;
+    const size_t padded = round_up(k, kPad), segments = (padded / kSegment + 1) * 16;
+    const size_t steps4 = padded / 8, steps8 = padded / 4, bytes = round_up(6 * padded + 4 * (steps4 + steps8 + 2 * segments), 64);
     fine_memory_.grow(bytes * fine_rows);
     fine_.resize(fine_rows);
     for (int i = 0; i < fine_rows; i++) {
@@ -32,10 +32,10 @@ class Activations {
       f.low4 = f.high4 + padded;
       f.high8 = f.low4 + padded;
       f.low8 = f.high8 + padded;
-      f.fours = f.low8 + padded;
-      f.starts4 = reinterpret_cast<int32_t*>(f.fours + 2 * padded);
-      f.starts8 = f.starts4 + 32;
-      f.sums = reinterpret_cast<uint32_t*>(f.starts8 + 32);
+      f.steps4 = reinterpret_cast<int32_t*>(f.low8 + padded);
+      f.steps8 = f.steps4 + steps4;
+      f.segments4 = f.steps8 + steps8;
+      f.segments8 = f.segments4 + segments;
     }
     const size_t groups = round_up(k, kColumns) / kGroup;
     codes_.grow(round_up(k, kColumns) * coarse_rows);

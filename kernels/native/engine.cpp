@@ -343,8 +343,8 @@ void Engine::linear(const LinearStep& step, Scratch& mine) {
   const Rows& rows = step.wanted ? batch_.of_wanted : batch_.all;
   const int k = step.weights[0].k, fine = int(rows.fine.size()), coarse = int(rows.coarse.size());
   if (!rows.count()) return;
-  Layouts layouts;
-  for (const Weight& w : step.weights) (w.block ? layouts.blocks : w.bits == 4 ? layouts.rows4 : layouts.rows8) = true;
+  bool four = false, eight = false;
+  for (const Weight& w : step.weights) (w.bits == 4 ? four : eight) = true;
   const auto input = [&](int i) {
     const float* x = row(step.in, step.gather ? batch_.wanted[i] : i);
     if (!step.norm) return x;
@@ -354,7 +354,7 @@ void Engine::linear(const LinearStep& step, Scratch& mine) {
   const bool alone = fine == 1 && coarse == 0;  // cheaper done by every thread than met for
   Activations& x = alone ? mine.own : shared_;
   if (alone) {
-    kernels_.fine(input(rows.fine[0]), k, layouts, x.fine()[0]);
+    kernels_.fine(input(rows.fine[0]), k, four, eight, x.fine()[0]);
   } else {
     Coarse target = shared_.coarse;
     target.m = coarse, target.k = k;
@@ -364,7 +364,7 @@ void Engine::linear(const LinearStep& step, Scratch& mine) {
     const int together = std::max(kernels_.tokens, coarse > 8 * kTogether ? kTogether : 1);
     for (int taken; (taken = pool_.take()) < fine + (coarse + together - 1) / together;) {
       if (taken < fine) {
-        kernels_.fine(input(rows.fine[taken]), k, layouts, x.fine()[taken]);
+        kernels_.fine(input(rows.fine[taken]), k, four, eight, x.fine()[taken]);
         continue;
       }
       const int first = (taken - fine) * together;

@@ -14,11 +14,11 @@ namespace headrace {
 
 constexpr int kGroup = 64;      // columns that share a scale of coarse activations
 constexpr int kColumns = 256;   // columns of coarse activations that lie together, and of weights unpacked at a time
+constexpr int kSegment = 2048;  // columns whose products are summed in int32 before they become float
 constexpr int kTile = 16;       // positions of a tile of keys
 constexpr int kBlock = 64;      // positions whose probabilities share a maximum
 constexpr int kTop = 32639;     // largest code of fine activations: 256 * 127 + 127
 constexpr int kPad = 128;       // rows of activations are padded with zeros to a multiple of this
-constexpr int kWidestRow = 131072;  // columns of a row, whose sums of products of bytes fit an int32
 
 constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
@@ -34,22 +34,15 @@ struct Weight {
 };
 
 // One token's fine activations: int16 codes 256 * high + low, both int8, because products of bytes cost half of what
-// products of int16 do. The order of the bytes is the variant's own. Starts are what the zero point takes from a sum: minus zero
-// point times the sum of the bytes that a lane meets, high ones and low ones.
+// products of int16 do. The order of codes and the starts are the variant's own. A start is what the zero point takes from a
+// sum: minus zero point times the sum of the codes, a lane at a time, so that sums begin with it.
 struct Fine {
   float scale;
-  int16_t* natural;               // codes in their own order, padded with zeros to kPad
-  int8_t *high4, *low4;           // for rows of 4 bits
-  int8_t *high8, *low8;           // for rows of 8 bits
-  int32_t *starts4, *starts8;     // [high, low][lane], at most 16 lanes
-  int32_t start4, start8;         // of all lanes together, high ones times 256
-  int8_t* fours;                  // for weights with blocks
-  uint32_t* sums;                 // the same: of the codes before every 16th column, modulo 2^32
-};
-
-// What of fine activations is needed.
-struct Layouts {
-  bool rows4 = false, rows8 = false, blocks = false;
+  int16_t* natural;                // codes in their own order, padded with zeros to kPad
+  int8_t *high4, *low4;            // for 4-bit weights
+  int8_t *high8, *low8;            // for 8-bit weights
+  int32_t *steps4, *steps8;        // starts of each step of a row
+  int32_t *segments4, *segments8;  // starts of each kSegment columns
 };
 
 // Coarse activations of m tokens: codes [k / kColumns][m][kColumns], in every eight columns the even ones first;
@@ -94,7 +87,7 @@ struct Kernels {
   const char* name;
   // int16 codes of x (k), at most kTop; gives the scale. NaN and infinity make the scale so.
   float (*quantize)(const float* x, int k, int16_t* codes);
-  void (*fine)(const float* x, int k, const Layouts& layouts, Fine& out);
+  void (*fine)(const float* x, int k, bool four, bool eight, Fine& out);
   void (*decode)(const Weight& w, const Fine* x, int m, int begin, int end, const Out& out, int column);
   // rows, blocks: what scales the weights have that the activations are for.
   void (*coarse)(const float* x, int row, bool rows, bool blocks, const Coarse& out);

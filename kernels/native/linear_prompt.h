@@ -56,42 +56,35 @@ void coarse(const float* x, int row, bool, bool, const Coarse& out) {
   }
 }
 
-// Codes of up to Panels * lanes channels from n on, columns from `from` on, so that a lane is a channel: Split: one byte each,
-// scratch[4 columns][panel][lane][4]; else as they are packed, scratch[four bytes][panel][lane][4]. What lies `ahead` bytes
-// behind comes to the second level of the cache: the first has too few sets for rows.
-template <class V, int Bits, int Panels, bool Split>
-HEADRACE_APART void unpack(const Weight& w, int n, int end, int from, int columns, size_t ahead, uint8_t* scratch) {
+// Codes of up to panels * lanes channels from n on, columns from `from` on: scratch[4 columns][panel][lane][4].
+template <class V, int Bits>
+HEADRACE_APART void unpack(const Weight& w, int n, int end, int from, int columns, uint8_t* scratch) {
   using I = typename V::I;
   constexpr int width = Bits == 4 ? 2 * V::bytes : V::bytes;  // columns of a load
-  constexpr size_t step = Panels * V::bytes;
+  constexpr size_t step = V::panels * V::bytes;
   const int last = w.k - from < columns ? w.k - from : columns;
-  const size_t row_bytes = w.row_bytes();
-  for (int p = 0; p < Panels; p++) {
-    const int rows = end - n - p * V::lanes;  // that there are
-    const uint8_t* row = w.packed + (n + p * V::lanes) * row_bytes + size_t(from) * Bits / 8;
-    for (int c = 0; c < last; c += width, row += V::bytes) {
+  for (int p = 0; p < V::panels; p++)
+    for (int c = 0; c < last; c += width) {
       const int there = int((size_t(last - c) * Bits) / 8);
-      constexpr bool halves = Bits == 4 && Split;
-      uint8_t* to = scratch + size_t(c * Bits / 32) * (halves ? 2 : 1) * step + p * V::bytes;
-      const auto ordered = [](I codes) { return Bits == 8 ? V::evens_first(codes) : codes; };
-      const auto whole = [&](int r) {
-        const uint8_t* at = row + r * row_bytes;
-        if (ahead) __builtin_prefetch(at + ahead, 0, 2);
-        return ordered(V::load(at));
-      };
-      const auto part = [&](int r) { return r < rows ? ordered(V::load_part(row + r * row_bytes, there)) : V::zero(); };
-      const auto store = [&](int i, I codes) {
-        if constexpr (halves) {  // four bytes are the even and the odd ones of eight columns
-          V::store(to + size_t(2 * i) * step, V::low_nibbles(codes));
-          V::store(to + size_t(2 * i + 1) * step, V::high_nibbles(codes));
+      I codes[V::lanes];
+      for (int r = 0; r < V::lanes; r++) {
+        const int channel = n + p * V::lanes + r;
+        const uint8_t* at = w.packed + channel * w.row_bytes() + size_t(from + c) * Bits / 8;
+        codes[r] = channel >= end ? V::zero() : there >= V::bytes ? V::load(at) : V::load_part(at, there);
+        if (channel < end) __builtin_prefetch(at + kColumns * Bits / 8, 0, 2);  // to the second level: rows share sets
+        if constexpr (Bits == 8) codes[r] = V::evens_first(codes[r]);
+      }
+      V::transpose(codes);
+      uint8_t* to = scratch + size_t(c / 4) * step + p * V::bytes;
+      for (int i = 0; i < V::lanes; i++) {
+        if constexpr (Bits == 4) {  // four bytes are the even and the odd ones of eight columns
+          V::store(to + size_t(2 * i) * step, V::low_nibbles(codes[i]));
+          V::store(to + size_t(2 * i + 1) * step, V::high_nibbles(codes[i]));
         } else {
-          V::store(to + size_t(i) * step, codes);
+          V::store(to + size_t(i) * step, codes[i]);
         }
-      };
-      if (rows >= V::lanes && there >= V::bytes) V::transpose(whole, store);
-      else V::transpose(part, store);
+      }
     }
-  }
 }
 
 // T tokens by a panel, the groups of one piece of kColumns. scales: [block][channel], with blocks; sums: [token][channel].
@@ -151,7 +144,7 @@ inline void prompt_panel(const Weight& w, const Coarse& x, int n, int end, int f
   float* sums = scales + (kColumns / 16) * width;
   for (int from = 0; from < w.k; from += kColumns) {
     const int columns = w.k - from < kColumns ? w.k - from : kColumns, groups = (columns + kGroup - 1) / kGroup;
-    unpack<V, Bits, V::panels, true>(w, n, end, from, int(round_up(columns, kGroup)), kColumns * Bits / 8, scratch);
+    unpack<V, Bits>(w, n, end, from, int(round_up(columns, kGroup)), scratch);
     if constexpr (Blocks)
       for (int b = 0; b * w.block < groups * kGroup; b++)  // also blocks of a last group that the row does not have
         for (int c = 0; c < width; c++)

@@ -5,7 +5,8 @@
 // with one scale a token, as a high and a low byte that are multiplied apart. Twice the products, nothing else in between,
 // and prompts are as exact as decoding. Weights with blocks go the way of linear_prompt.h.
 #pragma once
-#include "linear_blocks.h"
+#include "linear_decode.h"
+#include "linear_prompt.h"
 #include "tiles.h"
 
 namespace headrace {

@@ -27,7 +27,7 @@ float quantize(const float* x, int k, int16_t* codes) {
   return top / kTop;
 }
 
-void fine(const float* x, int k, const Layouts&, Fine& out) { out.scale = quantize(x, k, out.natural); }
+void fine(const float* x, int k, bool, bool, Fine& out) { out.scale = quantize(x, k, out.natural); }
 
 int code(const Weight& w, int n, int k) {
   const uint8_t* row = w.packed + n * w.row_bytes();

@@ -83,7 +83,7 @@ void Program::weight(const std::string& name, int bits, const std::string& packe
                         ": codes are U8 and scales F16");
   Weight w{};
   w.n = int(p.rows), w.k = int(p.columns * 8 / bits), w.bits = bits;
-  require<ProgramError>(p.columns * 8 / bits <= kWidestRow, "weight ", name, ": rows of more than ", kWidestRow);
+  require<ProgramError>(p.columns * 8 / bits <= 1 << 24, "weight ", name, ": rows of more than 16777216");
   require<ProgramError>(s.rows == p.rows && w.k % s.columns == 0, "weight ", name, ": scales are ", s.rows, " x ",
                         s.columns, " for codes of ", w.n, " x ", w.k);
   w.block = s.columns == 1 ? 0 : int(w.k / s.columns);

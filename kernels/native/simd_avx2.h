@@ -13,7 +13,6 @@ struct Avx2 {
   using F = __m256;
   static constexpr int bytes = 32, lanes = 8;
   static constexpr int panels = 2, tokens = 2;                // 16 registers: 4 sums, 4 totals, 2 of weights, 1 token
-  static constexpr int few = 4;                               // tokens that few tokens' linears do at a time
   static constexpr int attend_rows = 3, most_rows = 32;
 
   static I load(const void* p) { return _mm256_loadu_si256(static_cast<const I*>(p)); }
@@ -51,13 +50,6 @@ struct Avx2 {
     }
   }
 
-  // Of bytes / 2 codes the high and the low bytes, in every eight columns those of the even ones first: four high, four low ones.
-  static void fours(const int16_t* codes, int8_t* to) {
-    const I v = load(codes), high = _mm256_add_epi16(v, _mm256_set1_epi16(128));  // low bytes are signed
-    const __m128i order = _mm_set_epi8(14, 10, 6, 2, 15, 11, 7, 3, 12, 8, 4, 0, 13, 9, 5, 1);
-    store(to, _mm256_shuffle_epi8(_mm256_blendv_epi8(v, high, _mm256_set1_epi16(short(0xff00))), _mm256_broadcastsi128_si256(order)));
-  }
-
   // Sums of products of neighbours: two int16, or four of a byte (unsigned, of Bits) by a byte (signed), to each int32.
 #if defined(HEADRACE_VNNI)
   static I dot16(I sum, I a, I b) {
@@ -78,7 +70,6 @@ struct Avx2 {
     return add32(add32(sum, high), _mm256_madd_epi16(_mm256_maddubs_epi16(low_nibbles(a), b), ones));
   }
 #endif
-  template <int Bits> static I dot8_of_four(I sum, I a, const int8_t* four) { return dot8<Bits>(sum, a, broadcast32(four)); }
   static I kept(I v) { return v; }
   static I widen(const int8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 
@@ -137,39 +128,38 @@ struct Avx2 {
   }
 
   static float half(uint16_t h) { return _cvtsh_ss(h); }
-  // As many as there are lanes; only `there` of them exist, the others are 0.
-  static F halves(const uint16_t* p, int there) {
-    uint16_t part[8] = {};
-    std::memcpy(part, p, 2 * (there < 8 ? there : 8));
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(part)));
+  // The first scales of p, each for `lanes / n` neighbouring lanes, n a power of two up to `lanes`; only `there` of them exist.
+  static F spread(const uint16_t* p, int n, int there) {
+    float out[8];
+    for (int i = 0; i < 8; i++) out[i] = i * n / 8 < there ? half(p[i * n / 8]) : 0;
+    return loadf(out);
   }
 
-  // Sums over the lanes of 8 vectors of int32 or float, which lie one after the other.
+  // Sums over the lanes of 8 vectors, which lie one after the other.
   static F sums(const float* p) {
     const F a = _mm256_hadd_ps(_mm256_hadd_ps(loadf(p), loadf(p + 8)), _mm256_hadd_ps(loadf(p + 16), loadf(p + 24)));
     const F b = _mm256_hadd_ps(_mm256_hadd_ps(loadf(p + 32), loadf(p + 40)), _mm256_hadd_ps(loadf(p + 48), loadf(p + 56)));
     return add(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
   }
-  static I sums(const int32_t* p) {
-    const auto pairs = [&](int i) { return _mm256_hadd_epi32(load(p + 8 * i), load(p + 8 * i + 8)); };
-    const I a = _mm256_hadd_epi32(pairs(0), pairs(2)), b = _mm256_hadd_epi32(pairs(4), pairs(6));
-    return add32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
-  }
 
-  // Rows and columns of a square of int32 change places: load(row), then store(row, vector) in some order.
-  template <class Load, class Store> static void transpose(const Load& load, const Store& store) {
-    I halves[4][2];  // [column of a half][four rows]
-    for (int g = 0; g < 2; g++) {
-      const I a = load(4 * g), b = load(4 * g + 1), c = load(4 * g + 2), d = load(4 * g + 3);
-      const I low = _mm256_unpacklo_epi32(a, b), high = _mm256_unpackhi_epi32(a, b);
-      const I other_low = _mm256_unpacklo_epi32(c, d), other_high = _mm256_unpackhi_epi32(c, d);
-      halves[0][g] = _mm256_unpacklo_epi64(low, other_low), halves[1][g] = _mm256_unpackhi_epi64(low, other_low);
-      halves[2][g] = _mm256_unpacklo_epi64(high, other_high), halves[3][g] = _mm256_unpackhi_epi64(high, other_high);
+  // Rows and columns of a square of int32 change places.
+  static void transpose(I* r) {
+    I t[8];
+    for (int i = 0; i < 8; i += 2) {
+      t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
+      t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+      r[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+      r[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+      r[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+      r[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
     }
     for (int i = 0; i < 4; i++) {
-      store(i, _mm256_permute2x128_si256(halves[i][0], halves[i][1], 0x20));
-      store(4 + i, _mm256_permute2x128_si256(halves[i][0], halves[i][1], 0x31));
+      t[i] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x20);
+      t[i + 4] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x31);
     }
+    for (int i = 0; i < 8; i++) r[i] = t[i];
   }
 };
 

@@ -14,7 +14,6 @@ struct Avx512 {
   static constexpr int bytes = 64, lanes = 16;
   static constexpr int panels = 4;  // vectors of channels that prompt does at a time
   static constexpr int tokens = 3;  // tokens that prompt does at a time
-  static constexpr int few = 8;     // tokens that few tokens' linears do at a time
   static constexpr int attend_rows = 6, most_rows = 32;  // queries in registers, queries of a block together
 
   static I load(const void* p) { return _mm512_loadu_si512(p); }
@@ -56,12 +55,6 @@ struct Avx512 {
       store_apart(low, l[0], l[1]);
     }
   }
-  // Of bytes / 2 codes the high and the low bytes, in every eight columns those of the even ones first: four high, four low ones.
-  static void fours(const int16_t* codes, int8_t* to) {
-    const I v = load(codes), high = _mm512_add_epi16(v, _mm512_set1_epi16(128));  // low bytes are signed
-    const __m128i order = _mm_set_epi8(14, 10, 6, 2, 15, 11, 7, 3, 12, 8, 4, 0, 13, 9, 5, 1);
-    store(to, _mm512_shuffle_epi8(_mm512_mask_blend_epi8(0x5555555555555555, high, v), _mm512_broadcast_i32x4(order)));
-  }
   // The even bytes of two vectors, then the odd ones.
   static void store_apart(int8_t* p, I a, I b) {
     const I even = _mm512_set1_epi16(255);
@@ -79,11 +72,6 @@ struct Avx512 {
   }
   template <int Bits> static I dot8(I sum, I a, I b) {
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-    return sum;
-  }
-  // The same, with four bytes from memory for every lane.
-  template <int Bits> static I dot8_of_four(I sum, I a, const int8_t* four) {
-    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(a), "m"(*reinterpret_cast<const int8_t(*)[4]>(four)));
     return sum;
   }
   // Keeps a value in its register: gcc would load it again for every use.
@@ -128,45 +116,51 @@ struct Avx512 {
   }
 
   static float half(uint16_t h) { return _cvtsh_ss(h); }
-  // As many as there are lanes; only `there` of them exist, the others are 0.
-  static F halves(const uint16_t* p, int there) {
-    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(__mmask16((1u << (there < 16 ? there : 16)) - 1), p));
+  // The first scales of p, each for `lanes / n` neighbouring lanes, n a power of two up to `lanes`; only `there` of them exist.
+  static F spread(const uint16_t* p, int n, int there) {
+    const F v = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(__mmask16((1u << (there < n ? there : n)) - 1), p));
+    const I lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(lane, n == 16 ? 0 : n == 8 ? 1 : n == 4 ? 2 : n == 2 ? 3 : 4), v);
   }
 
-  // Sums over the lanes of 16 vectors of int32 or float, which lie one after the other.
-  static I plus(I a, I b, const int32_t*) { return add32(a, b); }
-  static I plus(I a, I b, const float*) { return bits(add(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b))); }
-  static I result(I a, const int32_t*) { return a; }
-  static F result(I a, const float*) { return _mm512_castsi512_ps(a); }
-  template <class T> static auto sums(const T* p) {
-    I v[16], a[8], b[4];
-    for (int i = 0; i < 16; i++) v[i] = load(p + 16 * i);
+  // Sums over the lanes of 16 vectors, which lie one after the other.
+  static F sums(const float* p) {
+    F v[16];
+    for (int i = 0; i < 16; i++) v[i] = loadf(p + 16 * i);
+    F a[8], b[4];
     // Every step adds halves of two vectors: neighbours, pairs, quarters, halves.
-    for (int i = 0; i < 8; i++)
-      a[i] = plus(_mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]), p);
+    for (int i = 0; i < 8; i++) a[i] = add(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
     for (int i = 0; i < 4; i++)
-      b[i] = plus(_mm512_unpacklo_epi64(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_epi64(a[2 * i], a[2 * i + 1]), p);
-    const I c = plus(_mm512_shuffle_i32x4(b[0], b[1], 0x88), _mm512_shuffle_i32x4(b[0], b[1], 0xdd), p);
-    const I d = plus(_mm512_shuffle_i32x4(b[2], b[3], 0x88), _mm512_shuffle_i32x4(b[2], b[3], 0xdd), p);
-    return result(plus(_mm512_shuffle_i32x4(c, d, 0x88), _mm512_shuffle_i32x4(c, d, 0xdd), p), p);
+      b[i] = add(_mm512_shuffle_ps(a[2 * i], a[2 * i + 1], 0x44), _mm512_shuffle_ps(a[2 * i], a[2 * i + 1], 0xee));
+    const F c = add(_mm512_shuffle_f32x4(b[0], b[1], 0x88), _mm512_shuffle_f32x4(b[0], b[1], 0xdd));
+    const F d = add(_mm512_shuffle_f32x4(b[2], b[3], 0x88), _mm512_shuffle_f32x4(b[2], b[3], 0xdd));
+    return add(_mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd));
   }
 
-  // Rows and columns of a square of int32 change places: load(row), then store(row, vector) in some order.
-  template <class Load, class Store> static void transpose(const Load& load, const Store& store) {
-    I quarters[4][4];  // [column of a quarter][four rows]
-    for (int g = 0; g < 4; g++) {
-      const I a = load(4 * g), b = load(4 * g + 1), c = load(4 * g + 2), d = load(4 * g + 3);
-      const I low = _mm512_unpacklo_epi32(a, b), high = _mm512_unpackhi_epi32(a, b);
-      const I other_low = _mm512_unpacklo_epi32(c, d), other_high = _mm512_unpackhi_epi32(c, d);
-      quarters[0][g] = _mm512_unpacklo_epi64(low, other_low), quarters[1][g] = _mm512_unpackhi_epi64(low, other_low);
-      quarters[2][g] = _mm512_unpacklo_epi64(high, other_high), quarters[3][g] = _mm512_unpackhi_epi64(high, other_high);
+  // Rows and columns of a square of int32 change places.
+  static void transpose(I* r) {
+    I t[16];
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+      t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+      r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+      r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+      r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+      r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
     }
     for (int i = 0; i < 4; i++) {
-      const I* q = quarters[i];
-      const I a = _mm512_shuffle_i32x4(q[0], q[1], 0x44), b = _mm512_shuffle_i32x4(q[0], q[1], 0xee);
-      const I c = _mm512_shuffle_i32x4(q[2], q[3], 0x44), d = _mm512_shuffle_i32x4(q[2], q[3], 0xee);
-      store(i, _mm512_shuffle_i32x4(a, c, 0x88)), store(4 + i, _mm512_shuffle_i32x4(a, c, 0xdd));
-      store(8 + i, _mm512_shuffle_i32x4(b, d, 0x88)), store(12 + i, _mm512_shuffle_i32x4(b, d, 0xdd));
+      t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+      t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+      t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+      t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+      r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+      r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+      r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+      r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
     }
   }
 };

@@ -14,7 +14,6 @@ struct Neon {
   using F = float32x4_t;
   static constexpr int bytes = 16, lanes = 4;
   static constexpr int panels = 4, tokens = 3;  // 32 registers: 12 sums, 12 totals, 4 of weights, 1 token
-  static constexpr int few = 8;                 // tokens that few tokens' linears do at a time
   static constexpr int attend_rows = 4, most_rows = 32;
 
   static uint8x16_t u8(I v) { return vreinterpretq_u8_s32(v); }
@@ -65,14 +64,6 @@ struct Neon {
     }
   }
 
-  // Of bytes / 2 codes the high and the low bytes, in every eight columns those of the even ones first: four high, four low ones.
-  static void fours(const int16_t* codes, int8_t* to) {
-    const int16x8_t v = vld1q_s16(codes);
-    const int8x8_t high = vrshrn_n_s16(v, 8), low = vmovn_s16(v);
-    const uint8x16_t order = {0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15};
-    vst1q_s8(to, vqtbl1q_s8(vcombine_s8(high, low), order));
-  }
-
   // Sums of products of neighbours: two int16, or four of a byte (unsigned, of Bits) by a byte (signed), to each int32.
   static I dot16(I sum, I a, I b) {
     const I low = vmull_s16(vget_low_s16(s16(a)), vget_low_s16(s16(b))), high = vmull_high_s16(s16(a), s16(b));
@@ -96,7 +87,6 @@ struct Neon {
     return vaddq_s32(sum, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
 #endif
   }
-  template <int Bits> static I dot8_of_four(I sum, I a, const int8_t* four) { return dot8<Bits>(sum, a, broadcast32(four)); }
   static I kept(I v) { return v; }
   static I widen(const int8_t* p) { return vreinterpretq_s32_s16(vmovl_s8(vld1_s8(p))); }
 
@@ -141,28 +131,24 @@ struct Neon {
     std::memcpy(&value, &h, 2);
     return value;
   }
-  // As many as there are lanes; only `there` of them exist, the others are 0.
-  static F halves(const uint16_t* p, int there) {
+  // The first scales of p, each for `lanes / n` neighbouring lanes, n a power of two up to `lanes`; only `there` of them exist.
+  static F spread(const uint16_t* p, int n, int there) {
     float out[4];
-    for (int i = 0; i < 4; i++) out[i] = i < there ? half(p[i]) : 0;
+    for (int i = 0; i < 4; i++) out[i] = i * n / 4 < there ? half(p[i * n / 4]) : 0;
     return loadf(out);
   }
 
-  // Sums over the lanes of 4 vectors of int32 or float, which lie one after the other.
+  // Sums over the lanes of 4 vectors, which lie one after the other.
   static F sums(const float* p) {
     return vpaddq_f32(vpaddq_f32(loadf(p), loadf(p + 4)), vpaddq_f32(loadf(p + 8), loadf(p + 12)));
   }
-  static I sums(const int32_t* p) {
-    return vpaddq_s32(vpaddq_s32(load(p), load(p + 4)), vpaddq_s32(load(p + 8), load(p + 12)));
-  }
 
-  // Rows and columns of a square of int32 change places: load(row), then store(row, vector) in some order.
-  template <class Load, class Store> static void transpose(const Load& load, const Store& store) {
+  // Rows and columns of a square of int32 change places.
+  static void transpose(I* r) {
     const auto pairs = [](I v) { return vreinterpretq_s64_s32(v); };
-    const I r[4] = {load(0), load(1), load(2), load(3)};
     const I a = vtrn1q_s32(r[0], r[1]), b = vtrn2q_s32(r[0], r[1]), c = vtrn1q_s32(r[2], r[3]), d = vtrn2q_s32(r[2], r[3]);
-    store(0, vreinterpretq_s32_s64(vtrn1q_s64(pairs(a), pairs(c)))), store(1, vreinterpretq_s32_s64(vtrn1q_s64(pairs(b), pairs(d))));
-    store(2, vreinterpretq_s32_s64(vtrn2q_s64(pairs(a), pairs(c)))), store(3, vreinterpretq_s32_s64(vtrn2q_s64(pairs(b), pairs(d))));
+    r[0] = vreinterpretq_s32_s64(vtrn1q_s64(pairs(a), pairs(c))), r[1] = vreinterpretq_s32_s64(vtrn1q_s64(pairs(b), pairs(d)));
+    r[2] = vreinterpretq_s32_s64(vtrn2q_s64(pairs(a), pairs(c))), r[3] = vreinterpretq_s32_s64(vtrn2q_s64(pairs(b), pairs(d)));
   }
 };
 

@@ -2,7 +2,8 @@
 #pragma once
 #include "attention.h"
 #include "elementwise.h"
-#include "linear_blocks.h"
+#include "linear_decode.h"
+#include "linear_prompt.h"
 
 namespace headrace {
 namespace {

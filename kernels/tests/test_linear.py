@@ -90,14 +90,6 @@ def test_extreme_codes_do_not_overflow(isa: str, bits: int) -> None:
             check(engine, table, w, m, batched, rng)
 
 
-def test_rows_too_long_for_sums_are_refused() -> None:
-    rng = np.random.default_rng(0)
-    table = sharp_table(rng, 1, 131080)
-    w = Weight(np.zeros((1, 131080), np.int8), np.ones((1, 1), np.float16), 8)
-    with pytest.raises(hk.ProgramError, match="rows of more than 131072"):
-        hk.Engine(*linear_program(table, w), slots=1, threads=1)
-
-
 def test_zeros_and_not_a_number(isa: str) -> None:
     table = Weight(np.zeros((3, 64), np.int8), np.ones((3, 1), np.float16), 8)
     table.codes[1:] = 1
