@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.bundle.folder import is_bundle, open_bundle
-from headrace.errors import TargetError
+from headrace.errors import BundleError, TargetError
 from headrace.files import read_json
 from headrace.targets.qualcomm.context_binary import BinaryInfo, TensorInfo, read_context_binaries
 from headrace.targets.qualcomm.genie import CONFIG_FILE
@@ -113,7 +113,7 @@ def _against_plan(folder: Path, info: BinaryInfo) -> str:
         return f"differs: soc_model {info.soc_model} is no chip that headrace knows"
     try:
         check_genie_folder(folder, genie_plan(open_bundle(folder.parent), soc))
-    except TargetError as error:
+    except (BundleError, TargetError) as error:
         return f"differs: {error}"
     return "as planned: every graph, tensor, scale, zero point and shared weight"
 
