@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import subprocess
 import sys
-import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,17 +14,15 @@ import pytest
 import sentencepiece
 import tokenizers as tokenizers_library
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import headrace.text
-from headrace.checkpoint.gguf_file import read_gguf
 from headrace.errors import TokenizerError
 from headrace.text.tokenizer import Tokenizer
 from headrace.text.tokenizer_folder import load_tokenizer, save_tokenizer
-from headrace.text.tokenizer_json import JsonTokenizer, byte_alphabet, quick_to_read
+from headrace.text.tokenizer_json import JsonTokenizer, quick_to_read
 from tests.text.vocabularies import (
+    ANY_TEXT,
     CHATML,
-    TEXT,
     byte_level_metadata,
     byte_level_tokenizer,
     sentencepiece_model,
@@ -34,7 +30,6 @@ from tests.text.vocabularies import (
 )
 
 KINDS = ("sentencepiece", "sentencepiece with a space before", "byte-level")
-ANY_TEXT = st.text(st.sampled_from("the sea 百川😀é\n\t 0123abc▁") | st.characters(codec="utf-8"), max_size=40)
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +40,6 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]
         KINDS[1]: sentencepiece_tokenizer(folders[1], dummy_prefix=True),
         KINDS[2]: byte_level_tokenizer(folders[2]),
     }
-
-
-def gguf_metadata(path: Path) -> dict[str, Any]:
-    """A GGUF file's metadata."""
-    return dict(read_gguf(path).metadata)
 
 
 # The interface
@@ -318,255 +308,6 @@ def test_a_decoder_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(document))
     with pytest.raises(TokenizerError, match="decoder 'WordPiece' is not supported"):
         load_tokenizer(tmp_path)
-
-
-# Vocabularies of GGUF files
-
-
-@pytest.mark.parametrize("dummy_prefix", [False, True])
-@given(ANY_TEXT)
-@settings(max_examples=60, deadline=None)
-def test_a_gguf_sentencepiece_vocabulary_encodes_as_its_source(
-    tmp_path_factory: pytest.TempPathFactory, dummy_prefix: bool, text: str
-) -> None:
-    library, tokenizer = _gguf_copy(tmp_path_factory, dummy_prefix)
-    assert tokenizer.encode(text) == library.EncodeAsIds(text)
-    assert tokenizer.drops_leading_space == dummy_prefix
-
-
-_COPIES: dict[bool, tuple[sentencepiece.SentencePieceProcessor, Tokenizer]] = {}
-
-
-def _gguf_copy(folders: pytest.TempPathFactory, dummy_prefix: bool) -> tuple[Any, Tokenizer]:
-    if dummy_prefix not in _COPIES:
-        library = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model(dummy_prefix))
-        out = folders.mktemp("gguf")
-        save_tokenizer(out, sentencepiece_metadata(library, add_space_prefix=dummy_prefix), out)
-        _COPIES[dummy_prefix] = library, load_tokenizer(out)
-    return _COPIES[dummy_prefix]
-
-
-def sentencepiece_metadata(library: Any, **changes: Any) -> dict[str, Any]:
-    """A SentencePiece vocabulary as GGUF metadata."""
-    ids = range(library.GetPieceSize())
-    kinds = [2 if library.IsUnknown(i) else 3 if library.IsControl(i) else 6 if library.IsByte(i) else 1 for i in ids]
-    metadata: dict[str, Any] = {
-        "general.architecture": "llama",
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": [library.IdToPiece(i) for i in ids],
-        "tokenizer.ggml.scores": [library.GetScore(i) for i in ids],
-        "tokenizer.ggml.token_type": kinds,
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-    }
-    return metadata | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
-
-
-def test_a_gguf_sentencepiece_vocabulary_with_padding_and_a_loose_end(tmp_path: Path) -> None:
-    library = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
-    metadata = sentencepiece_metadata(library)
-    size = library.GetPieceSize()
-    metadata["tokenizer.ggml.tokens"] += ["", "<|end|>", "<|end|>"]
-    metadata["tokenizer.ggml.scores"] += [0.0] * 3
-    metadata["tokenizer.ggml.token_type"] += [5, 1, 5]
-    metadata["tokenizer.ggml.eot_token_id"] = size + 1
-    save_tokenizer(tmp_path, metadata, tmp_path)
-    tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.vocab_size == size + 3
-    assert tokenizer.eos_ids == (2, size + 1)
-    assert tokenizer.encode("sea<|end|>", special=True)[-1] == size + 1
-    assert tokenizer.encode("sea<|end|>")[-1] != size + 1
-    assert tokenizer.piece_bytes(size + 1) == b""
-    assert tokenizer.add_bos  # what llama files do when they do not say
-    assert tokenizer.drops_leading_space
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model": "t5"}, "tokenizer.ggml.model is 't5'; expected one of llama, gpt2"),
-        ({"model": None}, "tokenizer.ggml.model is None"),
-        ({"pre": "smolm"}, "tokenizer.ggml.pre is 'smolm'; expected one of .*did you mean 'smollm'"),
-        ({"tokens": None}, "tokenizer.ggml.tokens is missing"),
-        ({"token_type": [1]}, "token_type has 1 entries"),
-        ({"merges": None}, "tokenizer.ggml.merges is missing"),
-        ({"merges": ["a b c"]}, "expected two tokens that make a third"),
-        ({"merges": ["xyz"]}, "expected two tokens that make a third"),
-        ({"add_bos_token": 1}, "add_bos_token is 1; expected true or false"),
-        ({"add_space_prefix": True}, "expected false for a byte-level vocabulary"),
-        ({"eos_token_id": 10**6}, "eos_token_id is 1000000; expected 0"),
-        ({"model": "llama"}, "tokenizer.ggml.scores is missing"),
-        ({"model": "llama", "scores": [0.0]}, "scores has 1 entries"),
-    ],
-)
-def test_damaged_gguf_vocabularies_are_one_line(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(TokenizerError, match=message) as caught:
-        save_tokenizer(tmp_path, byte_level_metadata(**changes), tmp_path)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_gguf_sentencepiece_vocabulary_needs_its_unknown_token(tmp_path: Path) -> None:
-    library = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
-    metadata = sentencepiece_metadata(library)
-    metadata["tokenizer.ggml.token_type"][0] = 1
-    with pytest.raises(TokenizerError, match="has no unknown token"):
-        save_tokenizer(tmp_path, metadata, tmp_path)
-    metadata["tokenizer.ggml.token_type"][0] = 2
-    metadata["tokenizer.ggml.token_type"][5] = 9
-    with pytest.raises(TokenizerError, match=r"token 5 is .* of type 9"):
-        save_tokenizer(tmp_path, metadata, tmp_path)
-
-
-def test_padding_that_a_converter_calls_unknown(tmp_path: Path) -> None:
-    """Phi-3's files give 53 padding pieces the unknown token's kind, and the unknown token itself that of a mark."""
-    library = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
-    metadata = sentencepiece_metadata(library, unknown_token_id=0)
-    size = library.GetPieceSize()
-    metadata["tokenizer.ggml.tokens"] += ["[PAD0]", "[PAD1]"]
-    metadata["tokenizer.ggml.scores"] += [0.0] * 2
-    metadata["tokenizer.ggml.token_type"] += [2, 2]
-    metadata["tokenizer.ggml.token_type"][0] = 3
-    save_tokenizer(tmp_path, metadata, tmp_path)
-    tokenizer = load_tokenizer(tmp_path)
-    text = " ".join(TEXT[:4]) + " [PAD0] [PAD1]"
-    assert tokenizer.encode(text) == library.EncodeAsIds(" " + text)
-    assert (tokenizer.vocab_size, tokenizer.token_id("[PAD1]")) == (size + 2, size + 1)
-    assert 0 in tokenizer.special_ids
-
-
-# The embedded model's vocabulary against its definition
-
-
-def is_letter(c: str) -> bool:
-    return unicodedata.category(c)[0] == "L"
-
-
-def is_number(c: str) -> bool:
-    return unicodedata.category(c)[0] == "N"
-
-
-def gpt2_words(text: str) -> Iterator[str]:
-    """GPT-2's pattern, scanned by hand: contractions, words, numbers and signs with one space before, white space."""
-    kinds = (is_letter, is_number, lambda c: not (c.isspace() or is_letter(c) or is_number(c)))
-    at = 0
-    while at < len(text):
-        contraction = next((s for s in ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d") if text.startswith(s, at)), None)
-        if contraction:
-            yield contraction
-            at += len(contraction)
-            continue
-        begin = at + (text[at] == " " and at + 1 < len(text))
-        kind = next((k for k in kinds if k(text[begin])), None)
-        end = begin
-        if kind:
-            while end < len(text) and kind(text[end]):
-                end += 1
-        else:
-            end = at
-            while end < len(text) and text[end].isspace():
-                end += 1
-            if end < len(text) and end - at > 1:
-                end -= 1  # the last space belongs to the word behind it
-        yield text[at:end]
-        at = end
-
-
-def smollm_words(text: str) -> Iterator[str]:
-    """SmolLM2: every digit on its own, GPT-2's pattern between them."""
-    stretch = ""
-    for c in text:
-        if is_number(c):
-            yield from gpt2_words(stretch)
-            yield c
-            stretch = ""
-        else:
-            stretch += c
-    yield from gpt2_words(stretch)
-
-
-ALPHABET = byte_alphabet()
-
-
-def merged(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
-    """Byte-pair encoding by its definition: again and again the best neighbours everywhere."""
-    parts = [ALPHABET[b] for b in word.encode()]
-    while True:
-        pairs = [ranks.get(pair, len(ranks)) for pair in itertools.pairwise(parts)]
-        if not pairs or min(pairs) == len(ranks):
-            return parts
-        at = pairs.index(min(pairs))
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-
-
-@pytest.fixture(scope="module")
-def smollm2_metadata(smollm2: Path) -> dict[str, Any]:
-    return gguf_metadata(smollm2)
-
-
-@pytest.fixture(scope="module")
-def smollm2_tokenizer(smollm2_metadata: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    out = tmp_path_factory.mktemp("smollm2")
-    save_tokenizer(out, smollm2_metadata, out)
-    return load_tokenizer(out)
-
-
-@pytest.mark.embedded
-class TestSmolLM2:
-    """The embedded model's vocabulary: byte-level BPE from GGUF."""
-
-    def test_settings(self, smollm2_tokenizer: Tokenizer) -> None:
-        assert smollm2_tokenizer.vocab_size == 49152
-        assert (smollm2_tokenizer.bos_id, smollm2_tokenizer.eos_ids, smollm2_tokenizer.add_bos) == (1, (2,), False)
-        assert smollm2_tokenizer.token_id("<|im_start|>") == 1
-        assert smollm2_tokenizer.chat_template is not None
-        assert not smollm2_tokenizer.drops_leading_space
-
-    def test_known_ids(self, smollm2_tokenizer: Tokenizer) -> None:
-        assert smollm2_tokenizer.encode("<|im_start|>assistant\n", special=True) == [1, 520, 9531, 198]
-        assert smollm2_tokenizer.encode("Hello")[0] == 19556  # no space before a text
-
-    def test_encoding_is_the_definitions(self, smollm2_tokenizer: Tokenizer, smollm2_metadata: dict[str, Any]) -> None:
-        from pydoc_data.topics import topics
-
-        ranks = {tuple(m.split(" ", 1)): i for i, m in enumerate(smollm2_metadata["tokenizer.ggml.merges"])}
-        text = "".join(topics.values())[:20_000] + "他们在2024年说：“你好！” 😀👍🏽  it's  I'll\t\n\n  café naïve ½ ²"
-        words = list(smollm_words(text))
-        parts = {word: merged(word, ranks) for word in set(words)}
-        expected = [part for word in words for part in parts[word]]
-        assert [smollm2_tokenizer.id_to_piece(i) for i in smollm2_tokenizer.encode(text)] == expected
-
-    @given(ANY_TEXT)
-    @settings(max_examples=150, deadline=None)
-    def test_text_comes_back(self, smollm2_tokenizer: Tokenizer, text: str) -> None:
-        # The vocabulary itself lacks six control characters and the bytes of unassigned planes.
-        lost = {"\x04", "\x06", "\x13", "\x14", "\x16", "\x1d"}
-        kept = "".join(c for c in text if c not in lost and not 0x40000 <= ord(c) < 0x100000)
-        assert smollm2_tokenizer.decode(smollm2_tokenizer.encode(kept)) == kept
-
-
-@pytest.mark.shared
-class TestBaichuan:
-    """Baichuan-7B's vocabulary, as SentencePiece and as GGUF."""
-
-    def test_gguf_and_sentencepiece_are_one_vocabulary(self, shared_data: Path, tmp_path: Path) -> None:
-        save_tokenizer(tmp_path, gguf_metadata(shared_data / "baichuan-7b-vocab.gguf"), tmp_path)
-        ours = load_tokenizer(tmp_path)
-        # The SentencePiece file here was derived without the space before a text, as the second generation has it.
-        library = sentencepiece.SentencePieceProcessor(str(shared_data / "baichuan-7b-tokenizer.model"))
-        assert ours.drops_leading_space
-        assert ours.encode("你好") == [9875, 31213]  # as published for Baichuan-13B-Chat
-        for name in ("eval_zh.txt", "eval_en.txt"):
-            for line in (shared_data / name).read_text(encoding="utf-8").splitlines():
-                ids = library.EncodeAsIds(" " + line) if line else []
-                assert ours.encode(line) == ids
-                assert ours.decode(ids) == line
-
-    def test_tiny_baichuan2(self, shared_data: Path) -> None:
-        tokenizer = load_tokenizer(shared_data / "tiny-baichuan2")
-        assert tokenizer.vocab_size == 64000
-        assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.add_bos) == (1, (2,), False)
-        assert tokenizer.encode("</s>", special=True) == [2]
-        assert tokenizer.decode(tokenizer.encode("百川东到海 12345 😀")) == "百川东到海 12345 😀"
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])

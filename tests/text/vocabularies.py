@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
+from hypothesis import strategies as st
 
 from headrace.text.tokenizer import Tokenizer
 from headrace.text.tokenizer_folder import load_tokenizer, save_tokenizer
@@ -20,6 +21,8 @@ TEXT = [
     "def add(a, b):\n    return a + b  # 12345",
     "a hundred rivers run to the sea; the sea is not full 😀",
 ] * 20
+
+ANY_TEXT = st.text(st.sampled_from("the sea 百川😀é\n\t 0123abc▁") | st.characters(codec="utf-8"), max_size=40)
 
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n'}}"
