@@ -64,6 +64,14 @@ def test_quality_and_speed_are_drawn(tmp_path: Path) -> None:
     assert svg.stat().st_size < SMALL and "llama.cpp" in texts(svg)
 
 
+def test_a_long_note_is_not_cut_off(tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    one = Series("headrace", [Point("a", 10e6, 0.1)], ours=True)
+    _, png = plot_kl([one], tmp_path / "kl", "KL", "a note that is far too long for a picture; " * 4)
+    assert (imread(png)[:60, -3:, :3] == 1).all(), "nothing reaches the right edge"
+
+
 def test_a_course_is_drawn(tmp_path: Path) -> None:
     memory = [(float(second), 2e8 + 1e5 * second) for second in range(1800)]
     answers = [(float(second), 0.1, 1.0 + second % 7) for second in range(0, 1800, 3)]

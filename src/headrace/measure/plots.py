@@ -22,6 +22,8 @@ OURS, OTHERS = ("#4477AA", "#66CCEE"), ("#EE6677", "#228833", "#CCBB44", "#AA337
 _INK, _FAINT = "#333333", "#E4E4E4"
 _ACROSS = 4  # panels side by side
 _HEADING = 0.58  # inches
+_TITLE: dict[str, Any] = {"fontweight": "bold"}
+_NOTE: dict[str, Any] = {"color": "#777777"}
 _STYLE: Any = {
     "figure.figsize": (7.0, 4.2),
     "figure.dpi": 150,
@@ -251,8 +253,11 @@ def _figure(
         for spare in axes[panels:]:
             spare.set_visible(False)
         left = 0.1 / width
-        figure.text(left, 1 - 0.12 / tall, title, va="top", fontsize=11.5, fontweight="bold").set_in_layout(False)
-        figure.text(left, 1 - 0.36 / tall, note, va="top", fontsize=8.5, color="#777777").set_in_layout(False)
+        for text, down, size, style in ((title, 0.12, 11.5, _TITLE), (note, 0.36, 8.5, _NOTE)):
+            line = figure.text(left, 1 - down / tall, text, va="top", fontsize=size, **style)
+            line.set_in_layout(False)
+            # What is wider than the picture is written smaller: cut off, it would say something else.
+            line.set_fontsize(size * min(1, (1 - 2 * left) * figure.bbox.width / line.get_window_extent().width))
         yield axes[0] if panels == 1 else axes[:panels]
         path.parent.mkdir(parents=True, exist_ok=True)
         for suffix in ("svg", "png"):
