@@ -4,7 +4,8 @@
 # The thread sanitizer runs the tests of whole decoders, of hostile use and of arriving weights, where threads meet.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
-python=${1:-python3}
+python=$(command -v "${1:-python3}")
+case $python in /*) ;; *) python=$PWD/$python ;; esac  # the tests run in another folder
 [ $# -gt 0 ] && shift
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
