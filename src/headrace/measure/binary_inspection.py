@@ -15,7 +15,7 @@ from headrace.files import read_json
 from headrace.targets.qualcomm.context_binary import BinaryInfo, TensorInfo, read_context_binaries
 from headrace.targets.qualcomm.genie import CONFIG_FILE
 from headrace.targets.qualcomm.genie_bundle import genie_plan
-from headrace.targets.qualcomm.genie_check import check_genie_folder, planned_name
+from headrace.targets.qualcomm.genie_check import check_genie_folder, listed_binaries, planned_name
 from headrace.targets.qualcomm.soc import soc_of_model
 
 __all__ = ["inspect_binaries", "is_compiled"]
@@ -42,9 +42,12 @@ def inspect_binaries(path: Path) -> dict[str, Any]:
         path: a context binary, or a folder with genie_config.json.
 
     Raises:
-        TargetError: a binary is missing or unreadable, or the toolchain that reads it is not installed.
+        TargetError: a binary is missing, unreadable or not in the folder, or the toolchain is not installed.
     """
-    paths = [path] if path.is_file() else _listed(path)
+    paths = [path]
+    if path.is_dir():
+        content = read_json(path / CONFIG_FILE, error=TargetError, advice="name a Genie folder")
+        paths = [path / name for name in listed_binaries(path / CONFIG_FILE, content)]
     infos = read_context_binaries(paths)
     graphs = [(file.name, graph) for file, info in zip(paths, infos, strict=True) for graph in info.graphs]
     summary = {
@@ -82,19 +85,6 @@ def inspect_binaries(path: Path) -> dict[str, Any]:
             for tensor in (*graph.inputs, *graph.outputs)
         ],
     }
-
-
-def _listed(folder: Path) -> list[Path]:
-    """The binaries that a folder's genie_config.json names, each a file of that folder."""
-    content: Any = read_json(folder / CONFIG_FILE, error=TargetError, advice="name a Genie folder")
-    for key in ("dialog", "engine", "model", "binary", "ctx-bins"):
-        content = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(content, list) or not content or not all(isinstance(name, str) for name in content):
-        raise TargetError(f"{folder / CONFIG_FILE} names no ctx-bins; expected the binaries of a model")
-    for name in content:
-        if Path(name).name != name:
-            raise TargetError(f"{folder / CONFIG_FILE} names binary {name!r}; expected a file of its own folder")
-    return [folder / name for name in content]
 
 
 def _same(values: Iterable[str]) -> str:

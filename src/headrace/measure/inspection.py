@@ -1,6 +1,7 @@
-"""What a checkpoint or a bundle is, or what was compiled of it, as plain values: geometry, tensors, precisions, sizes.
+"""What a checkpoint, a bundle or something compiled is, as plain values: geometry, tensors, precisions, sizes.
 
-Runs nothing."""
+Runs nothing.
+"""
 
 from __future__ import annotations
 

@@ -146,6 +146,7 @@ HTP = "dialog.engine.backend.QnnHtp"
         (_set(f"{HTP}", []), "QnnHtp is .*; expected an object"),
         (_set("dialog.engine.model.binary.ctx-bins", ["a.bin", "a.bin"]), "expected every binary once"),
         (_set("dialog.engine.model.binary.ctx-bins", []), "expected every binary once"),
+        (_set("dialog.engine.model.binary.ctx-bins", ["../a.bin"]), "each a file beside it"),
     ],
 )
 def test_a_wrong_configuration_is_one_line(change: Callable[[dict[str, Any]], None], message: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from headrace.errors import TargetError, did_you_mean
+from headrace.errors import TargetError, did_you_mean, shown
 from headrace.files import read_json
 from headrace.plan import GraphStyle, Part, graph_name, ports
 from headrace.targets.qualcomm.binary_check import check_graph, check_sharing
@@ -28,7 +28,7 @@ from headrace.targets.qualcomm.genie import (
 )
 from headrace.targets.qualcomm.soc import SOCS
 
-__all__ = ["check_genie_config", "check_genie_folder", "planned_name"]
+__all__ = ["check_genie_config", "check_genie_folder", "listed_binaries", "planned_name"]
 
 # Keys that Genie knows and that a person may add, by block; those that headrace writes are always known.
 _OPTIONAL = {
@@ -53,6 +53,7 @@ _FIXED = (
     "dialog.engine.backend.QnnHtp.rope-theta",
     "dialog.engine.model.",
 )
+_BINARIES = "dialog.engine.model.binary.ctx-bins"
 _GRAPH = re.compile(r"ar(\d+)_cl(\d+)_(\d+)_of_(\d+)(?:_|$)")
 
 
@@ -112,11 +113,26 @@ def check_genie_config(path: Path, config: Mapping[str, Any], plan: GeniePlan) -
     Raises:
         TargetError: a key is unknown or missing, or a value contradicts the plan.
     """
-    listed = _find(config, "dialog.engine.model.binary.ctx-bins")
-    names = [str(name) for name in listed] if isinstance(listed, list) else []
-    _compare(path, "", config, genie_config(plan, names))
-    if not names or len(set(names)) != len(names):
-        raise TargetError(f"{path}: ctx-bins is {names}; expected every binary once")
+    listed = _find(config, _BINARIES)
+    _compare(path, "", config, genie_config(plan, listed if isinstance(listed, list) else []))
+    return listed_binaries(path, config)
+
+
+def listed_binaries(path: Path, config: Mapping[str, Any]) -> list[str]:
+    """The binaries that a genie_config.json names.
+
+    Args:
+        path: the file, for messages.
+        config: its content.
+
+    Raises:
+        TargetError: there are none, one is named twice, or one is no file of the configuration's own folder.
+    """
+    listed = _find(config, _BINARIES)
+    names = listed if isinstance(listed, list) else []
+    beside = all(isinstance(name, str) and name not in ("", "..") and Path(name).name == name for name in names)
+    if not names or not beside or len(set(names)) != len(names):
+        raise TargetError(f"{path}: ctx-bins is {shown(listed)}; expected every binary once, each a file beside it")
     return names
 
 
