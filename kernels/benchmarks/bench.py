@@ -41,7 +41,7 @@ def model(
     weights: dict[str, Any] = {}
     arrays: dict[str, NDArray[Any]] = {}
     noise = rng.integers(0, 256, 1 << 22, np.uint8).tobytes()
-    read = 0
+    read, group = 0, 32 if block and block <= 32 else 64
 
     def weight(name: str, n: int, k: int, bits: int, block: int | None) -> str:
         nonlocal read
@@ -73,27 +73,33 @@ def model(
             names = [weight(f"{i}.{n}", w, h, bits, block) for n, w in (("q", q), ("k", kv), ("v", kv))]
             steps += [
                 first,
-                {"op": "linear", "in": normed, "weights": names, "out": [rq, rk, rv]},
+                {"op": "linear", "group": group, "in": normed, "weights": names, "out": [rq, rk, rv]},
                 {"op": "rope_cache", "layer": i, "q": rq, "k": rk, "v": rv, "cos": "cos", "sin": "sin"},
                 {"op": "attention", "layer": i, "q": rq, "out": mixed},
-                {"op": "linear", "in": mixed, "weights": [weight(f"{i}.o", h, q, bits, block)], "out": [update]},
+                {
+                    "op": "linear", "group": group, "in": mixed, "out": [update],
+                    "weights": [weight(f"{i}.o", h, q, bits, block)],
+                },
                 {"op": "add_norm", "in": x, "update": update, "weight": norm(f"m{i}"), "sum": x2, "out": normed},
                 {
-                    "op": "linear", "in": normed, "out": [gate, up],
+                    "op": "linear", "group": group, "in": normed, "out": [gate, up],
                     "weights": [weight(f"{i}.gate", f, h, bits, block), weight(f"{i}.up", f, h, bits, block)],
                 },
                 {"op": "silu_mul", "gate": gate, "up": up, "out": gated},
-                {"op": "linear", "in": gated, "weights": [weight(f"{i}.down", h, f, bits, block)], "out": [update]},
+                {
+                    "op": "linear", "group": group, "in": gated, "out": [update],
+                    "weights": [weight(f"{i}.down", h, f, bits, block)],
+                },
             ]  # fmt: skip
         head = embed if c["tied"] else weight("head", c["vocab"], h, 8, None)
         steps += [
             {"op": "add_norm", "in": x2, "update": update, "weight": norm("final"), "sum": x, "out": normed},
             {"op": "rows", "in": normed, "out": kept},
-            {"op": "head", "in": kept, "weight": head},
+            {"op": "head", "group": 0, "in": kept, "weight": head},
         ]
     geometry = {key: c[key] for key in ("layers", "heads", "kv_heads", "head_dim", "hidden", "vocab")}
     program = {
-        "format": 1,
+        "format": 2,
         "geometry": {**geometry, "eps": 1e-5, "context": 4096},
         "cache": {"dtype": "int8", "scales": [[0.02, 0.02]] * c["layers"]},
         "files": [str(path)],

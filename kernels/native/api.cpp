@@ -110,10 +110,10 @@ API int hk_program_cache(void* p, int int8, const float* scales, int count) {
   return guarded([&] { program(p).cache(int8 != 0, scales, count); });
 }
 
-API int hk_program_instruction(void* p, const char* op, int layer, int register_count, const int* registers, int name_count,
-                               const char* const* names) {
+API int hk_program_instruction(void* p, const char* op, int layer, int group, int register_count, const int* registers,
+                               int name_count, const char* const* names) {
   return guarded([&] {
-    program(p).instruction(op, layer, {registers, registers + register_count}, {names, names + name_count});
+    program(p).instruction(op, layer, group, {registers, registers + register_count}, {names, names + name_count});
   });
 }
 

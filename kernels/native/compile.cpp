@@ -22,6 +22,7 @@ LinearStep linear(const Program& program, const Instruction& i, bool wanted) {
   LinearStep step;
   step.in = i.registers[0];
   step.wanted = wanted;
+  step.group = i.group;
   for (const auto& name : i.names) step.weights.push_back(program.weight_named(name));
   step.out.assign(i.registers.begin() + 1, i.registers.end());
   return step;
@@ -98,7 +99,7 @@ class Compiler {
       if (fits) {
         l.residual = residual, l.sum = sum;
         mark_register(sum, l.wanted);
-        if (add.op == Op::kAddNorm) add = {Op::kRmsNorm, add.layer, {sum, add.registers[3]}, add.names};
+        if (add.op == Op::kAddNorm) add = {Op::kRmsNorm, add.layer, 0, {sum, add.registers[3]}, add.names};
         else used = 2;
       }
     } else if (fuse_ && l.out.size() == 2 && next_is(Op::kSiluMul)) {

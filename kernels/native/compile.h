@@ -21,6 +21,7 @@ struct LinearStep {
   const float* norm = nullptr;  // weight of the norm before
   bool gather = false;          // `in` holds all tokens and the wanted ones are taken
   bool wanted = false;          // rows of the results
+  int group = 0;                // of coarse activations; 0: all are fine
   std::vector<Weight> weights;
   std::vector<int> out;         // empty for the head
   int residual = -1, sum = -1;  // sum = residual + result, instead of `out`

@@ -122,6 +122,7 @@ void Engine::prepare(const std::vector<Span>& spans, float* logits) {
   b.spans = spans;
   b.logits = logits;
   b.ids.clear(), b.slot.clear(), b.position.clear(), b.wanted.clear(), b.all.clear(), b.of_wanted.clear();
+  b.all_fine.clear(), b.wanted_fine.clear();
   for (const Span& s : spans) {
     const int first = int(b.ids.size());
     auto& rows = s.n <= kShort ? b.all.fine : b.all.coarse;
@@ -137,11 +138,15 @@ void Engine::prepare(const std::vector<Span>& spans, float* logits) {
   }
   const size_t rows = std::max(b.ids.size(), b.wanted.size());
   for (size_t r = 0; r < registers_.size(); r++) registers_[r].grow(rows * strides_[r]);
-  const int fine = int(std::max(b.all.fine.size(), b.of_wanted.fine.size()));
-  const int coarse = int(std::max(b.all.coarse.size(), b.of_wanted.coarse.size()));
-  int widest = 1;
-  for (const Step& s : steps_)
-    if (!s.linear.weights.empty()) widest = std::max(widest, s.linear.weights[0].k);
+  for (int i = 0; i < int(b.ids.size()); i++) b.all_fine.fine.push_back(i);
+  for (int i = 0; i < int(b.wanted.size()); i++) b.wanted_fine.fine.push_back(i);
+  int fine = 0, coarse = 0, widest = 1;
+  for (const Step& s : steps_) {
+    if (s.linear.weights.empty()) continue;
+    const Rows& of = rows_of(s.linear);
+    fine = std::max(fine, int(of.fine.size())), coarse = std::max(coarse, int(of.coarse.size()));
+    widest = std::max(widest, s.linear.weights[0].k);
+  }
   shared_.reserve(fine, coarse, widest);
   plan_attention();
   const Geometry& g = program_->geometry;
@@ -339,8 +344,13 @@ void Engine::piece(const Step& step, const Piece& p, Scratch& mine) {
   }
 }
 
+const Rows& Engine::rows_of(const LinearStep& step) const {
+  if (step.group == 0) return step.wanted ? batch_.wanted_fine : batch_.all_fine;
+  return step.wanted ? batch_.of_wanted : batch_.all;
+}
+
 void Engine::linear(const LinearStep& step, Scratch& mine) {
-  const Rows& rows = step.wanted ? batch_.of_wanted : batch_.all;
+  const Rows& rows = rows_of(step);
   const int k = step.weights[0].k, fine = int(rows.fine.size()), coarse = int(rows.coarse.size());
   if (!rows.count()) return;
   bool four = false, eight = false;
@@ -357,7 +367,7 @@ void Engine::linear(const LinearStep& step, Scratch& mine) {
     kernels_.fine(input(rows.fine[0]), k, four, eight, x.fine()[0]);
   } else {
     Coarse target = shared_.coarse;
-    target.m = coarse, target.k = k;
+    target.m = coarse, target.k = k, target.group = step.group;
     bool scaled_rows = false, blocks = false;
     for (const Weight& w : step.weights) (w.block ? blocks : scaled_rows) = true;
     // Single fine rows, then coarse ones a few at a time.
@@ -407,7 +417,7 @@ void Engine::linear(const LinearStep& step, Scratch& mine) {
     const int first = int(int64_t(coarse) * part / parts), last = int(int64_t(coarse) * (part + 1) / parts);
     if (first == last) continue;
     Coarse target = x.coarse;
-    target.m = coarse, target.k = k;
+    target.m = coarse, target.k = k, target.group = step.group;
     const auto run = [&](const Weight& of, const Out& out, int column) {
       kernels_.prompt(of, target, begin, end, first, last, Out{out.y, out.stride, out.rows - first}, column, mine.panel.data());
     };

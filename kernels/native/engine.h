@@ -71,6 +71,7 @@ class Engine {
   void rope(const Step& step, Scratch& mine);
   void attention(const Step& step, Scratch& mine);
   void piece(const Step& step, const Piece& p, Scratch& mine);
+  const Rows& rows_of(const LinearStep& step) const;
   void linear(const LinearStep& step, Scratch& mine);
   template <class Run> void finish(const LinearStep& step, const int* rows, int count, int weight, int begin, int end,
                                    Scratch& mine, Run run);
@@ -89,7 +90,8 @@ class Engine {
     std::vector<Span> spans;
     std::vector<int> ids, slot, position;           // of each token
     std::vector<int> wanted;                        // the token of each wanted row
-    Rows all, of_wanted;
+    Rows all, of_wanted;                            // for linears that have coarse activations
+    Rows all_fine, wanted_fine;                     // for those that have not
     std::vector<Piece> pieces;
     int parts = 0;
     float* logits = nullptr;

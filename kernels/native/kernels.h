@@ -3,7 +3,7 @@
 // Linears have two forms, chosen by how many tokens of one sequence are computed together:
 //
 //   fine    int16 activations, one scale a token. For decoding, which waits for the weights' bytes anyway.
-//   coarse  int8 activations, one scale a token and 64 columns. For prompts, which are bound by multiplications.
+//   coarse  int8 activations, one scale a token and group of 32 or 64 columns. For prompts, which are bound by multiplications.
 //
 // Attention works on int16 queries and probabilities over the int8 cache, whatever the number of tokens.
 #pragma once
@@ -12,7 +12,7 @@
 
 namespace headrace {
 
-constexpr int kGroup = 64;      // columns that share a scale of coarse activations
+constexpr int kMostGroup = 64;  // columns that share a scale of coarse activations at most: half of them, or all
 constexpr int kColumns = 256;   // columns of coarse activations that lie together, and of weights unpacked at a time
 constexpr int kSegment = 2048;  // columns whose products are summed in int32 before they become float
 constexpr int kTile = 16;       // positions of a tile of keys
@@ -46,11 +46,12 @@ struct Fine {
 };
 
 // Coarse activations of m tokens: codes [k / kColumns][m][kColumns], in every eight columns the even ones first;
-// scales and sums of codes [m][groups]; sums of every 16 columns [m][4 * groups]. Rows of scales and sums are apart, because
+// scales and sums of codes [m][groups]; sums of every 16 columns [m][groups * group / 16]. Rows of scales and sums are apart, because
 // threads that write to one cache line wait for each other.
 struct Coarse {
   int m, k;
-  size_t groups() const { return round_up(k, kColumns) / kGroup; }
+  int group;  // columns that share a scale: 32 or 64
+  size_t groups() const { return round_up(k, kColumns) / group; }
   int8_t* codes;
   float* scales;
   int32_t* sums;

@@ -7,52 +7,54 @@
 namespace headrace {
 namespace {
 
-// Codes of kGroup columns, in every eight the even ones first, their scale and sums.
-template <class V>
-inline void coarse_group(const float* x, int8_t* codes, float& scale, int32_t& sum, int32_t* sums16) {
-  constexpr int vectors = kGroup / V::lanes, loads = kGroup / V::bytes;
+// Codes of kMostGroup columns, in every eight the even ones first, and their sums; one or two groups with a scale each.
+template <class V, int Groups>
+inline void coarse_groups(const float* x, int8_t* codes, float* scales, int32_t* sums, int32_t* sums16) {
+  constexpr int vectors = kMostGroup / V::lanes, loads = kMostGroup / V::bytes;
   const auto magnitude = V::set32(0x7fffffff);
-  typename V::F values[vectors];
-  auto tops = V::zero();
-  HEADRACE_UNROLL for (int i = 0; i < vectors; i++) {
-    values[i] = V::loadf(x + i * V::lanes);
-    tops = V::max_unsigned(tops, V::and_bits(V::bits(values[i]), magnitude));
+  typename V::F values[vectors], inverse[Groups];
+  HEADRACE_UNROLL for (int g = 0; g < Groups; g++) {
+    auto tops = V::zero();
+    HEADRACE_UNROLL for (int i = g * vectors / Groups; i < (g + 1) * vectors / Groups; i++) {
+      values[i] = V::loadf(x + i * V::lanes);
+      tops = V::max_unsigned(tops, V::and_bits(V::bits(values[i]), magnitude));
+    }
+    const uint32_t bits = V::top_unsigned(tops);
+    float top;
+    __builtin_memcpy(&top, &bits, 4);
+    inverse[g] = V::setf(top > 0 ? 127 / top : 0);
+    scales[g] = top / 127;
   }
-  const uint32_t bits = V::top_unsigned(tops);
-  float top;
-  __builtin_memcpy(&top, &bits, 4);
-  const auto inverse = V::setf(top > 0 ? 127 / top : 0);
-  alignas(64) int32_t fours[kGroup / 4];  // sums of four codes
+  alignas(64) int32_t fours[kMostGroup / 4];  // sums of four codes
   HEADRACE_UNROLL for (int j = 0; j < loads; j++) {
     typename V::I four[4];
-    HEADRACE_UNROLL for (int i = 0; i < 4; i++) four[i] = V::to_int(V::mul(values[4 * j + i], inverse));
+    HEADRACE_UNROLL for (int i = 0; i < 4; i++)
+      four[i] = V::to_int(V::mul(values[4 * j + i], inverse[(4 * j + i) * Groups / vectors]));
     const auto ordered = V::evens_first(V::pack8(four));
     V::store(codes + j * V::bytes, ordered);
     V::store(fours + j * V::lanes, V::template dot8<4>(V::zero(), V::set8(1), ordered));
   }
-  scale = top / 127;
-  sum = 0;
-  for (int s = 0; s < 4; s++) {
-    const int part = fours[4 * s] + fours[4 * s + 1] + fours[4 * s + 2] + fours[4 * s + 3];
-    sums16[s] = part;
-    sum += part;
+  HEADRACE_UNROLL for (int s = 0; s < 4; s++)
+    sums16[s] = fours[4 * s] + fours[4 * s + 1] + fours[4 * s + 2] + fours[4 * s + 3];
+  HEADRACE_UNROLL for (int g = 0; g < Groups; g++) {
+    sums[g] = 0;
+    for (int s = g * 4 / Groups; s < (g + 1) * 4 / Groups; s++) sums[g] += sums16[s];
   }
 }
 
 template <class V>
 void coarse(const float* x, int row, bool, bool, const Coarse& out) {
-  const int groups = int(round_up(out.k, kColumns)) / kGroup;
-  for (int g = 0; g < groups; g++) {
-    const int from = g * kGroup;
+  for (int from = 0, padded = int(round_up(out.k, kColumns)); from < padded; from += kMostGroup) {
     int8_t* codes = out.codes + size_t(from / kColumns) * out.m * kColumns + size_t(row) * kColumns + from % kColumns;
-    const size_t at = row * out.groups() + g;
+    const size_t at = row * out.groups() + from / out.group, at16 = size_t(row) * (padded / 16) + from / 16;
     const float* values = x + from;
-    float part[kGroup] = {};
-    if (from + kGroup > out.k) {  // what the row does not have is zero
+    float part[kMostGroup] = {};
+    if (from + kMostGroup > out.k) {  // what the row does not have is zero
       for (int i = 0; from + i < out.k; i++) part[i] = x[from + i];
       values = part;
     }
-    coarse_group<V>(values, codes, out.scales[at], out.sums[at], out.sums16 + 4 * at);
+    const auto run = out.group == kMostGroup ? coarse_groups<V, 1> : coarse_groups<V, 2>;
+    run(values, codes, out.scales + at, out.sums + at, out.sums16 + at16);
   }
 }
 
@@ -88,7 +90,7 @@ HEADRACE_APART void unpack(const Weight& w, int n, int end, int from, int column
 }
 
 // T tokens by a panel, the groups of one piece of kColumns. scales: [block][channel], with blocks; sums: [token][channel].
-template <class V, int Bits, bool Blocks, int T>
+template <class V, int Bits, bool Blocks, int Group, int T>
 HEADRACE_APART void multiply(const Weight& w, const Coarse& x, int from, int groups, int token, const uint8_t* scratch,
                      const float* scales, float* sums) {
   using I = typename V::I;
@@ -99,21 +101,23 @@ HEADRACE_APART void multiply(const Weight& w, const Coarse& x, int from, int gro
   F f[T][P];
   HEADRACE_UNROLL for (int t = 0; t < T; t++) HEADRACE_UNROLL for (int p = 0; p < P; p++)
       f[t][p] = from ? V::loadf(sums + (t * P + p) * V::lanes) : V::zerof();
-  const int parts = Blocks && w.block < kGroup ? kGroup / w.block : 1;  // of a group
+  const int parts = Blocks && w.block < Group ? Group / w.block : 1;  // of a group
+  const int columns_of_part = Group / parts;
+  const size_t of_token = round_up(x.k, kColumns) / Group;  // groups of a token
   for (int g = 0; g < groups; g++) {
-    const size_t group = token * x.groups() + from / kGroup + g;  // of the first token
+    const size_t group = token * of_token + from / Group + g;  // of the first token
     for (int part = 0; part < parts; part++) {
       I sum[T][P];
       HEADRACE_UNROLL for (int t = 0; t < T; t++) {
         int total = 0;
-        if (parts == 1) total = x.sums[group + t * x.groups()];
+        if (parts == 1) total = x.sums[group + t * of_token];
         else
-          for (int s = part * 4 / parts; s < (part + 1) * 4 / parts; s++)
-            total += x.sums16[(group + t * x.groups()) * 4 + s];
+          for (int s = part * columns_of_part / 16; s < (part + 1) * columns_of_part / 16; s++)
+            total += x.sums16[(group + t * of_token) * (Group / 16) + s];
         HEADRACE_UNROLL for (int p = 0; p < P; p++) sum[t][p] = V::set32(-zero_point * total);
       }
-      const int first = g * kGroup / 4 + part * (kGroup / 4 / parts);
-      for (int s = first; s < first + kGroup / 4 / parts; s++) {
+      const int first = (g * Group + part * columns_of_part) / 4;
+      for (int s = first; s < first + columns_of_part / 4; s++) {
         I columns[P];
         HEADRACE_UNROLL for (int p = 0; p < P; p++) columns[p] = V::kept(V::load(scratch + s * step + p * V::bytes));
         HEADRACE_UNROLL for (int t = 0; t < T; t++) {
@@ -124,9 +128,9 @@ HEADRACE_APART void multiply(const Weight& w, const Coarse& x, int from, int gro
       HEADRACE_UNROLL for (int p = 0; p < P; p++) {
         F scale;
         if constexpr (Blocks)
-          scale = V::loadf(scales + (size_t(g * kGroup + part * (kGroup / parts)) / w.block * P + p) * V::lanes);
+          scale = V::loadf(scales + (size_t(g * Group + part * columns_of_part) / w.block * P + p) * V::lanes);
         HEADRACE_UNROLL for (int t = 0; t < T; t++) {
-          const F one = V::setf(x.scales[group + t * x.groups()]), total = V::to_float(sum[t][p]);
+          const F one = V::setf(x.scales[group + t * of_token]), total = V::to_float(sum[t][p]);
           f[t][p] = V::fma(Blocks ? V::mul(total, scale) : total, one, f[t][p]);
         }
       }
@@ -136,27 +140,27 @@ HEADRACE_APART void multiply(const Weight& w, const Coarse& x, int from, int gro
       V::storef(sums + (t * P + p) * V::lanes, f[t][p]);
 }
 
-template <class V, int Bits, bool Blocks>
-inline void prompt_panel(const Weight& w, const Coarse& x, int n, int end, int first, int last, const Out& out,
+template <class V, int Bits, bool Blocks, int Group>
+HEADRACE_APART void prompt_panel(const Weight& w, const Coarse& x, int n, int end, int first, int last, const Out& out,
                          int column, uint8_t* scratch) {
   constexpr int width = V::panels * V::lanes;
   float* scales = reinterpret_cast<float*>(scratch + size_t(kColumns / 4) * V::panels * V::bytes);
   float* sums = scales + (kColumns / 16) * width;
   for (int from = 0; from < w.k; from += kColumns) {
-    const int columns = w.k - from < kColumns ? w.k - from : kColumns, groups = (columns + kGroup - 1) / kGroup;
-    unpack<V, Bits>(w, n, end, from, int(round_up(columns, kGroup)), scratch);
+    const int columns = w.k - from < kColumns ? w.k - from : kColumns, groups = (columns + Group - 1) / Group;
+    unpack<V, Bits>(w, n, end, from, int(round_up(columns, Group)), scratch);
     if constexpr (Blocks)
-      for (int b = 0; b * w.block < groups * kGroup; b++)  // also blocks of a last group that the row does not have
+      for (int b = 0; b * w.block < groups * Group; b++)  // also blocks of a last group that the row does not have
         for (int c = 0; c < width; c++)
           scales[b * width + c] = n + c < end && b * w.block < columns
                                       ? V::half(w.scale[size_t(n + c) * w.blocks() + from / w.block + b])
                                       : 0;
     int t = first;
     for (; t + V::tokens <= last; t += V::tokens)
-      multiply<V, Bits, Blocks, V::tokens>(w, x, from, groups, t, scratch, scales, sums + (t - first) * width);
-    if (V::tokens > 2 && last - t == 2) multiply<V, Bits, Blocks, 2>(w, x, from, groups, t, scratch, scales, sums + (t - first) * width);
+      multiply<V, Bits, Blocks, Group, V::tokens>(w, x, from, groups, t, scratch, scales, sums + (t - first) * width);
+    if (V::tokens > 2 && last - t == 2) multiply<V, Bits, Blocks, Group, 2>(w, x, from, groups, t, scratch, scales, sums + (t - first) * width);
     else
-      for (; t < last; t++) multiply<V, Bits, Blocks, 1>(w, x, from, groups, t, scratch, scales, sums + (t - first) * width);
+      for (; t < last; t++) multiply<V, Bits, Blocks, Group, 1>(w, x, from, groups, t, scratch, scales, sums + (t - first) * width);
   }
   float factor[width], bias[width];
   for (int c = 0; c < width; c++) {
@@ -173,19 +177,20 @@ inline void prompt_panel(const Weight& w, const Coarse& x, int n, int end, int f
   }
 }
 
-template <class V, int Bits, bool Blocks>
+template <class V, int Group>
 inline void prompt_panels(const Weight& w, const Coarse& x, int begin, int end, int first, int last, const Out& out,
                           int column, void* scratch) {
+  const auto run = w.bits == 4 ? (w.block ? prompt_panel<V, 4, true, Group> : prompt_panel<V, 4, false, Group>)
+                               : (w.block ? prompt_panel<V, 8, true, Group> : prompt_panel<V, 8, false, Group>);
   for (int n = begin; n < end; n += V::panels * V::lanes)
-    prompt_panel<V, Bits, Blocks>(w, x, n, end, first, last, out, column + n - begin, static_cast<uint8_t*>(scratch));
+    run(w, x, n, end, first, last, out, column + n - begin, static_cast<uint8_t*>(scratch));
 }
 
 template <class V>
 void prompt(const Weight& w, const Coarse& x, int begin, int end, int first, int last, const Out& out, int column,
             void* scratch) {
-  const auto run = w.bits == 4 ? (w.block ? prompt_panels<V, 4, true> : prompt_panels<V, 4, false>)
-                               : (w.block ? prompt_panels<V, 8, true> : prompt_panels<V, 8, false>);
-  run(w, x, begin, end, first, last, out, column, scratch);
+  if (x.group == kMostGroup) prompt_panels<V, kMostGroup>(w, x, begin, end, first, last, out, column, scratch);
+  else prompt_panels<V, kMostGroup / 2>(w, x, begin, end, first, last, out, column, scratch);
 }
 
 template <class V>

@@ -1,4 +1,5 @@
 // The reference: every kernel in the plainest C++ that says what it computes. The variants are checked against it.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -55,24 +56,25 @@ int place(int k) { return k / 8 * 8 + k % 2 * 4 + k % 8 / 2; }  // in every eigh
 
 void coarse(const float* x, int row, bool, bool, const Coarse& out) {
   for (int c = 0; c < out.k; c += kColumns) std::memset(out.codes + (size_t(c) * out.m + size_t(row) * kColumns), 0, kColumns);
-  for (int g = 0; g * kGroup < out.k; g++) {
-    const int from = g * kGroup, n = out.k - from < kGroup ? out.k - from : kGroup;
+  int32_t* sums16 = out.sums16 + row * out.groups() * (out.group / 16);
+  std::memset(sums16, 0, sizeof *sums16 * out.groups() * (out.group / 16));
+  for (int from = 0; from < out.k; from += out.group) {
+    const int n = std::min(out.group, out.k - from);
     const float top = largest(x + from, n), inverse = top > 0 ? 127 / top : 0;
-    int8_t* codes = out.codes + size_t(from / kColumns) * out.m * kColumns + size_t(row) * kColumns + from % kColumns;
-    int sums[kGroup / 16] = {};
-    for (int k = 0; k < n; k++) {
-      codes[place(k)] = int8_t(rounded(x[from + k] * inverse, 127));
-      sums[k / 16] += codes[place(k)];
-    }
-    const size_t at = row * out.groups() + g;
+    const size_t at = row * out.groups() + from / out.group;
     out.scales[at] = top / 127;
-    out.sums[at] = sums[0] + sums[1] + sums[2] + sums[3];
-    for (int s = 0; s < 4; s++) out.sums16[at * 4 + s] = sums[s];
+    out.sums[at] = 0;
+    for (int k = from; k < from + n; k++) {
+      const int code = int(rounded(x[k] * inverse, 127));
+      out.codes[size_t(k / kColumns) * out.m * kColumns + size_t(row) * kColumns + place(k % kColumns)] = int8_t(code);
+      sums16[k / 16] += code;
+      out.sums[at] += code;
+    }
   }
 }
 
 void prompt(const Weight& w, const Coarse& x, int begin, int end, int first, int last, const Out& out, int column, void*) {
-  const int block = w.block ? w.block : w.k, group = block < kGroup ? block : kGroup;
+  const int block = w.block ? w.block : w.k, group = std::min(block, x.group);
   for (int n = begin; n < end; n++)
     for (int i = first; i < last; i++) {
       double total = 0;
@@ -80,7 +82,7 @@ void prompt(const Weight& w, const Coarse& x, int begin, int end, int first, int
         const int8_t* codes = x.codes + size_t(from / kColumns) * x.m * kColumns + size_t(i) * kColumns;
         int sum = 0;
         for (int k = from; k < from + group && k < w.k; k++) sum += code(w, n, k) * codes[place(k % kColumns)];
-        total += double(sum) * x.scales[i * x.groups() + from / kGroup] * scale(w, n, from / block);
+        total += double(sum) * x.scales[i * x.groups() + from / x.group] * scale(w, n, from / block);
       }
       out.y[out.rows[i] * out.stride + column + n - begin] = float(total) + (w.bias ? w.bias[n] : 0);
     }

@@ -116,7 +116,8 @@ void Program::cache(bool as_int8, const float* given, int count) {
     require<ProgramError>(std::isfinite(s) && s > 0, "cache: scale ", s, " is not a number above 0");
 }
 
-void Program::instruction(const std::string& op, int layer, std::vector<int> regs, std::vector<std::string> names) {
+void Program::instruction(const std::string& op, int layer, int group, std::vector<int> regs,
+                          std::vector<std::string> names) {
   const std::string where = "instruction " + std::to_string(instructions.size()) + " (" + op + ")";
   for (const Shape& s : kShapes) {
     if (op != s.name) continue;
@@ -130,7 +131,9 @@ void Program::instruction(const std::string& op, int layer, std::vector<int> reg
       require<ProgramError>(r >= 0 && size_t(r) < registers.size(), where, ": register ", r, " of ", registers.size());
     require<ProgramError>((s.op != Op::kRopeCache && s.op != Op::kAttention) || (layer >= 0 && layer < geometry.layers),
                           where, ": layer ", layer, " of ", geometry.layers);
-    instructions.push_back({s.op, layer, std::move(regs), std::move(names)});
+    require<ProgramError>(group == 0 || group == kMostGroup / 2 || group == kMostGroup, where, ": groups of ", group,
+                          "; expected 0, 32 or 64");
+    instructions.push_back({s.op, layer, group, std::move(regs), std::move(names)});
     return;
   }
   require<ProgramError>(false, where, ": there is no such operation");

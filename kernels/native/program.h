@@ -29,6 +29,7 @@ enum class Op { kEmbed, kRmsNorm, kAddNorm, kAdd, kLinear, kRopeCache, kAttentio
 struct Instruction {
   Op op;
   int layer;
+  int group;  // of a linear: columns that share a scale of coarse activations; 0: fine ones always
   std::vector<int> registers;
   std::vector<std::string> names;
   int in(int i = 0) const { return registers[i]; }
@@ -44,7 +45,7 @@ class Program {
               const std::string& bias);
   void add_register(int width);
   void cache(bool int8, const float* scales, int count);
-  void instruction(const std::string& op, int layer, std::vector<int> registers, std::vector<std::string> names);
+  void instruction(const std::string& op, int layer, int group, std::vector<int> registers, std::vector<std::string> names);
   void check() const;  // the instructions against each other: raises ProgramError
 
   const std::vector<Mapping>& files() const { return files_; }

@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-GROUP = 64  # columns that share a scale of coarse activations
-
 
 @dataclass(frozen=True)
 class Weight:
@@ -49,15 +47,15 @@ def fine(x: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float64]
     return np.rint(x * inverse).astype(np.int64), (top / np.float32(32639)).astype(np.float64)
 
 
-def coarse(x: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """int8 codes of rows (M, K) and the scales of each column (M, K)."""
+def coarse(x: NDArray[np.float32], group: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """int8 codes of rows (M, K) and the scales of each column (M, K), `group` columns sharing one."""
     codes, scales = np.zeros(x.shape, np.int64), np.zeros(x.shape)
-    for g in range(0, x.shape[1], GROUP):
-        part = x[:, g : g + GROUP]
+    for g in range(0, x.shape[1], group):
+        part = x[:, g : g + group]
         top = np.abs(part).max(axis=1, keepdims=True)
         inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 0)
-        codes[:, g : g + GROUP] = np.rint(part * inverse)
-        scales[:, g : g + GROUP] = top / np.float32(127)
+        codes[:, g : g + group] = np.rint(part * inverse)
+        scales[:, g : g + group] = top / np.float32(127)
     return codes, scales
 
 

@@ -26,12 +26,12 @@ def weight_entries(weights: dict[str, Weight]) -> tuple[dict[str, Any], dict[str
     return entries, arrays
 
 
-def linear_program(table: Weight, w: Weight) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+def linear_program(table: Weight, w: Weight, group: int = 64) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """Logits are rows of the table by w: what a linear alone computes."""
     entries, arrays = weight_entries({"table": table, "w": w})
     n, k = w.codes.shape
     program = {
-        "format": 1,
+        "format": 2,
         "geometry": {
             "layers": 1, "heads": 1, "kv_heads": 1, "head_dim": 2, "hidden": k, "vocab": n, "eps": 1e-5, "context": 256,
         },
@@ -43,7 +43,7 @@ def linear_program(table: Weight, w: Weight) -> tuple[dict[str, Any], dict[str, 
         "instructions": [
             {"op": "embed", "weight": "table", "out": 0},
             {"op": "rows", "in": 0, "out": 1},
-            {"op": "head", "in": 1, "weight": "w"},
+            {"op": "head", "group": group, "in": 1, "weight": "w"},
         ],
     }  # fmt: skip
     return program, arrays
@@ -78,6 +78,7 @@ def decoder(
     block: int | None = None,
     bias: bool = False,
     cache: str = "int8",
+    group: int = 64,
 ) -> Decoder:
     """A random decoder with the instructions that headrace records."""
     rng = np.random.default_rng(seed)
@@ -108,23 +109,23 @@ def decoder(
                 {"op": "add_norm", "in": x2, "update": update, "weight": norm(f"n{i}"), "sum": x, "out": normed}
             )
         instructions += [
-            {"op": "linear", "in": normed, "weights": [f"{i}.{n}" for n in "qkv"], "out": [rq, rk, rv]},
+            {"op": "linear", "group": group, "in": normed, "weights": [f"{i}.{n}" for n in "qkv"], "out": [rq, rk, rv]},
             {"op": "rope_cache", "layer": i, "q": rq, "k": rk, "v": rv, "cos": "cos", "sin": "sin"},
             {"op": "attention", "layer": i, "q": rq, "out": mixed},
-            {"op": "linear", "in": mixed, "weights": [f"{i}.o"], "out": [update]},
+            {"op": "linear", "group": group, "in": mixed, "weights": [f"{i}.o"], "out": [update]},
             {"op": "add_norm", "in": x, "update": update, "weight": norm(f"m{i}"), "sum": x2, "out": normed},
-            {"op": "linear", "in": normed, "weights": [f"{i}.gate", f"{i}.up"], "out": [gate, up]},
+            {"op": "linear", "group": group, "in": normed, "weights": [f"{i}.gate", f"{i}.up"], "out": [gate, up]},
             {"op": "silu_mul", "gate": gate, "up": up, "out": gated},
-            {"op": "linear", "in": gated, "weights": [f"{i}.down"], "out": [update]},
+            {"op": "linear", "group": group, "in": gated, "weights": [f"{i}.down"], "out": [update]},
         ]
     instructions += [
         {"op": "add_norm", "in": x2, "update": update, "weight": norm("final"), "sum": x, "out": normed},
         {"op": "rows", "in": normed, "out": kept},
-        {"op": "head", "in": kept, "weight": "embed"},
+        {"op": "head", "group": 0, "in": kept, "weight": "embed"},
     ]
     entries, more = weight_entries(weights)
     program = {
-        "format": 1,
+        "format": 2,
         "geometry": {
             "layers": layers, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "hidden": hidden,
             "vocab": vocab, "eps": 1e-5, "context": context,

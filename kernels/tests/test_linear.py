@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -21,7 +23,9 @@ def sharp_table(rng: np.random.Generator, rows: int, k: int) -> Weight:
     return Weight(codes, np.full((rows, 1), 2.0**-7, np.float16), 8)
 
 
-def check(engine: hk.Engine, table: Weight, w: Weight, m: int, batched: bool, rng: np.random.Generator) -> None:
+def check(
+    engine: hk.Engine, table: Weight, w: Weight, group: int, m: int, batched: bool, rng: np.random.Generator
+) -> None:
     ids = rng.integers(0, min(len(table.codes), w.codes.shape[0]), m)
     x = table.values()[ids].astype(np.float32)
     if batched:  # one token of each of m sequences
@@ -29,7 +33,8 @@ def check(engine: hk.Engine, table: Weight, w: Weight, m: int, batched: bool, rn
     else:
         logits = engine.run([(0, 0, ids, range(m))])
     tiles = engine.isa.startswith("amx")  # prompts as exact as decoding, for weights with one scale a row
-    expected, size = linear(x, w, fine if batched or m <= 8 or (tiles and w.scale.shape[1] == 1) else coarse)
+    exact = group == 0 or batched or m <= 8 or (tiles and w.scale.shape[1] == 1)
+    expected, size = linear(x, w, fine if exact else partial(coarse, group=group))
     assert logits.shape == expected.shape
     assert np.abs(logits - expected).max(initial=0) <= (ROUNDING * size).max()
     np.testing.assert_array_less(np.abs(logits - expected), ROUNDING * size + 1e-12)
@@ -39,64 +44,69 @@ def check(engine: hk.Engine, table: Weight, w: Weight, m: int, batched: bool, rn
 @pytest.mark.parametrize(
     "bits,block", [(4, None), (4, 16), (4, 32), (4, 64), (4, 128), (4, 256), (8, None), (8, 16), (8, 32), (8, 128)]
 )
-def test_shapes(isa: str, n: int, k: int, bits: int, block: int | None) -> None:
+@pytest.mark.parametrize("group", [32, 64])
+def test_shapes(isa: str, n: int, k: int, bits: int, block: int | None, group: int) -> None:
     if block and k % block:
         k = -(-k // block) * block
     rng = np.random.default_rng(n * k + bits)
     table, w = sharp_table(rng, n, k), random_weight(rng, n, k, bits, block, bias=n % 2 == 0)
-    with hk.Engine(*linear_program(table, w), slots=9, threads=2, isa=isa) as engine:
+    with hk.Engine(*linear_program(table, w, group), slots=9, threads=2, isa=isa) as engine:
         for m, batched in ((1, False), (2, False), (3, True), (8, False), (9, True), (9, False), (13, False)):
-            check(engine, table, w, m, batched, rng)
+            check(engine, table, w, group, m, batched, rng)
 
 
 @pytest.mark.parametrize("bits,block", [(4, None), (8, None), (4, 16)])
-@pytest.mark.parametrize("batched", [False, True])
-def test_every_number_of_tokens(isa: str, bits: int, block: int | None, batched: bool) -> None:
+@pytest.mark.parametrize("batched,group", [(False, 0), (False, 32), (False, 64), (True, 64)])
+def test_every_number_of_tokens(isa: str, bits: int, block: int | None, batched: bool, group: int) -> None:
     rng = np.random.default_rng(bits)
     table, w = sharp_table(rng, 21, 176), random_weight(rng, 21, 176, bits, block)
-    with hk.Engine(*linear_program(table, w), slots=130, threads=2, isa=isa) as engine:
+    with hk.Engine(*linear_program(table, w, group), slots=130, threads=2, isa=isa) as engine:
         for m in range(1, 131) if bits == 4 and not block else (*range(1, 20), 63, 64, 65, 127, 128, 129, 130):
-            check(engine, table, w, m, batched, rng)
+            check(engine, table, w, group, m, batched, rng)
 
 
 @pytest.mark.parametrize("k", [1, 3, 17, 63, 65, 127, 257, 577])
-def test_odd_columns_of_8_bits(isa: str, k: int) -> None:
+@pytest.mark.parametrize("group", [32, 64])
+def test_odd_columns_of_8_bits(isa: str, k: int, group: int) -> None:
     rng = np.random.default_rng(k)
     table, w = sharp_table(rng, 19, k), random_weight(rng, 19, k, 8, None)
-    with hk.Engine(*linear_program(table, w), slots=4, threads=1, isa=isa) as engine:
+    with hk.Engine(*linear_program(table, w, group), slots=4, threads=1, isa=isa) as engine:
         for m, batched in ((1, False), (4, True), (10, False)):
-            check(engine, table, w, m, batched, rng)
+            check(engine, table, w, group, m, batched, rng)
 
 
 @pytest.mark.parametrize("k", [2, 6, 18, 66, 130, 254, 514])
-def test_columns_of_4_bits_that_are_no_multiple_of_16(isa: str, k: int) -> None:
+@pytest.mark.parametrize("group", [32, 64])
+def test_columns_of_4_bits_that_are_no_multiple_of_16(isa: str, k: int, group: int) -> None:
     rng = np.random.default_rng(k)
     table, w = sharp_table(rng, 19, k), random_weight(rng, 19, k, 4, None)
-    with hk.Engine(*linear_program(table, w), slots=4, threads=1, isa=isa) as engine:
+    with hk.Engine(*linear_program(table, w, group), slots=4, threads=1, isa=isa) as engine:
         for m, batched in ((1, False), (4, True), (10, False)):
-            check(engine, table, w, m, batched, rng)
+            check(engine, table, w, group, m, batched, rng)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_extreme_codes_do_not_overflow(isa: str, bits: int) -> None:
+@pytest.mark.parametrize("group", [32, 64])
+def test_extreme_codes_do_not_overflow(isa: str, bits: int, group: int) -> None:
     k = 16384
     low, high = (-8, 7) if bits == 4 else (-128, 127)
     codes = np.array([np.full(k, low), np.full(k, high)], np.int8)
     w = Weight(codes, np.full((2, 1), 2.0**-12, np.float16), bits)
     table = Weight(np.array([np.full(k, 127), np.full(k, -127)], np.int8), np.full((2, 1), 2.0**-7, np.float16), 8)
     rng = np.random.default_rng(0)
-    with hk.Engine(*linear_program(table, w), slots=9, threads=1, isa=isa) as engine:
+    with hk.Engine(*linear_program(table, w, group), slots=9, threads=1, isa=isa) as engine:
         for m, batched in ((1, False), (9, True), (9, False)):
-            check(engine, table, w, m, batched, rng)
+            check(engine, table, w, group, m, batched, rng)
 
 
-def test_zeros_and_not_a_number(isa: str) -> None:
+@pytest.mark.parametrize("group", [32, 64])
+def test_zeros_and_not_a_number(isa: str, group: int) -> None:
     table = Weight(np.zeros((3, 64), np.int8), np.ones((3, 1), np.float16), 8)
     table.codes[1:] = 1
     table.scale[2] = np.nan
     rng = np.random.default_rng(0)
     w = random_weight(rng, 3, 64, 4, None)
-    with hk.Engine(*linear_program(table, w), slots=12, threads=2, isa=isa) as engine:
+    with hk.Engine(*linear_program(table, w, group), slots=12, threads=2, isa=isa) as engine:
         for spans in ([(s, 0, [s % 3], [0]) for s in range(12)], [(0, 0, [s % 3 for s in range(12)], range(12))]):
             logits: NDArray[np.float32] = engine.run(spans)
             assert (logits[0::3] == 0).all() and np.isfinite(logits[1::3]).all() and np.isnan(logits[2::3]).all()

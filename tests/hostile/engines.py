@@ -35,21 +35,21 @@ def small_program() -> tuple[dict[str, Any], dict[str, Any]]:
     instructions = [
         {"op": "embed", "weight": "embed", "out": 0},
         {"op": "rms_norm", "in": 0, "weight": "n0", "out": 1},
-        {"op": "linear", "in": 1, "weights": ["q", "k", "v"], "out": [2, 3, 4]},
+        {"op": "linear", "group": 64, "in": 1, "weights": ["q", "k", "v"], "out": [2, 3, 4]},
         {"op": "rope_cache", "layer": 0, "q": 2, "k": 3, "v": 4, "cos": "cos", "sin": "sin"},
         {"op": "attention", "layer": 0, "q": 2, "out": 5},
-        {"op": "linear", "in": 5, "weights": ["o"], "out": [6]},
+        {"op": "linear", "group": 64, "in": 5, "weights": ["o"], "out": [6]},
         {"op": "add_norm", "in": 0, "update": 6, "weight": "n1", "sum": 7, "out": 1},
-        {"op": "linear", "in": 1, "weights": ["gate", "up"], "out": [8, 9]},
+        {"op": "linear", "group": 64, "in": 1, "weights": ["gate", "up"], "out": [8, 9]},
         {"op": "silu_mul", "gate": 8, "up": 9, "out": 10},
-        {"op": "linear", "in": 10, "weights": ["down"], "out": [6]},
+        {"op": "linear", "group": 64, "in": 10, "weights": ["down"], "out": [6]},
         {"op": "add", "in": 7, "update": 6, "out": 0},
         {"op": "rms_norm", "in": 0, "weight": "n1", "out": 1},
         {"op": "rows", "in": 1, "out": 11},
-        {"op": "head", "in": 11, "weight": "embed"},
+        {"op": "head", "group": 0, "in": 11, "weight": "embed"},
     ]
     program = {
-        "format": 1, "geometry": GEOMETRY, "cache": {"dtype": "int8", "scales": [[0.03, 0.02]]}, "files": [],
+        "format": 2, "geometry": GEOMETRY, "cache": {"dtype": "int8", "scales": [[0.03, 0.02]]}, "files": [],
         "tensors": {},
         "weights": weights, "registers": [8, 8, 8, 4, 4, 8, 8, 8, 16, 16, 16, 8], "instructions": instructions,
     }  # fmt: skip

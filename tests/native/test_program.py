@@ -81,6 +81,16 @@ def test_cache_and_context(exports: Exports) -> None:
     assert record_program(bundle).to_dict()["geometry"]["context"] == bundle.context
 
 
+@pytest.mark.parametrize("recipe,group", [("w4a16", 64), ("w4b32", 32)])
+def test_prompts_have_scales_as_often_as_blocks_do_and_an_exact_head(exports: Exports, recipe: str, group: int) -> None:
+    program = record_program(open_bundle(exports.bundle("gqa", kv="float32", recipe=recipe)))
+    groups = {i.op: {j.fields["group"] for j in program.instructions if j.op == i.op} for i in program.instructions
+              if "group" in i.fields}  # fmt: skip
+    assert groups == {"linear": {group}, "head": {0}}
+    listed = "\n".join(program_lines(program))
+    assert listed.count(f"int8 by {group}") == 4 * LAYERS and "int16" in listed.splitlines()[-1]
+
+
 def test_listing_shows_every_instruction_and_every_byte(exports: Exports) -> None:
     bundle = open_bundle(exports.bundle("qwen2"))
     program = record_program(bundle)

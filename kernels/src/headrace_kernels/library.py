@@ -67,7 +67,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "hk_program_cache": (c_int, [c_void_p, c_int, POINTER(c_float), c_int]),
     "hk_program_instruction": (
         c_int,
-        [c_void_p, c_char_p, c_int, c_int, POINTER(c_int), c_int, POINTER(c_char_p)],
+        [c_void_p, c_char_p, c_int, c_int, c_int, POINTER(c_int), c_int, POINTER(c_char_p)],
     ),
     "hk_engine_new": (c_int, [c_void_p, c_int, c_int, c_int, c_char_p, c_int, c_int, POINTER(c_void_p)]),
     "hk_engine_free": (None, [c_void_p]),

@@ -14,6 +14,8 @@ from headrace_kernels.library import ProgramError, checked, load
 
 __all__ = ["build"]
 
+FORMAT = 2
+
 _GEOMETRY = ("layers", "heads", "kv_heads", "head_dim", "hidden", "vocab", "context")
 _DTYPES = {"U8": 0, "F16": 1, "F32": 2}
 _ARRAY_DTYPES = {"uint8": 0, "float16": 1, "float32": 2}
@@ -33,6 +35,7 @@ _FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 _LARGEST = 3e38  # of a float32
 _LAYERED = ("rope_cache", "attention")
+_GROUPED = ("linear", "head")
 
 
 def build(program: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> ctypes.c_void_p:
@@ -43,8 +46,8 @@ def build(program: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> cty
     """
     keys = ("format", "geometry", "cache", "files", "tensors", "weights", "registers", "instructions")
     _keys(program, keys, "the program")
-    if program["format"] != 1:
-        raise ProgramError(f"program format {program['format']!r}; expected 1")
+    if program["format"] != FORMAT:
+        raise ProgramError(f"program format {program['format']!r}; expected {FORMAT}")
     geometry = _mapping(program["geometry"], "geometry")
     _keys(geometry, (*_GEOMETRY, "eps"), "geometry")
     numbers = [_int(geometry[key], f"geometry: {key}") for key in _GEOMETRY]
@@ -118,8 +121,8 @@ def _instruction(handle: ctypes.c_void_p, instruction: Mapping[str, Any], where:
         raise ProgramError(f"{where}: op {op!r}; expected one of {', '.join(_FIELDS)}")
     where = f"{where} ({op})"
     register_fields, name_fields = _FIELDS[op]
-    layered = ("layer",) if op in _LAYERED else ()
-    _keys(instruction, ("op", *layered, *register_fields, *name_fields), where)
+    numbers = ("layer",) if op in _LAYERED else ("group",) if op in _GROUPED else ()
+    _keys(instruction, ("op", *numbers, *register_fields, *name_fields), where)
     registers: list[int] = []
     names: list[bytes] = []
     for field in register_fields:
@@ -134,6 +137,7 @@ def _instruction(handle: ctypes.c_void_p, instruction: Mapping[str, Any], where:
             handle,
             op.encode(),
             _int(instruction.get("layer", -1), f"{where}: layer"),
+            _int(instruction.get("group", 0), f"{where}: group"),
             len(registers),
             (ctypes.c_int * len(registers))(*registers),
             len(names),

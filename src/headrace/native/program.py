@@ -24,7 +24,11 @@ from headrace.model.weights import Role, weight_table
 
 __all__ = ["COSINES", "READ", "SINES", "WRITTEN", "Instruction", "Program", "record_program"]
 
-FORMAT = 1
+FORMAT = 2
+GROUPS, FINE = (32, 64), 0
+"""Columns of a prompt that share a scale of int8 activations: 32 where weights have blocks as small, since sums are
+scaled there anyway; elsewhere 64, which is faster. `FINE`: none, activations are int16 for any number of tokens. The
+head's are: it computes few rows in a prompt, and its error goes straight to the logits."""
 COSINES, SINES = "cos", "sin"
 """Names of the rotary tables, which the caller gives as arrays."""
 
@@ -131,7 +135,8 @@ class Program:
 def record_program(bundle: Bundle, context: int | None = None) -> Program:
     """The program of a bundle's decoder, for slots of `context` positions, the bundle's own by default."""
     store = bundle.weights()
-    ops = _Recorder(bundle.config)
+    smallest = min((grid.block for grid in store.grids.values() if grid.block), default=GROUPS[1])
+    ops = _Recorder(bundle.config, GROUPS[0] if smallest <= GROUPS[0] else GROUPS[1])
     _record(ops)
     registers, instructions = _with_registers(ops.instructions)
     return Program(
@@ -168,8 +173,9 @@ class Result:
 class _Recorder(Ops[Result]):
     """Records instructions whose operands are results; notes which weights and tensors they use."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, group: int) -> None:
         super().__init__(config)
+        self.group = group
         self.instructions: list[Instruction] = []
         self.tensors: set[str] = set()
         self.weights: set[str] = set()
@@ -183,11 +189,12 @@ class _Recorder(Ops[Result]):
     def linears(self, x: Result, weights: Sequence[str]) -> tuple[Result, ...]:
         row = weight_table(self.config)[weights[0]]
         if row.role is Role.HEAD:
-            self.instructions.append(Instruction("head", {"in": x, "weight": self._weight(row.stored_as)}))
+            fields = {"in": x, "weight": self._weight(row.stored_as), "group": FINE}
+            self.instructions.append(Instruction("head", fields))
             return (Result(self.config.vocab_size),)
         names = [self._weight(weight) for weight in weights]
         made = [Result(weight_table(self.config)[name].shape[0]) for name in names]
-        self.instructions.append(Instruction("linear", {"in": x, "weights": names, "out": made}))
+        self.instructions.append(Instruction("linear", {"in": x, "weights": names, "out": made, "group": self.group}))
         return tuple(made)
 
     def rms_norm(self, x: Result, weight: str) -> Result:
