@@ -40,12 +40,11 @@ class Activations {
     const size_t groups = round_up(k, kColumns) / (kMostGroup / 2);
     codes_.grow(round_up(k, kColumns) * coarse_rows);
     scales_.grow(groups * coarse_rows);
-    sums_.grow(groups * coarse_rows);
     sums16_.grow(groups * 2 * coarse_rows);
     tiles_.grow(round_up(k, kPad) * 2 * round_up(coarse_rows, 16));
     tile_scales_.grow(coarse_rows);
     tile_sums_.grow(coarse_rows);
-    coarse = {coarse_rows, k, kMostGroup, codes_.data(), scales_.data(), sums_.data(), sums16_.data(), tiles_.data(),
+    coarse = {coarse_rows, k, kMostGroup, codes_.data(), scales_.data(), sums16_.data(), tiles_.data(),
               tile_scales_.data(), tile_sums_.data()};
   }
   Fine* fine() { return fine_.data(); }
@@ -57,7 +56,7 @@ class Activations {
   std::vector<Fine> fine_;
   Buffer<int8_t> codes_, tiles_;
   Buffer<float> scales_, tile_scales_;
-  Buffer<int32_t> sums_, sums16_, tile_sums_;
+  Buffer<int32_t> sums16_, tile_sums_;
 };
 
 }  // namespace headrace

@@ -46,7 +46,7 @@ struct Fine {
 };
 
 // Coarse activations of m tokens: codes [k / kColumns][m][kColumns], in every eight columns the even ones first;
-// scales and sums of codes [m][groups]; sums of every 16 columns [m][groups * group / 16]. Rows of scales and sums are apart, because
+// scales [m][groups]; sums of every 16 codes [m][columns / 16], columns rounded up to kColumns. Rows of scales and sums are apart, because
 // threads that write to one cache line wait for each other.
 struct Coarse {
   int m, k;
@@ -54,7 +54,6 @@ struct Coarse {
   size_t groups() const { return round_up(k, kColumns) / group; }
   int8_t* codes;
   float* scales;
-  int32_t* sums;
   int32_t* sums16;
   // Of variants with tiles, for weights with one scale a row: int16 codes in two bytes (linear_tiles.h), scale and sum a token.
   int8_t* tiles;

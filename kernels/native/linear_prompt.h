@@ -7,9 +7,11 @@
 namespace headrace {
 namespace {
 
-// Codes of kMostGroup columns, in every eight the even ones first, and their sums; one or two groups with a scale each.
+constexpr int group_of(int part) { return part < 32 ? 32 : part; }
+
+// Codes of kMostGroup columns, in every eight the even ones first, and their sums; one or two groups have a scale each.
 template <class V, int Groups>
-inline void coarse_groups(const float* x, int8_t* codes, float* scales, int32_t* sums, int32_t* sums16) {
+inline void coarse_groups(const float* x, int8_t* codes, float* scales, int32_t* sums16) {
   constexpr int vectors = kMostGroup / V::lanes, loads = kMostGroup / V::bytes;
   const auto magnitude = V::set32(0x7fffffff);
   typename V::F values[vectors], inverse[Groups];
@@ -36,17 +38,12 @@ inline void coarse_groups(const float* x, int8_t* codes, float* scales, int32_t*
   }
   HEADRACE_UNROLL for (int s = 0; s < 4; s++)
     sums16[s] = fours[4 * s] + fours[4 * s + 1] + fours[4 * s + 2] + fours[4 * s + 3];
-  HEADRACE_UNROLL for (int g = 0; g < Groups; g++) {
-    sums[g] = 0;
-    for (int s = g * 4 / Groups; s < (g + 1) * 4 / Groups; s++) sums[g] += sums16[s];
-  }
 }
 
 template <class V>
 void coarse(const float* x, int row, bool, bool, const Coarse& out) {
   for (int from = 0, padded = int(round_up(out.k, kColumns)); from < padded; from += kMostGroup) {
     int8_t* codes = out.codes + size_t(from / kColumns) * out.m * kColumns + size_t(row) * kColumns + from % kColumns;
-    const size_t at = row * out.groups() + from / out.group, at16 = size_t(row) * (padded / 16) + from / 16;
     const float* values = x + from;
     float part[kMostGroup] = {};
     if (from + kMostGroup > out.k) {  // what the row does not have is zero
@@ -54,7 +51,7 @@ void coarse(const float* x, int row, bool, bool, const Coarse& out) {
       values = part;
     }
     const auto run = out.group == kMostGroup ? coarse_groups<V, 1> : coarse_groups<V, 2>;
-    run(values, codes, out.scales + at, out.sums + at, out.sums16 + at16);
+    run(values, codes, out.scales + row * out.groups() + from / out.group, out.sums16 + (size_t(row) * padded + from) / 16);
   }
 }
 
@@ -89,78 +86,73 @@ HEADRACE_APART void unpack(const Weight& w, int n, int end, int from, int column
     }
 }
 
-// T tokens by a panel, the groups of one piece of kColumns. scales: [block][channel], with blocks; sums: [token][channel].
-template <class V, int Bits, bool Blocks, int Group, int T>
-HEADRACE_APART void multiply(const Weight& w, const Coarse& x, int from, int groups, int token, const uint8_t* scratch,
-                     const float* scales, float* sums) {
+// T tokens by a panel, one piece of kColumns. Part: columns of an int32 sum; scales: [part][channel], with blocks; sums:
+// [token][channel].
+template <class V, int Bits, bool Blocks, int Part, int T>
+HEADRACE_APART void multiply(const Coarse& x, int from, int parts, int token, const uint8_t* scratch, const float* scales,
+                             float* sums) {
   using I = typename V::I;
   using F = typename V::F;
-  constexpr int P = V::panels, zero_point = Bits == 4 ? 8 : 128;
-  constexpr size_t step = P * V::bytes;
+  constexpr int P = V::panels, zero_point = Bits == 4 ? 8 : 128, group = group_of(Part);
+  const size_t padded = round_up(x.k, kColumns);
   const int8_t* codes = x.codes + size_t(from / kColumns) * x.m * kColumns + size_t(token) * kColumns;
+  const int32_t* sums16 = x.sums16 + (token * padded + from) / 16;
+  const float* ones = x.scales + (token * padded + from) / group;
   F f[T][P];
   HEADRACE_UNROLL for (int t = 0; t < T; t++) HEADRACE_UNROLL for (int p = 0; p < P; p++)
       f[t][p] = from ? V::loadf(sums + (t * P + p) * V::lanes) : V::zerof();
-  const int parts = Blocks && w.block < Group ? Group / w.block : 1;  // of a group
-  const int columns_of_part = Group / parts;
-  const size_t of_token = round_up(x.k, kColumns) / Group;  // groups of a token
-  for (int g = 0; g < groups; g++) {
-    const size_t group = token * of_token + from / Group + g;  // of the first token
-    for (int part = 0; part < parts; part++) {
-      I sum[T][P];
+  for (int part = 0; part < parts; part++) {
+    I sum[T][P];
+    HEADRACE_UNROLL for (int t = 0; t < T; t++) {
+      int total = 0;
+      HEADRACE_UNROLL for (int s = 0; s < Part / 16; s++) total += sums16[t * (padded / 16) + s];
+      HEADRACE_UNROLL for (int p = 0; p < P; p++) sum[t][p] = V::set32(-zero_point * total);
+    }
+    for (int s = 0; s < Part / 4; s++) {
+      I columns[P];
+      HEADRACE_UNROLL for (int p = 0; p < P; p++) columns[p] = V::kept(V::load(scratch + p * V::bytes));
       HEADRACE_UNROLL for (int t = 0; t < T; t++) {
-        int total = 0;
-        if (parts == 1) total = x.sums[group + t * of_token];
-        else
-          for (int s = part * columns_of_part / 16; s < (part + 1) * columns_of_part / 16; s++)
-            total += x.sums16[(group + t * of_token) * (Group / 16) + s];
-        HEADRACE_UNROLL for (int p = 0; p < P; p++) sum[t][p] = V::set32(-zero_point * total);
+        const I one = V::broadcast32(codes + t * kColumns);
+        HEADRACE_UNROLL for (int p = 0; p < P; p++) sum[t][p] = V::template dot8<Bits>(sum[t][p], columns[p], one);
       }
-      const int first = (g * Group + part * columns_of_part) / 4;
-      for (int s = first; s < first + columns_of_part / 4; s++) {
-        I columns[P];
-        HEADRACE_UNROLL for (int p = 0; p < P; p++) columns[p] = V::kept(V::load(scratch + s * step + p * V::bytes));
-        HEADRACE_UNROLL for (int t = 0; t < T; t++) {
-          const I one = V::broadcast32(codes + t * kColumns + 4 * s);
-          HEADRACE_UNROLL for (int p = 0; p < P; p++) sum[t][p] = V::template dot8<Bits>(sum[t][p], columns[p], one);
-        }
-      }
-      HEADRACE_UNROLL for (int p = 0; p < P; p++) {
-        F scale;
-        if constexpr (Blocks)
-          scale = V::loadf(scales + (size_t(g * Group + part * columns_of_part) / w.block * P + p) * V::lanes);
-        HEADRACE_UNROLL for (int t = 0; t < T; t++) {
-          const F one = V::setf(x.scales[group + t * of_token]), total = V::to_float(sum[t][p]);
-          f[t][p] = V::fma(Blocks ? V::mul(total, scale) : total, one, f[t][p]);
-        }
+      scratch += P * V::bytes, codes += 4;
+    }
+    HEADRACE_UNROLL for (int p = 0; p < P; p++) {
+      F scale;
+      if constexpr (Blocks) scale = V::loadf(scales + p * V::lanes);
+      HEADRACE_UNROLL for (int t = 0; t < T; t++) {
+        const F one = V::setf(ones[t * (padded / group)]), total = V::to_float(sum[t][p]);
+        f[t][p] = V::fma(Blocks ? V::mul(total, scale) : total, one, f[t][p]);
       }
     }
+    scales += P * V::lanes, sums16 += Part / 16;
+    ones += Part == group || part % 2 == 1;
   }
   HEADRACE_UNROLL for (int t = 0; t < T; t++) HEADRACE_UNROLL for (int p = 0; p < P; p++)
       V::storef(sums + (t * P + p) * V::lanes, f[t][p]);
 }
 
-template <class V, int Bits, bool Blocks, int Group>
+template <class V, int Bits, bool Blocks, int Part>
 HEADRACE_APART void prompt_panel(const Weight& w, const Coarse& x, int n, int end, int first, int last, const Out& out,
-                         int column, uint8_t* scratch) {
+                                 int column, uint8_t* scratch) {
   constexpr int width = V::panels * V::lanes;
   float* scales = reinterpret_cast<float*>(scratch + size_t(kColumns / 4) * V::panels * V::bytes);
   float* sums = scales + (kColumns / 16) * width;
   for (int from = 0; from < w.k; from += kColumns) {
-    const int columns = w.k - from < kColumns ? w.k - from : kColumns, groups = (columns + Group - 1) / Group;
-    unpack<V, Bits>(w, n, end, from, int(round_up(columns, Group)), scratch);
+    const int columns = w.k - from < kColumns ? w.k - from : kColumns, parts = (columns + Part - 1) / Part;
+    unpack<V, Bits>(w, n, end, from, parts * Part, scratch);
     if constexpr (Blocks)
-      for (int b = 0; b * w.block < groups * Group; b++)  // also blocks of a last group that the row does not have
-        for (int c = 0; c < width; c++)
-          scales[b * width + c] = n + c < end && b * w.block < columns
-                                      ? V::half(w.scale[size_t(n + c) * w.blocks() + from / w.block + b])
-                                      : 0;
+      for (int part = 0; part < parts; part++) {
+        const uint16_t* own = w.scale + size_t(n) * w.blocks() + (from + part * Part) / w.block;
+        for (int c = 0; c < width; c++) scales[part * width + c] = n + c < end ? V::half(own[size_t(c) * w.blocks()]) : 0;
+      }
+    const auto run = [&](auto number, int t) {
+      multiply<V, Bits, Blocks, Part, decltype(number)::value>(x, from, parts, t, scratch, scales, sums + (t - first) * width);
+    };
     int t = first;
-    for (; t + V::tokens <= last; t += V::tokens)
-      multiply<V, Bits, Blocks, Group, V::tokens>(w, x, from, groups, t, scratch, scales, sums + (t - first) * width);
-    if (V::tokens > 2 && last - t == 2) multiply<V, Bits, Blocks, Group, 2>(w, x, from, groups, t, scratch, scales, sums + (t - first) * width);
-    else
-      for (; t < last; t++) multiply<V, Bits, Blocks, Group, 1>(w, x, from, groups, t, scratch, scales, sums + (t - first) * width);
+    for (; t + V::tokens <= last; t += V::tokens) run(Number<V::tokens>(), t);
+    if (V::tokens > 2 && last - t == 2) run(Number<2>(), t), t += 2;
+    for (; t < last; t++) run(Number<1>(), t);
   }
   float factor[width], bias[width];
   for (int c = 0; c < width; c++) {
@@ -177,20 +169,19 @@ HEADRACE_APART void prompt_panel(const Weight& w, const Coarse& x, int n, int en
   }
 }
 
-template <class V, int Group>
-inline void prompt_panels(const Weight& w, const Coarse& x, int begin, int end, int first, int last, const Out& out,
-                          int column, void* scratch) {
-  const auto run = w.bits == 4 ? (w.block ? prompt_panel<V, 4, true, Group> : prompt_panel<V, 4, false, Group>)
-                               : (w.block ? prompt_panel<V, 8, true, Group> : prompt_panel<V, 8, false, Group>);
-  for (int n = begin; n < end; n += V::panels * V::lanes)
-    run(w, x, n, end, first, last, out, column + n - begin, static_cast<uint8_t*>(scratch));
+template <class V, int Bits>
+inline auto panel_for(const Weight& w, const Coarse& x) {
+  if (!w.block) return x.group == 32 ? prompt_panel<V, Bits, false, 32> : prompt_panel<V, Bits, false, 64>;
+  if (w.block == 16) return prompt_panel<V, Bits, true, 16>;
+  return x.group == 32 ? prompt_panel<V, Bits, true, 32> : prompt_panel<V, Bits, true, 64>;
 }
 
 template <class V>
 void prompt(const Weight& w, const Coarse& x, int begin, int end, int first, int last, const Out& out, int column,
             void* scratch) {
-  if (x.group == kMostGroup) prompt_panels<V, kMostGroup>(w, x, begin, end, first, last, out, column, scratch);
-  else prompt_panels<V, kMostGroup / 2>(w, x, begin, end, first, last, out, column, scratch);
+  const auto run = w.bits == 4 ? panel_for<V, 4>(w, x) : panel_for<V, 8>(w, x);
+  for (int n = begin; n < end; n += V::panels * V::lanes)
+    run(w, x, n, end, first, last, out, column + n - begin, static_cast<uint8_t*>(scratch));
 }
 
 template <class V>

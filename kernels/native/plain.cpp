@@ -56,19 +56,13 @@ int place(int k) { return k / 8 * 8 + k % 2 * 4 + k % 8 / 2; }  // in every eigh
 
 void coarse(const float* x, int row, bool, bool, const Coarse& out) {
   for (int c = 0; c < out.k; c += kColumns) std::memset(out.codes + (size_t(c) * out.m + size_t(row) * kColumns), 0, kColumns);
-  int32_t* sums16 = out.sums16 + row * out.groups() * (out.group / 16);
-  std::memset(sums16, 0, sizeof *sums16 * out.groups() * (out.group / 16));
   for (int from = 0; from < out.k; from += out.group) {
     const int n = std::min(out.group, out.k - from);
     const float top = largest(x + from, n), inverse = top > 0 ? 127 / top : 0;
-    const size_t at = row * out.groups() + from / out.group;
-    out.scales[at] = top / 127;
-    out.sums[at] = 0;
+    out.scales[row * out.groups() + from / out.group] = top / 127;
     for (int k = from; k < from + n; k++) {
-      const int code = int(rounded(x[k] * inverse, 127));
-      out.codes[size_t(k / kColumns) * out.m * kColumns + size_t(row) * kColumns + place(k % kColumns)] = int8_t(code);
-      sums16[k / 16] += code;
-      out.sums[at] += code;
+      int8_t* codes = out.codes + size_t(k / kColumns) * out.m * kColumns + size_t(row) * kColumns;
+      codes[place(k % kColumns)] = int8_t(rounded(x[k] * inverse, 127));
     }
   }
 }

@@ -180,6 +180,10 @@ void Program::check() const {
     const auto apart = [&](int a, int b) {
       require<ProgramError>(i.registers[a] != i.registers[b], where, "register ", i.registers[a], " cannot be both");
     };
+    const auto grouped = [&](const std::string& name, const Weight& w) {
+      require<ProgramError>(i.group != kMostGroup || w.block == 0 || w.block >= kMostGroup, where, "groups of ", i.group,
+                            " columns, but weight ", name, " has blocks of ", w.block, "; expected 0 or 32");
+    };
     Rows rows = kAll;
     for (const int r : reads(i)) {
       require<ProgramError>(held[r] != kNone, where, "register ", r, " holds nothing yet");
@@ -203,6 +207,7 @@ void Program::check() const {
         for (size_t n = 0; n < i.names.size(); n++) {
           const Weight& w = weight_named(i.names[n]);
           require<ProgramError>(w.k == first, where, "weight ", i.names[n], " takes ", w.k, ", not ", first);
+          grouped(i.names[n], w);
           width(int(n) + 1, w.n);
           for (size_t other = 0; other <= n; other++) apart(int(other), int(n) + 1);
         }
@@ -222,6 +227,7 @@ void Program::check() const {
         const Weight& w = weight_named(i.names[0]);
         require<ProgramError>(w.k == first && w.n == g.vocab, where, "weight ", i.names[0], " is ", w.n, " x ", w.k,
                               "; expected ", g.vocab, " x ", first);
+        grouped(i.names[0], w);
         require<ProgramError>(at + 1 == instructions.size(), where, "a head that is not the last");
         require<ProgramError>(rows == kWanted, where, "its register was not written by rows");
         break;

@@ -78,10 +78,10 @@ def decoder(
     block: int | None = None,
     bias: bool = False,
     cache: str = "int8",
-    group: int = 64,
 ) -> Decoder:
     """A random decoder with the instructions that headrace records."""
     rng = np.random.default_rng(seed)
+    group = 32 if block in (16, 32) else 64
     q, kv = heads * head_dim, kv_heads * head_dim
     weights = {"embed": random_weight(rng, vocab, hidden, 8, None)}
     weights["embed"] = Weight(weights["embed"].codes, (weights["embed"].scale * np.float16(8)).astype(np.float16), 8)

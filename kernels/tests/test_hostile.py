@@ -73,6 +73,8 @@ BROKEN: list[Change] = [
     _set("registers", to=[]),
     _set("instructions", to=[]),
     _at("embed", op="jump"),
+    *(_at("linear", group=bad) for bad in (-64, 16, 48, 128, 1 << 40, "64", None, True)),
+    _at("head", group=1),
     _at("embed", out=12),
     _at("embed", out=-1),
     _at("embed", out=None),
@@ -118,6 +120,14 @@ def test_broken_program_is_an_error(change: Change) -> None:
     change(program, arrays)
     with pytest.raises(hk.ProgramError):
         hk.Engine(program, arrays)
+
+
+def test_groups_of_64_columns_over_blocks_of_32_are_an_error() -> None:
+    model = decoder(block=32)
+    program = copy.deepcopy(model.program)
+    next(i for i in program["instructions"] if i["op"] == "linear")["group"] = 64
+    with pytest.raises(hk.ProgramError, match="blocks of 32; expected 0 or 32"):
+        hk.Engine(program, model.arrays)
 
 
 @pytest.mark.parametrize(
