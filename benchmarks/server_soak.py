@@ -3,18 +3,21 @@ memory stays flat. Prints one JSON object; exit 1 where something of that does n
 
     python benchmarks/server_soak.py BUNDLE --streams 32 --seconds 300 [--record FILE]
 
-FILE gets memory and latency over time, for benchmarks/pictures.py.
+Waiting is told of each third of the time, with what other programs took meanwhile of the processors that this one
+may use. FILE gets memory and latency over time, for benchmarks/pictures.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
-import statistics
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
@@ -28,19 +31,19 @@ GROWTH = 1.1  # of resident memory, from a quarter of the time on
 TOKENS = 48
 
 
-async def ask(client: httpx.AsyncClient, address: str, prompt: str) -> tuple[int, str, float, float]:
-    """(status, text, seconds to the first piece, seconds in all) of a streamed answer."""
+async def ask(client: httpx.AsyncClient, address: str, prompt: str) -> tuple[int, str, float, list[float]]:
+    """(status, text, the moment of asking, the moments of the pieces and of the end) of a streamed answer."""
     body = {
         "messages": [{"role": "user", "content": prompt}],
         "max_tokens": TOKENS,
         "temperature": 0,
         "stream": True,
     }
-    started, first, text, finished = time.monotonic(), 0.0, "", False
+    started, moments, text, finished = time.monotonic(), list[float](), "", False
     async with client.stream("POST", f"{address}/v1/chat/completions", json=body) as response:
         if response.status_code != 200:
             await response.aread()
-            return response.status_code, "", 0.0, 0.0
+            return response.status_code, "", started, []
         async for line in response.aiter_lines():
             if not line.startswith("data:"):
                 continue
@@ -50,9 +53,29 @@ async def ask(client: httpx.AsyncClient, address: str, prompt: str) -> tuple[int
                 continue
             for choice in json.loads(data)["choices"]:
                 if piece := choice["delta"].get("content"):
-                    first = first or time.monotonic() - started
+                    moments.append(time.monotonic())
                     text += piece
-    return (200 if finished else -1), text, first, time.monotonic() - started
+    return (200 if finished and moments else -1), text, started, [*moments, time.monotonic()]
+
+
+def busy_seconds(ours: Sequence[psutil.Process]) -> float:
+    """Seconds for which others had the processors that this process may use, since the machine began."""
+    allowed = os.sched_getaffinity(0)
+    times = [one for number, one in enumerate(psutil.cpu_times(percpu=True)) if number in allowed]
+    busy = sum(sum(one[:4]) - one.idle + one.irq + one.softirq + one.steal for one in times)
+    return busy - sum(sum(one.cpu_times()[:2]) for one in ours)
+
+
+def thirds(measured: Sequence[tuple[float, ...]], seconds: float) -> list[dict[str, float]]:
+    """Median, 95th percentile and largest of (second, value) in each third of the time, and how many there were."""
+    found = []
+    for number in range(3):
+        values = sorted(value for at, value in measured if number * seconds / 3 <= at < (number + 1) * seconds / 3)
+        if values:
+            middle, slow = values[len(values) // 2], values[int(0.95 * len(values))]
+            row = {"median": middle, "p95": slow, "max": values[-1]}
+            found.append({"count": len(values)} | {name: round(value, 4) for name, value in row.items()})
+    return found
 
 
 async def soak(
@@ -64,10 +87,10 @@ async def soak(
         alone = {prompt: (await ask(client, address, prompt))[1] for prompt in PROMPTS}
         begun = time.monotonic()
         until = begun + seconds
-        answers: list[tuple[str, int, str, float, float]] = []
+        answers: list[tuple[str, int, str]] = []
         memory: list[int] = []
         asked_again: list[float] = []
-        course: dict[str, list[tuple[float, ...]]] = {"memory": [], "answers_over_time": []}
+        course: dict[str, list[tuple[float, ...]]] = {"memory": [], "answers_over_time": [], "gaps": [], "others": []}
 
         async def stream(number: int) -> None:
             turn = number
@@ -75,24 +98,31 @@ async def soak(
                 prompt = PROMPTS[turn % len(PROMPTS)]
                 turn += 1
                 try:
-                    status, text, first, took = await ask(client, address, prompt)
+                    status, text, asked, moments = await ask(client, address, prompt)
                 except httpx.RemoteProtocolError as error:
                     # A connection that rested was closed as it was used again: a client asks again (RFC 9110, 9.2.2).
                     if "without sending a response" not in str(error):
                         raise
                     asked_again.append(time.monotonic() - begun)
                     continue
-                answers.append((prompt, status, text, first, took))
+                answers.append((prompt, status, text))
                 if status == 200:
-                    course["answers_over_time"].append((time.monotonic() - begun, first, took))
+                    *pieces, end = moments
+                    course["answers_over_time"].append((end - begun, pieces[0] - asked, end - asked))
+                    course["gaps"] += [(one - begun, one - before) for before, one in itertools.pairwise(pieces)]
                 if status == 429:
                     await asyncio.sleep(1)
 
         async def watch() -> None:
+            ours = [psutil.Process(), server]
+            before, busy = time.monotonic(), busy_seconds(ours)
             while time.monotonic() < until:
                 memory.append(server.memory_info().rss)
                 course["memory"].append((time.monotonic() - begun, memory[-1]))
                 await asyncio.sleep(1)
+                now, still = time.monotonic(), busy_seconds(ours)
+                course["others"].append((now - begun, (still - busy) / (now - before)))
+                before, busy = now, still
 
         await asyncio.gather(watch(), *(stream(number) for number in range(streams)))
     whole = [a for a in answers if a[1] == 200]
@@ -104,10 +134,12 @@ async def soak(
         "refused_429": sum(a[1] == 429 for a in answers),
         "asked_again": len(asked_again),
         "broken": sum(a[1] not in (200, 429) for a in answers),
-        "other_than_alone": sum(text != alone[prompt] for prompt, _, text, _, _ in whole),
-        "first_piece_s": {
-            "median": round(statistics.median(a[3] for a in whole), 3),
-            "max": round(max(a[3] for a in whole), 3),
+        "other_than_alone": sum(text != alone[prompt] for prompt, _, text in whole),
+        "thirds": {
+            "first_piece_s": thirds([(at, first) for at, first, _ in course["answers_over_time"]], seconds),
+            "between_pieces_s": thirds(course["gaps"], seconds),
+            "answer_s": thirds([(at, took) for at, _, took in course["answers_over_time"]], seconds),
+            "others_processors": thirds(course["others"], seconds),
         },
         "answers_per_s": round(len(whole) / seconds, 2),
         "rss_mb": {"first": settled[0] // 10**6, "last": settled[-1] // 10**6},
