@@ -371,10 +371,43 @@ def _schema(rng: Rng, depth: int = 0) -> Any:
     return out
 
 
+def _many(rng: Rng) -> tuple[str, str]:
+    """A kind, and a source that has much of one thing: parts in a row, members, what names one another."""
+    times = rng.choice((20, 100, 500, 3000))
+    shape = rng.randrange(8)
+    if shape == 0:
+        return "regex", "a" * rng.choice((0, 5, 200)) + _regex(rng, 5) * times
+    if shape == 1:
+        return "regex", "|".join(f"({_regex(rng, 5)}{i})" for i in range(min(times, 500)))
+    if shape == 2:
+        return "json_schema", json.dumps({rng.choice(("allOf", "anyOf")): [_schema(rng, 3) for _ in range(times // 5)]})
+    if shape == 3:
+        patterns = [{"type": "string", "pattern": _regex(rng, 5) + str(i)} for i in range(times // 5)]
+        return "json_schema", json.dumps({rng.choice(("allOf", "anyOf")): patterns})
+    if shape == 4:
+        named = {f"{_regex(rng, 5)}{i}": _schema(rng, 4) for i in range(times // 5)}
+        where = rng.choice(("properties", "patternProperties"))
+        return "json_schema", json.dumps({"type": "object", where: named, "required": rng.choice(([], list(named)))})
+    if shape == 5:
+        key = rng.choice(("items", "anyOf", "allOf", "prefixItems", "additionalProperties"))
+        refer = [{"$ref": f"#/$defs/a{i + 1}"} for i in range(times)]
+        alone = key in ("items", "additionalProperties")
+        steps = {f"a{i}": {key: each if alone else [each] * rng.randint(1, 2)} for i, each in enumerate(refer)}
+        return "json_schema", json.dumps({"$ref": "#/$defs/a0", "$defs": steps | {f"a{times}": _schema(rng)}})
+    name = rng.choice(("a", "A"))
+    behind = rng.choice(("{0}", "{0} {0}", "{0} |", "{0}?", "{0}~2..9"))
+    rules = "\n".join(
+        f"{name}{i}: {behind.format(f'{name}{i + 1}')}" for i in range(times // 5 if name == "A" else times)
+    )
+    return "lark", f"start: {name}0\n{rules}\n{name}{rules.count(':')}: /{_regex(rng, 5)}/"
+
+
 def grammar(rng: Rng, good: Good) -> bytes:
     """A kind, a space, and a source."""
     kind = rng.choice(("json_schema", "regex", "lark"))
-    if kind == "json_schema":
+    if rng.randrange(40) == 0:  # such a one can take two seconds
+        kind, source = _many(rng)
+    elif kind == "json_schema":
         source = json.dumps(_schema(rng))
     elif kind == "regex":
         source = _regex(rng)

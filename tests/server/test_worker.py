@@ -116,6 +116,12 @@ def test_an_answer_follows_its_schema(serving: Callable[..., ModelWorker]) -> No
     with pytest.raises(Refused, match="the JSON schema cannot be read") as refused:
         asyncio.run(answers(worker, [ask("x", grammar=("json_schema", "{"))]))
     assert refused.value.field == "response_format"
+    steps = {f"a{i}": {"properties": {"x": {"$ref": f"#/$defs/a{i + 1}"}}} for i in range(3000)}
+    deep = json.dumps({"$ref": "#/$defs/a0", "$defs": {**steps, "a3000": {}}})  # it would overflow the stack
+    with pytest.raises(Refused, match="the grammar nests too deep") as refused:
+        asyncio.run(answers(worker, [ask("x", grammar=("json_schema", deep))]))
+    assert refused.value.field == "response_format"
+    assert asyncio.run(answers(worker, [ask("The sea")]))[0][0].text == made[1][0].text, "it serves on"
 
 
 def test_a_required_call_is_one(serving: Callable[..., ModelWorker]) -> None:

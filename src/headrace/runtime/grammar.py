@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from headrace.errors import UserError, did_you_mean
 from headrace.panics import told_as
+from headrace.runtime.grammar_source import check_lark, check_regex, check_schema
+from headrace.runtime.grammar_trial import try_grammar
 from headrace.text.tokenizer import Tokenizer
 
 __all__ = ["KINDS", "Grammar", "GrammarState", "Grammars"]
@@ -25,10 +27,10 @@ __all__ = ["KINDS", "Grammar", "GrammarState", "Grammars"]
 KINDS = ("json_schema", "json_object", "regex", "lark")
 # Between JSON's tokens: enough for indented text, too little for a model that would put spaces for ever.
 WHITESPACE = r"[ \n\t]{1,32}"
-SMALLEST_STEP, LARGEST_STEP = 0.001, 1000  # of multipleOf
-MAX_SOURCE = 1 << 19  # characters; so many take seconds
-
-
+MAX_SOURCE = 1 << 18  # characters
+# Of LLParserLimits. Fixed text is copied whole with each of its characters, 165 MB for what the library's own million
+# of initial fuel lets through; schemas of 200,000 characters need 150,000.
+LIMITS = {"initial_lexer_fuel": 250_000, "max_lexer_states": 100_000}
 # Where only one byte can follow, llguidance seeks the next one too: for ever in a grammar without an end, /x+/ /x+/.
 NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
 
@@ -69,8 +71,10 @@ class Grammars:
             kind: "json_schema", "json_object" (any object), "regex" or "lark".
             source: the schema as JSON text, the expression (of the whole answer) or the grammar.
 
+        It is tried in a child process first (`grammar_trial.py`), since what it takes cannot be told from its text.
+
         Raises:
-            UserError: there is no such kind, or the source is wrong.
+            UserError: there is no such kind, the source is wrong, or it takes too much memory or time.
         """
         if kind not in KINDS:
             raise UserError(f"grammar {kind!r} is unknown{did_you_mean(kind, KINDS)}; expected {', '.join(KINDS)}")
@@ -82,34 +86,24 @@ class Grammars:
     def _compiled(self, kind: str, source: str) -> Grammar:
         matcher = self._library.LLMatcher
         if kind == "regex":
+            check_regex(source)
             text = matcher.grammar_from_regex(source)
         elif kind == "lark":
+            check_lark(source)
             text = matcher.grammar_from_lark(source + NO_FORCING)
         else:
             try:
                 schema = json.loads(source) if kind == "json_schema" else {"type": "object"}
-                _refuse_multiples(schema)
+                check_schema(schema)
                 text = matcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE})
             except (ValueError, TypeError, RecursionError) as error:
                 raise UserError(f"the JSON schema cannot be read ({_line(error)}); expected a JSON object") from None
-        compiled = matcher(self.tokenizer, text, log_level=0)
+        try_grammar(text, LIMITS)
+        compiled = matcher(self.tokenizer, text, log_level=0, limits=self._library.LLParserLimits(**LIMITS))
+        compiled.compute_bitmask()  # where answers begin: what cannot be followed there is told before one is begun
         if compiled.is_error():
             raise UserError(f"the {kind} grammar is not possible: {_line(compiled.get_error())}")
         return Grammar(self, compiled)
-
-
-def _refuse_multiples(schema: Any) -> None:
-    """Raise UserError for multiples of a large number: llguidance counts remainders, and takes all memory for them."""
-    pending = [schema]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, dict):
-            step = value.get("multipleOf", 1)
-            if isinstance(step, int | float) and not SMALLEST_STEP <= abs(step) <= LARGEST_STEP:
-                raise UserError(f"multipleOf is {step}; expected {SMALLEST_STEP} to {LARGEST_STEP}")
-            pending += value.values()
-        elif isinstance(value, list):
-            pending += value
 
 
 class Grammar:

@@ -1,0 +1,125 @@
+"""Whether a grammar can be compiled without harm: tried first where it can end nothing but a trial.
+
+llguidance answers some grammars with all the memory, all the time, or the end of its process: schemas that refer to
+each other a thousand times, twenty patterns that all must fit. No handler in Python sees that. So every new grammar
+is compiled and begun in a child process (`grammar_child.py`) before it is compiled here. Knows no vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Mapping
+
+from headrace.errors import UserError
+from headrace.runtime import grammar_child
+
+__all__ = ["try_grammar"]
+
+PATIENCE = 60.0  # seconds for an answer of the child, which may have little of the processor
+REMEMBERED = 256  # grammars that have passed
+
+_WHY: dict[int, str] = {
+    signal.SIGXCPU: f"takes more than {grammar_child.SECONDS} s to compile",
+    signal.SIGABRT: f"takes more than {grammar_child.MEMORY >> 20} MB to compile",  # what Rust does without memory
+    signal.SIGSEGV: "nests too deep",
+    signal.SIGBUS: "nests too deep",
+}
+
+
+class _Trials:
+    """The child, started when it is first needed and again when it has ended; used by one thread at a time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._owner = 0  # the process that started the child: a fork of it has no part in their talk
+        self._passed: OrderedDict[bytes, None] = OrderedDict()
+
+    def why_not(self, grammar: str, limits: Mapping[str, int]) -> str | None:
+        """What the grammar would do to its process; None where it does it no harm."""
+        asked = json.dumps({"grammar": grammar, "limits": dict(limits)}).encode()
+        key = hashlib.sha256(asked).digest()
+        with self._lock:
+            if key not in self._passed:
+                ended = self._tried(asked)
+                if ended:
+                    return _WHY.get(ended, f"ends its process ({signal.Signals(ended).name})")
+                self._passed[key] = None
+                if len(self._passed) > REMEMBERED:
+                    self._passed.popitem(last=False)
+            self._passed.move_to_end(key)
+        return None
+
+    def _tried(self, asked: bytes) -> int:
+        child = self._child
+        if child is None or child.poll() is not None or self._owner != os.getpid():
+            child = self._started()
+        assert child.stdin is not None and child.stdout is not None
+        try:
+            child.stdin.write(asked + b"\n")
+            child.stdin.flush()
+            with selectors.DefaultSelector() as selector:
+                selector.register(child.stdout, selectors.EVENT_READ)
+                if not selector.select(PATIENCE):
+                    child.kill()
+                    return signal.SIGXCPU
+            line = child.stdout.readline()
+        except BrokenPipeError:
+            line = b""
+        if line:
+            return int(line)
+        return -min(child.wait(), -1)  # without fork the child itself has been ended
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        environment = {
+            **os.environ,
+            "RUST_BACKTRACE": "0",
+            "MALLOC_ARENA_MAX": "1",
+        }  # an arena takes 64 MB of the limit
+        child = subprocess.Popen(
+            [sys.executable, "-P", grammar_child.__file__],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is not for it; it ends when its input does
+        )
+        weakref.finalize(self, _end, child, os.getpid())
+        self._child, self._owner = child, os.getpid()
+        return child
+
+
+def _end(child: subprocess.Popen[bytes], owner: int) -> None:
+    if owner != os.getpid():
+        return
+    for pipe in (child.stdin, child.stdout):
+        if pipe is not None:
+            pipe.close()
+    child.wait()
+
+
+_TRIALS = _Trials()
+
+
+def try_grammar(grammar: str, limits: Mapping[str, int]) -> None:
+    """Compile a grammar in a child and follow it a little; remembered, so that the same one is not tried again.
+
+    Args:
+        grammar: as llguidance's `grammar_from_…` gives it.
+        limits: of LLParserLimits.
+
+    Raises:
+        UserError: it ended the child.
+    """
+    why = _TRIALS.why_not(grammar, limits)
+    if why is not None:
+        raise UserError(f"the grammar {why}; make it simpler")

@@ -1,0 +1,218 @@
+"""Grammars that would end their process, each as it was found: a line instead, soon, and the process goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import string
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headrace.errors import UserError
+from headrace.runtime import grammar_trial
+from headrace.runtime.grammar import LIMITS, Grammars
+from headrace.runtime.grammar_source import check_lark, check_regex, check_schema
+from headrace.runtime.grammar_trial import try_grammar
+from tests.text.vocabularies import byte_level_tokenizer
+
+
+def _chain(length: int, step: Any) -> str:
+    """Schemas of which each has the next one in it."""
+    steps = {f"a{i}": step({"$ref": f"#/$defs/a{i + 1}"}) for i in range(length)}
+    return json.dumps({"$ref": "#/$defs/a0", "$defs": steps | {f"a{length}": {"type": "string"}}})
+
+
+def _doubling(times: int, last: str) -> str:
+    return "start: A0\n" + "\n".join(f"A{i}: A{i + 1} A{i + 1}" for i in range(times)) + f"\nA{times}: {last}"
+
+
+PATTERNS = [{"type": "string", "pattern": f".*{letter}.*"} for letter in string.ascii_letters]
+NAMED = {f"^c{i}_[a-z]+$": {} for i in range(2_000)}
+# What was found, and what it did: fixed text counted (165 to 300 MB), parts that may be absent in a row (1.8 and 2.9
+# GB), terminals of terminals (1.1 GB), classes (0.6 GB), patterns that must all fit (for ever), names that are patterns
+# (for ever), schemas and rules that name each other (a stack that overflows: SIGSEGV), remainders (0.2 GB).
+KINDS = {
+    "fixed text, counted": ("regex", r"((\x{10FFFF}){99999}){5,}", "cannot be followed|too many expressions"),
+    "fixed text, counted twice": ("regex", "((a){99999}){1000}", "cannot be followed|too many expressions"),
+    "fixed text of a schema": ("json_schema", json.dumps({"const": "x" * 250_000}), "too many expressions"),
+    "absent parts": ("regex", ".*" * 10_000, "parts that may be absent"),
+    "absent parts behind others": ("regex", "a" * 300 + r"\w?" * 6_000, "parts that may be absent"),
+    "absent parts of a schema": ("json_schema", json.dumps({"items": {"pattern": "b?" * 3_000}}), "may be absent"),
+    "absent parts as a separator": ("json_schema", json.dumps({"x-guidance": {"item_separator": "a?" * 3_000}}),
+                                    "may be absent"),
+    "absent parts of Lark": ("lark", "start: A\nA: " + '"b"? ' * 3_000, "may be absent"),
+    "terminals of terminals": ("lark", _doubling(14, '"x"?'), "takes more than 128 MB"),
+    "classes": ("regex", r"\W" * 30_000, "takes more than 128 MB"),
+    "patterns that must all fit": ("json_schema", json.dumps({"allOf": PATTERNS}), "takes more than"),
+    "names that are patterns": ("json_schema", json.dumps({"patternProperties": NAMED}), "takes more than 2 s"),
+    "remainders": ("json_schema", json.dumps({"allOf": [{"type": "integer", "multipleOf": k} for k in (997, 991)]}),
+                   "takes more than 128 MB"),
+    "schemas in a chain": ("json_schema", _chain(3_000, lambda next: {"properties": {"x": next}}), "nests too deep"),
+    "references in a chain": ("json_schema", _chain(6_000, lambda next: next), "nests too deep"),
+    "choices in a chain": ("json_schema", _chain(3_500, lambda next: {"anyOf": [next, {"type": "null"}]}), "too deep"),
+    "rules in a chain": ("lark", "start: r0\n" + "\n".join(f"r{i}: r{i + 1} |" for i in range(8_000)) + '\nr8000: "x"',
+                         "nests too deep"),
+}  # fmt: skip
+MEMORY = 400 << 20  # bytes of address space beyond what a process has that has compiled a grammar
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vocabulary")
+    byte_level_tokenizer(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_grammar_ends_its_process(vocabulary: Path, tmp_path: Path, kind: str) -> None:
+    """In a process with limits of memory and time, which has to be there afterwards and still compile."""
+    name, source, message = KINDS[kind]
+    (tmp_path / "source").write_text(source, encoding="utf-8")
+    code = """if True:
+        import resource, sys
+        from pathlib import Path
+        import numpy as np
+        from headrace.errors import HeadraceError
+        from headrace.runtime.grammar import Grammars
+        from headrace.text.tokenizer_folder import load_tokenizer
+        tokenizer = load_tokenizer(Path(sys.argv[1]))
+        grammars = Grammars(tokenizer, tokenizer.vocab_size, tokenizer.eos_ids)
+        grammars.compile("regex", "a+")
+        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + int(sys.argv[4])
+        resource.setrlimit(resource.RLIMIT_AS, (held, held))
+        resource.setrlimit(resource.RLIMIT_CPU, (20, 20))
+        try:
+            state = grammars.compile(sys.argv[2], Path(sys.argv[3]).read_text()).start()
+            for _ in range(400):
+                if state.take(int(np.flatnonzero(state.allowed())[0])):
+                    break
+            print("followed")
+        except HeadraceError as error:
+            print(error)
+        assert grammars.compile("regex", "ab").accepts("ab")
+    """
+    words = [sys.executable, "-c", code, str(vocabulary), name, str(tmp_path / "source"), str(MEMORY)]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "RUST_BACKTRACE": "0"})
+    assert done.returncode == 0, done.stderr[-500:]
+    assert len(done.stdout.splitlines()) == 1
+    assert any(part in done.stdout for part in message.split("|")), done.stdout
+
+
+def test_what_real_schemas_have_is_let_through() -> None:
+    words = "|".join(f"word{i}" for i in range(20_000))
+    check_regex(rf"({words})(, ({words}))*\?")
+    check_schema({"properties": {f"p{i}": {"pattern": r"^https?://[^\s]+(\.[a-z]+)*$"} for i in range(500)}})
+    check_schema({"description": "Is it? *Yes*? " * 1000})  # no expression
+    check_lark('start: call\ncall: %json {"description": "' + "?" * 5000 + '"} "?"')
+
+
+@pytest.mark.parametrize(
+    "row",
+    ["a?", "a*", "a*?", "a{0,3}", "a{,3}", "(a|)", "(|a)", "(a||b)", "()", "(?:)", "~(a)", "(a&b)", "(?:a|)", "a{ 0 }"],
+)
+def test_every_way_to_be_absent_is_counted(row: str) -> None:
+    with pytest.raises(UserError, match="may be absent"):
+        check_regex(row * 1500)
+    with pytest.raises(UserError, match="may be absent"):
+        check_lark(f"start: A\nA: /{row * 1500}/")
+
+
+def test_where_spaces_mean_nothing_brackets_count() -> None:
+    check_regex("( )" * 1500)
+    for source in ("(?x)" + "( )" * 1500, "(?sx:" + "(#\n)" * 1500 + ")"):
+        with pytest.raises(UserError, match="may be absent"):
+            check_regex(source)
+    check_lark('start: "/x" /( )/' + "( )" * 1500)
+    with pytest.raises(UserError, match="may be absent"):
+        check_lark(f"start: /{'( )' * 1500}/sx")
+
+
+def test_a_schema_in_lark_is_looked_at() -> None:
+    with pytest.raises(UserError, match="multipleOf is 2147483647"):
+        check_lark('start: %json {"type": "integer", "multipleOf": 2147483647}')
+    with pytest.raises(UserError, match="may be absent"):
+        check_lark('start: "a" %json ' + json.dumps({"pattern": "b?" * 1500}) + ' "c"')
+    with pytest.raises(UserError, match="%json in a grammar is followed by what is no JSON"):
+        check_lark("start: %json {")
+
+
+def test_a_grammar_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = grammar_trial._Trials()
+    tried: list[bytes] = []
+    monkeypatch.setattr(trials, "_tried", lambda asked: tried.append(asked) or 0)
+    for _ in range(3):
+        assert trials.why_not("one", {}) is None
+    assert trials.why_not("one", {"max_lexer_states": 3}) is None and len(tried) == 2
+    for i in range(grammar_trial.REMEMBERED):
+        trials.why_not(str(i), {})
+    trials.why_not("one", {})
+    assert len(tried) == grammar_trial.REMEMBERED + 3, "the oldest is forgotten"
+
+
+def test_what_ended_a_trial_is_not_remembered_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = grammar_trial._Trials()
+    monkeypatch.setattr(trials, "_tried", lambda asked: signal.SIGKILL)
+    for _ in range(2):
+        assert trials.why_not("one", {}) == "ends its process (SIGKILL)"
+
+
+def test_the_child_is_started_again(vocabulary: Path) -> None:
+    pytest.importorskip("llguidance")
+    from llguidance import LLMatcher
+
+    trials = grammar_trial._Trials()
+    grammar = LLMatcher.grammar_from_regex("a+")
+    assert trials.why_not(grammar, LIMITS) is None
+    child = trials._child
+    assert child is not None
+    child.kill()
+    child.wait()
+    assert trials.why_not(LLMatcher.grammar_from_regex("b+"), LIMITS) is None
+    again = trials._child
+    assert again is not None and again is not child
+    del trials
+    assert again.returncode == 0, "it ends with whom it serves"
+
+
+def test_a_child_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_trial, "PATIENCE", 0.0)
+    trials = grammar_trial._Trials()
+    assert trials.why_not("start: /a/", LIMITS) == "takes more than 2 s to compile"
+
+
+def test_a_fork_has_a_child_of_its_own(vocabulary: Path) -> None:
+    try_grammar('start: "a"', LIMITS)
+    trials = grammar_trial._TRIALS
+    own = trials._child
+    assert own is not None
+    trials._owner += 1  # as a fork of this process would see it
+    try_grammar('start: "b"', LIMITS)
+    assert trials._child is not own and own.poll() is None
+    own.stdin.close()  # type: ignore[union-attr]
+    own.stdout.close()  # type: ignore[union-attr]
+    assert own.wait(10) == 0
+
+
+def test_grammars_of_all_kinds_still_compile(vocabulary: Path) -> None:
+    from headrace.text.tokenizer_folder import load_tokenizer
+
+    tokenizer = load_tokenizer(vocabulary)
+    grammars = Grammars(tokenizer, tokenizer.vocab_size, tokenizer.eos_ids)
+    tools = [
+        {"properties": {"name": {"const": f"t{i}"}, "of": {"type": "string", "maxLength": 99}}} for i in range(128)
+    ]
+    for kind, source in (
+        ("json_schema", json.dumps({"anyOf": tools})),
+        ("json_schema", json.dumps({"enum": [f"value {i}" for i in range(1_000)]})),
+        ("json_schema", json.dumps({"type": "string", "minLength": 2_000, "maxLength": 100_000})),
+        ("json_schema", json.dumps({"const": "x" * 8_000})),
+        ("json_schema", _chain(60, lambda next: {"properties": {"x": next}})),
+        ("regex", r"[a-z]{0,99999}"),
+        ("lark", 'start: "a"~99999'),
+    ):
+        assert grammars.compile(kind, source).start().allowed().any()
