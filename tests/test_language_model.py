@@ -17,6 +17,7 @@ from headrace.language_model import LanguageModel
 from headrace.runtime.runner import Span
 from headrace.runtime.sampling import SamplingOptions
 from headrace.runtime.sequence import common_prefix
+from headrace.runtime.session import read_session
 from headrace.text.turns import IdTurns, Message, RawTurns, TemplateTurns
 from tests.exports import CONTEXT, SMALL, VOCAB, Exports, write_checkpoint
 
@@ -166,6 +167,37 @@ def test_an_answer_closed_early_stays_in_the_conversation(models: dict[str, Lang
     assert chat.used > len(chat.turns.render(chat.messages[:3], CONTEXT))
     chat.messages = []
     assert chat.used == 0
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_what_the_context_takes_follows_the_messages(
+    models: dict[str, LanguageModel], kind: str, tmp_path: Path
+) -> None:
+    """However they were replaced: as much as it was when they were the conversation; and no more is saved of it."""
+    model = models[kind]
+    chat = model.chat("Rivers.")
+    options = model.sampling_options(temperature=0.0)
+    taken = {0: 0}
+    for said in ("The river", "and the sea", "and so on"):
+        taken[len(chat.messages)] = chat.used
+        list(chat.say(said, max_tokens=3, options=options))
+    whole, taken[7] = list(chat.messages), chat.used
+    assert 0 == taken[1] < taken[3] < taken[5] < taken[7]
+    chat.save(tmp_path / "7.session")
+    tokens = read_session(tmp_path / "7.session").tokens
+    for count in (7, 5, 3, 1, 7, 0):
+        chat.messages = whole[:count]
+        chat.save(tmp_path / f"{count}.session")
+        assert chat.used == taken[count]
+        saved = read_session(tmp_path / f"{count}.session").tokens
+        assert saved == tokens[: len(saved)] and len(saved) <= chat.used
+        again = model.chat()
+        again.restore(tmp_path / f"{count}.session")
+        assert (again.messages, again.used) == (whole[:count], chat.used)
+    chat.messages = [Message("user", "The lake"), Message("assistant", "is deep.")]
+    assert chat.used == len(model.turns.render(chat.messages, CONTEXT)) > 0
+    chat.messages = [Message("user", "x " * 400), Message("assistant", "y")]
+    assert chat.used == CONTEXT  # it takes all there is
 
 
 def test_the_oldest_rounds_go_when_the_context_fills(

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.bundle.folder import Bundle, open_bundle
-from headrace.errors import BundleError, TargetError, UserError
+from headrace.errors import BundleError, ContextFull, TargetError, UserError
 from headrace.progress import Progress, silent
 from headrace.runners import Opener, Options, default_runner, find_runner
 from headrace.runtime.answer import Answer, Answerer, Limits, Token, Usage
@@ -26,6 +26,7 @@ from headrace.runtime.engine import PREFIX_BYTES, Engine
 from headrace.runtime.grammar import Grammar, Grammars
 from headrace.runtime.runner import Runner
 from headrace.runtime.sampling import SamplingOptions, usable_settings
+from headrace.runtime.sequence import common_prefix
 from headrace.runtime.session import Session, read_session, write_session
 from headrace.runtime.speculation import Speculation, prompt_lookup
 from headrace.text.tokenizer import Tokenizer, check_ids
@@ -272,7 +273,7 @@ class Chat:
         when_full: what goes when the conversation no longer fits.
 
     Attributes:
-        messages: all turns so far.
+        messages: all turns so far; may be replaced, by fewer of them or by others.
         dropped_tokens: tokens of the conversation that the last answer was given without, for want of room.
         usage: what the last answer took.
     """
@@ -288,11 +289,29 @@ class Chat:
         self.usage = Usage()
         self._tokens: Sequence[int] = ()  # what the model has before it
         self._used = 0
+        self._known: list[Message] = []  # the conversation of which the two speak
 
     @property
     def used(self) -> int:
-        """Tokens of the context that the conversation took when it was last answered; 0 where it was not."""
-        return self._used if any(message.role == "assistant" for message in self.messages) else 0
+        """Tokens of the context that the conversation takes up to its last answer; 0 where it has none."""
+        self._follow()
+        return self._used
+
+    def _follow(self) -> None:
+        """Know the tokens of the conversation as it is now: answered, restored, or replaced by whoever holds it."""
+        if self.messages == self._known:
+            return
+        self._known = list(self.messages)
+        answered = max((i for i, m in enumerate(self.messages, 1) if m.role == "assistant"), default=0)
+        if not answered:
+            self._tokens, self._used = (), 0
+            return
+        try:
+            ids = self.turns.render(self.messages[:answered], self.model.context)
+        except ContextFull:  # its last round alone takes more
+            self._tokens, self._used = (), self.model.context
+            return
+        self._tokens, self._used = ids[: common_prefix(ids, self._tokens)], len(ids)
 
     def say(
         self,
@@ -326,12 +345,14 @@ class Chat:
         finally:
             if answer:
                 self.usage, self._tokens = made.usage, made.tokens
-                self._used = len(made.tokens) or made.usage.prompt_tokens + made.usage.tokens
                 # The answer's own tokens: the next prompt then begins with what the cache holds. A stop string's
                 # tokens are no part of the answer, so then the text decides.
                 cut = answer[-1].finish == "stop" and answer[-1].id not in self.turns.stop_ids
                 own = None if cut else tuple(token.id for token in answer if token.id not in self.turns.stop_ids)
                 self.messages = [*messages, Message("assistant", "".join(token.text for token in answer), own)]
+                if made.usage.dropped_tokens:  # else the messages tell all
+                    self._known = list(self.messages)
+                    self._used = len(made.tokens) or made.usage.prompt_tokens + made.usage.tokens
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the conversation to a file, with its cache.
@@ -339,6 +360,7 @@ class Chat:
         Raises:
             UserError: it cannot be written.
         """
+        self._follow()
         write_session(Path(path), self.model.session(self.messages, self._tokens))
 
     def restore(self, path: Path) -> None:
@@ -352,7 +374,7 @@ class Chat:
         session = read_session(path)
         self.model.hold(session, path)
         self.messages, self._tokens = list(session.messages), session.tokens
-        self._used = len(session.tokens)
+        self._known = []
 
 
 def load(

@@ -24,12 +24,14 @@ from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 from rich.console import Console
 
+import headrace
 from headrace.cli.answer_view import AnswerView
 from headrace.cli.console import print_answer
 from headrace.cli.conversation import Conversation, _Commands
 from headrace.cli.interruption import uninterrupted
 from headrace.errors import UserError
 from headrace.runtime.answer import Token
+from headrace.runtime.session import read_session
 from headrace.text.turns import Message
 from tests.exports import Exports
 
@@ -287,6 +289,52 @@ def test_commands_change_the_conversation(capsys: pytest.CaptureFixture[str]) ->
     talk.take("/system")
     talk.take("/stats")
     assert "Be brief." in capsys.readouterr().err
+
+
+def test_every_command_that_changes_the_conversation_tells_its_context(exports: Exports, tmp_path: Path) -> None:
+    """The last line after a command is that of the conversation as it now is, and a speed is of an answer it has."""
+    with headrace.load(exports.bundle(), runner="host") as model:
+        chat = model.chat("Rivers.")
+        talk, _ = talking(lambda text: chat.say(text, max_tokens=4), chat)  # type: ignore[arg-type]
+        talk.take("one")
+        after_one = talk.chat.used
+        talk.take("two")
+        after_two = talk.chat.used
+        file = tmp_path / "talk.session"
+        talk.take(f"/save {file}")
+        assert 0 < after_one < len(read_session(file).tokens) <= after_two
+        for line, used in (
+            ("/edit", after_one), ("/edit", 0), (load := f"/load {file}", after_two), ("/clear", 0), (load, after_two),
+            ("/system Seas.", 0), (load, after_two), ("/edit", after_one),
+        ):  # fmt: skip
+            talk.take(line)
+            assert talk.status() == f"context {used} of {model.context} · /help", line
+        talk.take("three")
+        talk.take("/regenerate")
+        assert talk.status().startswith(f"{talk.stats.speed:.1f} tok/s")
+        assert chat.used == len(model.turns.render(chat.messages, model.context)) > after_one
+
+
+def test_an_answer_that_is_not_given_again_stays(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the second answer fails, or is stopped before it begins, the conversation is as it was."""
+    chat = FakeChat()
+    fails: list[type[BaseException]] = []
+
+    def say(text: str) -> Iterator[Token]:
+        if fails:
+            raise fails[0]("no room")
+        yield from remembered(chat)(text)
+
+    talk, _ = talking(say, chat)
+    talk.take("one")
+    before, stats = list(chat.messages), talk.stats
+    fails.append(UserError)
+    with pytest.raises(UserError, match="no room"):
+        talk.take("/regenerate")
+    fails[0] = KeyboardInterrupt
+    talk.take("/regenerate")
+    assert capsys.readouterr().err == "(stopped)\n"
+    assert (chat.messages, talk.stats) == (before, stats)
 
 
 @pytest.mark.parametrize(

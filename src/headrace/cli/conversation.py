@@ -194,10 +194,17 @@ class Conversation:
         return text
 
     def _regenerate(self, _: str) -> None:
-        self.answer(self._take_back())
+        before, stats = self.chat.messages, self.stats
+        text = self._take_back()
+        try:
+            self.answer(text)
+        finally:
+            if not self.stats.tokens:  # nothing came: the old answer stays
+                self.chat.messages, self.stats = before, stats
 
     def _edit(self, _: str) -> None:
         self.draft = self._take_back()
+        self.stats = Stats()
 
     def _exit(self, _: str) -> None:
         self.left = True
