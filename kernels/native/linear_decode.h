@@ -68,7 +68,13 @@ constexpr int rows_at_once(int tokens, bool long_rows) {
   return long_rows ? 8 / tokens : 2;
 }
 
-enum class Scales { kRow, kBlocks, kLanes };  // one a row; blocks of whole steps; blocks of less than a step
+// How often a row has a scale is a template parameter, Parts: 0 one a row; 1 blocks of whole steps; more: blocks of less than
+// a step, so many in each.
+template <class V, int Bits>
+inline int parts_of(const Weight& w) {
+  const int columns = Steps<V, Bits>::columns;
+  return !w.block ? 0 : w.block >= columns ? 1 : columns / w.block;
+}
 
 // Sums of R rows by T tokens. With a single sum, products of even and of odd columns go different ways, so that they do
 // not wait for each other.
@@ -92,8 +98,14 @@ struct Sums {
     HEADRACE_UNROLL for (int t = 0; t < T; t++) HEADRACE_UNROLL for (int r = 0; r < R; r++)
         low[r][t][0] = V::add32(low[r][t][0], V::load(S::steps(x[t]) + step * V::lanes));
   }
-  // One load of each row: `codes`.
-  void step(const Fine* x, int number, const I* codes) {
+  // A step of R rows, of which the first lies at p; `there` bytes of it exist, when it is not whole.
+  template <bool Whole>
+  void step(const Fine* x, int number, const uint8_t* p, size_t row_bytes, size_t ahead, int there) {
+    I codes[R];
+    HEADRACE_UNROLL for (int r = 0; r < R; r++) {
+      codes[r] = Whole ? V::kept(V::load(p + r * row_bytes)) : V::load_part(p + r * row_bytes, there);
+      __builtin_prefetch(p + r * row_bytes + ahead, 0, 2);
+    }
     I even[R], odd[R];
     HEADRACE_UNROLL for (int r = 0; r < R; r++) {
       even[r] = Bits == 4 ? V::kept(V::low_nibbles(codes[r])) : codes[r];
@@ -116,64 +128,63 @@ struct Sums {
   }
 };
 
-template <class V, int Bits, Scales Mode>
+template <class V, int Bits, int Parts>
 inline int steps_per_flush(const Weight& w) {  // after so many steps of a row its int32 sums become float
   using S = Steps<V, Bits>;
-  return Mode == Scales::kRow ? S::per_segment : Mode == Scales::kBlocks ? w.block / S::columns : 1;
+  return Parts == 0 ? S::per_segment : Parts == 1 ? w.block / S::columns : 1;
 }
 
 // R rows by T tokens over the flushes from `flush` on, `flushes` of them: sums over columns, still spread over lanes, are
 // added to out[t][row][lane], which the first flush begins.
-template <class V, int Bits, Scales Mode, int R, int T>
+template <class V, int Bits, int Parts, int R, int T>
 HEADRACE_APART void add_spread_sums(const Weight& w, int n, const Fine* x, int flush, int flushes, size_t ahead, float* out) {
   using S = Steps<V, Bits>;
   using I = typename V::I;
   using F = typename V::F;
-  const size_t row_bytes = w.row_bytes();
+  const size_t row_bytes = w.row_bytes(), blocks = w.blocks();
   const uint8_t* rows = w.packed + n * row_bytes;
-  const uint16_t* scales = w.scale + size_t(n) * w.blocks();
-  const int whole = w.k / S::columns, steps = (w.k + S::columns - 1) / S::columns;
-  const int rest = int(row_bytes) - whole * V::bytes;
-  const int per_flush = steps_per_flush<V, Bits, Mode>(w);
+  const uint16_t* scales = w.scale + size_t(n) * blocks;
+  const int whole = w.k / S::columns, rest = int(row_bytes) - whole * V::bytes;  // steps, and bytes of what is less than one
+  const int per_flush = steps_per_flush<V, Bits, Parts>(w);
   F f[R][T];
   HEADRACE_UNROLL for (int r = 0; r < R; r++) HEADRACE_UNROLL for (int t = 0; t < T; t++)
       f[r][t] = flush ? V::loadf(out + (t * V::lanes + r) * V::lanes) : V::zerof();
-  for (const int last = flush + flushes; flush < last; flush++) {
-    const int from = flush * per_flush, to = from + per_flush < whole ? from + per_flush : whole;
-    Sums<V, Bits, R, T> sums;
-    if (Mode == Scales::kRow) sums.start(x, S::segments, flush);
-    else sums.start(x, S::steps, from);
-    I codes[R];
-    for (int s = from; s < to; s++) {
+  const int last = flush + flushes;
+  if constexpr (Parts > 1) {
+    for (; flush < last; flush++) {
+      const bool is_whole = flush < whole;
+      Sums<V, Bits, R, T> sums;
+      sums.start(x, S::steps, flush);
+      const uint8_t* p = rows + size_t(flush) * V::bytes;
+      if (is_whole) sums.template step<true>(x, flush, p, row_bytes, ahead, 0);
+      else sums.template step<false>(x, flush, p, row_bytes, ahead, rest);
       HEADRACE_UNROLL for (int r = 0; r < R; r++) {
-        const uint8_t* p = rows + r * row_bytes + size_t(s) * V::bytes;
-        codes[r] = V::kept(V::load(p));
-        __builtin_prefetch(p + ahead, 0, 2);
+        const uint16_t* own = scales + r * blocks + size_t(flush) * Parts;
+        const F scale = is_whole ? V::template spread<Parts>(own) : V::template spread<Parts>(own, int(blocks) - flush * Parts);
+        HEADRACE_UNROLL for (int t = 0; t < T; t++) f[r][t] = V::fma(V::to_float(sums.total(r, t)), scale, f[r][t]);
       }
-      if (Mode == Scales::kBlocks && s > from) sums.add_start(x, s);
-      sums.step(x, s, codes);
     }
-    if (to < steps && to < from + per_flush) {  // what is less than a load
+  } else {
+    for (; flush < last; flush++) {
+      const int from = flush * per_flush, to = from + per_flush < whole ? from + per_flush : whole;
+      Sums<V, Bits, R, T> sums;
+      sums.start(x, Parts ? S::steps : S::segments, Parts ? from : flush);
+      for (int s = from; s < to; s++) {
+        if (Parts && s > from) sums.add_start(x, s);
+        sums.template step<true>(x, s, rows + size_t(s) * V::bytes, row_bytes, ahead, 0);
+      }
+      if (rest && to < from + per_flush) {
+        if (Parts && to > from) sums.add_start(x, to);
+        sums.template step<false>(x, to, rows + size_t(to) * V::bytes, row_bytes, ahead, rest);
+      }
       HEADRACE_UNROLL for (int r = 0; r < R; r++) {
-        const uint8_t* p = rows + r * row_bytes + size_t(to) * V::bytes;
-        codes[r] = V::load_part(p, rest);
-        __builtin_prefetch(p + ahead, 0, 2);
-      }
-      if (Mode == Scales::kBlocks && to > from) sums.add_start(x, to);
-      sums.step(x, to, codes);
-    }
-    HEADRACE_UNROLL for (int r = 0; r < R; r++) {
-      const uint16_t* own = scales + size_t(r) * w.blocks();
-      F scale;
-      if constexpr (Mode == Scales::kBlocks) scale = V::setf(V::half(own[flush]));
-      if constexpr (Mode == Scales::kLanes) {
-        const int first = from * (S::columns / w.block);
-        scale = V::spread(own + first, S::columns / w.block, w.blocks() - first);
-      }
-      HEADRACE_UNROLL for (int t = 0; t < T; t++) {
-        const F total = V::to_float(sums.total(r, t));
-        if constexpr (Mode == Scales::kRow) f[r][t] = V::add(f[r][t], total);
-        else f[r][t] = V::fma(total, scale, f[r][t]);
+        F scale;
+        if constexpr (Parts == 1) scale = V::setf(V::half(scales[r * blocks + flush]));
+        HEADRACE_UNROLL for (int t = 0; t < T; t++) {
+          const F total = V::to_float(sums.total(r, t));
+          if constexpr (Parts == 0) f[r][t] = V::add(f[r][t], total);
+          else f[r][t] = V::fma(total, scale, f[r][t]);
+        }
       }
     }
   }
@@ -182,20 +193,20 @@ HEADRACE_APART void add_spread_sums(const Weight& w, int n, const Fine* x, int f
 }
 
 // The same for up to V::lanes rows, a few at a time.
-template <class V, int Bits, Scales Mode, int T, bool Long>
+template <class V, int Bits, int Parts, int T, bool Long>
 inline void add_rows(const Weight& w, int n, int count, const Fine* x, int flush, int flushes, float* out) {
   constexpr int R = rows_at_once<V>(T, Long);
   const size_t ahead = round_up(kAhead, (T == 1 ? R : V::lanes) * w.row_bytes());  // the same place of rows that come later
   int r = 0;
-  for (; r + R <= count; r += R) add_spread_sums<V, Bits, Mode, R, T>(w, n + r, x, flush, flushes, ahead, out + r * V::lanes);
-  for (; r < count; r++) add_spread_sums<V, Bits, Mode, 1, T>(w, n + r, x, flush, flushes, ahead, out + r * V::lanes);
+  for (; r + R <= count; r += R) add_spread_sums<V, Bits, Parts, R, T>(w, n + r, x, flush, flushes, ahead, out + r * V::lanes);
+  for (; r < count; r++) add_spread_sums<V, Bits, Parts, 1, T>(w, n + r, x, flush, flushes, ahead, out + r * V::lanes);
 }
 
 // The results of up to V::lanes rows for some tokens: sums are added up over the lanes.
-template <class V, Scales Mode>
+template <class V, int Parts>
 inline void write_rows(const Weight& w, int n, int count, const float* lanes, const Fine* x, const Out& out,
                        const int* rows, int tokens, int column) {
-  const auto scales = Mode == Scales::kRow ? V::spread(w.scale + n, V::lanes, count) : V::setf(1);
+  const auto scales = Parts ? V::setf(1) : V::template spread<V::lanes>(w.scale + n, count);
   float part[V::lanes] = {};
   if (w.bias)
     for (int i = 0; i < count; i++) part[i] = w.bias[n + i];
@@ -215,12 +226,12 @@ inline void write_rows(const Weight& w, int n, int count, const float* lanes, co
 
 // One token reads each row from end to end. Several go over a stretch of some rows one after the other, so that the rows'
 // codes and the tokens' activations stay in the first level of the cache.
-template <class V, int Bits, Scales Mode>
+template <class V, int Bits, int Parts>
 inline void decode_rows(const Weight& w, const Fine* x, int m, int begin, int end, const Out& out, int column) {
   constexpr int most = 8;  // tokens whose sums are kept
   constexpr int size = V::lanes * V::lanes;
   alignas(64) float lanes[most * size];
-  const int per_flush = steps_per_flush<V, Bits, Mode>(w);
+  const int per_flush = steps_per_flush<V, Bits, Parts>(w);
   const int flushes = (int(round_up(w.k, Steps<V, Bits>::columns)) / Steps<V, Bits>::columns + per_flush - 1) / per_flush;
   const int stretch = m == 1 ? flushes : std::max(1, Steps<V, Bits>::per_segment / per_flush);
   for (int n = begin; n < end; n += V::lanes) {
@@ -234,7 +245,7 @@ inline void decode_rows(const Weight& w, const Fine* x, int m, int begin, int en
         int t = 0;
         const auto add = [&](auto number) {
           constexpr int T = decltype(number)::value;
-          const auto run = w.k > kLong ? add_rows<V, Bits, Mode, T, true> : add_rows<V, Bits, Mode, T, false>;
+          const auto run = w.k > kLong ? add_rows<V, Bits, Parts, T, true> : add_rows<V, Bits, Parts, T, false>;
           run(w, n, count, x + first + t, flush, here, lanes + t * size);
           t += T;
         };
@@ -243,16 +254,25 @@ inline void decode_rows(const Weight& w, const Fine* x, int m, int begin, int en
         if (tokens - t == 2) add(Number<2>());
         if (tokens - t == 1) add(Number<1>());
       }
-      write_rows<V, Mode>(w, n, count, lanes, x + first, out, out.rows + first, tokens, column + n - begin);
+      write_rows<V, Parts>(w, n, count, lanes, x + first, out, out.rows + first, tokens, column + n - begin);
     }
   }
 }
 
 template <class V, int Bits>
 inline void decode_bits(const Weight& w, const Fine* x, int m, int begin, int end, const Out& out, int column) {
-  if (!w.block) decode_rows<V, Bits, Scales::kRow>(w, x, m, begin, end, out, column);
-  else if (w.block >= Steps<V, Bits>::columns) decode_rows<V, Bits, Scales::kBlocks>(w, x, m, begin, end, out, column);
-  else decode_rows<V, Bits, Scales::kLanes>(w, x, m, begin, end, out, column);
+  constexpr int most = Steps<V, Bits>::columns / 16;  // blocks of a step
+  const auto run = [&](auto parts) {
+    constexpr int Parts = decltype(parts)::value;
+    if constexpr (Parts <= most) decode_rows<V, Bits, Parts>(w, x, m, begin, end, out, column);
+  };
+  switch (parts_of<V, Bits>(w)) {
+    case 0: return run(Number<0>());
+    case 1: return run(Number<1>());
+    case 2: return run(Number<2>());
+    case 4: return run(Number<4>());
+    case 8: return run(Number<8>());
+  }
 }
 
 template <class V>

@@ -128,11 +128,13 @@ struct Avx2 {
   }
 
   static float half(uint16_t h) { return _cvtsh_ss(h); }
-  // The first scales of p, each for `lanes / n` neighbouring lanes, n a power of two up to `lanes`; only `there` of them exist.
-  static F spread(const uint16_t* p, int n, int there) {
-    float out[8];
-    for (int i = 0; i < 8; i++) out[i] = i * n / 8 < there ? half(p[i * n / 8]) : 0;
-    return loadf(out);
+  // The first scales of p, each for `lanes / N` neighbouring lanes, N a power of two up to `lanes`; only `there` of them exist.
+  template <int N> static F spread(const uint16_t* p, int there = N) {
+    uint16_t halves[8] = {};
+    std::memcpy(halves, p, 2 * (there < N ? there : N));
+    const F v = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves)));
+    const I lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+    return _mm256_permutevar8x32_ps(v, _mm256_srli_epi32(lane, N == 8 ? 0 : N == 4 ? 1 : 2));
   }
 
   // Sums over the lanes of 8 vectors, which lie one after the other.

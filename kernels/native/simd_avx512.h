@@ -116,11 +116,11 @@ struct Avx512 {
   }
 
   static float half(uint16_t h) { return _cvtsh_ss(h); }
-  // The first scales of p, each for `lanes / n` neighbouring lanes, n a power of two up to `lanes`; only `there` of them exist.
-  static F spread(const uint16_t* p, int n, int there) {
-    const F v = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(__mmask16((1u << (there < n ? there : n)) - 1), p));
+  // The first scales of p, each for `lanes / N` neighbouring lanes, N a power of two up to `lanes`; only `there` of them exist.
+  template <int N> static F spread(const uint16_t* p, int there = N) {
+    const F v = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(__mmask16((1u << (there < N ? there : N)) - 1), p));
     const I lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    return _mm512_permutexvar_ps(_mm512_srli_epi32(lane, n == 16 ? 0 : n == 8 ? 1 : n == 4 ? 2 : n == 2 ? 3 : 4), v);
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(lane, N == 16 ? 0 : N == 8 ? 1 : N == 4 ? 2 : 3), v);
   }
 
   // Sums over the lanes of 16 vectors, which lie one after the other.

@@ -131,10 +131,10 @@ struct Neon {
     std::memcpy(&value, &h, 2);
     return value;
   }
-  // The first scales of p, each for `lanes / n` neighbouring lanes, n a power of two up to `lanes`; only `there` of them exist.
-  static F spread(const uint16_t* p, int n, int there) {
+  // The first scales of p, each for `lanes / N` neighbouring lanes, N a power of two up to `lanes`; only `there` of them exist.
+  template <int N> static F spread(const uint16_t* p, int there = N) {
     float out[4];
-    for (int i = 0; i < 4; i++) out[i] = i * n / 4 < there ? half(p[i * n / 4]) : 0;
+    for (int i = 0; i < 4; i++) out[i] = i * N / 4 < there ? half(p[i * N / 4]) : 0;
     return loadf(out);
   }
 
