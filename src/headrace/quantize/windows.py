@@ -264,31 +264,35 @@ def attention_energy(
     query, key = (find_weight(config, role, layer) for role in (Role.QUERY, Role.KEY))
     config, weights = _some_heads(config, weights, [query, key])
 
-    class EnergyObserver(LeanEager):
-        """Computes attention shares alone, and adds up their energy."""
-
-        def __init__(self, stream: Array, energy: Array) -> None:
-            super().__init__(config, weights)
-            self.query_weights = 1 / np.maximum(np.einsum("bsk,bsk->bs", stream, stream), np.finfo(np.float32).tiny)
-            self.energy = energy
-
-        def linears(self, x: Array, weights: Sequence[str]) -> tuple[Array, ...]:
-            q, k = self.linear(x, query.name), self.linear(x, key.name)
-            return q, k, k  # values play no part
-
-        def weighted_values(self, q: Array, keys: Array, values: Array, mask: Array, name: str) -> Array:
-            for window, queries, shares in self.shares(q, keys, mask):
-                np.square(shares, out=shares)
-                self.energy[window, : queries.stop] += (self.query_weights[window, queries] @ shares).sum(0)
-            return q
-
     def add_energy(batch: tuple[Array, Array]) -> None:
-        steps = walk(EnergyObserver(*batch), layer, Residual(batch[0]), at, None)
+        steps = walk(_EnergyObserver(config, weights, *batch), layer, Residual(batch[0]), at, None)
         next(steps), next(steps)  # attention lies between the first two groups of linears
         steps.close()
 
     parallel_map(add_energy, zip(window_batches(states), window_batches(energy), strict=True))
     return energy
+
+
+class _EnergyObserver(LeanEager):
+    """Computes attention shares alone, and adds up their energy.
+
+    Not a class within a function: such a one is part of a cycle, and with it a layer's weights outlive the layer.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Array], stream: Array, energy: Array) -> None:
+        super().__init__(config, weights)
+        self.query_weights = 1 / np.maximum(np.einsum("bsk,bsk->bs", stream, stream), np.finfo(np.float32).tiny)
+        self.energy = energy
+
+    def linears(self, x: Array, weights: Sequence[str]) -> tuple[Array, ...]:
+        q, k = (self.linear(x, name) for name in weights[:2])
+        return q, k, k  # values play no part
+
+    def weighted_values(self, q: Array, keys: Array, values: Array, mask: Array, name: str) -> Array:
+        for window, queries, shares in self.shares(q, keys, mask):
+            np.square(shares, out=shares)
+            self.energy[window, : queries.stop] += (self.query_weights[window, queries] @ shares).sum(0)
+        return q
 
 
 def _some_heads(
