@@ -139,7 +139,6 @@ inline int steps_per_flush(const Weight& w) {  // after so many steps of a row i
 template <class V, int Bits, int Parts, int R, int T>
 HEADRACE_APART void add_spread_sums(const Weight& w, int n, const Fine* x, int flush, int flushes, size_t ahead, float* out) {
   using S = Steps<V, Bits>;
-  using I = typename V::I;
   using F = typename V::F;
   const size_t row_bytes = w.row_bytes(), blocks = w.blocks();
   const uint8_t* rows = w.packed + n * row_bytes;

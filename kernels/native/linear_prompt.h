@@ -86,6 +86,49 @@ HEADRACE_APART void unpack(const Weight& w, int n, int end, int from, int column
     }
 }
 
+// Products of Part columns, added to the sums of T tokens by a panel. A variant without products of four bytes multiplies pairs
+// into int16, of which V::pairs fit where a factor has 4 bits; bytes are two such factors.
+template <class V, int Bits, int Part, int T>
+inline void add_products(const uint8_t* scratch, const int8_t* codes, typename V::I (&sum)[T][V::panels]) {
+  using I = typename V::I;
+  constexpr int P = V::panels;
+  const auto columns_of = [&](int s, int p) { return V::kept(V::load(scratch + (s * P + p) * V::bytes)); };
+  if constexpr (V::pairs == 0) {
+    for (int s = 0; s < Part / 4; s++) {
+      I columns[P];
+      HEADRACE_UNROLL for (int p = 0; p < P; p++) columns[p] = columns_of(s, p);
+      HEADRACE_UNROLL for (int t = 0; t < T; t++) {
+        const I one = V::broadcast32(codes + t * kColumns + 4 * s);
+        HEADRACE_UNROLL for (int p = 0; p < P; p++) sum[t][p] = V::template dot8<Bits>(sum[t][p], columns[p], one);
+      }
+    }
+  } else {
+    constexpr int halves = Bits / 4, steps = Part / 4 < V::pairs ? Part / 4 : V::pairs;
+    for (int first = 0; first < Part / 4; first += steps) {
+      I pairs[halves][T][P];
+      HEADRACE_UNROLL for (int s = 0; s < steps; s++) {
+        I columns[halves][P];
+        HEADRACE_UNROLL for (int p = 0; p < P; p++) {
+          const I whole = columns_of(first + s, p);
+          columns[0][p] = Bits == 4 ? whole : V::low_nibbles(whole);
+          if constexpr (halves == 2) columns[1][p] = V::high_nibbles(whole);
+        }
+        HEADRACE_UNROLL for (int t = 0; t < T; t++) {
+          const I one = V::broadcast32(codes + t * kColumns + 4 * (first + s));
+          HEADRACE_UNROLL for (int h = 0; h < halves; h++) HEADRACE_UNROLL for (int p = 0; p < P; p++) {
+            const I product = V::pair_products(columns[h][p], one);
+            pairs[h][t][p] = s ? V::add16(pairs[h][t][p], product) : product;
+          }
+        }
+      }
+      HEADRACE_UNROLL for (int t = 0; t < T; t++) HEADRACE_UNROLL for (int p = 0; p < P; p++) {
+        sum[t][p] = V::add_pairs(sum[t][p], pairs[0][t][p], 1);
+        if constexpr (halves == 2) sum[t][p] = V::add_pairs(sum[t][p], pairs[1][t][p], 16);
+      }
+    }
+  }
+}
+
 // T tokens by a panel, one piece of kColumns. Part: columns of an int32 sum; scales: [part][channel], with blocks; sums:
 // [token][channel].
 template <class V, int Bits, bool Blocks, int Part, int T>
@@ -108,15 +151,8 @@ HEADRACE_APART void multiply(const Coarse& x, int from, int parts, int token, co
       HEADRACE_UNROLL for (int s = 0; s < Part / 16; s++) total += sums16[t * (padded / 16) + s];
       HEADRACE_UNROLL for (int p = 0; p < P; p++) sum[t][p] = V::set32(-zero_point * total);
     }
-    for (int s = 0; s < Part / 4; s++) {
-      I columns[P];
-      HEADRACE_UNROLL for (int p = 0; p < P; p++) columns[p] = V::kept(V::load(scratch + p * V::bytes));
-      HEADRACE_UNROLL for (int t = 0; t < T; t++) {
-        const I one = V::broadcast32(codes + t * kColumns);
-        HEADRACE_UNROLL for (int p = 0; p < P; p++) sum[t][p] = V::template dot8<Bits>(sum[t][p], columns[p], one);
-      }
-      scratch += P * V::bytes, codes += 4;
-    }
+    add_products<V, Bits, Part, T>(scratch, codes, sum);
+    scratch += Part / 4 * P * V::bytes, codes += Part;
     HEADRACE_UNROLL for (int p = 0; p < P; p++) {
       F scale;
       if constexpr (Blocks) scale = V::loadf(scales + p * V::lanes);

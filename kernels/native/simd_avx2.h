@@ -60,6 +60,7 @@ struct Avx2 {
     asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
     return sum;
   }
+  static constexpr int pairs = 0;
 #else
   static I dot16(I sum, I a, I b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
   template <int Bits> static I dot8(I sum, I a, I b) {
@@ -69,6 +70,10 @@ struct Avx2 {
     const I high = _mm256_madd_epi16(_mm256_maddubs_epi16(high_nibbles(a), b), _mm256_set1_epi16(16));
     return add32(add32(sum, high), _mm256_madd_epi16(_mm256_maddubs_epi16(low_nibbles(a), b), ones));
   }
+  static constexpr int pairs = 8;  // sums of two products of 4 bits by 8 that fit an int16: 8 * 2 * 15 * 127 = 30480
+  static I pair_products(I a, I b) { return _mm256_maddubs_epi16(a, b); }
+  static I add16(I a, I b) { return _mm256_add_epi16(a, b); }
+  static I add_pairs(I sum, I of, int factor) { return add32(sum, _mm256_madd_epi16(of, _mm256_set1_epi16(short(factor)))); }
 #endif
   static I kept(I v) { return v; }
   static I widen(const int8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
@@ -130,11 +135,18 @@ struct Avx2 {
   static float half(uint16_t h) { return _cvtsh_ss(h); }
   // The first scales of p, each for `lanes / N` neighbouring lanes, N a power of two up to `lanes`; only `there` of them exist.
   template <int N> static F spread(const uint16_t* p, int there = N) {
-    uint16_t halves[8] = {};
-    std::memcpy(halves, p, 2 * (there < N ? there : N));
-    const F v = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves)));
-    const I lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
-    return _mm256_permutevar8x32_ps(v, _mm256_srli_epi32(lane, N == 8 ? 0 : N == 4 ? 1 : 2));
+    __m128i halves;
+    if (there >= N) {
+      if constexpr (N == 8) halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+      else if constexpr (N == 4) halves = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+      else halves = _mm_loadu_si32(p);
+    } else {
+      uint16_t some[8] = {};
+      std::memcpy(some, p, 2 * there);
+      halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(some));
+    }
+    const I lane = _mm256_srli_epi32(_mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0), N == 8 ? 0 : N == 4 ? 1 : 2);
+    return _mm256_permutevar8x32_ps(_mm256_cvtph_ps(halves), lane);
   }
 
   // Sums over the lanes of 8 vectors, which lie one after the other.

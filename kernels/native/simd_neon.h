@@ -14,6 +14,7 @@ struct Neon {
   using F = float32x4_t;
   static constexpr int bytes = 16, lanes = 4;
   static constexpr int panels = 4, tokens = 3;  // 32 registers: 12 sums, 12 totals, 4 of weights, 1 token
+  static constexpr int pairs = 0;  // products of four bytes are one instruction, or as good as
   static constexpr int attend_rows = 4, most_rows = 32;
 
   static uint8x16_t u8(I v) { return vreinterpretq_u8_s32(v); }
@@ -133,9 +134,12 @@ struct Neon {
   }
   // The first scales of p, each for `lanes / N` neighbouring lanes, N a power of two up to `lanes`; only `there` of them exist.
   template <int N> static F spread(const uint16_t* p, int there = N) {
-    float out[4];
-    for (int i = 0; i < 4; i++) out[i] = i * N / 4 < there ? half(p[i * N / 4]) : 0;
-    return loadf(out);
+    const auto one = [&](int i) { return i < there ? p[i] : uint16_t(0); };
+    uint16x4_t halves = vdup_n_u16(one(0));
+    if (N == 4 && there >= 4) halves = vld1_u16(p);
+    else if (N == 4) halves = vset_lane_u16(one(1), halves, 1), halves = vset_lane_u16(one(2), halves, 2), halves = vset_lane_u16(0, halves, 3);
+    else halves = vext_u16(halves, vdup_n_u16(one(1)), 2);
+    return vcvt_f32_f16(vreinterpret_f16_u16(halves));
   }
 
   // Sums over the lanes of 4 vectors, which lie one after the other.
