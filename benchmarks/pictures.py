@@ -44,7 +44,9 @@ def main() -> int:
     if options.kind == "soak":
         title = f"{data['streams']} streams for {data['seconds'] / 60:.0f} minutes: {data['answers']} answers"
         note = f"{data['broken']} broken, {data['other_than_alone']} other than alone; benchmarks/server_soak.py"
-        for path in plot_course(data["memory"], data["answers_over_time"], options.out, title, note):
+        for path in plot_course(
+            data["memory"], data["answers_over_time"], options.out, title, note, data.get("others", ())
+        ):
             print(f"{path}: {path.stat().st_size} bytes")
         return 0
     if options.kind == "report":

@@ -4,7 +4,8 @@ memory stays flat. Prints one JSON object; exit 1 where something of that does n
     python benchmarks/server_soak.py BUNDLE --streams 32 --seconds 300 [--record FILE]
 
 Waiting is told of each third of the time, with what other programs took meanwhile of the processors that this one
-may use. FILE gets memory and latency over time, for benchmarks/pictures.py.
+may use, and of the seconds of each third in which they took little. FILE gets memory and latency over time, for
+benchmarks/pictures.py.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ PROMPTS = [
 ]  # fmt: skip
 GROWTH = 1.1  # of resident memory, from a quarter of the time on
 TOKENS = 48
+LITTLE = 0.1  # of a processor
 
 
 async def ask(client: httpx.AsyncClient, address: str, prompt: str) -> tuple[int, str, float, list[float]]:
@@ -76,6 +78,23 @@ def thirds(measured: Sequence[tuple[float, ...]], seconds: float) -> list[dict[s
             row = {"median": middle, "p95": slow, "max": values[-1]}
             found.append({"count": len(values)} | {name: round(value, 4) for name, value in row.items()})
     return found
+
+
+def waiting(course: dict[str, list[tuple[float, ...]]], seconds: float) -> dict[str, list[dict[str, float]]]:
+    """Waiting in each third of the time, and what others had of the processors."""
+    return {
+        "first_piece_s": thirds([(at, first) for at, first, _ in course["answers_over_time"]], seconds),
+        "between_pieces_s": thirds(course["gaps"], seconds),
+        "answer_s": thirds([(at, took) for at, _, took in course["answers_over_time"]], seconds),
+        "others_processors": thirds(course["others"], seconds),
+    }
+
+
+def undisturbed(course: dict[str, list[tuple[float, ...]]]) -> dict[str, list[tuple[float, ...]]]:
+    """What ended in a second in which others took little, as in those before it in which an answer was on its way."""
+    calm = {int(at) for at, share in course["others"] if share < LITTLE}
+    calm = {at for at in calm if all(at - back in calm for back in range(4))}
+    return {name: [row for row in rows if int(row[0]) in calm] for name, rows in course.items()}
 
 
 async def soak(
@@ -135,12 +154,8 @@ async def soak(
         "asked_again": len(asked_again),
         "broken": sum(a[1] not in (200, 429) for a in answers),
         "other_than_alone": sum(text != alone[prompt] for prompt, _, text in whole),
-        "thirds": {
-            "first_piece_s": thirds([(at, first) for at, first, _ in course["answers_over_time"]], seconds),
-            "between_pieces_s": thirds(course["gaps"], seconds),
-            "answer_s": thirds([(at, took) for at, _, took in course["answers_over_time"]], seconds),
-            "others_processors": thirds(course["others"], seconds),
-        },
+        "thirds": waiting(course, seconds),
+        "thirds_undisturbed": waiting(undisturbed(course), seconds),
         "answers_per_s": round(len(whole) / seconds, 2),
         "rss_mb": {"first": settled[0] // 10**6, "last": settled[-1] // 10**6},
         "memory_flat": settled[-1] <= GROWTH * settled[0],

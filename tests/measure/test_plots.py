@@ -75,8 +75,16 @@ def test_a_long_note_is_not_cut_off(tmp_path: Path) -> None:
 def test_a_course_is_drawn(tmp_path: Path) -> None:
     memory = [(float(second), 2e8 + 1e5 * second) for second in range(1800)]
     answers = [(float(second), 0.1, 1.0 + second % 7) for second in range(0, 1800, 3)]
-    made = plot_course(memory, answers, tmp_path / "soak", "8 streams", "a note")
+    others = [(float(second), 0.5 * (second < 600)) for second in range(1800)]
+    made = plot_course(memory, answers, tmp_path / "soak", "8 streams", "a note", others)
     assert [path.name for path in made] == ["soak.svg", "soak.png"] and made[0].stat().st_size < SMALL
     words = texts(made[0])
-    for word in ("8 streams", "a note", "resident memory, MB", "first piece, median", "whole answer, 95 %"):
+    for word in (
+        "8 streams",
+        "a note",
+        "resident memory, MB",
+        "first piece, median",
+        "whole answer, 95 %",
+        "grey: others",
+    ):
         assert word in words

@@ -17,7 +17,6 @@ from headrace.errors import UserError
 from headrace.runtime import grammar_trial
 from headrace.runtime.grammar import LIMITS, Grammars
 from headrace.runtime.grammar_source import check_lark, check_regex, check_schema
-from headrace.runtime.grammar_trial import try_grammar
 from tests.text.vocabularies import byte_level_tokenizer
 
 
@@ -179,23 +178,46 @@ def test_the_child_is_started_again(vocabulary: Path) -> None:
     assert again.returncode == 0, "it ends with whom it serves"
 
 
+def test_a_child_that_cannot_be_started_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(UserError, match="tried in a child process first, which ended by itself with status 1"):
+        grammar_trial._Trials().why_not("start: /a/", LIMITS)
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(UserError, match=r"tried in a child process first, which cannot be started \(.*nowhere"):
+        grammar_trial._Trials().why_not("start: /a/", LIMITS)
+
+
+def test_without_fork_the_child_itself_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As on Windows: it is started again for the next one."""
+    code = Path(grammar_trial.grammar_child.__file__).read_text(encoding="utf-8")
+    alone = tmp_path / "alone.py"
+    alone.write_text(code.replace("import os\n", "import os\ndel os.fork\n", 1), encoding="utf-8")
+    monkeypatch.setattr(grammar_trial.grammar_child, "__file__", str(alone))
+    trials = grammar_trial._Trials()
+    chain = "start: r0\n" + "\n".join(f"r{i}: r{i + 1} |" for i in range(8_000)) + '\nr8000: "x"'
+    assert trials.why_not(chain, LIMITS) == "nests too deep"
+    assert trials.why_not("start: /a/", LIMITS) is None
+    assert trials.why_not("start: /b/", LIMITS) is None
+
+
 def test_a_child_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar_trial, "PATIENCE", 0.0)
     trials = grammar_trial._Trials()
     assert trials.why_not("start: /a/", LIMITS) == "takes more than 2 s to compile"
 
 
-def test_a_fork_has_a_child_of_its_own(vocabulary: Path) -> None:
-    try_grammar('start: "a"', LIMITS)
-    trials = grammar_trial._TRIALS
+def test_a_fork_has_a_child_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = grammar_trial._Trials()
+    assert trials.why_not('start: "a"', LIMITS) is None
     own = trials._child
     assert own is not None
-    trials._owner += 1  # as a fork of this process would see it
-    try_grammar('start: "b"', LIMITS)
-    assert trials._child is not own and own.poll() is None
-    own.stdin.close()  # type: ignore[union-attr]
-    own.stdout.close()  # type: ignore[union-attr]
-    assert own.wait(10) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: 1)  # as a fork of this process would be
+        assert trials.why_not('start: "b"', LIMITS) is None
+        assert trials._child is not own and own.poll() is None
+        trials._ending()
+    grammar_trial._end(own, os.getpid())  # as the process that started it does
+    assert own.returncode == 0
 
 
 def test_grammars_of_all_kinds_still_compile(vocabulary: Path) -> None:

@@ -175,6 +175,7 @@ def plot_course(
     path: Path,
     title: str,
     note: str,
+    others: Sequence[tuple[float, float]] = (),
     pieces: int = 30,
 ) -> list[Path]:
     """A server over time: its memory, and how long clients waited.
@@ -184,6 +185,7 @@ def plot_course(
         answers: (second of the end, seconds to the first piece, seconds in all) of each answer.
         path: of the files, without suffix.
         title, note: above the picture.
+        others: (second, processors) that other programs took of those that the server could have.
         pieces: the time is cut into so many; of each the median and the 95th percentile are drawn.
 
     Raises:
@@ -211,6 +213,17 @@ def plot_course(
         right.set_ylim(0, 1.35 * right.get_ylim()[1])  # room for the names above the lines
         right.set_xlabel("minutes")
         right.set_ylabel("seconds")
+        if others:
+            shares: list[list[float]] = [[] for _ in range(pieces)]
+            for at, share in others:
+                shares[min(int(at / end * pieces), pieces - 1)].append(share)
+            beside = right.twinx()
+            taken = [100 * sum(one) / len(one) for one in shares if one]
+            places = [(number + 0.5) * end / pieces / 60 for number, one in enumerate(shares) if one]
+            beside.fill_between(places, taken, color=OTHERS[4], alpha=0.35, lw=0, step="mid")
+            beside.set_ylim(0, 200)  # the lower half of the picture
+            beside.set_yticks([0, 50, 100])
+            beside.set_ylabel("grey: others, % of a processor")
         right.legend(fontsize=8.5, loc="upper center", ncols=2)
     return made
 

@@ -48,6 +48,9 @@ def main() -> None:
 
 def _ended_by(llguidance: Any, tokenizer: Any, grammar: str, limits: dict[str, int]) -> int:
     """The number of the signal that ended a trial, or 0."""
+    if not hasattr(os, "fork"):  # Windows: what a grammar may end is this process, without limits
+        _follow(llguidance, tokenizer, grammar, limits)
+        return 0
     child = os.fork()
     if child == 0:
         _bound()

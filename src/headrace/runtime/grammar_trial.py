@@ -17,7 +17,8 @@ import sys
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 from headrace.errors import UserError
 from headrace.runtime import grammar_child
@@ -42,10 +43,15 @@ class _Trials:
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
         self._owner = 0  # the process that started the child: a fork of it has no part in their talk
+        self._ending: Callable[[], object] = int  # closes the child; none yet
         self._passed: OrderedDict[bytes, None] = OrderedDict()
 
     def why_not(self, grammar: str, limits: Mapping[str, int]) -> str | None:
-        """What the grammar would do to its process; None where it does it no harm."""
+        """What the grammar would do to its process; None where it does it no harm.
+
+        Raises:
+            UserError: the child cannot be started.
+        """
         asked = json.dumps({"grammar": grammar, "limits": dict(limits)}).encode()
         key = hashlib.sha256(asked).digest()
         with self._lock:
@@ -77,33 +83,44 @@ class _Trials:
             line = b""
         if line:
             return int(line)
-        return -min(child.wait(), -1)  # without fork the child itself has been ended
+        if (code := child.wait()) >= 0:
+            raise UserError(
+                f"a grammar is tried in a child process first, which ended by itself with status {code}; expected "
+                f"{sys.executable} to run {grammar_child.__file__}"
+            )
+        return -code  # without fork the child itself is what a grammar ends
 
     def _started(self) -> subprocess.Popen[bytes]:
+        self._ending()
         environment = {
             **os.environ,
             "RUST_BACKTRACE": "0",
             "MALLOC_ARENA_MAX": "1",
         }  # an arena takes 64 MB of the limit
-        child = subprocess.Popen(
-            [sys.executable, "-P", grammar_child.__file__],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is not for it; it ends when its input does
-        )
-        weakref.finalize(self, _end, child, os.getpid())
+        try:
+            child = subprocess.Popen(
+                [sys.executable, "-P", grammar_child.__file__],
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is not for it; it ends when its input does
+            )
+        except OSError as error:
+            raise UserError(f"a grammar is tried in a child process first, which cannot be started ({error})") from None
         self._child, self._owner = child, os.getpid()
+        self._ending = weakref.finalize(self, _end, child, self._owner)
         return child
 
 
 def _end(child: subprocess.Popen[bytes], owner: int) -> None:
+    """The child ends with its input."""
     if owner != os.getpid():
         return
     for pipe in (child.stdin, child.stdout):
         if pipe is not None:
-            pipe.close()
+            with suppress(BrokenPipeError):  # what it did not read any more
+                pipe.close()
     child.wait()
 
 
