@@ -75,7 +75,7 @@ ONNX_HOMES = {"targets/qualcomm/worker.py"}  # beside graph/: the compiler's chi
 SLOW = {  # what an answer on the native engine, without a chat template, must not load
     "jinja2", "onnx", "onnxruntime", "google.protobuf", "huggingface_hub", "prompt_toolkit", "psutil", "pydantic",
     "rich", "sympy", "threadpoolctl", "numpy.random", "numpy.testing", "headrace.exporter", "headrace.quantize",
-    "headrace.checkpoint", "headrace.server", "headrace.graph", "headrace.measure", "difflib",
+    "headrace.checkpoint", "headrace.server", "headrace.graph", "headrace.measure", "difflib", "subprocess",
 }  # fmt: skip
 JUNK = {"utils", "util", "common", "helpers", "helper", "misc", "_shared"}
 

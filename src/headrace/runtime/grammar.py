@@ -18,8 +18,6 @@ from numpy.typing import NDArray
 
 from headrace.errors import UserError, did_you_mean
 from headrace.panics import told_as
-from headrace.runtime.grammar_source import check_lark, check_regex, check_schema
-from headrace.runtime.grammar_trial import try_grammar
 from headrace.text.tokenizer import Tokenizer
 
 __all__ = ["KINDS", "Grammar", "GrammarState", "Grammars"]
@@ -84,6 +82,10 @@ class Grammars:
             return self._compiled(kind, source)
 
     def _compiled(self, kind: str, source: str) -> Grammar:
+        # Late, since a chat without a grammar need not wait for what starts processes.
+        from headrace.runtime.grammar_source import check_lark, check_regex, check_schema
+        from headrace.runtime.grammar_trial import try_grammar
+
         matcher = self._library.LLMatcher
         if kind == "regex":
             check_regex(source)
