@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import string
 import subprocess
 import sys
@@ -143,7 +142,7 @@ def test_a_schema_in_lark_is_looked_at() -> None:
 def test_a_grammar_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     trials = grammar_trial._Trials()
     tried: list[bytes] = []
-    monkeypatch.setattr(trials, "_tried", lambda asked: tried.append(asked) or 0)
+    monkeypatch.setattr(trials, "_tried", lambda asked: tried.append(asked) or "")
     for _ in range(3):
         assert trials.why_not("one", {}) is None
     assert trials.why_not("one", {"max_lexer_states": 3}) is None and len(tried) == 2
@@ -155,7 +154,7 @@ def test_a_grammar_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_ended_a_trial_is_not_remembered_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
     trials = grammar_trial._Trials()
-    monkeypatch.setattr(trials, "_tried", lambda asked: signal.SIGKILL)
+    monkeypatch.setattr(trials, "_tried", lambda asked: "SIGKILL")
     for _ in range(2):
         assert trials.why_not("one", {}) == "ends its process (SIGKILL)"
 
@@ -203,7 +202,7 @@ def test_without_fork_the_child_itself_is_ended(monkeypatch: pytest.MonkeyPatch,
 def test_a_child_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar_trial, "PATIENCE", 0.0)
     trials = grammar_trial._Trials()
-    assert trials.why_not("start: /a/", LIMITS) == "takes more than 2 s to compile"
+    assert trials.why_not("start: /a/", LIMITS) == "takes more than 50 s to compile"
 
 
 def test_a_fork_has_a_child_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

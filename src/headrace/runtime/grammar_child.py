@@ -11,12 +11,14 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 SECONDS = 2  # of the processor; schemas of 200,000 characters take 0.15
+CLOCK = 50  # seconds after which a trial is ended in any case, on a machine that stands still too
 MEMORY = 128 << 20  # bytes of address space; schemas of 200,000 characters take 30 MB
 STACK = 2 << 20  # bytes, of 8 MB that a thread has: what fits here fits there with all that is called around it
 BYTES = 64  # that are followed; fewer where the grammar ends or is wrong
@@ -71,6 +73,7 @@ def _bound() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, held + MEMORY))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.alarm(CLOCK)
 
 
 def _follow(llguidance: Any, tokenizer: Any, grammar: str, limits: dict[str, int]) -> None:

@@ -25,14 +25,15 @@ from headrace.runtime import grammar_child
 
 __all__ = ["try_grammar"]
 
-PATIENCE = 60.0  # seconds for an answer of the child, which may have little of the processor
+PATIENCE = grammar_child.CLOCK + 10.0  # seconds for an answer of the child, which may have little of the processor
 REMEMBERED = 256  # grammars that have passed
 
-_WHY: dict[int, str] = {
-    signal.SIGXCPU: f"takes more than {grammar_child.SECONDS} s to compile",
-    signal.SIGABRT: f"takes more than {grammar_child.MEMORY >> 20} MB to compile",  # what Rust does without memory
-    signal.SIGSEGV: "nests too deep",
-    signal.SIGBUS: "nests too deep",
+_WHY = {
+    "SIGXCPU": f"takes more than {grammar_child.SECONDS} s to compile",
+    "SIGALRM": f"takes more than {grammar_child.CLOCK} s to compile",
+    "SIGABRT": f"takes more than {grammar_child.MEMORY >> 20} MB to compile",  # what Rust does without memory
+    "SIGSEGV": "nests too deep",
+    "SIGBUS": "nests too deep",
 }
 
 
@@ -58,14 +59,15 @@ class _Trials:
             if key not in self._passed:
                 ended = self._tried(asked)
                 if ended:
-                    return _WHY.get(ended, f"ends its process ({signal.Signals(ended).name})")
+                    return _WHY.get(ended, f"ends its process ({ended})")
                 self._passed[key] = None
                 if len(self._passed) > REMEMBERED:
                     self._passed.popitem(last=False)
             self._passed.move_to_end(key)
         return None
 
-    def _tried(self, asked: bytes) -> int:
+    def _tried(self, asked: bytes) -> str:
+        """The name of the signal that ended a trial; empty where none did."""
         child = self._child
         if child is None or child.poll() is not None or self._owner != os.getpid():
             child = self._started()
@@ -77,26 +79,23 @@ class _Trials:
                 selector.register(child.stdout, selectors.EVENT_READ)
                 if not selector.select(PATIENCE):
                     child.kill()
-                    return signal.SIGXCPU
+                    return "SIGALRM"
             line = child.stdout.readline()
         except BrokenPipeError:
             line = b""
         if line:
-            return int(line)
+            return signal.Signals(int(line)).name if int(line) else ""
         if (code := child.wait()) >= 0:
             raise UserError(
                 f"a grammar is tried in a child process first, which ended by itself with status {code}; expected "
                 f"{sys.executable} to run {grammar_child.__file__}"
             )
-        return -code  # without fork the child itself is what a grammar ends
+        return signal.Signals(-code).name  # without fork the child itself is what a grammar ends
 
     def _started(self) -> subprocess.Popen[bytes]:
         self._ending()
-        environment = {
-            **os.environ,
-            "RUST_BACKTRACE": "0",
-            "MALLOC_ARENA_MAX": "1",
-        }  # an arena takes 64 MB of the limit
+        # An arena of glibc's takes 64 MB of the addresses that a trial has.
+        environment = {**os.environ, "RUST_BACKTRACE": "0", "MALLOC_ARENA_MAX": "1"}
         try:
             child = subprocess.Popen(
                 [sys.executable, "-P", grammar_child.__file__],
