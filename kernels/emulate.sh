@@ -8,7 +8,8 @@ here=$(cd "$(dirname "$0")" && pwd)
 root=$1
 shift
 [ $# -gt 0 ] || set -- tests -k "not plain"
-qemu=$(command -v qemu-aarch64 || command -v qemu-aarch64-static)
+qemu=$(command -v qemu-aarch64 || command -v qemu-aarch64-static) || { echo "qemu-aarch64 is not installed" >&2; exit 2; }
+[ -e "$root/usr/bin/python3" ] || { echo "$root has no usr/bin/python3; expected an AArch64 system" >&2; exit 2; }
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cmake -S "$here" -B "$folder" -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
