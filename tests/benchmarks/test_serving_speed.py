@@ -21,7 +21,7 @@ def test_streams_and_turns_of_a_real_server(exports: Exports) -> None:
     worker = ModelWorker("tied", load(exports.bundle("tied"), runner="host", slots=2), WorkerOptions(), metrics)
     worker.start()
     with running(worker, metrics=metrics) as at:
-        found = asyncio.run(script["measure"](int(at.rsplit(":", 1)[1]), 2, 8, 1, HISTORY))
+        found = asyncio.run(script["measure"](int(at.rsplit(":", 1)[1]), 2, 32, 1, HISTORY))
     worker.close()
     assert found["one_stream_tok_s"] > 0 and found["2_streams_tok_s"] > 0
     turn = found["second_turn"]
