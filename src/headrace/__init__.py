@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from headrace.exporter.job import export
-    from headrace.language_model import Chat, LanguageModel, load
+    from headrace.language_model import LanguageModel, load
     from headrace.runtime.answer import Token
+    from headrace.runtime.chat import Chat
 
 __all__ = ["Chat", "LanguageModel", "Token", "__version__", "export", "load"]
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Chat": "headrace.language_model",
+    "Chat": "headrace.runtime.chat",
     "LanguageModel": "headrace.language_model",
     "Token": "headrace.runtime.answer",
     "export": "headrace.exporter.job",

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from headrace.bundle.folder import open_bundle
 from headrace.errors import ContextFull, UserError
-from headrace.language_model import Chat, LanguageModel
+from headrace.language_model import LanguageModel
 from headrace.runtime.answer import Answer, Limits
+from headrace.runtime.chat import Chat
 from headrace.runtime.context import SINKS, WhenFull, fit, slide
 from headrace.runtime.engine import Engine
 from headrace.runtime.sampling import SamplingOptions

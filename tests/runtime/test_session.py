@@ -13,7 +13,8 @@ import pytest
 import headrace
 from headrace.cli.main import _run
 from headrace.errors import UserError
-from headrace.language_model import Chat, LanguageModel
+from headrace.language_model import LanguageModel
+from headrace.runtime.chat import Chat
 from headrace.runtime.sampling import SamplingOptions
 from headrace.runtime.session import MAGIC, Session, read_session, write_session
 from headrace.text.turns import Message

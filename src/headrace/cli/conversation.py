@@ -29,7 +29,7 @@ from headrace.runtime.answer import Token
 from headrace.text.turns import Message
 
 if TYPE_CHECKING:
-    from headrace.language_model import Chat
+    from headrace.runtime.chat import Chat
 
 __all__ = ["Conversation", "converse", "history_file"]
 

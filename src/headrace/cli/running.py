@@ -14,8 +14,9 @@ from headrace.cli.options import BundlePath, HugePages, Json, RunnerName, Thread
 from headrace.errors import UserError
 
 if TYPE_CHECKING:
-    from headrace.language_model import Chat, LanguageModel
+    from headrace.language_model import LanguageModel
     from headrace.runtime.answer import Token
+    from headrace.runtime.chat import Chat
     from headrace.runtime.grammar import Grammar
 
 __all__ = ["chat", "push"]

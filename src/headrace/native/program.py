@@ -135,8 +135,8 @@ class Program:
 def record_program(bundle: Bundle, context: int | None = None) -> Program:
     """The program of a bundle's decoder, for slots of `context` positions, the bundle's own by default."""
     store = bundle.weights()
-    smallest = min((grid.block for grid in store.grids.values() if grid.block), default=GROUPS[1])
-    ops = _Recorder(bundle.config, GROUPS[0] if smallest <= GROUPS[0] else GROUPS[1])
+    small_blocks = any(grid.block is not None and grid.block <= GROUPS[0] for grid in store.grids.values())
+    ops = _Recorder(bundle.config, GROUPS[0] if small_blocks else GROUPS[1])
     _record(ops)
     registers, instructions = _with_registers(ops.instructions)
     return Program(
