@@ -20,22 +20,17 @@ class Activations {
  public:
   // Room for the rows of one input of width k; pointers below are valid until the next call.
   void reserve(int fine_rows, int coarse_rows, int k) {
-    const size_t padded = round_up(k, kPad), segments = (padded / kSegment + 1) * 16;
-    const size_t steps4 = padded / 8, steps8 = padded / 4, bytes = round_up(6 * padded + 4 * (steps4 + steps8 + 2 * segments), 64);
+    const size_t padded = round_up(k, kColumns), lanes4 = padded / 8, lanes8 = padded / 4;
+    const size_t segments = (padded / kSegment + 1) * 16;
+    const size_t bytes = round_up(2 * padded + 4 * (2 * lanes4 + segments + 3 * lanes8), 64);
     fine_memory_.grow(bytes * fine_rows);
     fine_.resize(fine_rows);
     for (int i = 0; i < fine_rows; i++) {
-      uint8_t* at = fine_memory_.data() + bytes * i;
-      Fine& f = fine_[i];
-      f.natural = reinterpret_cast<int16_t*>(at);
-      f.high4 = reinterpret_cast<int8_t*>(f.natural + padded);
-      f.low4 = f.high4 + padded;
-      f.high8 = f.low4 + padded;
-      f.low8 = f.high8 + padded;
-      f.steps4 = reinterpret_cast<int32_t*>(f.low8 + padded);
-      f.steps8 = f.steps4 + steps4;
-      f.segments4 = f.steps8 + steps8;
-      f.segments8 = f.segments4 + segments;
+      int8_t* codes = reinterpret_cast<int8_t*>(fine_memory_.data() + bytes * i);
+      int32_t* numbers = reinterpret_cast<int32_t*>(codes + 2 * padded);
+      fine_[i].four = {0, codes, reinterpret_cast<int16_t*>(numbers), numbers + lanes4, numbers + 2 * lanes4};
+      numbers += 2 * lanes4 + segments;
+      fine_[i].eight = {codes + padded, reinterpret_cast<float*>(numbers), numbers + lanes8, numbers + 2 * lanes8};
     }
     const size_t groups = round_up(k, kColumns) / (kMostGroup / 2);
     codes_.grow(round_up(k, kColumns) * coarse_rows);

@@ -2,7 +2,7 @@
 //
 // Linears have two forms, chosen by how many tokens of one sequence are computed together:
 //
-//   fine    int16 activations, one scale a token. For decoding, which waits for the weights' bytes anyway.
+//   fine    int8 activations of which few share a scale, as few as cost nothing. For decoding, one token or several.
 //   coarse  int8 activations, one scale a token and group of 32 or 64 columns. For prompts, which are bound by multiplications.
 //
 // Attention works on int16 queries and probabilities over the int8 cache, whatever the number of tokens.
@@ -14,10 +14,9 @@ namespace headrace {
 
 constexpr int kMostGroup = 64;  // columns that share a scale of coarse activations at most: half of them, or all
 constexpr int kColumns = 256;   // columns of coarse activations that lie together, and of weights unpacked at a time
-constexpr int kSegment = 2048;  // columns whose products are summed in int32 before they become float
 constexpr int kTile = 16;       // positions of a tile of keys
 constexpr int kBlock = 64;      // positions whose probabilities share a maximum
-constexpr int kTop = 32639;     // largest code of fine activations: 256 * 127 + 127
+constexpr int kTop = 32639;     // largest code of int16: 256 * 127 + 127
 constexpr int kPad = 128;       // rows of activations are padded with zeros to a multiple of this
 
 constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
@@ -33,17 +32,38 @@ struct Weight {
   int blocks() const { return block ? k / block : 1; }
 };
 
-// One token's fine activations: int16 codes 256 * high + low, both int8, because products of bytes cost half of what
-// products of int16 do. The order of codes and the starts are the variant's own. A start is what the zero point takes from a
-// sum: minus zero point times the sum of the codes, a lane at a time, so that sums begin with it.
-struct Fine {
+// One token's fine activations: int8 codes, of which few columns share a scale. In a unit of columns there are 16 scales: the first is
+// that of the first neighbours and of as many half a unit further, and so on. The order of codes and the starts are the variant's
+// own. A start is what the zero point takes from a sum of products: minus zero point times the sum of the codes.
+//
+// 4 bits: a scale is that of the token times a whole number, 1 … kMostFactor, for 16 columns, or for the 8 neighbours alone where no
+// weight has one scale a row. So products that are sums of integers stay such sums until a segment or a block ends.
+struct FactorCodes {
   float scale;
-  int16_t* natural;                // codes in their own order, padded with zeros to kPad
-  int8_t *high4, *low4;            // for 4-bit weights
-  int8_t *high8, *low8;            // for 8-bit weights
-  int32_t *steps4, *steps8;        // starts of each step of a row
-  int32_t *segments4, *segments8;  // starts of each kSegment columns
+  int8_t* codes;
+  int16_t* factors;   // of four lanes and then of the same four again
+  int32_t* steps;     // starts of a step, a lane at a time
+  int32_t* segments;  // the same with factors, summed over the steps of a segment, two lanes together
 };
+// 8 bits: a scale is float32, for 8 columns.
+struct ScaledCodes {
+  int8_t* codes;
+  float* scales;   // a lane at a time
+  int32_t* steps;  // starts of a step, a lane at a time
+  int32_t* pairs;  // the same of two steps that share scales
+};
+struct Fine {
+  FactorCodes four;
+  ScaledCodes eight;
+};
+
+// Which codes of a token are needed: for weights of 4 bits with one scale a row, with blocks, of 8 bits.
+enum Kinds : unsigned { kRowsOf4 = 1, kBlocksOf4 = 2, kAllOf8 = 4 };
+
+constexpr int unit_of(int bits) { return bits == 4 ? 256 : 128; }
+constexpr int kMostFactor = 1024;
+constexpr int kSegment = 2048;         // columns of 4-bit weights whose products fit an int32: 1024 * 127 * 8 * 2048
+constexpr float kLeastTop = 1e-30f;    // numbers that are all smaller have codes of 0
 
 // Coarse activations of m tokens: codes [k / kColumns][m][kColumns], in every eight columns the even ones first;
 // scales [m][groups]; sums of every 16 codes [m][columns / 16], columns rounded up to kColumns. Rows of scales and sums are apart, because
@@ -87,7 +107,7 @@ struct Kernels {
   const char* name;
   // int16 codes of x (k), at most kTop; gives the scale. NaN and infinity make the scale so.
   float (*quantize)(const float* x, int k, int16_t* codes);
-  void (*fine)(const float* x, int k, bool four, bool eight, Fine& out);
+  void (*fine)(const float* x, int k, unsigned kinds, Fine& out);
   void (*decode)(const Weight& w, const Fine* x, int m, int begin, int end, const Out& out, int column);
   // rows, blocks: what scales the weights have that the activations are for.
   void (*coarse)(const float* x, int row, bool rows, bool blocks, const Coarse& out);

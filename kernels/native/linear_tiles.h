@@ -1,9 +1,9 @@
 // Linears of many tokens with AMX tiles (or their emulation), for weights with one scale a row. Weights are tiles of 16
 // channels by 64 columns as their rows unpack, activations tiles of 64 columns by 16 tokens.
 //
-// A tile reaches vectors only through memory, so sums must not be scaled group by group: activations are the fine ones, int16
+// A tile reaches vectors only through memory, so sums must not be scaled group by group: activations are int16
 // with one scale a token, as a high and a low byte that are multiplied apart. Twice the products, nothing else in between,
-// and prompts are as exact as decoding. Weights with blocks go the way of linear_prompt.h.
+// and prompts are more exact than decoding. Weights with blocks go the way of linear_prompt.h.
 #pragma once
 #include "linear_decode.h"
 #include "linear_prompt.h"
@@ -38,7 +38,7 @@ void tile_row(const float* x, int row, const Coarse& out) {
     for (; i < n; i++) natural[i] = int16_t(rounded(x[from + i] * inverse, kTop));
     for (; i < at_once; i++) natural[i] = 0;
     for (int j = 0; j < at_once; j++) sum += natural[j];
-    V::template split<2>(natural, high, low);
+    V::split(natural, high, low);
     for (int part = 0; part < 2; part++) {
       int8_t* tile = out.tiles + tile_at(out.k, row, from / 64 + part) + row % kTokens * 4;
       for (int j = 0; j < 16; j++) {

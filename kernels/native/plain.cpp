@@ -28,7 +28,38 @@ float quantize(const float* x, int k, int16_t* codes) {
   return top / kTop;
 }
 
-void fine(const float* x, int k, bool, bool, Fine& out) { out.scale = quantize(x, k, out.natural); }
+// Codes in their own order, a factor for every eight of them.
+void factor_codes(const float* x, int k, bool shared, FactorCodes& out) {
+  const float top = largest(x, k), least = std::max(top, kLeastTop), up = kMostFactor / least, inverse = 127 * kMostFactor / least;
+  out.scale = top / (127 * kMostFactor);
+  const auto factor = [&](int from) {
+    int most = 1;
+    for (int i = from; i < std::min(from + 8, k); i++) most = std::max(most, rounded(std::fabs(x[i]) * up + 0.5f, kMostFactor));
+    return most;
+  };
+  for (int from = 0; from < k; from += 8) {
+    const int own = factor(from), other = shared ? factor(from ^ unit_of(4) / 2) : 1;
+    out.factors[from / 8] = int16_t(std::max(own, other));
+    for (int i = from; i < std::min(from + 8, k); i++)
+      out.codes[i] = int8_t(rounded(x[i] * (inverse / float(out.factors[from / 8])), 127));
+  }
+}
+
+// The same with a scale for every four.
+void scaled_codes(const float* x, int k, ScaledCodes& out) {
+  for (int from = 0; from < k; from += 4) {
+    const int other = from ^ unit_of(8) / 2;
+    float top = largest(x + from, std::min(4, k - from));
+    if (other < k) top = std::max(top, largest(x + other, std::min(4, k - other)));
+    out.scales[from / 4] = top / 127;
+    for (int i = from; i < std::min(from + 4, k); i++) out.codes[i] = int8_t(rounded(x[i] * (127 / std::max(top, kLeastTop)), 127));
+  }
+}
+
+void fine(const float* x, int k, unsigned kinds, Fine& out) {
+  if (kinds & (kRowsOf4 | kBlocksOf4)) factor_codes(x, k, kinds & kRowsOf4, out.four);
+  if (kinds & kAllOf8) scaled_codes(x, k, out.eight);
+}
 
 int code(const Weight& w, int n, int k) {
   const uint8_t* row = w.packed + n * w.row_bytes();
@@ -38,17 +69,22 @@ int code(const Weight& w, int n, int k) {
 
 float scale(const Weight& w, int n, int block) { return half_to_float(w.scale[size_t(n) * w.blocks() + block]); }
 
+double value(const Fine& x, int k, int bits) {
+  if (bits == 4) return double(x.four.codes[k]) * x.four.factors[k / 8] * x.four.scale;
+  return double(x.eight.codes[k]) * x.eight.scales[k / 4];
+}
+
 void decode(const Weight& w, const Fine* x, int m, int begin, int end, const Out& out, int column) {
   const int block = w.block ? w.block : w.k;
   for (int n = begin; n < end; n++)
     for (int i = 0; i < m; i++) {
       double total = 0;
       for (int b = 0; b < w.blocks(); b++) {
-        int64_t sum = 0;
-        for (int k = b * block; k < (b + 1) * block; k++) sum += int64_t(code(w, n, k)) * x[i].natural[k];
-        total += double(sum) * scale(w, n, b);
+        double sum = 0;
+        for (int k = b * block; k < (b + 1) * block; k++) sum += code(w, n, k) * value(x[i], k, w.bits);
+        total += sum * scale(w, n, b);
       }
-      out.y[out.rows[i] * out.stride + column + n - begin] = float(total * x[i].scale) + (w.bias ? w.bias[n] : 0);
+      out.y[out.rows[i] * out.stride + column + n - begin] = float(total) + (w.bias ? w.bias[n] : 0);
     }
 }
 

@@ -13,6 +13,7 @@ struct Avx2 {
   using F = __m256;
   static constexpr int bytes = 32, lanes = 8;
   static constexpr int panels = 2, tokens = 2;                // 16 registers: 4 sums, 4 totals, 2 of weights, 1 token
+  static constexpr int together = 1;  // so often merged, sums of rows are in registers at once
   static constexpr int attend_rows = 3, most_rows = 32;
 
   static I load(const void* p) { return _mm256_loadu_si256(static_cast<const I*>(p)); }
@@ -27,7 +28,9 @@ struct Avx2 {
   static I set32(int v) { return _mm256_set1_epi32(v); }
   static I add32(I a, I b) { return _mm256_add_epi32(a, b); }
   static I sub32(I a, I b) { return _mm256_sub_epi32(a, b); }
-  static I times256(I a) { return _mm256_slli_epi32(a, 8); }
+  // int16 of a and b, in turn four lanes of each.
+  static I pack16(I a, I b) { return _mm256_packs_epi32(a, b); }
+  static I mul32(I a, I b) { return _mm256_mullo_epi32(a, b); }
   static I broadcast32(const void* p) {
     int v;
     std::memcpy(&v, p, 4);
@@ -42,12 +45,13 @@ struct Avx2 {
         w, _mm256_broadcastsi128_si256(_mm_set_epi8(15, 13, 11, 9, 14, 12, 10, 8, 7, 5, 3, 1, 6, 4, 2, 0)));
   }
 
-  // Codes 256 * high + low of N * bytes columns; with N = 2 the even columns first, then the odd ones.
-  template <int N> static void split(const int16_t* codes, int8_t* high, int8_t* low) {
-    for (int i = 0; i < N * bytes; i++) {
-      const int at = N == 1 ? i : i % 2 * bytes + i / 2, h = (codes[i] + 128) >> 8;
-      high[at] = int8_t(h), low[at] = int8_t(codes[i] - 256 * h);
-    }
+  // The even bytes of two vectors, then the odd ones.
+  static void store_apart(int8_t* p, I a, I b) {
+    const I even = _mm256_set1_epi16(255);
+    const I evens = _mm256_packus_epi16(_mm256_and_si256(a, even), _mm256_and_si256(b, even));
+    const I odds = _mm256_packus_epi16(_mm256_srli_epi16(a, 8), _mm256_srli_epi16(b, 8));
+    store(p, _mm256_permute4x64_epi64(evens, 0xd8));
+    store(p + bytes, _mm256_permute4x64_epi64(odds, 0xd8));
   }
 
   // Sums of products of neighbours: two int16, or four of a byte (unsigned, of Bits) by a byte (signed), to each int32.
@@ -60,6 +64,7 @@ struct Avx2 {
     asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
     return sum;
   }
+  static I dot_nibbles(I sum, I even, I first, I odd, I second) { return dot8<4>(dot8<4>(sum, even, first), odd, second); }
   static constexpr int pairs = 0;
 #else
   static I dot16(I sum, I a, I b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
@@ -74,6 +79,9 @@ struct Avx2 {
   static I pair_products(I a, I b) { return _mm256_maddubs_epi16(a, b); }
   static I add16(I a, I b) { return _mm256_add_epi16(a, b); }
   static I add_pairs(I sum, I of, int factor) { return add32(sum, _mm256_madd_epi16(of, _mm256_set1_epi16(short(factor)))); }
+  static I dot_nibbles(I sum, I even, I first, I odd, I second) {
+    return add_pairs(sum, add16(pair_products(even, first), pair_products(odd, second)), 1);
+  }
 #endif
   static I kept(I v) { return v; }
   static I widen(const int8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
@@ -93,8 +101,16 @@ struct Avx2 {
   static F to_float(I v) { return _mm256_cvtepi32_ps(v); }
   static I to_int(F v) { return _mm256_cvtps_epi32(v); }
   static I bits(F v) { return _mm256_castps_si256(v); }
+  static F floats(I v) { return _mm256_castsi256_ps(v); }
   static I and_bits(I a, I b) { return _mm256_and_si256(a, b); }
   static I max_unsigned(I a, I b) { return _mm256_max_epu32(a, b); }
+  // Every lane gets what `merge` makes of N neighbours, itself among them; N a power of two.
+  template <int N, class Merge> static I neighbours(I v, Merge merge) {
+    if constexpr (N > 1) v = merge(v, _mm256_shuffle_epi32(v, 0xb1));
+    if constexpr (N > 2) v = merge(v, _mm256_shuffle_epi32(v, 0x4e));
+    if constexpr (N > 4) v = merge(v, _mm256_permute4x64_epi64(v, 0x4e));
+    return v;
+  }
   static uint32_t top_unsigned(I v) {
     __m128i half = _mm_max_epu32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0x4e));
@@ -133,28 +149,31 @@ struct Avx2 {
   }
 
   static float half(uint16_t h) { return _cvtsh_ss(h); }
-  // The first scales of p, each for `lanes / N` neighbouring lanes, N a power of two up to `lanes`; only `there` of them exist.
-  template <int N> static F spread(const uint16_t* p, int there = N) {
-    __m128i halves;
-    if (there >= N) {
-      if constexpr (N == 8) halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-      else if constexpr (N == 4) halves = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-      else halves = _mm_loadu_si32(p);
-    } else {
-      uint16_t some[8] = {};
-      std::memcpy(some, p, 2 * there);
-      halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(some));
-    }
-    const I lane = _mm256_srli_epi32(_mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0), N == 8 ? 0 : N == 4 ? 1 : 2);
-    return _mm256_permutevar8x32_ps(_mm256_cvtph_ps(halves), lane);
+  // Two vectors become one: every sum of two neighbours, on level 0, or of what the level before has left of four and eight
+  // neighbours. Within four lanes a's sums come before b's, then so do whole fours.
+  template <int Level> static F merge(F a, F b) {
+    if constexpr (Level < 2) return add(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd));
+    else return add(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
   }
-
-  // Sums over the lanes of 8 vectors, which lie one after the other.
-  static F sums(const float* p) {
-    const F a = _mm256_hadd_ps(_mm256_hadd_ps(loadf(p), loadf(p + 8)), _mm256_hadd_ps(loadf(p + 16), loadf(p + 24)));
-    const F b = _mm256_hadd_ps(_mm256_hadd_ps(loadf(p + 32), loadf(p + 40)), _mm256_hadd_ps(loadf(p + 48), loadf(p + 56)));
-    return add(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+  template <int Level> static I merge(I a, I b) {
+    const F x = _mm256_castsi256_ps(a), y = _mm256_castsi256_ps(b);
+    if constexpr (Level < 2) return add32(bits(_mm256_shuffle_ps(x, y, 0x88)), bits(_mm256_shuffle_ps(x, y, 0xdd)));
+    else return add32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
   }
+  static F halves(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  // N halves of each of `lanes / N` rows, `stride` apart.
+  template <int N> static F halves_of(const uint16_t* p, size_t stride) {
+    const auto four = [&](int r) { return part<long long>(p + r * stride); };
+    const auto two = [&](int r) { return part<int>(p + r * stride); };
+    if constexpr (N == 4) return _mm256_cvtph_ps(_mm_set_epi64x(four(1), four(0)));
+    else return _mm256_cvtph_ps(_mm_set_epi32(two(3), two(2), two(1), two(0)));
+  }
+  template <class T> static T part(const void* p) {
+    T v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static F permuted(F v, const int* from) { return _mm256_permutevar8x32_ps(v, load(from)); }
 
   // Rows and columns of a square of int32 change places.
   static void transpose(I* r) {

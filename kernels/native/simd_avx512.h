@@ -15,6 +15,7 @@ struct Avx512 {
   static constexpr int panels = 4;  // vectors of channels that prompt does at a time
   static constexpr int tokens = 3;  // tokens that prompt does at a time
   static constexpr int pairs = 0;  // products of four bytes are one instruction, or as good as
+  static constexpr int together = 2;  // so often merged, sums of rows are in registers at once
   static constexpr int attend_rows = 6, most_rows = 32;  // queries in registers, queries of a block together
 
   static I load(const void* p) { return _mm512_loadu_si512(p); }
@@ -25,7 +26,9 @@ struct Avx512 {
   static I set32(int v) { return _mm512_set1_epi32(v); }
   static I add32(I a, I b) { return _mm512_add_epi32(a, b); }
   static I sub32(I a, I b) { return _mm512_sub_epi32(a, b); }
-  static I times256(I a) { return _mm512_slli_epi32(a, 8); }
+  // int16 of a and b, in turn four lanes of each.
+  static I pack16(I a, I b) { return _mm512_packs_epi32(a, b); }
+  static I mul32(I a, I b) { return _mm512_mullo_epi32(a, b); }
   static I broadcast32(const void* p) {
     int v;
     std::memcpy(&v, p, 4);
@@ -39,22 +42,18 @@ struct Avx512 {
     return _mm512_shuffle_epi8(w, _mm512_broadcast_i32x4(_mm_set_epi8(15, 13, 11, 9, 14, 12, 10, 8, 7, 5, 3, 1, 6, 4, 2, 0)));
   }
 
-  // Codes 256 * high + low of N * bytes columns; with N = 2 the even columns first, then the odd ones.
-  template <int N> static void split(const int16_t* codes, int8_t* high, int8_t* low) {
+  // Codes 256 * high + low of 2 * bytes columns, the even columns first, then the odd ones.
+  static void split(const int16_t* codes, int8_t* high, int8_t* low) {
     I h[2], l[2];
-    for (int i = 0; i < N; i++) {
+    for (int i = 0; i < 2; i++) {
       const I a = load(codes + 64 * i), b = load(codes + 64 * i + 32), half = _mm512_set1_epi16(128);
       const __m256i ha = _mm512_cvtepi16_epi8(_mm512_srai_epi16(_mm512_add_epi16(a, half), 8));
       const __m256i hb = _mm512_cvtepi16_epi8(_mm512_srai_epi16(_mm512_add_epi16(b, half), 8));
       h[i] = _mm512_inserti64x4(_mm512_castsi256_si512(ha), hb, 1);
       l[i] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(a)), _mm512_cvtepi16_epi8(b), 1);
     }
-    if constexpr (N == 1) {
-      store(high, h[0]), store(low, l[0]);
-    } else {
-      store_apart(high, h[0], h[1]);
-      store_apart(low, l[0], l[1]);
-    }
+    store_apart(high, h[0], h[1]);
+    store_apart(low, l[0], l[1]);
   }
   // The even bytes of two vectors, then the odd ones.
   static void store_apart(int8_t* p, I a, I b) {
@@ -75,6 +74,7 @@ struct Avx512 {
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
     return sum;
   }
+  static I dot_nibbles(I sum, I even, I first, I odd, I second) { return dot8<4>(dot8<4>(sum, even, first), odd, second); }
   // Keeps a value in its register: gcc would load it again for every use.
   static I kept(I v) {
     asm("" : "+v"(v));
@@ -99,8 +99,17 @@ struct Avx512 {
   static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
   static I to_int(F v) { return _mm512_cvtps_epi32(v); }
   static I bits(F v) { return _mm512_castps_si512(v); }
+  static F floats(I v) { return _mm512_castsi512_ps(v); }
   static I and_bits(I a, I b) { return _mm512_and_si512(a, b); }
   static I max_unsigned(I a, I b) { return _mm512_max_epu32(a, b); }
+  // Every lane gets what `merge` makes of N neighbours, itself among them; N a power of two.
+  template <int N, class Merge> static I neighbours(I v, Merge merge) {
+    if constexpr (N > 1) v = merge(v, _mm512_shuffle_epi32(v, _MM_PERM_ENUM(0xb1)));
+    if constexpr (N > 2) v = merge(v, _mm512_shuffle_epi32(v, _MM_PERM_ENUM(0x4e)));
+    if constexpr (N > 4) v = merge(v, _mm512_permutex_epi64(v, 0x4e));
+    if constexpr (N > 8) v = merge(v, _mm512_shuffle_i64x2(v, v, 0x4e));
+    return v;
+  }
   static uint32_t top_unsigned(I v) { return _mm512_reduce_max_epu32(v); }
   static float sum(F v) { return _mm512_reduce_add_ps(v); }
   static float top(F v) { return _mm512_reduce_max_ps(v); }
@@ -117,26 +126,35 @@ struct Avx512 {
   }
 
   static float half(uint16_t h) { return _cvtsh_ss(h); }
-  // The first scales of p, each for `lanes / N` neighbouring lanes, N a power of two up to `lanes`; only `there` of them exist.
-  template <int N> static F spread(const uint16_t* p, int there = N) {
-    const F v = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(__mmask16((1u << (there < N ? there : N)) - 1), p));
-    const I lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    return _mm512_permutexvar_ps(_mm512_srli_epi32(lane, N == 16 ? 0 : N == 8 ? 1 : N == 4 ? 2 : 3), v);
+  // Two vectors become one: every sum of two neighbours, on level 0, or of what the level before has left of four, eight and
+  // sixteen neighbours. Within four lanes a's sums come before b's, then so do whole fours.
+  template <int Level> static F merge(F a, F b) {
+    if constexpr (Level < 2) return add(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
+    else return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
   }
-
-  // Sums over the lanes of 16 vectors, which lie one after the other.
-  static F sums(const float* p) {
-    F v[16];
-    for (int i = 0; i < 16; i++) v[i] = loadf(p + 16 * i);
-    F a[8], b[4];
-    // Every step adds halves of two vectors: neighbours, pairs, quarters, halves.
-    for (int i = 0; i < 8; i++) a[i] = add(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
-    for (int i = 0; i < 4; i++)
-      b[i] = add(_mm512_shuffle_ps(a[2 * i], a[2 * i + 1], 0x44), _mm512_shuffle_ps(a[2 * i], a[2 * i + 1], 0xee));
-    const F c = add(_mm512_shuffle_f32x4(b[0], b[1], 0x88), _mm512_shuffle_f32x4(b[0], b[1], 0xdd));
-    const F d = add(_mm512_shuffle_f32x4(b[2], b[3], 0x88), _mm512_shuffle_f32x4(b[2], b[3], 0xdd));
-    return add(_mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd));
+  template <int Level> static I merge(I a, I b) {
+    const F x = _mm512_castsi512_ps(a), y = _mm512_castsi512_ps(b);
+    if constexpr (Level < 2) return add32(bits(_mm512_shuffle_ps(x, y, 0x88)), bits(_mm512_shuffle_ps(x, y, 0xdd)));
+    else return add32(bits(_mm512_shuffle_f32x4(x, y, 0x88)), bits(_mm512_shuffle_f32x4(x, y, 0xdd)));
   }
+  static F halves(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  // N halves of each of `lanes / N` rows, `stride` apart.
+  template <int N> static F halves_of(const uint16_t* p, size_t stride) {
+    const auto eight = [&](int r) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + r * stride)); };
+    const auto four = [&](int r) { return part<long long>(p + r * stride); };
+    const auto two = [&](int r) { return part<int>(p + r * stride); };
+    __m256i all;
+    if constexpr (N == 8) all = _mm256_set_m128i(eight(1), eight(0));
+    else if constexpr (N == 4) all = _mm256_set_epi64x(four(3), four(2), four(1), four(0));
+    else all = _mm256_set_epi32(two(7), two(6), two(5), two(4), two(3), two(2), two(1), two(0));
+    return _mm512_cvtph_ps(all);
+  }
+  template <class T> static T part(const void* p) {
+    T v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static F permuted(F v, const int* from) { return _mm512_permutexvar_ps(load(from), v); }
 
   // Rows and columns of a square of int32 change places.
   static void transpose(I* r) {

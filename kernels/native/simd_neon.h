@@ -15,6 +15,7 @@ struct Neon {
   static constexpr int bytes = 16, lanes = 4;
   static constexpr int panels = 4, tokens = 3;  // 32 registers: 12 sums, 12 totals, 4 of weights, 1 token
   static constexpr int pairs = 0;  // products of four bytes are one instruction, or as good as
+  static constexpr int together = 2;  // so often merged, sums of rows are in registers at once
   static constexpr int attend_rows = 4, most_rows = 32;
 
   static uint8x16_t u8(I v) { return vreinterpretq_u8_s32(v); }
@@ -34,7 +35,9 @@ struct Neon {
   static I set32(int v) { return vdupq_n_s32(v); }
   static I add32(I a, I b) { return vaddq_s32(a, b); }
   static I sub32(I a, I b) { return vsubq_s32(a, b); }
-  static I times256(I a) { return vshlq_n_s32(a, 8); }
+  // int16 of a, then of b.
+  static I pack16(I a, I b) { return vreinterpretq_s32_s16(vcombine_s16(vmovn_s32(a), vmovn_s32(b))); }
+  static I mul32(I a, I b) { return vmulq_s32(a, b); }
   static I broadcast32(const void* p) {
     int v;
     std::memcpy(&v, p, 4);
@@ -49,20 +52,10 @@ struct Neon {
     return vreinterpretq_s32_u8(vqtbl1q_u8(u8(w), order));
   }
 
-  // Codes 256 * high + low of N * bytes columns; with N = 2 the even columns first, then the odd ones.
-  template <int N> static void split(const int16_t* codes, int8_t* high, int8_t* low) {
-    int8x16_t h[2], l[2];
-    for (int i = 0; i < N; i++) {
-      const int16x8_t a = vld1q_s16(codes + 16 * i), b = vld1q_s16(codes + 16 * i + 8);
-      h[i] = vcombine_s8(vrshrn_n_s16(a, 8), vrshrn_n_s16(b, 8));
-      l[i] = vcombine_s8(vmovn_s16(a), vmovn_s16(b));
-    }
-    if constexpr (N == 1) {
-      vst1q_s8(high, h[0]), vst1q_s8(low, l[0]);
-    } else {
-      vst1q_s8(high, vuzp1q_s8(h[0], h[1])), vst1q_s8(high + 16, vuzp2q_s8(h[0], h[1]));
-      vst1q_s8(low, vuzp1q_s8(l[0], l[1])), vst1q_s8(low + 16, vuzp2q_s8(l[0], l[1]));
-    }
+  // The even bytes of two vectors, then the odd ones.
+  static void store_apart(int8_t* p, I a, I b) {
+    vst1q_s8(p, vuzp1q_s8(s8(a), s8(b)));
+    vst1q_s8(p + bytes, vuzp2q_s8(s8(a), s8(b)));
   }
 
   // Sums of products of neighbours: two int16, or four of a byte (unsigned, of Bits) by a byte (signed), to each int32.
@@ -88,6 +81,7 @@ struct Neon {
     return vaddq_s32(sum, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
 #endif
   }
+  static I dot_nibbles(I sum, I even, I first, I odd, I second) { return dot8<4>(dot8<4>(sum, even, first), odd, second); }
   static I kept(I v) { return v; }
   static I widen(const int8_t* p) { return vreinterpretq_s32_s16(vmovl_s8(vld1_s8(p))); }
 
@@ -106,8 +100,15 @@ struct Neon {
   static F to_float(I v) { return vcvtq_f32_s32(v); }
   static I to_int(F v) { return vcvtnq_s32_f32(v); }
   static I bits(F v) { return vreinterpretq_s32_f32(v); }
+  static F floats(I v) { return vreinterpretq_f32_s32(v); }
   static I and_bits(I a, I b) { return vandq_s32(a, b); }
   static I max_unsigned(I a, I b) { return vreinterpretq_s32_u32(vmaxq_u32(u32(a), u32(b))); }
+  // Every lane gets what `merge` makes of N neighbours, itself among them; N a power of two.
+  template <int N, class Merge> static I neighbours(I v, Merge merge) {
+    if constexpr (N > 1) v = merge(v, vrev64q_s32(v));
+    if constexpr (N > 2) v = merge(v, vextq_s32(v, v, 2));
+    return v;
+  }
   static uint32_t top_unsigned(I v) { return vmaxvq_u32(u32(v)); }
   static float sum(F v) { return vaddvq_f32(v); }
   static float top(F v) { return vmaxvq_f32(v); }
@@ -132,20 +133,17 @@ struct Neon {
     std::memcpy(&value, &h, 2);
     return value;
   }
-  // The first scales of p, each for `lanes / N` neighbouring lanes, N a power of two up to `lanes`; only `there` of them exist.
-  template <int N> static F spread(const uint16_t* p, int there = N) {
-    const auto one = [&](int i) { return i < there ? p[i] : uint16_t(0); };
-    uint16x4_t halves = vdup_n_u16(one(0));
-    if (N == 4 && there >= 4) halves = vld1_u16(p);
-    else if (N == 4) halves = vset_lane_u16(one(1), halves, 1), halves = vset_lane_u16(one(2), halves, 2), halves = vset_lane_u16(0, halves, 3);
-    else halves = vext_u16(halves, vdup_n_u16(one(1)), 2);
-    return vcvt_f32_f16(vreinterpret_f16_u16(halves));
+  // Two vectors become one: every sum of two neighbours, on level 0, or of what that has left of four. a's sums come before b's.
+  template <int Level> static F merge(F a, F b) { return vpaddq_f32(a, b); }
+  template <int Level> static I merge(I a, I b) { return vpaddq_s32(a, b); }
+  static F halves(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+  // Two halves of each of two rows, `stride` apart.
+  template <int N> static F halves_of(const uint16_t* p, size_t stride) {
+    uint16_t all[4];
+    std::memcpy(all, p, 4), std::memcpy(all + 2, p + stride, 4);
+    return halves(all);
   }
-
-  // Sums over the lanes of 4 vectors, which lie one after the other.
-  static F sums(const float* p) {
-    return vpaddq_f32(vpaddq_f32(loadf(p), loadf(p + 4)), vpaddq_f32(loadf(p + 8), loadf(p + 12)));
-  }
+  static F permuted(F v, const int*) { return v; }  // four lanes never need it
 
   // Rows and columns of a square of int32 change places.
   static void transpose(I* r) {

@@ -20,8 +20,8 @@ void Engine::linear(const LinearStep& step, Scratch& mine) {
   const Rows& rows = rows_of(step);
   const int k = step.weights[0].k, fine = int(rows.fine.size()), coarse = int(rows.coarse.size());
   if (!rows.count()) return;
-  bool four = false, eight = false;
-  for (const Weight& w : step.weights) (w.bits == 4 ? four : eight) = true;
+  unsigned kinds = 0;
+  for (const Weight& w : step.weights) kinds |= w.bits == 8 ? kAllOf8 : w.block ? kBlocksOf4 : kRowsOf4;
   const auto input = [&](int i) {
     const float* x = row(step.in, step.gather ? batch_.wanted[i] : i);
     if (!step.norm) return x;
@@ -31,7 +31,7 @@ void Engine::linear(const LinearStep& step, Scratch& mine) {
   const bool by_itself = alone(rows, k);
   Activations& x = by_itself ? mine.own : shared_;
   if (by_itself) {
-    for (int i = 0; i < fine; i++) kernels_.fine(input(rows.fine[i]), k, four, eight, x.fine()[i]);
+    for (int i = 0; i < fine; i++) kernels_.fine(input(rows.fine[i]), k, kinds, x.fine()[i]);
   } else {
     Coarse target = shared_.coarse;
     target.m = coarse, target.k = k, target.group = step.group;
@@ -41,7 +41,7 @@ void Engine::linear(const LinearStep& step, Scratch& mine) {
     const int together = std::max(kernels_.tokens, coarse > 8 * kTogether ? kTogether : 1);
     for (int taken; (taken = pool_.take()) < fine + (coarse + together - 1) / together;) {
       if (taken < fine) {
-        kernels_.fine(input(rows.fine[taken]), k, four, eight, x.fine()[taken]);
+        kernels_.fine(input(rows.fine[taken]), k, kinds, x.fine()[taken]);
         continue;
       }
       const int first = (taken - fine) * together;

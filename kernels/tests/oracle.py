@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,32 @@ def random_weight(rng: np.random.Generator, n: int, k: int, bits: int, block: in
     return Weight(codes, scale.astype(np.float16), bits, rng.normal(size=n).astype(np.float32) if bias else None)
 
 
-def fine(x: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def fine(x: NDArray[np.float32], w: Weight) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """int8 codes of rows (M, K) for a weight, and the scales of each column (M, K), which bring columns to at most 127.
+
+    In every 256 columns (128 for 8 bits) there are 16 scales: the first for 8 (4) neighbours and those half of it
+    further, and so on; with blocks of 4 bits those half of it further have their own. A scale of 4 bits is a whole
+    number of 1024ths of the row's largest.
+    """
+    unit = 256 if w.bits == 4 else 128
+    padded = np.pad(x, ((0, 0), (0, -x.shape[1] % unit))).reshape(len(x), -1, 2, 16, unit // 32)
+    alone = w.bits == 4 and w.scale.shape[1] > 1
+    top = np.abs(padded).max(axis=4 if alone else (2, 4), keepdims=True)
+    if w.bits == 8:
+        inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 0)
+        scales = (top / np.float32(127)).astype(np.float64)
+    else:
+        most = top.max(axis=(1, 2, 3), keepdims=True)
+        least = np.maximum(most, np.float32(1e-30))
+        factors = np.rint(top * (np.float32(1024) / least) + np.float32(0.5)).clip(1, 1024)
+        inverse = np.float32(127 * 1024) / least / factors
+        scales = factors * (most / np.float32(127 * 1024)).astype(np.float64)
+    codes = np.rint(padded * inverse).astype(np.int64)
+    both = [np.broadcast_to(a, padded.shape).reshape(len(x), -1)[:, : x.shape[1]] for a in (codes, scales)]
+    return both[0], both[1]
+
+
+def tiles(x: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """int16 codes of rows (M, K) and their scales (M, 1)."""
     top = np.abs(x).max(axis=1, keepdims=True)
     inverse = np.divide(np.float32(32639), top, out=np.zeros_like(top), where=top > 0)
@@ -73,7 +99,10 @@ def rms_norm(x: NDArray[np.float64], weight: NDArray[np.float32], eps: float) ->
 
 @dataclass
 class Decoder:
-    """A whole model in float64 over dequantized weights, one sequence at a time; its cache is as the engine's."""
+    """A whole model in float64 over dequantized weights, one sequence at a time.
+
+    Its cache is as the engine's, and the inputs of its linears as in decoding.
+    """
 
     program: dict[str, Any]
     weights: dict[str, Weight]
@@ -100,8 +129,7 @@ class Decoder:
                     registers[i["out"]] = registers[i["in"]] + registers[i["update"]]
                 case "linear":
                     for name, out in zip(i["weights"], i["out"]):
-                        w = self.weights[name]
-                        registers[out] = registers[i["in"]] @ w.values().T + (0 if w.bias is None else w.bias)
+                        registers[out] = self._linear(registers[i["in"]], self.weights[name])
                 case "rope_cache":
                     q, k = (self._turned(registers[i[name]], i) for name in ("q", "k"))
                     registers[i["q"]] = q.reshape(len(ids), -1)
@@ -115,8 +143,11 @@ class Decoder:
                 case "rows":
                     registers[i["out"]] = registers[i["in"]]
                 case "head":
-                    return registers[i["in"]] @ self.weights[i["weight"]].values().T
+                    return self._linear(registers[i["in"]], self.weights[i["weight"]])
         raise AssertionError("no head")
+
+    def _linear(self, x: NDArray[np.float64], w: Weight) -> NDArray[np.float64]:
+        return linear(x.astype(np.float32), w, partial(fine, w=w))[0]
 
     def _turned(self, x: NDArray[np.float64], i: dict[str, Any]) -> NDArray[np.float64]:
         d = self.program["geometry"]["head_dim"]

@@ -12,8 +12,9 @@ from oracle import Decoder
 from programs import decoder
 
 # Errors of logits, root mean square over the logits' spread. Random weights are the hardest case: nothing averages out.
-FINE = {"float32": 3e-4, "int8": 4e-3}  # int16 activations; an int8 cache also rounds some keys to the other side
-COARSE = 4e-2  # int8 activations in groups of 64
+SAME = 1e-6  # of a row all whose codes are the oracle's
+OTHER = 3e-2  # of all rows: where one code is rounded to the other side, all that comes after it differs
+COARSE = 4e-2  # other codes: groups of 64 columns
 
 
 def engine_of(model: Decoder, **options: Any) -> hk.Engine:
@@ -22,6 +23,13 @@ def engine_of(model: Decoder, **options: Any) -> hk.Engine:
 
 def spread_error(logits: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
     return float(np.sqrt(np.square(logits - expected).mean()) / expected.std())
+
+
+def check_fine(logits: np.ndarray[Any, Any], expected: np.ndarray[Any, Any], cache: str) -> None:
+    """Before a code goes to the other side rows are the oracle's; with an int8 cache it does so in the first."""
+    rows = np.sqrt(np.square(logits - expected).mean(axis=1)) / expected.std()
+    assert cache == "int8" or rows.min() < SAME
+    assert spread_error(logits, expected) < OTHER
 
 
 HEADS = [(6, 2), (4, 4), (5, 1)]
@@ -36,19 +44,19 @@ def test_decoder_against_oracle(isa: str, heads: int, kv_heads: int, head_dim: i
     expected = model.logits(ids)
     with engine_of(model, threads=2, isa=isa) as engine:
         logits = np.concatenate([engine.run([(0, t, ids[t : t + 1], [0])]) for t in range(90)])
-        assert spread_error(logits, expected) < FINE[cache]
+        check_fine(logits, expected, cache)
         logits = np.concatenate([engine.run([(0, 0, ids[:70], range(70))]), engine.run([(0, 70, ids[70:], range(20))])])
         assert spread_error(logits, expected) < COARSE
 
 
 @pytest.mark.parametrize("options", [{"block": 32}, {"block": 16, "bits": 8}, {"bias": True}, {"bits": 8}], ids=str)
 def test_weights_of_other_kinds(isa: str, options: dict[str, Any]) -> None:
-    model = decoder(3, **options)
+    model = decoder(3, cache="float32", **options)
     ids = np.random.default_rng(1).integers(0, 131, 40).tolist()
     expected = model.logits(ids)
     with engine_of(model, threads=2, isa=isa) as engine:
         logits = np.concatenate([engine.run([(0, t, ids[t : t + 4], range(4))]) for t in range(0, 40, 4)])
-        assert spread_error(logits, expected) < FINE["int8"]
+        check_fine(logits, expected, "float32")
         assert spread_error(engine.run([(0, 0, ids, range(40))]), expected) < COARSE
 
 

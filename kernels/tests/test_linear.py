@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 import headrace_kernels as hk
-from oracle import Weight, coarse, fine, linear, random_weight
+from oracle import Weight, coarse, fine, linear, random_weight, tiles
 from programs import linear_program
 
 ROUNDING = 2e-6  # of float32 sums, relative to the sum of magnitudes; a wrong code is worth far more in `sharp` rows
@@ -32,9 +33,12 @@ def check(
         logits = engine.run([(slot, 0, [int(i)], [0]) for slot, i in enumerate(ids)])
     else:
         logits = engine.run([(0, 0, ids, range(m))])
-    tiles = engine.isa.startswith("amx")  # prompts as exact as decoding, for weights with one scale a row
-    exact = group == 0 or batched or m <= 8 or (tiles and w.scale.shape[1] == 1)
-    expected, size = linear(x, w, fine if exact else partial(coarse, group=group))
+    quantize: Any = partial(coarse, group=group)
+    if group == 0 or batched or m <= 8:
+        quantize = partial(fine, w=w)
+    elif engine.isa.startswith("amx") and w.scale.shape[1] == 1:
+        quantize = tiles
+    expected, size = linear(x, w, quantize)
     assert logits.shape == expected.shape
     assert np.abs(logits - expected).max(initial=0) <= (ROUNDING * size).max()
     np.testing.assert_array_less(np.abs(logits - expected), ROUNDING * size + 1e-12)

@@ -127,7 +127,7 @@ def test_tables_of_llama_bench(record: dict[str, Any]) -> None:
         ("0", "4", "60"),
     ]
     mean = sum(record["prompts"][1]["samples"]) / 3
-    assert float(rows[1]["avg_ns"]) == pytest.approx(mean * 1e9, rel=1e-6)
+    assert float(rows[1]["avg_ns"]) == pytest.approx(mean * 1e9, abs=1)  # whole nanoseconds
     assert float(rows[3]["avg_ts"]) == pytest.approx(sum(4 / s for s in record["decode"][1]["samples"]) / 3, rel=1e-5)
     lines = bench_markdown(record).splitlines()
     assert [line.split("|")[6].strip() for line in lines[2:]] == ["pp16", "pp40", "tg4", "tg4 @ d60"]

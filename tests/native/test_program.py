@@ -88,7 +88,7 @@ def test_prompts_have_scales_as_often_as_blocks_do_and_an_exact_head(exports: Ex
               if "group" in i.fields}  # fmt: skip
     assert groups == {"linear": {group}, "head": {0}}
     listed = "\n".join(program_lines(program))
-    assert listed.count(f"int8 by {group}") == 4 * LAYERS and "int16" in listed.splitlines()[-1]
+    assert listed.count(f"int8 by {group}") == 4 * LAYERS and " fine " in listed.splitlines()[-1]
 
 
 def test_listing_shows_every_instruction_and_every_byte(exports: Exports) -> None:

@@ -31,12 +31,12 @@ pytestmark = pytest.mark.kernels
 IDS = tuple(int(i) for i in np.random.default_rng(5).integers(0, VOCAB, 60))
 EIGHT = {"name": "eight", "kv": "int8", "rules": [{"match": ".", "bits": 8, "block": "channel", "method": "nearest"}]}
 
-# Token by token activations are int16, and a code of the cache differs where a value lies between two: measured
-# 3e-6 … 0.0014 on these models, whose logits are far sharper than a trained model's.
-DECODE_KL = 0.005
-# A prompt's activations are int8, as ONNX Runtime's: measured 0.4 … 1.9 times what it costs there on the same model.
-PROMPT_FACTOR, PROMPT_SLACK = 3.0, 0.001
-# The same kernels in other pieces: int8 activations here, int16 there.
+# What activations cost, in times of what ONNX Runtime's cost on the same model: token by token, where few columns
+# share a scale, measured 0.13 … 1.05, and in prompts 0.4 … 1.9.
+DECODE_FACTOR, PROMPT_FACTOR, SLACK = 1.5, 3.0, 0.001
+# Of a calm model activations cost no more. Few wanted rows of a prompt have fine ones after the last attention.
+CALM_KL = 0.005
+# The same kernels in other pieces: coarse activations here, fine ones there.
 PIECES_KL = 0.3
 
 
@@ -77,9 +77,9 @@ def test_numbers_of_the_oracle(exports: Exports, eight: str, kind: str, recipe: 
     expected = forward(path, IDS, int8_cache=kv == "int8").logits
     bundle = open_bundle(path)
     native, host = NativeRunner(bundle), HostRunner(bundle)
-    assert kl(expected, one_by_one(native, IDS)) < DECODE_KL
-    prompt = kl(expected, run(native, IDS, wanted=range(60)))
-    assert prompt < PROMPT_FACTOR * kl(expected, run(host, IDS, wanted=range(60))) + PROMPT_SLACK
+    peer = kl(expected, run(host, IDS, wanted=range(60)))
+    assert kl(expected, one_by_one(native, IDS)) < DECODE_FACTOR * peer + SLACK
+    assert kl(expected, run(native, IDS, wanted=range(60))) < PROMPT_FACTOR * peer + SLACK
 
 
 def test_wanted_rows(calm: Bundle) -> None:
@@ -88,7 +88,7 @@ def test_wanted_rows(calm: Bundle) -> None:
     assert whole.shape == (20, VOCAB)
     assert whole.dtype == np.float32
     some = run(runner, IDS[:20], wanted=(7, 0, 7))
-    assert kl(whole[[7, 0, 7]], some) < DECODE_KL, "a few wanted rows have int16 activations after the last attention"
+    assert kl(whole[[7, 0, 7]], some) < CALM_KL
     np.testing.assert_array_equal(some[[1, 0, 0]], run(runner, IDS[:20], wanted=(0, 7, 7)))
     assert run(runner, IDS[:20], wanted=()).shape == (0, VOCAB)
     assert runner.run([]).shape == (0, VOCAB)
@@ -244,8 +244,8 @@ def test_every_instruction_set_here(calm: Bundle, tmp_path: Path, isa: str) -> N
     found = np.load(out)
     assert found["isa"] == isa
     expected = forward(calm.root, IDS, int8_cache=True).logits
-    assert kl(expected, found["decode"]) < DECODE_KL
-    assert kl(expected, found["prompt"]) < DECODE_KL  # of this model int8 activations cost no more
+    assert kl(expected, found["decode"]) < CALM_KL
+    assert kl(expected, found["prompt"]) < CALM_KL
 
 
 def test_an_unknown_instruction_set_is_told_in_one_line(calm: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

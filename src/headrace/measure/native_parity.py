@@ -1,7 +1,7 @@
 """verify's native links: the engine against ONNX Runtime and against float, on every instruction set of this machine.
 
-float ─► native, token by token (int16 activations, the cache)
-ONNX Runtime as shipped ─► native, prompts (int8 activations in both), on each instruction set
+float ─► native, token by token (fine activations, the cache)
+ONNX Runtime as shipped ─► native, prompts (coarse activations in both), on each instruction set
 native, few tokens ─► each other instruction set
 """
 
@@ -24,10 +24,10 @@ Logits = NDArray[np.float32]
 
 # Activations rounded to int8 in two ways, by the operator's blocks and by the engine's, each 0.004 … 0.03 from float.
 SHIPPED_KL = 0.05
-# Token by token only the 8-bit cache is left to cost anything: measured 0.001 … 0.005 on trained models.
+# Token by token the 8-bit cache costs most: measured 0.001 … 0.005 on trained models.
 DECODE_KL = 0.05
 # Instruction sets sum the same integers; float sums in another order at times move a code of the cache. Held in
-# the finer arithmetic of few tokens: in a prompt's, one int8 activation that falls the other way moves many.
+# the finer arithmetic of few tokens: in a prompt's, one activation that falls the other way moves many.
 ISA_KL = 0.01
 EMULATED = "amx-emulated"  # for the engine's own tests; never chosen by itself
 

@@ -12,7 +12,7 @@ __all__ = ["program_lines"]
 def program_lines(program: Program) -> Iterator[str]:
     """The listing, a line at a time: cache and registers, then `number op results ← operands · weights bytes`.
 
-    A linear names what its input is in a prompt: int8 with a scale for so many columns, or int16."""
+    A linear names what its input is in a prompt: int8 with a scale for so many columns, or fine as in decoding."""
     c = program.config
     kind, width = ("int8", 1) if program.kv_scales else ("float32", 4)
     sizes = [program.bytes_read(instruction) for instruction in program.instructions]
@@ -32,6 +32,6 @@ def _line(instruction: Instruction) -> str:
     where = [f"layer {instruction.fields['layer']}"] if "layer" in instruction.fields else []
     if "group" in instruction.fields:
         group = instruction.fields["group"]
-        where = [f"int8 by {group}" if group else "int16"]
+        where = [f"int8 by {group}" if group else "fine"]
     names = [name.removesuffix(".weight") for name in instruction.weights]
     return f"{instruction.op:<10}  {goal} ← {' · '.join([used, *where, *names])}"

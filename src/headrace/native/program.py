@@ -27,7 +27,7 @@ __all__ = ["COSINES", "READ", "SINES", "WRITTEN", "Instruction", "Program", "rec
 FORMAT = 2
 GROUPS, FINE = (32, 64), 0
 """Columns of a prompt that share a scale of int8 activations: 32 where weights have blocks as small, since sums are
-scaled there anyway; elsewhere 64, which is faster. `FINE`: none, activations are int16 for any number of tokens. The
+scaled there anyway; elsewhere 64, which is faster. `FINE`: none, activations are as in decoding. The
 head's are: it computes few rows in a prompt, and its error goes straight to the logits."""
 COSINES, SINES = "cos", "sin"
 """Names of the rotary tables, which the caller gives as arrays."""

@@ -27,7 +27,7 @@ CALL_TOKENS = 256
 
 
 FINE_TOKENS = 8
-"""Spans of so few tokens have int16 activations, longer ones int8 (kShort in kernels/native/activations.h)."""
+"""Spans of so few tokens have fine activations, longer ones coarse ones (kShort in kernels/native/activations.h)."""
 
 
 class NativeRunner:

@@ -1,0 +1,139 @@
+// Fine activations, for any vector V, in the order in which linear_rows.h and linear_blocks.h multiply them.
+//
+//   4 bits: a step is 2 * V::bytes columns; the low halves of a load's bytes are the even ones, the high halves the odd ones,
+//           so the step's activations are the even columns and then the odd ones.
+//   8 bits: a step is V::bytes columns, as they come.
+//
+// Either way lane l of a step's products covers neighbouring columns, eight or four of them, so that scales of activations and of
+// small blocks of weights are vectors over lanes.
+#pragma once
+#include "elementwise.h"
+
+namespace headrace {
+namespace {
+
+template <class V, int Bits>
+struct Steps {
+  static constexpr int columns = Bits == 4 ? 2 * V::bytes : V::bytes;
+  static constexpr int vectors = Bits == 4 ? 2 : 1;
+  static constexpr int per_lane = columns / V::lanes;
+  static constexpr int apart = unit_of(Bits) / 2 / columns;  // steps between two that share scales
+  static const auto& of(const Fine& x) {
+    if constexpr (Bits == 4) return x.four;
+    else return x.eight;
+  }
+};
+
+// A unit of a row that may end within it.
+template <int Unit>
+inline const float* whole_unit(const float* x, int there, float (&copy)[Unit]) {
+  if (there >= Unit) return x;
+  for (int i = 0; i < Unit; i++) copy[i] = i < there ? x[i] : 0;
+  return copy;
+}
+
+// The largest magnitude of every PerLane neighbours of N vectors, in all lanes that they fill. NaN is above all numbers.
+template <class V, int PerLane, int N>
+inline typename V::I largest_of_neighbours(const typename V::F (&x)[N]) {
+  const auto larger = [](auto a, auto b) { return V::max_unsigned(a, b); };
+  auto tops = V::zero();
+  HEADRACE_UNROLL for (int i = 0; i < N; i++) tops = larger(tops, V::and_bits(V::bits(x[i]), V::set32(0x7fffffff)));
+  return V::template neighbours<PerLane / N>(tops, larger);
+}
+
+template <class V, int Bits>
+inline typename V::I start_of(const int8_t* codes) {
+  const auto zero_point = V::set8(Bits == 4 ? 8 : -128);  // 128 as an unsigned byte
+  auto sum = V::zero();
+  HEADRACE_UNROLL for (int v = 0; v < Steps<V, Bits>::vectors; v++)
+      sum = V::template dot8<8>(sum, zero_point, V::load(codes + v * V::bytes));
+  return V::sub32(V::zero(), sum);
+}
+
+// Shared: columns half a unit apart have one factor.
+template <class V, bool Shared>
+inline void factor_codes(const float* x, int k, FactorCodes& out) {
+  using S = Steps<V, 4>;
+  using I = typename V::I;
+  using F = typename V::F;
+  constexpr int unit = unit_of(4), half = unit / 2, N = S::per_lane > V::lanes ? S::per_lane / V::lanes : 1;
+  const float top = largest<V>(x, k), least = top > kLeastTop ? top : kLeastTop;
+  const F up = V::setf(kMostFactor / least), inverse = V::setf(127 * kMostFactor / least);
+  out.scale = top / (127 * kMostFactor);
+  I segment = V::zero();
+  for (int from = 0, s = 0; from < k; from += unit) {
+    alignas(64) float copy[unit];
+    const float* at = whole_unit(x + from, k - from, copy);
+    alignas(64) int8_t codes[unit];
+    alignas(64) int32_t factors[unit];
+    HEADRACE_UNROLL for (int c = 0; c < half; c += N * V::lanes) {
+      F values[2][N];
+      I tops[2];
+      HEADRACE_UNROLL for (int h = 0; h < 2; h++) {
+        HEADRACE_UNROLL for (int i = 0; i < N; i++) values[h][i] = V::loadf(at + h * half + c + i * V::lanes);
+        tops[h] = largest_of_neighbours<V, S::per_lane>(values[h]);
+      }
+      if (Shared) tops[0] = tops[1] = V::max_unsigned(tops[0], tops[1]);
+      HEADRACE_UNROLL for (int h = 0; h < 2; h++) {
+        const F whole = V::round(V::add(V::mul(V::floats(tops[h]), up), V::setf(0.5f)));
+        const F factor = V::max(V::min(whole, V::setf(kMostFactor)), V::setf(1)), own = V::div(inverse, factor);
+        HEADRACE_UNROLL for (int i = 0; i < N; i++) {
+          V::store(factors + h * half + c + i * V::lanes, V::to_int(factor));
+          V::store8(codes + h * half + c + i * V::lanes, V::to_int(V::mul(values[h][i], own)));
+        }
+      }
+    }
+    for (int c = 0; c < unit && from + c < k; c += S::columns, s++) {
+      alignas(64) int32_t factor[V::lanes];
+      int16_t* pairs = out.factors + s * 2 * V::lanes;
+      for (int l = 0; l < V::lanes; l++) {
+        factor[l] = factors[c + l * S::per_lane];
+        pairs[l / 4 * 8 + l % 4] = pairs[l / 4 * 8 + l % 4 + 4] = int16_t(factor[l]);
+      }
+      V::store_apart(out.codes + from + c, V::load(codes + c), V::load(codes + c + V::bytes));
+      const I start = start_of<V, 4>(out.codes + from + c);
+      V::store(out.steps + s * V::lanes, start);
+      segment = V::add32(segment, V::mul32(start, V::load(factor)));
+      if ((s + 1) % (kSegment / S::columns) == 0 || from + c + S::columns >= k) {
+        V::store(out.segments + from / kSegment * V::lanes, V::template merge<0>(segment, segment));
+        segment = V::zero();
+      }
+    }
+  }
+}
+
+template <class V>
+inline void scaled_codes(const float* x, int k, const ScaledCodes& out) {
+  using S = Steps<V, 8>;
+  constexpr int unit = unit_of(8), half = unit / 2;
+  for (int from = 0; from < k; from += unit) {
+    alignas(64) float copy[unit], scales[half];
+    const float* at = whole_unit(x + from, k - from, copy);
+    HEADRACE_UNROLL for (int c = 0; c < half; c += V::lanes) {
+      const typename V::F low[1] = {V::loadf(at + c)}, high[1] = {V::loadf(at + half + c)};
+      const auto bits = V::max_unsigned(largest_of_neighbours<V, S::per_lane>(low), largest_of_neighbours<V, S::per_lane>(high));
+      const auto top = V::floats(bits), inverse = V::div(V::setf(127), V::max(top, V::setf(kLeastTop)));
+      V::storef(scales + c, V::div(top, V::setf(127)));
+      V::store8(out.codes + from + c, V::to_int(V::mul(low[0], inverse)));
+      V::store8(out.codes + from + half + c, V::to_int(V::mul(high[0], inverse)));
+    }
+    for (int c = 0; c < half; c += S::columns) {
+      const int s = (from + c) / S::columns, other = s + S::apart;
+      const auto start = start_of<V, 8>(out.codes + from + c), second = start_of<V, 8>(out.codes + from + half + c);
+      V::store(out.steps + s * V::lanes, start), V::store(out.steps + other * V::lanes, second);
+      V::store(out.pairs + s * V::lanes, V::add32(start, second));
+      for (int l = 0; l < V::lanes; l++)
+        out.scales[s * V::lanes + l] = out.scales[other * V::lanes + l] = scales[c + l * S::per_lane];
+    }
+  }
+}
+
+template <class V>
+void fine(const float* x, int k, unsigned kinds, Fine& out) {
+  if (kinds & kRowsOf4) factor_codes<V, true>(x, k, out.four);
+  else if (kinds & kBlocksOf4) factor_codes<V, false>(x, k, out.four);
+  if (kinds & kAllOf8) scaled_codes<V>(x, k, out.eight);
+}
+
+}  // namespace
+}  // namespace headrace

@@ -1,0 +1,148 @@
+// Linears of few tokens whose weights have blocks. As many rows as a block has lanes share a vector, so that a block's sum, all
+// of it one integer for 4-bit weights, is converted and scaled once.
+#pragma once
+#include <algorithm>
+
+#include "products.h"
+
+namespace headrace {
+namespace {
+
+// Where a vector merged up to `Level` takes its scales from, when rows' scales lie one after the other: Parts of each.
+template <class V, int Level>
+struct Order {
+  alignas(64) int from[V::lanes];
+  alignas(64) int first[(V::lanes >> Level) + 1][V::lanes];  // for every number of parts: all bits of a lane of one of the first parts
+  constexpr Order() : from(), first() {
+    constexpr int rows = 1 << Level, parts = V::lanes / rows;
+    for (int lane = 0; lane < V::lanes; lane++) {
+      const int four = lane / 4, place = lane % 4;
+      int row = lane, part = 0;
+      if (Level == 1) row = place / 2, part = 2 * four + place % 2;
+      if (Level > 1) row = four / parts * 4 + place, part = four % parts;
+      from[lane] = row * parts + part;
+      for (int i = 0; i <= parts; i++) first[i][lane] = part < i ? -1 : 0;
+    }
+  }
+};
+
+// Scales of V::lanes / Parts rows, `stride` apart, as their merged sums lie; only `there` of each row's Parts exist, but all may be
+// read when `more` rows follow.
+template <class V, int Parts>
+inline typename V::F block_scales(const uint16_t* p, size_t stride, int there, bool more) {
+  constexpr int rows = V::lanes / Parts;
+  static constexpr Order<V, log2_of(rows)> order;
+  if (there >= Parts) return V::permuted(V::template halves_of<Parts>(p, stride), order.from);
+  if (more) {
+    const auto scales = V::permuted(V::template halves_of<Parts>(p, stride), order.from);
+    return V::floats(V::and_bits(V::bits(scales), V::load(order.first[there])));
+  }
+  alignas(64) uint16_t halves[V::lanes] = {};
+  for (int i = 0; i < there; i++)
+    for (int r = 0; r < rows; r++) halves[r * Parts + i] = p[r * stride + i];
+  return V::permuted(V::halves(halves), order.from);
+}
+
+// The same where blocks are of whole steps: of V::lanes blocks, [block][row]; only `there` blocks exist.
+template <class V>
+HEADRACE_APART void many_block_scales(const uint16_t* p, size_t stride, int there, float* out) {
+  typename V::I scales[V::lanes];
+  for (int r = 0; r < V::lanes; r++) {
+    const uint16_t* at = p + r * stride;
+    uint16_t halves[V::lanes] = {};
+    const bool all = there >= V::lanes;
+    for (int i = 0; !all && i < there; i++) halves[i] = at[i];
+    scales[r] = V::bits(V::halves(all ? at : halves));
+  }
+  V::transpose(scales);
+  for (int b = 0; b < V::lanes; b++) V::store(out + b * V::lanes, scales[b]);
+}
+
+// Scaled products of step s of 2^Level rows from p on by T tokens, merged: sums over 2^Level lanes of each row.
+template <class V, int Bits, int T, bool Whole, int Level>
+__attribute__((always_inline)) inline void merged_products(const Fine* x, int s, const uint8_t* p, size_t row_bytes, size_t ahead,
+                                                           int there, Sum<V, Bits> (&sum)[T]) {
+  using S = Steps<V, Bits>;
+  using I = typename V::I;
+  if constexpr (Level <= V::together) {
+    constexpr int R = 1 << Level, N = vectors_of<V, Bits>(R), merged = log2_of(R / N);
+    const Columns<V, Bits, R, Whole> columns(p, row_bytes, ahead, there);
+    HEADRACE_UNROLL for (int t = 0; t < T; t++) {
+      const I start = V::load(S::of(x[t]).steps + s * V::lanes);
+      I product[R];
+      HEADRACE_UNROLL for (int r = 0; r < R; r++) product[r] = start;
+      columns.dot(S::of(x[t]).codes + s * S::columns, product);
+      Sum<V, Bits> scaled[N] = {};
+      add_scaled<V, Bits, R>(x[t], s, product, scaled);
+      sum[t] = all_merged<V, merged>(scaled);
+    }
+  } else {
+    Sum<V, Bits> first[T], second[T];
+    merged_products<V, Bits, T, Whole, Level - 1>(x, s, p, row_bytes, ahead, there, first);
+    merged_products<V, Bits, T, Whole, Level - 1>(x, s, p + (row_bytes << (Level - 1)), row_bytes, ahead, there, second);
+    HEADRACE_UNROLL for (int t = 0; t < T; t++) sum[t] = V::template merge<Level - 1>(first[t], second[t]);
+  }
+}
+
+template <class V> inline typename V::F as_float(typename V::I v) { return V::to_float(v); }
+template <class V> inline typename V::F as_float(typename V::F v) { return v; }
+template <class V> inline typename V::I added(typename V::I a, typename V::I b) { return V::add32(a, b); }
+template <class V> inline typename V::F added(typename V::F a, typename V::F b) { return V::add(a, b); }
+
+// V::lanes rows with blocks by T tokens: total[t][row].
+template <class V, int Bits, int Parts, int T>
+HEADRACE_APART void block_rows(const Weight& w, int n, int row_stride, const Fine* x, typename V::F* total) {
+  using S = Steps<V, Bits>;
+  constexpr int N = V::lanes / Parts, level = log2_of(N);
+  const size_t row_bytes = row_stride * w.row_bytes(), stride = row_stride * w.blocks(), behind = w.n - 1 - (n + row_stride * (V::lanes - 1));
+  const size_t ahead = round_up(kAhead, V::lanes * w.row_bytes());
+  const uint8_t* rows = w.packed + n * w.row_bytes();
+  const uint16_t* scales = w.scale + size_t(n) * w.blocks();
+  // What a last step lacks can be read as well, being the next rows', where it is multiplied with zeros.
+  const bool more = behind * w.row_bytes() >= V::bytes && behind * w.blocks() >= Parts;
+  const int whole = w.k / S::columns, per_flush = Parts == 1 ? w.block / S::columns : 1;
+  const int flushes = int(round_up(w.k, Parts == 1 ? w.block : S::columns)) / (per_flush * S::columns);
+  typename V::F f[T][Parts];
+  HEADRACE_UNROLL for (int t = 0; t < T; t++) HEADRACE_UNROLL for (int g = 0; g < Parts; g++) f[t][g] = V::zerof();
+  alignas(64) float many[V::lanes * V::lanes];
+  const auto add = [&](auto is_whole, int flush) __attribute__((always_inline)) {
+    if (Parts == 1 && flush % V::lanes == 0) many_block_scales<V>(scales + flush, stride, w.blocks() - flush, many);
+    HEADRACE_UNROLL for (int g = 0; g < Parts; g++) {
+      Sum<V, Bits> sum[T];
+      for (int s = flush * per_flush; s < (flush + 1) * per_flush; s++) {
+        Sum<V, Bits> one[T];
+        merged_products<V, Bits, T, decltype(is_whole)::value, level>(
+            x, s, rows + g * N * row_bytes + size_t(s) * V::bytes, row_bytes, ahead, int(w.row_bytes()) - s * V::bytes, one);
+        HEADRACE_UNROLL for (int t = 0; t < T; t++) sum[t] = s == flush * per_flush ? one[t] : added<V>(sum[t], one[t]);
+      }
+      const uint16_t* own = scales + g * N * stride + size_t(flush) * Parts;
+      typename V::F scale;
+      if constexpr (Parts == 1) scale = V::loadf(many + flush % V::lanes * V::lanes);
+      else scale = block_scales<V, Parts>(own, stride, w.blocks() - flush * Parts, more);
+      HEADRACE_UNROLL for (int t = 0; t < T; t++) f[t][g] = V::fma(as_float<V>(sum[t]), scale, f[t][g]);
+    }
+  };
+  int flush = 0;
+  for (const int some = whole / per_flush; flush < some; flush++) add(Number<1>(), flush);
+  if (flush < flushes && more) add(Number<1>(), flush);
+  else if (flush < flushes) add(Number<0>(), flush);
+  HEADRACE_UNROLL for (int t = 0; t < T; t++) total[t] = all_merged<V, level>(f[t]);
+}
+
+template <class V, int Bits, int Parts>
+inline void decode_blocks(const Weight& w, const Fine* x, int m, int begin, int end, const Out& out, int column) {
+  constexpr int most = V::bytes < 64 ? 1 : Parts == 1 ? 2 : 4;  // tokens at a time, whose sums are in registers
+  vectors_of_rows<V>(begin, end, [&](int n, int stride) {
+    few_at_a_time<most>(m, [&](auto number, int t) {
+      constexpr int T = decltype(number)::value;
+      typename V::F total[T];
+      block_rows<V, Bits, Parts, T>(w, n, stride, x + t, total);
+      for (int i = 0; i < T; i++)
+        write_rows<V, Bits>(w, n, stride ? V::lanes : 1, total[i], x[t + i],
+                            out.y + out.rows[t + i] * out.stride + column + n - begin);
+    });
+  });
+}
+
+}  // namespace
+}  // namespace headrace

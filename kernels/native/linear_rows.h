@@ -1,0 +1,122 @@
+// Linears of few tokens whose weights have one scale a row. Sums stay spread over lanes until a row's end.
+#pragma once
+#include <algorithm>
+#include <type_traits>
+
+#include "products.h"
+
+namespace headrace {
+namespace {
+
+constexpr int kLong = 4096;  // columns beyond which one token's activations do not stay in the first level
+
+// Rows that share loads of activations. A vector is loaded in the time of a product of four bytes, so few rows wait for loads; a single
+// token waits for memory, which is read fastest in two streams, but with long rows for activations instead.
+template <class V>
+constexpr int rows_at_once(int tokens, bool long_rows) {
+  if (V::bytes < 64) return 2;
+  if (tokens == 1) return long_rows ? 8 : 2;
+  return 4;
+}
+
+// R rows by T tokens over the columns of a segment from step `from` to `to` - 1; sums lie in out[t][vector][lane] and begin anew with
+// the first. Products of two steps that share scales are added first.
+template <class V, int Bits, int R, int T>
+HEADRACE_APART void add_steps(const Weight& w, const uint8_t* rows, size_t row_bytes, const Fine* x, int from, int to, size_t ahead,
+                              float* out) {
+  using S = Steps<V, Bits>;
+  using I = typename V::I;
+  using F = typename V::F;
+  constexpr int N = vectors_of<V, Bits>(R);
+  const int whole = std::min(to, w.k / S::columns);
+  Sum<V, Bits> sum[T][N];
+  HEADRACE_UNROLL for (int t = 0; t < T; t++) HEADRACE_UNROLL for (int i = 0; i < N; i++) {
+    if constexpr (Bits == 4) sum[t][i] = V::load(x[t].four.segments + from / (kSegment / S::columns) * V::lanes);
+    else sum[t][i] = from ? V::loadf(out + (t * V::lanes + i) * V::lanes) : V::zerof();
+  }
+  const auto add = [&](int s, const auto& first, auto has_second, const auto& second) __attribute__((always_inline)) {
+    HEADRACE_UNROLL for (int t = 0; t < T; t++) {
+      I start = V::zero(), product[R];
+      if constexpr (Bits == 8) start = V::load(x[t].eight.pairs + s * V::lanes);
+      HEADRACE_UNROLL for (int r = 0; r < R; r++) product[r] = start;
+      first.dot(S::of(x[t]).codes + s * S::columns, product);
+      if constexpr (decltype(has_second)::value) second.dot(S::of(x[t]).codes + (s + S::apart) * S::columns, product);
+      add_scaled<V, Bits, R>(x[t], s, product, sum[t]);
+    }
+  };
+  using Whole = Columns<V, Bits, R, true>;
+  const auto at = [&](int s) { return rows + size_t(s) * V::bytes; };
+  const auto with_columns = [&](int s, auto&& use) __attribute__((always_inline)) {
+    if (s < whole) use(Whole(at(s), row_bytes, ahead, 0));
+    else use(Columns<V, Bits, R, false>(at(s), row_bytes, ahead, int(w.row_bytes()) - s * V::bytes));
+  };
+  int unit = from;
+  for (; unit + 2 * S::apart <= whole; unit += 2 * S::apart)
+    HEADRACE_UNROLL for (int s = unit; s < unit + S::apart; s++)
+        add(s, Whole(at(s), row_bytes, ahead, 0), Number<1>(), Whole(at(s + S::apart), row_bytes, ahead, 0));
+  for (int s = unit; s < to && s < unit + S::apart; s++)
+    with_columns(s, [&](const auto& first) __attribute__((always_inline)) {
+      if (s + S::apart >= to) return add(s, first, Number<0>(), first);
+      with_columns(s + S::apart, [&](const auto& second) __attribute__((always_inline)) { add(s, first, Number<1>(), second); });
+    });
+  HEADRACE_UNROLL for (int t = 0; t < T; t++) HEADRACE_UNROLL for (int i = 0; i < N; i++) {
+    float* at = out + (t * V::lanes + i) * V::lanes;
+    F all;
+    if constexpr (Bits == 4) all = from ? V::add(V::loadf(at), V::to_float(sum[t][i])) : V::to_float(sum[t][i]);
+    else all = sum[t][i];
+    V::storef(at, all);
+  }
+}
+
+// Sums over the lanes of rows: N vectors merged up to Level.
+template <class V, int Level, int N>
+inline typename V::F row_sums(const float* p) {
+  if constexpr (N == 1) return V::loadf(p);
+  else return V::template merge<Level + log2_of(N) - 1>(row_sums<V, Level, N / 2>(p), row_sums<V, Level, N / 2>(p + N / 2 * V::lanes));
+}
+
+constexpr int kMostTokens = 8;  // whose sums are kept
+
+// All go over a segment of some rows one after the other, so that the rows' codes and the tokens' activations stay in the first
+// level of the cache; a single token reads some rows from end to end, in a stream.
+template <class V, int Bits>
+inline void decode_rows(const Weight& w, const Fine* x, int m, int begin, int end, const Out& out, int column) {
+  using S = Steps<V, Bits>;
+  constexpr int size = V::lanes * V::lanes, vectors = vectors_of<V, Bits>(V::lanes), level = log2_of(V::lanes / vectors);
+  alignas(64) float lanes[kMostTokens * size];
+  vectors_of_rows<V>(begin, end, [&](int n, int stride) {
+    const size_t row_bytes = stride * w.row_bytes();
+    const uint8_t* rows = w.packed + n * w.row_bytes();
+    for (int first = 0; first < m; first += kMostTokens) {
+      const int tokens = std::min(m - first, kMostTokens);
+      // Rows from … to - 1 over one segment.
+      const auto add = [&](int segment, int from, int to) {
+        const int last = int(round_up(std::min(segment + kSegment, w.k), S::columns));
+        few_at_a_time<4>(tokens, [&](auto number, int t) {
+          constexpr int T = decltype(number)::value;
+          const auto run = [&](auto at_once) {
+            constexpr int R = decltype(at_once)::value;
+            const size_t ahead = round_up(kAhead, (T == 1 ? R : V::lanes) * w.row_bytes());  // where later rows lie
+            for (int r = from; r < to; r += R)
+              add_steps<V, Bits, R, T>(w, rows + r * row_bytes, row_bytes, x + first + t, segment / S::columns, last / S::columns, ahead,
+                                       lanes + t * size + (r >> level) * V::lanes);
+          };
+          if (w.k > kLong) run(Number<rows_at_once<V>(T, true)>());
+          else run(Number<rows_at_once<V>(T, false)>());
+        });
+      };
+      const int together = tokens > 1 ? V::lanes : rows_at_once<V>(1, w.k > kLong);
+      for (int r = 0; r < V::lanes; r += together)
+        for (int segment = 0; segment < w.k; segment += kSegment) add(segment, r, r + together);
+      const auto scales = stride ? V::halves(w.scale + n) : V::setf(V::half(w.scale[n]));
+      for (int t = 0; t < tokens; t++) {
+        const auto total = V::mul(row_sums<V, level, vectors>(lanes + t * size), scales);
+        write_rows<V, Bits>(w, n, stride ? V::lanes : 1, total, x[first + t],
+                            out.y + out.rows[first + t] * out.stride + column + n - begin);
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace headrace

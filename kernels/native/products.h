@@ -1,0 +1,107 @@
+// What linear_rows.h and linear_blocks.h are made of: products of a step of some rows by some tokens, scaled, merged and written.
+#pragma once
+#include "fine.h"
+
+namespace headrace {
+namespace {
+
+constexpr int log2_of(int n) { return n > 1 ? 1 + log2_of(n / 2) : 0; }
+
+// Codes of a step of R rows, of which the first lies at p; `there` bytes of it exist when it is not whole.
+template <class V, int Bits, int R, bool Whole>
+struct Columns {
+  using S = Steps<V, Bits>;
+  using I = typename V::I;
+  I codes[R][S::vectors];
+
+  __attribute__((always_inline)) Columns(const uint8_t* p, size_t row_bytes, size_t ahead, int there) {
+    HEADRACE_UNROLL for (int r = 0; r < R; r++) {
+      const I loaded = Whole ? V::kept(V::load(p + r * row_bytes)) : V::load_part(p + r * row_bytes, there);
+      __builtin_prefetch(p + r * row_bytes + ahead, 0, 2);
+      codes[r][0] = Bits == 4 ? V::kept(V::low_nibbles(loaded)) : loaded;
+      if constexpr (Bits == 4) codes[r][1] = V::kept(V::high_nibbles(loaded));
+    }
+  }
+  // Adds products with a token's codes of that step.
+  __attribute__((always_inline)) void dot(const int8_t* own, I (&product)[R]) const {
+    const I first = V::load(own);
+    if constexpr (Bits == 8) {
+      HEADRACE_UNROLL for (int r = 0; r < R; r++) product[r] = V::template dot8<8>(product[r], codes[r][0], first);
+    } else {
+      const I second = V::load(own + V::bytes);
+      HEADRACE_UNROLL for (int r = 0; r < R; r++)
+          product[r] = V::dot_nibbles(product[r], codes[r][0], first, codes[r][1], second);
+    }
+  }
+};
+
+// Sums of rows, still spread over lanes: of 4 bits int32, two rows to a vector; of 8 bits float.
+template <class V, int Bits> struct SumOf { using type = typename V::I; };
+template <class V> struct SumOf<V, 8> { using type = typename V::F; };
+template <class V, int Bits> using Sum = typename SumOf<V, Bits>::type;
+template <class V, int Bits>
+constexpr int vectors_of(int rows) { return Bits == 4 ? rows / 2 : rows; }
+
+// Products of R rows with their scale, added to sums. Those of 4 bits fit an int16, so that those of two rows can be multiplied with
+// their factors and merged at once.
+template <class V, int Bits, int R>
+__attribute__((always_inline)) inline void add_scaled(const Fine& x, int step, const typename V::I (&product)[R],
+                                                      Sum<V, Bits> (&sum)[vectors_of<V, Bits>(R)]) {
+  if constexpr (Bits == 4) {
+    const auto factors = V::load(x.four.factors + step * 2 * V::lanes);
+    HEADRACE_UNROLL for (int r = 0; r < R; r += 2) sum[r / 2] = V::dot16(sum[r / 2], V::pack16(product[r], product[r + 1]), factors);
+  } else {
+    const auto scales = V::loadf(x.eight.scales + step * V::lanes);
+    HEADRACE_UNROLL for (int r = 0; r < R; r++) sum[r] = V::fma(V::to_float(product[r]), scales, sum[r]);
+  }
+}
+
+// One vector of N that are merged up to Level.
+template <class V, int Level, class T, int N>
+__attribute__((always_inline)) inline T all_merged(const T (&v)[N]) {
+  if constexpr (N == 1) {
+    return v[0];
+  } else {
+    T half[N / 2];
+    HEADRACE_UNROLL for (int i = 0; i < N / 2; i++) half[i] = V::template merge<Level>(v[2 * i], v[2 * i + 1]);
+    return all_merged<V, Level + 1>(half);
+  }
+}
+
+// `run` for `tokens` tokens, up to Most at a time: run(number of them, first).
+template <int Most, class Run>
+inline void few_at_a_time(int tokens, const Run& run) {
+  for (int t = 0; t < tokens;) {
+    const int left = tokens - t, some = Most > 3 && (left == 5 || left == 6) ? 3 : left < Most ? left : Most;
+    if (some == 1) run(Number<1>(), t);
+    if constexpr (Most > 1)
+      if (some == 2) run(Number<2>(), t);
+    if constexpr (Most > 2)
+      if (some == 3) run(Number<3>(), t);
+    if constexpr (Most > 3)
+      if (some == 4) run(Number<4>(), t);
+    t += some;
+  }
+}
+
+// Results of `count` rows from n on for a token, one or V::lanes, whose sums are `total`.
+template <class V, int Bits>
+inline void write_rows(const Weight& w, int n, int count, typename V::F total, const Fine& x, float* y) {
+  const auto all = Bits == 4 ? V::mul(total, V::setf(x.four.scale)) : total;
+  if (count == V::lanes) return V::storef(y, w.bias ? V::add(all, V::loadf(w.bias + n)) : all);
+  float part[V::lanes];
+  V::storef(part, all);
+  *y = part[0] + (w.bias ? w.bias[n] : 0);
+}
+
+// Rows begin … end - 1 in vectors of them, run(first, stride of rows); what is not a whole vector goes one by one, each with stride 0 as
+// if it were all of the vector's.
+template <class V, class Run>
+inline void vectors_of_rows(int begin, int end, const Run& run) {
+  int n = begin;
+  for (; n + V::lanes <= end; n += V::lanes) run(n, 1);
+  for (; n < end; n++) run(n, 0);
+}
+
+}  // namespace
+}  // namespace headrace
