@@ -108,12 +108,16 @@ HEADRACE_APART void block_rows(const Weight& w, int n, int row_stride, const Fin
   const auto add = [&](auto is_whole, int flush) __attribute__((always_inline)) {
     if (Parts == 1 && flush % V::lanes == 0) many_block_scales<V>(scales + flush, stride, w.blocks() - flush, many);
     HEADRACE_UNROLL for (int g = 0; g < Parts; g++) {
-      Sum<V, Bits> sum[T];
-      for (int s = flush * per_flush; s < (flush + 1) * per_flush; s++) {
-        Sum<V, Bits> one[T];
+      const auto products = [&](int s, Sum<V, Bits>(&of)[T]) __attribute__((always_inline)) {
         merged_products<V, Bits, T, decltype(is_whole)::value, level>(
-            x, s, rows + g * N * row_bytes + size_t(s) * V::bytes, row_bytes, ahead, int(w.row_bytes()) - s * V::bytes, one);
-        HEADRACE_UNROLL for (int t = 0; t < T; t++) sum[t] = s == flush * per_flush ? one[t] : added<V>(sum[t], one[t]);
+            x, s, rows + g * N * row_bytes + size_t(s) * V::bytes, row_bytes, ahead, int(w.row_bytes()) - s * V::bytes, of);
+      };
+      Sum<V, Bits> sum[T];
+      products(flush * per_flush, sum);
+      for (int s = flush * per_flush + 1; s < (flush + 1) * per_flush; s++) {
+        Sum<V, Bits> one[T];
+        products(s, one);
+        HEADRACE_UNROLL for (int t = 0; t < T; t++) sum[t] = added<V>(sum[t], one[t]);
       }
       const uint16_t* own = scales + g * N * stride + size_t(flush) * Parts;
       typename V::F scale;
