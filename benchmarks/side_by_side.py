@@ -175,18 +175,20 @@ def cold_start(arena: Arena, rounds: int) -> dict[str, Any]:
     }
 
 
-def batches(arena: Arena) -> dict[str, Any]:
-    """Tokens a second of 4 and 8 sequences together, times those of one."""
+def batches(arena: Arena, rounds: int) -> dict[str, Any]:
+    """Tokens a second of 4 and 8 sequences together, times those of one: medians of rounds, round by round."""
     out: dict[str, Any] = {"ratios": {}}
     for model, tokens in (("smol", 32), ("shape", 8)):
         contestant = arena.headrace(model)
-        rate = {
-            slots: slots / contestant.ask({"do": "batch", "depth": 128, "tokens": tokens, "slots": slots})["seconds"]
-            for slots in (1, 4, 8)
-        }
-        out[model] = rate
+        rates: dict[int, list[float]] = {1: [], 4: [], 8: []}
+        for _ in range(rounds):
+            for slots, found in rates.items():
+                question = {"do": "batch", "depth": 128, "tokens": tokens, "slots": slots}
+                found.append(slots / contestant.ask(question)["seconds"])
+        out[model] = {slots: statistics.median(found) for slots, found in rates.items()}
         for slots in (4, 8):
-            out["ratios"][f"{'smol_' if model == 'smol' else ''}batch_{slots}_vs_one"] = rate[slots] / rate[1]
+            name = f"{'smol_' if model == 'smol' else ''}batch_{slots}_vs_one"
+            out["ratios"][name] = statistics.median(many / one for many, one in zip(rates[slots], rates[1]))
     return out
 
 
@@ -252,10 +254,11 @@ def main() -> None:
     models = Models(args.work, layers=8 if args.quick else 32, peer_python=args.peer_python, tokenizer=args.tokenizer)
     arena = Arena(models, args.peer_python, args.threads, args.runner, quick=args.quick, huge=args.huge_pages)
     machine = Machine(args.work, args.threads)
+    few = 3 if args.quick else ROUNDS
     jobs: dict[str, Callable[[], dict[str, Any]]] = {
         figure.name: lambda f=figure: run_figure(f, arena, machine) for figure in figures(args.quick)
     }
-    jobs |= {"batches": lambda: batches(arena), "cold_start": lambda: cold_start(arena, 3 if args.quick else ROUNDS)}
+    jobs |= {"batches": lambda: batches(arena, few), "cold_start": lambda: cold_start(arena, few)}
     jobs |= {"commands": lambda: commands(arena)}
     report: dict[str, Any] = {}
     if args.report is not None and args.report.exists():
