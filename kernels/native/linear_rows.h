@@ -1,7 +1,6 @@
 // Linears of few tokens whose weights have one scale a row. Sums stay spread over lanes until a row's end.
 #pragma once
 #include <algorithm>
-#include <type_traits>
 
 #include "products.h"
 
@@ -19,20 +18,20 @@ constexpr int rows_at_once(int tokens, bool long_rows) {
   return 4;
 }
 
-// R rows by T tokens over the columns of a segment from step `from` to `to` - 1; sums lie in out[t][vector][lane] and begin anew with
-// the first. Products of two steps that share scales are added first.
+// R rows by T tokens over the columns of a segment from step `from` to `to` - 1; sums, those of two rows to a vector, lie in
+// out[t][vector][lane] and begin anew with the first. Products of two steps that share scales are added first.
 template <class V, int Bits, int R, int T>
 HEADRACE_APART void add_steps(const Weight& w, const uint8_t* rows, size_t row_bytes, const Fine* x, int from, int to, size_t ahead,
                               float* out) {
   using S = Steps<V, Bits>;
   using I = typename V::I;
   using F = typename V::F;
-  constexpr int N = vectors_of<V, Bits>(R);
+  constexpr int N = vectors_of<V, Bits>(R), pairs = R / 2;
   const int whole = std::min(to, w.k / S::columns);
   Sum<V, Bits> sum[T][N];
   HEADRACE_UNROLL for (int t = 0; t < T; t++) HEADRACE_UNROLL for (int i = 0; i < N; i++) {
     if constexpr (Bits == 4) sum[t][i] = V::load(x[t].four.segments + from / (kSegment / S::columns) * V::lanes);
-    else sum[t][i] = from ? V::loadf(out + (t * V::lanes + i) * V::lanes) : V::zerof();
+    else sum[t][i] = V::zerof();
   }
   const auto add = [&](int s, const auto& first, auto has_second, const auto& second) __attribute__((always_inline)) {
     HEADRACE_UNROLL for (int t = 0; t < T; t++) {
@@ -59,12 +58,12 @@ HEADRACE_APART void add_steps(const Weight& w, const uint8_t* rows, size_t row_b
       if (s + S::apart >= to) return add(s, first, Number<0>(), first);
       with_columns(s + S::apart, [&](const auto& second) __attribute__((always_inline)) { add(s, first, Number<1>(), second); });
     });
-  HEADRACE_UNROLL for (int t = 0; t < T; t++) HEADRACE_UNROLL for (int i = 0; i < N; i++) {
+  HEADRACE_UNROLL for (int t = 0; t < T; t++) HEADRACE_UNROLL for (int i = 0; i < pairs; i++) {
     float* at = out + (t * V::lanes + i) * V::lanes;
-    F all;
-    if constexpr (Bits == 4) all = from ? V::add(V::loadf(at), V::to_float(sum[t][i])) : V::to_float(sum[t][i]);
-    else all = sum[t][i];
-    V::storef(at, all);
+    F two;
+    if constexpr (Bits == 4) two = V::to_float(sum[t][i]);
+    else two = V::template merge<0>(sum[t][2 * i], sum[t][2 * i + 1]);
+    V::storef(at, from ? V::add(V::loadf(at), two) : two);
   }
 }
 
@@ -82,7 +81,7 @@ constexpr int kMostTokens = 8;  // whose sums are kept
 template <class V, int Bits>
 inline void decode_rows(const Weight& w, const Fine* x, int m, int begin, int end, const Out& out, int column) {
   using S = Steps<V, Bits>;
-  constexpr int size = V::lanes * V::lanes, vectors = vectors_of<V, Bits>(V::lanes), level = log2_of(V::lanes / vectors);
+  constexpr int size = V::lanes * V::lanes, vectors = V::lanes / 2;
   alignas(64) float lanes[kMostTokens * size];
   vectors_of_rows<V>(begin, end, [&](int n, int stride) {
     const size_t row_bytes = stride * w.row_bytes();
@@ -99,7 +98,7 @@ inline void decode_rows(const Weight& w, const Fine* x, int m, int begin, int en
             const size_t ahead = round_up(kAhead, (T == 1 ? R : V::lanes) * w.row_bytes());  // where later rows lie
             for (int r = from; r < to; r += R)
               add_steps<V, Bits, R, T>(w, rows + r * row_bytes, row_bytes, x + first + t, segment / S::columns, last / S::columns, ahead,
-                                       lanes + t * size + (r >> level) * V::lanes);
+                                       lanes + t * size + r / 2 * V::lanes);
           };
           if (w.k > kLong) run(Number<rows_at_once<V>(T, true)>());
           else run(Number<rows_at_once<V>(T, false)>());
@@ -110,7 +109,7 @@ inline void decode_rows(const Weight& w, const Fine* x, int m, int begin, int en
         for (int segment = 0; segment < w.k; segment += kSegment) add(segment, r, r + together);
       const auto scales = stride ? V::halves(w.scale + n) : V::setf(V::half(w.scale[n]));
       for (int t = 0; t < tokens; t++) {
-        const auto total = V::mul(row_sums<V, level, vectors>(lanes + t * size), scales);
+        const auto total = V::mul(row_sums<V, 1, vectors>(lanes + t * size), scales);
         write_rows<V, Bits>(w, n, stride ? V::lanes : 1, total, x[first + t],
                             out.y + out.rows[first + t] * out.stride + column + n - begin);
       }

@@ -35,7 +35,7 @@ struct Columns {
   }
 };
 
-// Sums of rows, still spread over lanes: of 4 bits int32, two rows to a vector; of 8 bits float.
+// Sums of rows, still spread over lanes: of 4 bits int32, two rows to a vector; of 8 bits float, one.
 template <class V, int Bits> struct SumOf { using type = typename V::I; };
 template <class V> struct SumOf<V, 8> { using type = typename V::F; };
 template <class V, int Bits> using Sum = typename SumOf<V, Bits>::type;
