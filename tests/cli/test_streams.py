@@ -72,6 +72,14 @@ def test_input_that_is_not_utf_8(exports: Exports, piped: bytes) -> None:
     assert out.endswith(b"\n")
 
 
+def test_a_piped_prompt_is_the_prompt_without_its_line_end(exports: Exports) -> None:
+    options = ("chat", exports.bundle(), "--raw", "--greedy", "-n", "8")
+    expected = headrace(*options, "-p", "The river")
+    assert expected[0] == 0
+    for piped in (b"The river\n", b"The river\r\n\n", b"The river"):
+        assert headrace(*options, stdin=piped) == expected
+
+
 def test_an_argument_that_is_not_utf_8(exports: Exports) -> None:
     command = [*HEADRACE, "chat", str(exports.bundle()), "--raw", "--greedy", "-n", "3", "-p", b"a\xff"]
     done = subprocess.run(command, capture_output=True, timeout=LIMIT)
@@ -79,7 +87,7 @@ def test_an_argument_that_is_not_utf_8(exports: Exports) -> None:
 
 
 def test_nothing_from_stdin_is_one_line(exports: Exports) -> None:
-    for stdin, shell in ((b"", ""), (None, "<&-")):
+    for stdin, shell in ((b"", ""), (b"\n", ""), (None, "<&-")):
         status, out, err = headrace("chat", exports.bundle(), "--raw", stdin=stdin, shell=shell)
         assert (status, out) == (2, b"")
         assert err == "error: stdin is empty; expected a prompt there, a terminal, or -p PROMPT\n"

@@ -92,7 +92,7 @@ def chat(
                 print_answer(answer(prompt))
             elif sys.stdin.isatty():
                 _converse(talk, answer, plain)
-            elif piped := sys.stdin.read():
+            elif piped := sys.stdin.read().rstrip("\r\n"):  # as a shell takes them off: a model answers otherwise
                 print_answer(answer(piped))
             else:
                 raise UserError("stdin is empty; expected a prompt there, a terminal, or -p PROMPT")
