@@ -1,8 +1,7 @@
 // AVX512 with VNNI, prompts by AMX tiles.
 #include "simd_avx512.h"
-#include "table.h"
 #include "linear_tiles.h"
 
 namespace headrace {
-const Kernels amx_kernels = with_tiles<Avx512, AmxTiles>(table<Avx512>("amx"));
+const Kernels amx_kernels = with_tiles<Avx512, AmxTiles>("amx");
 }

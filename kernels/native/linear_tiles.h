@@ -5,8 +5,7 @@
 // with one scale a token, as a high and a low byte that are multiplied apart. Twice the products, nothing else in between,
 // and prompts are more exact than decoding. Weights with blocks go the way of linear_prompt.h.
 #pragma once
-#include "linear_decode.h"
-#include "linear_prompt.h"
+#include "elementwise.h"
 #include "tiles.h"
 
 namespace headrace {
@@ -55,7 +54,7 @@ template <class V>
 void coarse_or_tiles(const float* x, int row, bool rows, bool blocks, const Coarse& out) {
   const bool tiles = out.k <= kMostColumns;
   if (rows && tiles) tile_row<V>(x, row, out);
-  if (blocks || !tiles) coarse<V>(x, row, rows, blocks, out);
+  if (blocks || !tiles) avx512vnni_kernels.coarse(x, row, rows, blocks, out);
 }
 
 // Codes of 32 channels, columns from … from + kDepth, as tiles [64 columns][2][16 channels][64].
@@ -135,7 +134,7 @@ inline void tiles_panel(const Weight& w, const Coarse& x, int n, int end, int fi
 template <class V, class Tiles>
 void prompt_tiles(const Weight& w, const Coarse& x, int begin, int end, int first, int last, const Out& out, int column,
                   void* scratch) {
-  if (w.block || w.k > kMostColumns) return prompt<V>(w, x, begin, end, first, last, out, column, scratch);
+  if (w.block || w.k > kMostColumns) return avx512vnni_kernels.prompt(w, x, begin, end, first, last, out, column, scratch);
   Tiles::begin();
   for (int n = begin; n < end; n += 32) {
     const auto panel = w.bits == 4 ? tiles_panel<V, Tiles, 4> : tiles_panel<V, Tiles, 8>;
@@ -147,11 +146,15 @@ void prompt_tiles(const Weight& w, const Coarse& x, int begin, int end, int firs
 template <class V>
 size_t tiles_scratch(int m) {
   const size_t tiles = size_t(kDepth / 64) * 2 * kTileBytes + round_up(m + kTokens, kTokens) * 64 * sizeof(int32_t);
-  return tiles > prompt_scratch<V>(m) ? tiles : prompt_scratch<V>(m);
+  const size_t panels = avx512vnni_kernels.prompt_scratch(m);
+  return tiles > panels ? tiles : panels;
 }
 
+// What tiles do not do is avx512vnni's, and compiled there alone.
 template <class V, class Tiles>
-constexpr Kernels with_tiles(Kernels table) {
+Kernels with_tiles(const char* name) {
+  Kernels table = avx512vnni_kernels;
+  table.name = name;
   table.coarse = coarse_or_tiles<V>;
   table.prompt = prompt_tiles<V, Tiles>;
   table.prompt_scratch = tiles_scratch<V>;
