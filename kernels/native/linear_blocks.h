@@ -32,10 +32,9 @@ template <class V, int Parts>
 inline typename V::F block_scales(const uint16_t* p, size_t stride, int there, bool more) {
   constexpr int rows = V::lanes / Parts;
   static constexpr Order<V, log2_of(rows)> order;
-  if (there >= Parts) return V::permuted(V::template halves_of<Parts>(p, stride), order.from);
-  if (more) {
+  if (there >= Parts || more) {
     const auto scales = V::permuted(V::template halves_of<Parts>(p, stride), order.from);
-    return V::floats(V::and_bits(V::bits(scales), V::load(order.first[there])));
+    return there >= Parts ? scales : V::floats(V::and_bits(V::bits(scales), V::load(order.first[there])));
   }
   alignas(64) uint16_t halves[V::lanes] = {};
   for (int i = 0; i < there; i++)

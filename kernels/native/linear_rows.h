@@ -67,11 +67,12 @@ HEADRACE_APART void add_steps(const Weight& w, const uint8_t* rows, size_t row_b
   }
 }
 
-// Sums over the lanes of rows: N vectors merged up to Level.
-template <class V, int Level, int N>
+// Sums over the lanes of rows, of which N vectors hold two each.
+template <class V, int N>
 inline typename V::F row_sums(const float* p) {
-  if constexpr (N == 1) return V::loadf(p);
-  else return V::template merge<Level + log2_of(N) - 1>(row_sums<V, Level, N / 2>(p), row_sums<V, Level, N / 2>(p + N / 2 * V::lanes));
+  typename V::F two[N];
+  HEADRACE_UNROLL for (int i = 0; i < N; i++) two[i] = V::loadf(p + i * V::lanes);
+  return all_merged<V, 1>(two);
 }
 
 constexpr int kMostTokens = 8;  // whose sums are kept
@@ -109,7 +110,7 @@ inline void decode_rows(const Weight& w, const Fine* x, int m, int begin, int en
         for (int segment = 0; segment < w.k; segment += kSegment) add(segment, r, r + together);
       const auto scales = stride ? V::halves(w.scale + n) : V::setf(V::half(w.scale[n]));
       for (int t = 0; t < tokens; t++) {
-        const auto total = V::mul(row_sums<V, 1, vectors>(lanes + t * size), scales);
+        const auto total = V::mul(row_sums<V, vectors>(lanes + t * size), scales);
         write_rows<V, Bits>(w, n, stride ? V::lanes : 1, total, x[first + t],
                             out.y + out.rows[first + t] * out.stride + column + n - begin);
       }

@@ -70,7 +70,9 @@ def test_long_past_is_merged_from_parts(isa: str) -> None:
         assert spread_error(logits, expected[1020:]) < COARSE
 
 
-@pytest.mark.parametrize("options", [{}, {"block": 32}, {"bits": 8}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"block": 32}, {"bits": 8}, {"bias": True}, {"block": 32, "bias": True}], ids=str
+)
 def test_same_bits_in_any_company(isa: str, options: dict[str, Any]) -> None:
     """A sequence alone, in a batch of 8, on other numbers of threads, fused or not: the same numbers bit for bit."""
     model = decoder(5, **options)
