@@ -25,8 +25,9 @@ setup: .venv/installed kernels
 	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python %d.%d is too old; headrace needs 3.11 or newer: make PYTHON=python3.12" % sys.version_info[:2])'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing headrace into .venv"
-	@test -z "$(LOCK)" || $(PIP) --quiet --require-hashes --requirement $(LOCK)
+	@test -z "$(LOCK)" || $(PIP) --quiet --no-deps --require-hashes --requirement $(LOCK)
 	@$(PIP) --quiet $(ALONE) --editable $(if $(LOCK),.,'.[dev,qnn]')
+	@test -z "$(LOCK)" || $(BIN)/python -m pip check
 	@touch $@
 
 # The native engine is optional: without it ONNX Runtime runs the model.
