@@ -23,7 +23,7 @@ int hk_program_array(void*, const char*, const void*, uint64_t, int, int64_t, in
 int hk_program_weight(void*, const char*, int, const char*, const char*, const char*);
 int hk_program_register(void*, int);
 int hk_program_cache(void*, int, const float*, int);
-int hk_program_instruction(void*, const char*, int, int, const int*, int, const char* const*);
+int hk_program_instruction(void*, const char*, int, int, int, const int*, int, const char* const*);
 int hk_engine_new(void*, int, int, int, const char*, int, int, void**);
 void hk_engine_free(void*);
 int hk_engine_run(void*, int, const int32_t*, const int32_t*, const int32_t*, float*);
@@ -130,7 +130,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* bytes, size_t size) {
     if (c.rarely() && !registers.empty()) registers.pop_back();
     const char* op = c.rarely() ? kLines[c.data.ConsumeIntegralInRange<size_t>(0, kLines.size() - 1)].op : line.op;
     for (int times = c.rarely() ? 2 : 1; times > 0; times--)
-      check(hk_program_instruction(program, op, c.near(line.layer), int(registers.size()), registers.data(),
+      check(hk_program_instruction(program, op, c.near(line.layer), c.near(32), int(registers.size()), registers.data(),
                                    int(names.size()), names.data()));
   }
   std::vector<std::string> isas = {""};
