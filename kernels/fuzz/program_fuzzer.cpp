@@ -20,7 +20,7 @@ void hk_program_free(void*);
 int hk_program_file(void*, const char*);
 int hk_program_tensor(void*, const char*, int, uint64_t, int, int64_t, int64_t);
 int hk_program_array(void*, const char*, const void*, uint64_t, int, int64_t, int64_t);
-int hk_program_weight(void*, const char*, int, const char*, const char*, const char*);
+int hk_program_weight(void*, const char*, int, const char*, const char*, const char*, int, const char*);
 int hk_program_register(void*, int);
 int hk_program_cache(void*, int, const float*, int);
 int hk_program_instruction(void*, const char*, int, int, int, const int*, int, const char* const*);
@@ -108,14 +108,15 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* bytes, size_t size) {
   };
   for (const char* name : {"cos", "sin"}) array(name, 2, 4, 12, 2);
   array("n0", 2, 4, 1, 32);
-  const int block = c.data.ConsumeBool() ? 1 : 2;  // scales of a row of 32: one, or one for 16 columns
+  const int form = c.data.ConsumeIntegralInRange(0, 2);  // of scales of a row of 32: one, one for 16 columns, one and factors
   for (const Shape& w : kWeights) {
     const std::string name = w.name;
-    const int scales = w.k == 32 ? block : 1;
+    const bool factors = form == 2 && w.k == 32 && w.bits == 4;
     array(name + ".p", 0, 1, w.n, w.k * w.bits / 8);
-    array(name + ".s", 1, 2, w.n, scales);
+    array(name + ".s", 1, 2, w.n, form == 1 && w.k == 32 ? 2 : 1);
+    if (factors) array(name + ".f", 0, 1, w.n, 1);
     check(hk_program_weight(program, w.name, c.near(w.bits), c.name((name + ".p").c_str()), c.name((name + ".s").c_str()),
-                            c.rarely() ? "n0" : ""));
+                            c.name(factors ? (name + ".f").c_str() : ""), c.near(factors ? 16 : 0), c.rarely() ? "n0" : ""));
   }
   if (c.rarely()) check(hk_program_tensor(program, "t", c.near(0), c.data.ConsumeIntegral<uint64_t>(), 0, 1, c.near(1)));
   for (const int width : kWidths) check(hk_program_register(program, c.near(width)));

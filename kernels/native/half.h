@@ -1,7 +1,8 @@
-// float16 to float32, exactly, in integers: for machines without the instruction and for single values.
+// float16 to float32, exactly, in integers: for machines without the instruction and for single values. Scales of weights.
 #pragma once
-#include <cstdint>
 #include <cstring>
+
+#include "kernels.h"
 
 namespace headrace {
 
@@ -16,6 +17,11 @@ static inline float half_to_float(uint16_t h) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
+}
+
+static inline float scale_of(const Weight& w, int n, int block) {
+  if (!w.factors) return half_to_float(w.scale[size_t(n) * w.blocks() + block]);
+  return half_to_float(w.scale[n]) * float(w.factor(n, block));
 }
 
 }  // namespace headrace

@@ -21,15 +21,20 @@ constexpr int kPad = 128;       // rows of activations are padded with zeros to 
 
 constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
-// A weight (n, k) as it lies in the file. Code = unsigned code - zero point (8 or 128).
+// A weight (n, k) as it lies in the file. Code = unsigned code - zero point (8 or 128). Scales of blocks have two forms: float16
+// each, or, of 4 bits, float16 a row times a whole factor 1 … 16 a block.
 struct Weight {
   int n, k, bits;
   int block;               // columns that share a scale; 0: the whole row
   const uint8_t* packed;   // (n, k * bits / 8), low nibble first
-  const uint16_t* scale;   // float16 (n, 1 or k / block)
+  const uint16_t* scale;   // float16 (n, scales())
+  const uint8_t* factors;  // (n, factor_bytes()), less 1, low nibble first; null: scales have none
   const float* bias;       // (n) or null
   size_t row_bytes() const { return size_t(k) * bits / 8; }
   int blocks() const { return block ? k / block : 1; }
+  int scales() const { return factors ? 1 : blocks(); }
+  size_t factor_bytes() const { return (blocks() + 1) / 2; }
+  int factor(int row, int b) const { return (factors[row * factor_bytes() + b / 2] >> b % 2 * 4 & 15) + 1; }
 };
 
 // One token's fine activations: int8 codes, of which few columns share a scale. In a unit of columns there are 16 scales: the first is

@@ -3,17 +3,19 @@
 #pragma once
 #include <algorithm>
 
+#include "factors.h"
 #include "products.h"
 
 namespace headrace {
 namespace {
 
-// Where a vector merged up to `Level` takes its scales from, when rows' scales lie one after the other: Parts of each.
+// Where a vector merged up to `Level` takes its scales from, when rows' scales lie one after the other: Parts of each. Of
+// nibbles: in which four bytes, and from which bit on.
 template <class V, int Level>
 struct Order {
-  alignas(64) int from[V::lanes];
+  alignas(64) int from[V::lanes], word[V::lanes], bit[V::lanes];
   alignas(64) int first[(V::lanes >> Level) + 1][V::lanes];  // for every number of parts: all bits of a lane of one of the first parts
-  constexpr Order() : from(), first() {
+  constexpr Order() : from(), word(), bit(), first() {
     constexpr int rows = 1 << Level, parts = V::lanes / rows;
     for (int lane = 0; lane < V::lanes; lane++) {
       const int four = lane / 4, place = lane % 4;
@@ -21,6 +23,7 @@ struct Order {
       if (Level == 1) row = place / 2, part = 2 * four + place % 2;
       if (Level > 1) row = four / parts * 4 + place, part = four % parts;
       from[lane] = row * parts + part;
+      word[lane] = from[lane] / 8, bit[lane] = from[lane] % 8 * 4;
       for (int i = 0; i <= parts; i++) first[i][lane] = part < i ? -1 : 0;
     }
   }
@@ -42,6 +45,32 @@ inline typename V::F block_scales(const uint16_t* p, size_t stride, int there, b
   return V::permuted(V::halves(halves), order.from);
 }
 
+// The first bytes of rows, `stride` apart, each row's `bits` above the last one's.
+HEADRACE_APART inline uint64_t few_bytes(const uint8_t* p, size_t stride, int bytes, int rows, int bits) {
+  uint64_t all = 0;
+  for (int r = 0; r < rows; r++)
+    for (int i = 0; i < bytes; i++) all |= uint64_t(p[r * stride + i]) << (bits * r + 8 * i);
+  return all;
+}
+
+// The same of scales that are factors; those that do not exist are anything.
+template <class V, int Parts>
+inline typename V::F block_scales(const uint8_t* p, size_t stride, int there, bool more) {
+  constexpr int rows = V::lanes / Parts;
+  static constexpr Order<V, log2_of(rows)> order;
+  uint64_t nibbles = 0;
+  if (there >= Parts || more) {
+    HEADRACE_UNROLL for (int r = 0; r < rows; r++) {
+      uint64_t row = 0;
+      __builtin_memcpy(&row, p + r * stride, Parts / 2);
+      nibbles |= row << 4 * Parts * r;
+    }
+  } else {
+    nibbles = few_bytes(p, stride, (there + 1) / 2, rows, 4 * Parts);
+  }
+  return V::factors(V::spread(nibbles, order.word), V::load(order.bit));
+}
+
 // The same where blocks are of whole steps: of V::lanes blocks, [block][row]; only `there` blocks exist.
 template <class V>
 HEADRACE_APART void many_block_scales(const uint16_t* p, size_t stride, int there, float* out) {
@@ -55,6 +84,12 @@ HEADRACE_APART void many_block_scales(const uint16_t* p, size_t stride, int ther
   }
   V::transpose(scales);
   for (int b = 0; b < V::lanes; b++) V::store(out + b * V::lanes, scales[b]);
+}
+
+template <class V>
+HEADRACE_APART void many_block_scales(const uint8_t* p, size_t stride, int there, float* out) {
+  const RowFactors<V> factors(p, stride, V::lanes, (std::min(there, V::lanes) + 1) / 2);
+  for (int b = 0; b < V::lanes; b++) V::storef(out + b * V::lanes, factors.of(b));
 }
 
 // Scaled products of step s of 2^Level rows from p on by T tokens, merged: sums over 2^Level lanes of each row.
@@ -88,24 +123,28 @@ template <class V> inline typename V::F as_float(typename V::F v) { return v; }
 template <class V> inline typename V::I added(typename V::I a, typename V::I b) { return V::add32(a, b); }
 template <class V> inline typename V::F added(typename V::F a, typename V::F b) { return V::add(a, b); }
 
-// V::lanes rows with blocks by T tokens: total[t][row].
-template <class V, int Bits, int Parts, int T>
-HEADRACE_APART void block_rows(const Weight& w, int n, int row_stride, const Fine* x, typename V::F* total) {
+// V::lanes rows with blocks by T tokens: total[t][row]. Scales of blocks are halves or bytes of two factors, `per_row` of them.
+template <class V, int Bits, int Parts, int T, class Scale>
+HEADRACE_APART void block_rows(const Weight& w, const Scale* all, size_t per_row, int n, int row_stride, const Fine* x,
+                               typename V::F* total) {
   using S = Steps<V, Bits>;
   constexpr int N = V::lanes / Parts, level = log2_of(N);
-  const size_t row_bytes = row_stride * w.row_bytes(), stride = row_stride * w.blocks(), behind = w.n - 1 - (n + row_stride * (V::lanes - 1));
+  constexpr bool factors = sizeof(Scale) == 1;
+  constexpr int each = factors ? 2 : 1;  // blocks
+  const size_t row_bytes = row_stride * w.row_bytes(), stride = row_stride * per_row;
+  const size_t behind = w.n - 1 - (n + row_stride * (V::lanes - 1));
   const size_t ahead = round_up(kAhead, V::lanes * w.row_bytes());
   const uint8_t* rows = w.packed + n * w.row_bytes();
-  const uint16_t* scales = w.scale + size_t(n) * w.blocks();
+  const Scale* scales = all + n * per_row;
   // What a last step lacks can be read as well, being the next rows', where it is multiplied with zeros.
-  const bool more = behind * w.row_bytes() >= V::bytes && behind * w.blocks() >= Parts;
+  const bool more = behind * w.row_bytes() >= V::bytes && behind * per_row * each >= Parts;
   const int whole = w.k / S::columns, per_flush = Parts == 1 ? w.block / S::columns : 1;
   const int flushes = int(round_up(w.k, Parts == 1 ? w.block : S::columns)) / (per_flush * S::columns);
   typename V::F f[T][Parts];
   HEADRACE_UNROLL for (int t = 0; t < T; t++) HEADRACE_UNROLL for (int g = 0; g < Parts; g++) f[t][g] = V::zerof();
   alignas(64) float many[V::lanes * V::lanes];
   const auto add = [&](auto is_whole, int flush) __attribute__((always_inline)) {
-    if (Parts == 1 && flush % V::lanes == 0) many_block_scales<V>(scales + flush, stride, w.blocks() - flush, many);
+    if (Parts == 1 && flush % V::lanes == 0) many_block_scales<V>(scales + flush / each, stride, w.blocks() - flush, many);
     HEADRACE_UNROLL for (int g = 0; g < Parts; g++) {
       const auto products = [&](int s, Sum<V, Bits>(&of)[T]) __attribute__((always_inline)) {
         merged_products<V, Bits, T, decltype(is_whole)::value, level>(
@@ -118,7 +157,7 @@ HEADRACE_APART void block_rows(const Weight& w, int n, int row_stride, const Fin
         products(s, one);
         HEADRACE_UNROLL for (int t = 0; t < T; t++) sum[t] = added<V>(sum[t], one[t]);
       }
-      const uint16_t* own = scales + g * N * stride + size_t(flush) * Parts;
+      const Scale* own = scales + g * N * stride + size_t(flush) * Parts / each;
       typename V::F scale;
       if constexpr (Parts == 1) scale = V::loadf(many + flush % V::lanes * V::lanes);
       else scale = block_scales<V, Parts>(own, stride, w.blocks() - flush * Parts, more);
@@ -130,21 +169,28 @@ HEADRACE_APART void block_rows(const Weight& w, int n, int row_stride, const Fin
   if (flush < flushes && more) add(Number<1>(), flush);
   else if (flush < flushes) add(Number<0>(), flush);
   HEADRACE_UNROLL for (int t = 0; t < T; t++) total[t] = all_merged<V, level>(f[t]);
+  if constexpr (factors)
+    HEADRACE_UNROLL for (int t = 0; t < T; t++) total[t] = V::mul(total[t], row_scales<V>(w, n, row_stride));
 }
 
 template <class V, int Bits, int Parts>
 inline void decode_blocks(const Weight& w, const Fine* x, int m, int begin, int end, const Out& out, int column) {
   constexpr int most = V::bytes < 64 ? 1 : Parts == 1 ? 2 : 4;  // tokens at a time, whose sums are in registers
-  vectors_of_rows<V>(begin, end, [&](int n, int stride) {
-    few_at_a_time<most>(m, [&](auto number, int t) {
-      constexpr int T = decltype(number)::value;
-      typename V::F total[T];
-      block_rows<V, Bits, Parts, T>(w, n, stride, x + t, total);
-      for (int i = 0; i < T; i++)
-        write_rows<V, Bits>(w, n, stride ? V::lanes : 1, total[i], x[t + i],
-                            out.y + out.rows[t + i] * out.stride + column + n - begin);
+  const auto run = [&](const auto* scales, size_t per_row) {
+    vectors_of_rows<V>(begin, end, [&](int n, int stride) {
+      few_at_a_time<most>(m, [&](auto number, int t) {
+        constexpr int T = decltype(number)::value;
+        typename V::F total[T];
+        block_rows<V, Bits, Parts, T>(w, scales, per_row, n, stride, x + t, total);
+        for (int i = 0; i < T; i++)
+          write_rows<V, Bits>(w, n, stride ? V::lanes : 1, total[i], x[t + i],
+                              out.y + out.rows[t + i] * out.stride + column + n - begin);
+      });
     });
-  });
+  };
+  if constexpr (Bits == 4)
+    if (w.factors) return run(w.factors, w.factor_bytes());
+  run(w.scale, w.blocks());
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 // four columns of a channel to a lane, and every token runs over it with int8 activations. Sums are int32 within a group of
 // columns that shares a scale, float from group to group.
 #pragma once
-#include "elementwise.h"
+#include "factors.h"
 
 namespace headrace {
 namespace {
@@ -168,6 +168,28 @@ HEADRACE_APART void multiply(const Coarse& x, int from, int parts, int token, co
       V::storef(sums + (t * P + p) * V::lanes, f[t][p]);
 }
 
+// Scales of parts of channels n … end - 1 from column `from` on, [part][channel]; of factors, those alone. Other channels have any.
+template <class V, int Part>
+HEADRACE_APART void part_scales(const Weight& w, int n, int end, int from, int parts, float* scales) {
+  constexpr int width = V::panels * V::lanes;
+  const int first = from / w.block, count = end - n < width ? end - n : width;
+  if (!w.factors) {
+    const size_t stride = w.blocks();
+    for (int part = 0; part < parts; part++) {
+      const uint16_t* own = w.scale + n * stride + (from + part * Part) / w.block;
+      for (int c = 0; c < count; c++) scales[part * width + c] = V::half(own[c * stride]);
+    }
+    return;
+  }
+  const int skipped = first % 2, last = skipped + (parts - 1) * Part / w.block;
+  for (int c = 0; c < count; c += V::lanes) {
+    const uint8_t* own = w.factors + (n + c) * w.factor_bytes() + first / 2;
+    const RowFactors<V> factors(own, w.factor_bytes(), count - c < V::lanes ? count - c : V::lanes, last / 2 + 1);
+    for (int part = 0; part < parts; part++)
+      V::storef(scales + part * width + c, factors.of(skipped + part * Part / w.block));
+  }
+}
+
 template <class V, int Bits, bool Blocks, int Part>
 HEADRACE_APART void prompt_panel(const Weight& w, const Coarse& x, int n, int end, int first, int last, const Out& out,
                                  int column, uint8_t* scratch) {
@@ -177,11 +199,7 @@ HEADRACE_APART void prompt_panel(const Weight& w, const Coarse& x, int n, int en
   for (int from = 0; from < w.k; from += kColumns) {
     const int columns = w.k - from < kColumns ? w.k - from : kColumns, parts = (columns + Part - 1) / Part;
     unpack<V, Bits>(w, n, end, from, parts * Part, scratch);
-    if constexpr (Blocks)
-      for (int part = 0; part < parts; part++) {
-        const uint16_t* own = w.scale + size_t(n) * w.blocks() + (from + part * Part) / w.block;
-        for (int c = 0; c < width; c++) scales[part * width + c] = n + c < end ? V::half(own[size_t(c) * w.blocks()]) : 0;
-      }
+    if constexpr (Blocks) part_scales<V, Part>(w, n, end, from, parts, scales);
     const auto run = [&](auto number, int t) {
       multiply<V, Bits, Blocks, Part, decltype(number)::value>(x, from, parts, t, scratch, scales, sums + (t - first) * width);
     };
@@ -192,7 +210,7 @@ HEADRACE_APART void prompt_panel(const Weight& w, const Coarse& x, int n, int en
   }
   float factor[width], bias[width];
   for (int c = 0; c < width; c++) {
-    factor[c] = Blocks ? 1 : n + c < end ? V::half(w.scale[n + c]) : 0;
+    factor[c] = Blocks && !w.factors ? 1 : n + c < end ? V::half(w.scale[n + c]) : 0;
     bias[c] = w.bias && n + c < end ? w.bias[n + c] : 0;
   }
   const int count = end - n < width ? end - n : width;

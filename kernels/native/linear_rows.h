@@ -108,7 +108,7 @@ inline void decode_rows(const Weight& w, const Fine* x, int m, int begin, int en
       const int together = tokens > 1 ? V::lanes : rows_at_once<V>(1, w.k > kLong);
       for (int r = 0; r < V::lanes; r += together)
         for (int segment = 0; segment < w.k; segment += kSegment) add(segment, r, r + together);
-      const auto scales = stride ? V::halves(w.scale + n) : V::setf(V::half(w.scale[n]));
+      const auto scales = row_scales<V>(w, n, stride);
       for (int t = 0; t < tokens; t++) {
         const auto total = V::mul(row_sums<V, vectors>(lanes + t * size), scales);
         write_rows<V, Bits>(w, n, stride ? V::lanes : 1, total, x[first + t],

@@ -84,6 +84,12 @@ inline void few_at_a_time(int tokens, const Run& run) {
   }
 }
 
+// Scales of rows from n on that have one each; of row n alone where `stride` of rows is 0.
+template <class V>
+inline typename V::F row_scales(const Weight& w, int n, int stride) {
+  return stride ? V::halves(w.scale + n) : V::setf(V::half(w.scale[n]));
+}
+
 // Results of `count` rows from n on for a token, one or V::lanes, whose sums are `total`.
 template <class V, int Bits>
 inline void write_rows(const Weight& w, int n, int count, typename V::F total, const Fine& x, float* y) {

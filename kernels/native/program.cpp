@@ -76,7 +76,7 @@ const float* Program::floats(const std::string& name, int64_t rows, int64_t colu
 }
 
 void Program::weight(const std::string& name, int bits, const std::string& packed, const std::string& scale,
-                     const std::string& bias) {
+                     const std::string& factors, int block, const std::string& bias) {
   require<ProgramError>(bits == 4 || bits == 8, "weight ", name, ": ", bits, " bits; expected 4 or 8");
   const Tensor &p = tensor_named(packed), &s = tensor_named(scale);
   require<ProgramError>(p.dtype == Dtype::kU8 && s.dtype == Dtype::kF16, "weight ", name,
@@ -86,11 +86,22 @@ void Program::weight(const std::string& name, int bits, const std::string& packe
   require<ProgramError>(p.columns * 8 / bits <= 1 << 24, "weight ", name, ": rows of more than 16777216");
   require<ProgramError>(s.rows == p.rows && w.k % s.columns == 0, "weight ", name, ": scales are ", s.rows, " x ",
                         s.columns, " for codes of ", w.n, " x ", w.k);
-  w.block = s.columns == 1 ? 0 : int(w.k / s.columns);
-  require<ProgramError>(w.block == 0 || w.block == 16 || w.block == 32 || w.block == 64 || w.block == 128 || w.block == 256,
+  w.block = !factors.empty() ? block : s.columns == 1 ? 0 : int(w.k / s.columns);
+  const bool one_a_row = w.block == 0 && factors.empty();
+  require<ProgramError>(one_a_row || w.block == 16 || w.block == 32 || w.block == 64 || w.block == 128 || w.block == 256,
                         "weight ", name, ": blocks of ", w.block, "; expected 16, 32, 64, 128, 256 or one scale a row");
   w.packed = p.data;
   w.scale = reinterpret_cast<const uint16_t*>(s.data);
+  if (!factors.empty()) {
+    const Tensor& f = tensor_named(factors);
+    require<ProgramError>(bits == 4 && s.columns == 1, "weight ", name, ": factors over ", s.columns, " scales a row and codes of ",
+                          bits, " bits; expected one scale and 4 bits");
+    require<ProgramError>(w.k % block == 0, "weight ", name, ": rows of ", w.k, " are no whole blocks of ", block);
+    require<ProgramError>(f.dtype == Dtype::kU8, "weight ", name, ": factors are U8");
+    require<ProgramError>(f.rows == w.n && f.columns == int64_t(w.factor_bytes()), "weight ", name, ": factors are ", f.rows, " x ",
+                          f.columns, "; expected ", w.n, " x ", w.factor_bytes(), " for blocks of ", block);
+    w.factors = f.data;
+  }
   w.bias = bias.empty() ? nullptr : floats(bias, 1, w.n);
   require<ProgramError>(weights_.emplace(name, w).second, "weight ", name, " is named twice");
 }

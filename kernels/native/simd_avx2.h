@@ -173,6 +173,10 @@ struct Avx2 {
     std::memcpy(&v, p, sizeof v);
     return v;
   }
+  static I spread(uint64_t one, const int*) { return set32(int(one)); }  // eight lanes take no second word
+  static F factors(I words, I bit) {  // 1 + the four bits of each lane from `bit` on
+    return to_float(add32(and_bits(_mm256_srlv_epi32(words, bit), set32(15)), set32(1)));
+  }
   static F permuted(F v, const int* from) { return _mm256_permutevar8x32_ps(v, load(from)); }
 
   // Rows and columns of a square of int32 change places.

@@ -154,6 +154,13 @@ struct Avx512 {
     std::memcpy(&v, p, sizeof v);
     return v;
   }
+  static I spread(uint64_t two, const int* from) {  // one of two words to each lane
+    return _mm512_permutexvar_epi32(load(from), _mm512_castsi128_si512(_mm_cvtsi64_si128(int64_t(two))));
+  }
+  static F factors(I words, I bit) {  // 1 + the four bits of each lane from `bit` on
+    const F table = _mm512_set_ps(16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1);
+    return _mm512_permutexvar_ps(_mm512_srlv_epi32(words, bit), table);
+  }
   static F permuted(F v, const int* from) { return _mm512_permutexvar_ps(load(from), v); }
 
   // Rows and columns of a square of int32 change places.

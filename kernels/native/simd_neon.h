@@ -143,6 +143,10 @@ struct Neon {
     std::memcpy(all, p, 4), std::memcpy(all + 2, p + stride, 4);
     return halves(all);
   }
+  static I spread(uint64_t one, const int*) { return set32(int(one)); }  // four lanes take no second word
+  static F factors(I words, I bit) {  // 1 + the four bits of each lane from `bit` on
+    return to_float(add32(and_bits(vshlq_s32(words, vnegq_s32(bit)), set32(15)), set32(1)));
+  }
   static F permuted(F v, const int*) { return v; }  // four lanes never need it
 
   // Rows and columns of a square of int32 change places.

@@ -12,16 +12,21 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Weight:
-    """Signed codes (N, K), float16 scales (N, blocks), perhaps a bias (N,)."""
+    """Signed codes (N, K), float16 scales (N, blocks), or (N, 1) and whole factors (N, blocks); perhaps a bias (N,)."""
 
     codes: NDArray[np.int8]
     scale: NDArray[np.float16]
     bits: int
     bias: NDArray[np.float32] | None = None
+    factors: NDArray[np.uint8] | None = None
 
     @property
     def block(self) -> int:
-        return self.codes.shape[1] // self.scale.shape[1]
+        return self.codes.shape[1] // (self.scale if self.factors is None else self.factors).shape[1]
+
+    @property
+    def has_blocks(self) -> bool:
+        return self.factors is not None or self.scale.shape[1] > 1
 
     def packed(self) -> NDArray[np.uint8]:
         unsigned = (self.codes.astype(np.int16) + (8 if self.bits == 4 else 128)).astype(np.uint8)
@@ -29,8 +34,14 @@ class Weight:
             return unsigned
         return np.ascontiguousarray(unsigned[:, 0::2] | (unsigned[:, 1::2] << 4))
 
+    def packed_factors(self) -> NDArray[np.uint8]:
+        assert self.factors is not None
+        even = np.pad(self.factors - 1, ((0, 0), (0, self.factors.shape[1] % 2)))
+        return np.ascontiguousarray(even[:, 0::2] | (even[:, 1::2] << 4))
+
     def values(self) -> NDArray[np.float64]:
-        return self.codes * np.repeat(self.scale.astype(np.float64), self.block, axis=1)
+        scale = self.scale.astype(np.float64) * (1 if self.factors is None else self.factors)
+        return self.codes * np.repeat(scale, self.block, axis=1)
 
 
 def random_weight(rng: np.random.Generator, n: int, k: int, bits: int, block: int | None, bias: bool = False) -> Weight:
@@ -39,6 +50,13 @@ def random_weight(rng: np.random.Generator, n: int, k: int, bits: int, block: in
     blocks = 1 if block is None else k // block
     scale = rng.uniform(0.5, 1.5, (n, blocks)).astype(np.float16) * np.float16(1 / (high * np.sqrt(k / 4)))
     return Weight(codes, scale.astype(np.float16), bits, rng.normal(size=n).astype(np.float32) if bias else None)
+
+
+def random_factors(rng: np.random.Generator, n: int, k: int, block: int, bias: bool = False) -> Weight:
+    """A weight of 4 bits whose blocks have whole factors of a row's scale."""
+    w = random_weight(rng, n, k, 4, None, bias)
+    scale = (w.scale / np.float16(8)).astype(np.float16)
+    return Weight(w.codes, scale, 4, w.bias, rng.integers(1, 17, (n, k // block)).astype(np.uint8))
 
 
 def fine(x: NDArray[np.float32], w: Weight) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -50,7 +68,7 @@ def fine(x: NDArray[np.float32], w: Weight) -> tuple[NDArray[np.int64], NDArray[
     """
     unit = 256 if w.bits == 4 else 128
     padded = np.pad(x, ((0, 0), (0, -x.shape[1] % unit))).reshape(len(x), -1, 2, 16, unit // 32)
-    alone = w.bits == 4 and w.scale.shape[1] > 1
+    alone = w.bits == 4 and w.has_blocks
     top = np.abs(padded).max(axis=4 if alone else (2, 4), keepdims=True)
     if w.bits == 8:
         inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 0)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from oracle import Decoder, Weight, random_weight
+from oracle import Decoder, Weight, random_factors, random_weight
 
 PAGE = 4096
 
@@ -20,6 +20,9 @@ def weight_entries(weights: dict[str, Weight]) -> tuple[dict[str, Any], dict[str
     for name, w in weights.items():
         entries[name] = {"bits": w.bits, "packed": f"{name}_packed", "scale": f"{name}_scale"}
         arrays[f"{name}_packed"], arrays[f"{name}_scale"] = w.packed(), w.scale
+        if w.factors is not None:
+            entries[name] |= {"factors": f"{name}_factors", "block": w.block}
+            arrays[f"{name}_factors"] = w.packed_factors()
         if w.bias is not None:
             entries[name]["bias"] = f"{name}_bias"
             arrays[f"{name}_bias"] = w.bias
@@ -76,6 +79,7 @@ def decoder(
     context: int = 320,
     bits: int = 4,
     block: int | None = None,
+    factors: bool = False,
     bias: bool = False,
     cache: str = "int8",
 ) -> Decoder:
@@ -101,7 +105,10 @@ def decoder(
         shapes |= {"gate": (feed_forward, hidden), "up": (feed_forward, hidden), "down": (hidden, feed_forward)}
         for name, (n, k) in shapes.items():
             wide = 8 if name == "v" else bits  # a group of mixed widths
-            weights[f"{i}.{name}"] = random_weight(rng, n, k, wide, block, bias and name in "qkv")
+            if factors and block and wide == 4:
+                weights[f"{i}.{name}"] = random_factors(rng, n, k, block, bias and name in "qkv")
+            else:
+                weights[f"{i}.{name}"] = random_weight(rng, n, k, wide, block, bias and name in "qkv")
         if i == 0:
             instructions.append({"op": "rms_norm", "in": x, "weight": norm("n0"), "out": normed})
         else:

@@ -49,7 +49,11 @@ def test_decoder_against_oracle(isa: str, heads: int, kv_heads: int, head_dim: i
         assert spread_error(logits, expected) < COARSE
 
 
-@pytest.mark.parametrize("options", [{"block": 32}, {"block": 16, "bits": 8}, {"bias": True}, {"bits": 8}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"block": 32}, {"block": 32, "factors": True}, {"block": 16, "bits": 8}, {"bias": True}, {"bits": 8}],
+    ids=str,
+)
 def test_weights_of_other_kinds(isa: str, options: dict[str, Any]) -> None:
     model = decoder(3, cache="float32", **options)
     ids = np.random.default_rng(1).integers(0, 131, 40).tolist()
@@ -71,7 +75,9 @@ def test_long_past_is_merged_from_parts(isa: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"block": 32}, {"bits": 8}, {"bias": True}, {"block": 32, "bias": True}], ids=str
+    "options",
+    [{}, {"block": 32}, {"bits": 8}, {"bias": True}, {"block": 32, "bias": True}, {"block": 32, "factors": True}],
+    ids=str,
 )
 def test_same_bits_in_any_company(isa: str, options: dict[str, Any]) -> None:
     """A sequence alone, in a batch of 8, on other numbers of threads, fused or not: the same numbers bit for bit."""

@@ -68,6 +68,8 @@ BROKEN: list[Change] = [
     _set("weights", "0.q", "scale", to="embed_packed"),
     _set("weights", "0.q", "scale", to="embed_scale"),
     _set("weights", "0.q", "bias", to="n0"),
+    _set("weights", "0.q", "block", to=32),
+    _set("weights", "0.q", "factors", to="0.q_packed"),
     _set("registers", 2, to=383),
     _set("registers", 2, to=0),
     _set("registers", to=[]),
@@ -119,6 +121,41 @@ def test_broken_program_is_an_error(change: Change) -> None:
     program, arrays = copy.deepcopy(MODEL.program), dict(MODEL.arrays)
     change(program, arrays)
     with pytest.raises(hk.ProgramError):
+        hk.Engine(program, arrays)
+
+
+FACTORS = decoder(0, block=32, factors=True)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (_set("weights", "0.q", "factors", to=None), "both or neither"),
+        (_set("weights", "0.q", "block", to=None), "both or neither"),
+        (_set("weights", "0.q", "block", to=0), "both or neither"),
+        *((_set("weights", "0.q", "block", to=bad), "whole number") for bad in ("32", 32.0, True, 1 << 40)),
+        *(
+            (_set("weights", "0.q", "block", to=bad), f"blocks of {bad}; expected 16")
+            for bad in (-32, 1, 8, 24, 96, 512)
+        ),
+        (_set("weights", "0.q", "block", to=64), "rows of 96 are no whole blocks of 64"),
+        (_set("weights", "0.q", "block", to=16), "factors are 384 x 2; expected 384 x 3 for blocks of 16"),
+        (_set("weights", "0.q", "factors", to=7), "expected a name"),
+        (_set("weights", "0.q", "factors", to=""), "expected a name"),
+        (_set("weights", "0.q", "factors", to="nothing"), "there is no tensor nothing"),
+        (_set("weights", "0.q", "factors", to="0.q_scale"), "factors are U8"),
+        (_set("weights", "0.q", "factors", to="0.k_factors"), "factors are 128 x 2; expected 384 x 2"),
+        (_set("weights", "0.q", "bits", to=8), "codes of 8 bits; expected one scale and 4 bits"),
+        (lambda _, a: a.update({"0.q_scale": np.ones((384, 3), np.float16)}), "factors over 3 scales a row"),
+        (lambda _, a: a.update({"0.q_factors": a["0.q_factors"][:-1]}), "factors are 383 x 2"),
+        (lambda _, a: a.update({"0.q_factors": np.zeros((384, 3), np.uint8)}), "factors are 384 x 3"),
+        (lambda p, _: p["instructions"][2].update(group=64), "blocks of 32; expected 0 or 32"),
+    ],
+)
+def test_broken_factors_are_an_error(change: Change, message: str) -> None:
+    program, arrays = copy.deepcopy(FACTORS.program), dict(FACTORS.arrays)
+    change(program, arrays)
+    with pytest.raises(hk.ProgramError, match=message):
         hk.Engine(program, arrays)
 
 

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 import headrace_kernels as hk
-from oracle import Weight, coarse, fine, linear, random_weight, tiles
+from oracle import Weight, coarse, fine, linear, random_factors, random_weight, tiles
 from programs import linear_program
 
 ROUNDING = 2e-6  # of float32 sums, relative to the sum of magnitudes; a wrong code is worth far more in `sharp` rows
@@ -36,7 +36,7 @@ def check(
     quantize: Any = partial(coarse, group=group)
     if group == 0 or batched or m <= 8:
         quantize = partial(fine, w=w)
-    elif engine.isa.startswith("amx") and w.scale.shape[1] == 1:
+    elif engine.isa.startswith("amx") and not w.has_blocks:
         quantize = tiles
     expected, size = linear(x, w, quantize)
     assert logits.shape == expected.shape
@@ -63,6 +63,46 @@ def test_shapes(isa: str, n: int, k: int, bits: int, block: int | None, group: i
     with hk.Engine(*linear_program(table, w, group), slots=9, threads=2, isa=isa) as engine:
         for m, batched in ((1, False), (2, False), (3, True), (8, False), (9, True), (9, False), (13, False)):
             check(engine, table, w, group, m, batched, rng)
+
+
+@pytest.mark.parametrize("n,k", [*SHAPES[:-1], (19, 576), (35, 1152), (50, 288), (37, 4352)])
+@pytest.mark.parametrize(
+    "block,group", [*((block, 32) for block in (16, 32, 64, 128, 256)), *((block, 64) for block in (64, 128, 256))]
+)
+def test_blocks_of_whole_factors(isa: str, n: int, k: int, block: int, group: int) -> None:
+    k = -(-k // block) * block
+    rng = np.random.default_rng(n * k + block)
+    table, w = sharp_table(rng, n, k), random_factors(rng, n, k, block, bias=n % 2 == 0)
+    with hk.Engine(*linear_program(table, w, group), slots=9, threads=2, isa=isa) as engine:
+        for m, batched in ((1, False), (2, False), (3, True), (8, False), (9, True), (9, False), (13, False)):
+            check(engine, table, w, group, m, batched, rng)
+
+
+@pytest.mark.parametrize("block", [16, 32, 64, 128, 256])
+def test_whole_factors_are_the_scales_they_multiply_to(isa: str, block: int) -> None:
+    rng = np.random.default_rng(block)
+    n, k = 37, 9 * block
+    table, w = sharp_table(rng, n, k), random_factors(rng, n, k, block)
+    assert w.factors is not None
+    w.scale[:] = np.ldexp(rng.integers(64, 128, (n, 1)).astype(np.float16), -14)  # times a factor exact in float16
+    same = Weight(w.codes, w.scale * w.factors.astype(np.float16), 4)
+    np.testing.assert_array_equal(w.values(), same.values())
+    with (
+        hk.Engine(*linear_program(table, w, 32), threads=1, isa=isa) as one,
+        hk.Engine(*linear_program(table, same, 32), threads=1, isa=isa) as other,
+    ):
+        for m in (1, 4, 13):
+            spans = [(0, 0, rng.integers(0, n, m), range(m))]
+            size = np.abs(table.values()).sum(axis=1).max() * np.abs(w.values()).max()
+            np.testing.assert_allclose(one.run(spans), other.run(spans), rtol=0, atol=ROUNDING * size)
+
+
+def test_table_of_whole_factors(isa: str) -> None:
+    rng = np.random.default_rng(0)
+    table, w = random_factors(rng, 33, 144, 16), random_weight(rng, 33, 144, 4, 16)
+    with hk.Engine(*linear_program(table, w, 32), slots=9, threads=1, isa=isa) as engine:
+        for m, batched in ((3, True), (13, False)):
+            check(engine, table, w, 32, m, batched, rng)
 
 
 @pytest.mark.parametrize(
