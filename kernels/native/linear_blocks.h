@@ -136,8 +136,8 @@ HEADRACE_APART void block_rows(const Weight& w, const Scale* all, size_t per_row
   const size_t ahead = round_up(kAhead, V::lanes * w.row_bytes());
   const uint8_t* rows = w.packed + n * w.row_bytes();
   const Scale* scales = all + n * per_row;
-  // What a last step lacks can be read as well, being the next rows', where it is multiplied with zeros.
-  const bool more = behind * w.row_bytes() >= V::bytes && behind * per_row * each >= Parts;
+  // What a last step lacks can be read as well, being the next rows', where it is multiplied with zeros; so can its scales.
+  const bool more = behind * w.row_bytes() >= V::bytes;
   const int whole = w.k / S::columns, per_flush = Parts == 1 ? w.block / S::columns : 1;
   const int flushes = int(round_up(w.k, Parts == 1 ? w.block : S::columns)) / (per_flush * S::columns);
   typename V::F f[T][Parts];
