@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 
 from headrace.bundle import grid as grid_module
 from headrace.bundle.grid import (
+    FACTORS,
     Grid,
     QuantizedTensor,
     dequantize,
+    factored,
     fit_scales,
     pack,
     quantize_nearest,
@@ -26,6 +28,7 @@ from headrace.errors import RecipeError
 BLOCKS = (None, 16, 32, 64, 128, 256)
 # Sums of squares in float32 over at most 512 columns: a tie between two clips may be decided by rounding.
 TIE = 1e-5
+LPBQ_LOSS = 1.1
 
 codes_of = {
     bits: arrays.arrays(
@@ -103,6 +106,52 @@ def test_the_clip_search_is_no_worse_than_the_largest_magnitude(
     best = squared_error(weight, quantize_nearest(weight, grid))
     assert (best <= squared_error(weight, whole) * (1 + TIE)).all(), "the unclipped scale is one of the candidates"
     assert best.sum() <= squared_error(weight, plain).sum() * (1 + TIE)
+
+
+@pytest.mark.parametrize("block", BLOCKS[1:])
+@settings(max_examples=25)
+@given(seed=st.integers(0, 1 << 30), spread=st.floats(1e-9, 1e5))
+def test_lpbq_scales_are_whole_factors_of_one_a_row(block: int, seed: int, spread: float) -> None:
+    weight, grid = weights(seed) * np.float32(spread), Grid(4, block, lpbq=True)
+    q = quantize_nearest(weight, grid)
+    row, factors = factored(q.scales)
+    assert row.shape == (6, 1)
+    assert (factors.max(1) == FACTORS).all(), "a device rounds scales again unless a row's largest factor is 16"
+    assert set(factors.ravel()) <= set(range(1, FACTORS + 1))
+    np.testing.assert_array_equal((row * factors).astype(np.float16), q.scales)
+    np.testing.assert_array_equal(row.astype(np.float16), row, err_msg="it is stored as float16")
+    assert grid.nbytes(6, 256) == 6 * (128 + 2 + (256 // block + 1) // 2)
+
+
+@pytest.mark.parametrize("block", [16, 32, 64])
+def test_lpbq_scales_lose_little(block: int) -> None:
+    """Beside scales of their own; a sixteenth of a row's largest is a step of 6 to 12 % of most blocks' scales."""
+    weight = weights(7, rows=64)
+    free, whole = (
+        squared_error(weight, quantize_nearest(weight, Grid(4, block, lpbq))).sum() for lpbq in (False, True)
+    )
+    assert free < whole < LPBQ_LOSS * free
+
+
+def test_rows_of_lpbq_scales_are_scaled() -> None:
+    q = quantize_nearest(weights(8), Grid(4, 32, lpbq=True))
+    larger = q.scaled(np.linspace(0.3, 5, 6))
+    np.testing.assert_array_equal(factored(larger.scales)[1], factored(q.scales)[1])
+    np.testing.assert_allclose(
+        factored(larger.scales)[0], factored(q.scales)[0] * np.linspace(0.3, 5, 6)[:, None], rtol=2**-7
+    )
+
+
+@pytest.mark.parametrize("scales", [[[1.0, 0.3]], [[1.0, 0.01]]])
+def test_scales_that_are_not_whole_factors(scales: list[list[float]]) -> None:
+    with pytest.raises(ValueError, match="not whole multiples of a sixteenth"):
+        factored(np.array(scales, np.float16))
+
+
+@pytest.mark.parametrize(("bits", "block"), [(8, 32), (4, None)])
+def test_lpbq_is_for_blocks_of_four_bits(bits: int, block: int | None) -> None:
+    with pytest.raises(RecipeError, match="LPBQ scales are for blocks of 4 bits; expected bits 4 and a block"):
+        Grid(bits, block, lpbq=True)
 
 
 def test_importance_moves_the_error_to_columns_that_matter_less() -> None:

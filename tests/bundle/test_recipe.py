@@ -39,7 +39,7 @@ def test_a_rule_that_matches_nothing(rules: tuple[Rule, ...]) -> None:
 def test_other_blocks_and_methods_are_for_four_bits() -> None:
     recipe = Recipe("r", (TABLES, DOWN, LINEARS))
     changed = recipe.with_linears(block=64, method="nearest")
-    assert changed.rules == (TABLES, DOWN, Rule("_proj", 4, 64, "nearest"))
+    assert changed.rules == (TABLES, DOWN, Rule("_proj", 4, 64, "nearest", lpbq=True))
     assert changed.with_linears(block=None).rules[2].block is None
     assert recipe.with_linears() == recipe
 

@@ -21,10 +21,15 @@ TIED = ModelConfig("llama", 31, 64, 96, 3, 4, 2, 16, 1e-5, 10000.0, 512, True)
 
 
 def grids_of(config: ModelConfig) -> dict[str, Grid]:
-    """int8 tables, int4 linears, one linear in blocks and one in 8 bits."""
+    """int8 tables, int4 linears, one in 8 bits; some in blocks, with either kind of scales."""
     grids = {name: Grid(4) for name in quantized_weights(config)}
     grids |= {name: Grid(8) for name in grids if name in (EMBEDDING, HEAD)}
-    return grids | {"layers.0.mlp.up_proj.weight": Grid(4, 32), "layers.1.mlp.down_proj.weight": Grid(8, 16)}
+    return grids | {
+        "layers.0.mlp.up_proj.weight": Grid(4, 32),
+        "layers.1.mlp.up_proj.weight": Grid(4, 32, lpbq=True),
+        "layers.2.mlp.down_proj.weight": Grid(4, 32, lpbq=True),
+        "layers.1.mlp.down_proj.weight": Grid(8, 16),
+    }
 
 
 def filled(root: Path, config: ModelConfig, parts: int) -> tuple[WeightStore, dict[str, QuantizedTensor | np.ndarray]]:
@@ -71,13 +76,18 @@ def test_anyone_can_open_the_files(tmp_path: Path, config: ModelConfig) -> None:
         with safe_open(path, framework="numpy") as file:
             assert file.metadata() == {"format": "headrace"}
         tensors = load_file(path)
-        expected = {key.removesuffix("_packed").removesuffix("_scale") for key in tensors}
+        expected = {key.removesuffix("_packed").removesuffix("_scale").removesuffix("_factors") for key in tensors}
         assert expected == {name for name, row in part_weights(config, part).items() if row.stored_as == name}
         found |= tensors
     for name, value in values.items():
         if isinstance(value, QuantizedTensor):
             np.testing.assert_array_equal(found[f"{name}_packed"], pack(value.codes, value.grid.bits))
-            np.testing.assert_array_equal(found[f"{name}_scale"], value.scales)
+            scales = found[f"{name}_scale"].astype(np.float32)
+            if value.grid.lpbq:
+                bytes_of = found[f"{name}_factors"]
+                factors = 1 + np.stack([bytes_of & 15, bytes_of >> 4], 2).reshape(len(bytes_of), -1)
+                scales = scales * factors[:, : value.scales.shape[1]]
+            np.testing.assert_array_equal(scales, value.scales)
         else:
             np.testing.assert_array_equal(found[name], value)
 

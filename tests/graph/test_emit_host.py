@@ -143,7 +143,9 @@ def test_blocks(exports: Exports, tmp_path: Path, block: int | None) -> None:
     store = opened_store(bundle)
     name = "layers.0.mlp.down_proj.weight"
     assert store.grids[name].block == block
-    assert store.tensors[f"{name}_scale"].shape == (256, 512 // (block or 512))
+    assert store.tensors[f"{name}_scale"].shape == (256, 1)
+    if block is not None:
+        assert store.tensors[f"{name}_factors"].shape == (256, -(-512 // block // 2))
     node = next(
         node for node in onnx.load(path / "part_2_of_2.onnx", load_external_data=False).graph.node
         if node.op_type == "MatMulNBits" and "layers.0.mlp.down_proj" in node.name

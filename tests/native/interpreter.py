@@ -75,6 +75,10 @@ class Interpreter:
         codes = packed.astype(np.int32) - 128
         if entry["bits"] == 4:
             codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1).astype(np.int32) - 8
+        if "factors" in entry:
+            factors = self.tensor(entry["factors"])
+            factors = np.stack([factors & 15, factors >> 4], axis=-1).reshape(len(factors), -1)
+            scale = scale * (factors[:, : codes.shape[1] // entry["block"]] + np.float32(1))
         return codes * np.repeat(scale, codes.shape[1] // scale.shape[1], axis=1)
 
     def linear(self, x: Array, name: str) -> Array:

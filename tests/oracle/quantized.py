@@ -6,6 +6,7 @@ Reads codes and scales as docs/bundle-format.md describes them; imports nothing 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +45,12 @@ def stored_weights(bundle: Path) -> dict[str, Matrix]:
                 codes = array.astype(np.float64) - 8
             else:
                 codes = array.astype(np.float64) - 128
+            if f"{weight}_factors" in stored:  # of a row's scale, one less than it is: two a byte, low nibble first
+                factors = stored[f"{weight}_factors"]
+                scales = scales * (np.stack([factors & 15, factors >> 4], 2).reshape(len(factors), -1) + 1.0)
+                scales = scales[:, : columns // _block(bundle, weight)]
             weights[weight] = codes * np.repeat(scales, columns // scales.shape[1], axis=1)
-        elif not name.endswith("_scale"):
+        elif not name.endswith(("_scale", "_factors")):
             weights[name] = array.astype(np.float64)
     return weights
 
@@ -84,6 +89,11 @@ def forward(bundle: Path, ids: Sequence[int], *, int8_cache: bool) -> Forward:
         x = x + linear(gate * linear(y, f"{p}.mlp.up_proj"), f"{p}.mlp.down_proj")
     table = w["embed_tokens.weight" if g["tied_head"] else "lm_head.weight"]
     return Forward(rms(x, w["norm.weight"], eps) @ table.T, caches)
+
+
+def _block(bundle: Path, weight: str) -> int:
+    rules = json.loads((bundle / "headrace.json").read_text())["recipe"]["rules"]
+    return int(next(rule["block"] for rule in rules if re.search(rule["match"], weight)))
 
 
 def _columns(bundle: Path, weight: str) -> int:

@@ -72,7 +72,7 @@ def test_everything_may_become_eight_bits() -> None:
 def test_what_cannot_be_met_says_what_can() -> None:
     with pytest.raises(RecipeError, match=r"--bits 3.5 cannot be met: recipe 'plain' needs 4 at least"):
         within_budget(RECIPE, CONFIG, COSTS, bits=3.5)
-    widest = RECIPE.with_linears(block=64).resolve(quantized_weights(CONFIG))
+    widest = RECIPE.with_linears(block=64, lpbq=False).resolve(quantized_weights(CONFIG))
     down = {n: replace(r, block=32) for n, r in widest.items() if weight_table(CONFIG)[n].matrix[1] == 96}
     least = weight_bytes(CONFIG, widest | down)
     with pytest.raises(RecipeError, match=rf"--size 1000 bytes cannot be met: recipe 'plain' needs {least} bytes"):

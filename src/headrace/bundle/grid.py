@@ -3,6 +3,11 @@
 A weight (N, K) is a row per output. Its codes are signed and symmetric (int4: −8 … 7, int8: −127 … 127) with one
 scale per row, or per block of columns of a row. On disk codes are unsigned (code + 8, code + 128), int4 two a byte
 along K with the low nibble first, which is what MatMulNBits reads; scales are float16.
+
+Scales of blocks can be LPBQ (low power blockwise quantization, Qualcomm's form): a scale a row times a whole factor of
+1 … 16 a block, of which a row's largest is 16. A factor takes half a byte where a float16 takes two, so that blocks of
+16 columns cost less than blocks of 32 with scales of their own. Such a scale is a float16 too: a row's scale has at
+most 7 significant bits, its product with a factor 11.
 """
 
 from __future__ import annotations
@@ -16,10 +21,13 @@ from numpy.typing import NDArray
 from headrace.errors import RecipeError
 
 __all__ = [
+    "FACTORS",
     "Grid",
     "QuantizedTensor",
     "dequantize",
+    "factored",
     "fit_scales",
+    "nearest_factor",
     "pack",
     "quantize_nearest",
     "round_codes",
@@ -30,25 +38,34 @@ __all__ = [
 
 # Candidates for the clip of the MSE search, as shares of the largest magnitude.
 _CLIPS = np.linspace(1.0, 0.55, 19, dtype=np.float32)
+# Candidates for a row's LPBQ scale, as shares of the one whose factor 16 is the row's largest block.
+_ROW_CLIPS = (1.0, 0.94, 0.88)
 _ROWS_AT_ONCE = 1 << 18  # elements: the temporary arrays of the search stay in the cache
+FACTORS = 16  # the largest factor of a block's LPBQ scale
+_ROW_BITS = 7  # significant bits of a row's LPBQ scale
+_MOST_ROW = np.float32(127 * 32)  # the largest of so many bits that is a float16 sixteen times as well
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Bits (4 or 8) and the columns that share a scale: `block`, or None for one scale a row.
+    """Bits (4 or 8), the columns that share a scale (`block`, or None for one scale a row), and whether scales of
+    blocks are LPBQ instead of float16.
 
     Raises:
-        RecipeError: bits or block are none of the above.
+        RecipeError: bits or block are none of the above, or LPBQ scales have no 4-bit blocks.
     """
 
     bits: int
     block: int | None = None
+    lpbq: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise RecipeError(f"bits {self.bits} is not possible; expected 4 or 8")
         if self.block is not None and self.block not in (16, 32, 64, 128, 256):
             raise RecipeError(f"block {self.block} is not possible; expected channel, 16, 32, 64, 128 or 256")
+        if self.lpbq and (self.bits != 4 or self.block is None):
+            raise RecipeError("LPBQ scales are for blocks of 4 bits; expected bits 4 and a block")
 
     @property
     def top(self) -> int:
@@ -87,7 +104,9 @@ class Grid:
 
     def nbytes(self, rows: int, columns: int) -> int:
         """Bytes of the packed codes and the scales of a weight."""
-        return rows * columns * self.bits // 8 + rows * self.blocks(columns) * 2
+        blocks = self.blocks(columns)
+        scales = 2 + -(-blocks // 2) if self.lpbq else 2 * blocks
+        return rows * columns * self.bits // 8 + rows * scales
 
 
 @dataclass(frozen=True)
@@ -96,8 +115,8 @@ class QuantizedTensor:
 
     Attributes:
         codes: int8 (N, K), signed.
-        scales: float16 (N, blocks).
-        grid: bits and block.
+        scales: float16 (N, blocks), LPBQ ones multiplied out.
+        grid: of codes and scales.
         bias: float32 (N,), what is added to a linear's result, or None.
     """
 
@@ -116,8 +135,12 @@ class QuantizedTensor:
 
         Exact for powers of two, as long as no scale leaves the range of float16.
         """
-        wide = self.scales.astype(np.float32) * factors.astype(np.float32)[:, None]
-        scales = np.copysign(storable(np.abs(wide)), wide).astype(np.float16)  # a kept grid can have negative ones
+        if self.grid.lpbq:
+            row, blocks = factored(self.scales)
+            scales = (_row_scale(row * factors.astype(np.float32)[:, None]) * blocks).astype(np.float16)
+        else:
+            wide = self.scales.astype(np.float32) * factors.astype(np.float32)[:, None]
+            scales = np.copysign(storable(np.abs(wide)), wide).astype(np.float16)  # a kept grid can have negative ones
         bias = None if self.bias is None else (self.bias * factors).astype(np.float32)
         return replace(self, scales=scales, bias=bias)
 
@@ -134,6 +157,33 @@ def storable(scales: NDArray[np.float32]) -> NDArray[np.float16]:
     return np.maximum(np.minimum(scales, np.float32(65504)).astype(np.float16), smallest)
 
 
+def factored(scales: NDArray[np.float16]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """LPBQ scales (N, blocks) as a row's (N, 1) times whole factors (N, blocks), of which a row's largest is 16.
+
+    Raises:
+        ValueError: they are no such products.
+    """
+    wide = scales.astype(np.float32)
+    row = wide.max(1, keepdims=True) / np.float32(FACTORS)
+    factors = np.rint(wide / row)
+    if not (np.array_equal(factors * row, wide) and factors.min() >= 1 and np.array_equal(row.astype(np.float16), row)):
+        raise ValueError("scales are not whole multiples of a sixteenth of their row's largest")
+    return row, factors
+
+
+def nearest_factor(scales: NDArray[np.float32], row: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The whole factor, 1 … 16, whose product with a row's scale is nearest to a scale."""
+    factors: NDArray[np.float32] = np.clip(np.rint(scales / row), 1, FACTORS)
+    return factors
+
+
+def _row_scale(wanted: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Scales of rows as LPBQ stores them: float16 of `_ROW_BITS` bits, sixteen times which is a float16 too."""
+    fraction, exponent = np.frexp(wanted)
+    short = np.ldexp(np.rint(np.ldexp(fraction, _ROW_BITS)), exponent - _ROW_BITS)
+    return storable(np.minimum(short, _MOST_ROW)).astype(np.float32)
+
+
 def fit_scales(
     weight: NDArray[np.float32], grid: Grid, importance: NDArray[np.float32] | None = None
 ) -> NDArray[np.float16]:
@@ -147,26 +197,55 @@ def fit_scales(
     rows, columns = weight.shape
     blocks = grid.blocks(columns)
     out = np.empty((rows, blocks), np.float16)
+    share = None if importance is None else importance.reshape(1, blocks, -1)
     for at in _chunks(rows, columns):
         w = weight[at].reshape(-1, blocks, columns // blocks)
-        share = None if importance is None else importance.reshape(1, blocks, -1)
         # int4 reaches one step further down than up: the side with the largest magnitude decides.
         limit = np.maximum(w.max(2) / grid.top, w.min(2) / grid.bottom)
         limit = np.maximum(limit, 0)
         best_scale, best_error = storable(limit), np.full(limit.shape, np.inf, np.float32)
         for clip in _CLIPS:
             scale = storable(limit * clip)
-            step = scale.astype(np.float32)[:, :, None]
-            error = np.clip(np.rint(w / step), grid.bottom, grid.top)
-            error *= step
-            error -= w
-            np.square(error, out=error)
-            total = error.sum(2) if share is None else (error * share).sum(2)
+            total = _rounding_errors(w, scale, grid, share)
             better = total < best_error
             best_error = np.where(better, total, best_error)
             best_scale = np.where(better, scale, best_scale)
-        out[at] = best_scale
+        out[at] = _fit_factors(w, best_scale, grid, share) if grid.lpbq else best_scale
     return out
+
+
+def _fit_factors(
+    w: NDArray[np.float32], scales: NDArray[np.float16], grid: Grid, share: NDArray[np.float32] | None
+) -> NDArray[np.float16]:
+    """LPBQ scales (N, blocks) near to free ones: of a few scales for each row, and of the two factors next to each
+    block's scale, those of least error. The largest block always gets factor 16."""
+    wide = scales.astype(np.float32)
+    largest = np.arange(wide.shape[1]) == wide.argmax(1)[:, None]
+    best_scale, best_error = scales, np.full((len(wide), 1), np.inf, np.float32)
+    for clip in _ROW_CLIPS:
+        row = _row_scale(wide.max(1, keepdims=True) * np.float32(clip / FACTORS))
+        below = np.where(largest, FACTORS, np.clip(np.floor(wide / row), 1, FACTORS))
+        above = np.minimum(below + 1, FACTORS)
+        tried = [(row * factors).astype(np.float16) for factors in (below, above)]
+        low, high = (_rounding_errors(w, each, grid, share) for each in tried)
+        total = np.minimum(low, high).sum(1, keepdims=True)
+        scale = np.where(low <= high, *tried)
+        best_scale = np.where(total < best_error, scale, best_scale)
+        best_error = np.minimum(total, best_error)
+    return best_scale
+
+
+def _rounding_errors(
+    w: NDArray[np.float32], scales: NDArray[np.float16], grid: Grid, share: NDArray[np.float32] | None
+) -> NDArray[np.float32]:
+    """Squared errors of blocks (N, blocks, columns) rounded with scales (N, blocks), summed over a block's columns."""
+    step = scales.astype(np.float32)[:, :, None]
+    error = np.clip(np.rint(w / step), grid.bottom, grid.top)
+    error *= step
+    error -= w
+    np.square(error, out=error)
+    total: NDArray[np.float32] = error.sum(2) if share is None else (error * share).sum(2)
+    return total
 
 
 def round_codes(weight: NDArray[np.float32], scales: NDArray[np.float16], grid: Grid) -> NDArray[np.int8]:

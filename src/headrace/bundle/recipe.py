@@ -6,8 +6,9 @@ A recipe is a small JSON file:
      "rules": [{"match": "embed_tokens|lm_head", "bits": 8, "block": "channel", "method": "nearest"},
                {"match": "layers\\..*_proj",      "bits": 4, "block": "channel", "method": "gptq"}]}
 
-`match` is a regular expression (patterns.py) searched in the canonical name; `"rotate": true` quantizes the model in
-another basis (rotation.py). This file does not know how a method works.
+`match` is a regular expression (patterns.py) searched in the canonical name; `"lpbq": true` gives 4-bit blocks the
+other form of scales that grid.py has; `"rotate": true` quantizes the model in another basis (rotation.py). This file
+does not know how a method works.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Rule:
     bits: int
     block: int | None
     method: str
+    lpbq: bool = False
     pattern: Pattern = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -46,8 +48,8 @@ class Rule:
 
     @property
     def grid(self) -> Grid:
-        """Bits and block."""
-        return Grid(self.bits, self.block)
+        """What the weights are rounded to."""
+        return Grid(self.bits, self.block, self.lpbq)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -56,6 +58,7 @@ class Rule:
             "bits": self.bits,
             "block": self.block or "channel",
             "method": self.method,
+            **({"lpbq": True} if self.lpbq else {}),
         }
 
 
@@ -102,16 +105,16 @@ class Recipe:
                 )
         return chosen
 
-    def with_linears(self, *, block: int | str | None = "keep", method: str | None = None) -> Recipe:
-        """The same recipe with another block or method for its 4-bit rules."""
+    def with_linears(
+        self, *, block: int | str | None = "keep", method: str | None = None, lpbq: bool | None = None
+    ) -> Recipe:
+        """The same recipe with another block or method for its 4-bit rules; a block given here has LPBQ scales, unless
+        `lpbq` says otherwise."""
         rules = []
         for rule in self.rules:
             if rule.bits == 4:
-                rule = replace(
-                    rule,
-                    block=rule.block if isinstance(block, str) else block,
-                    method=method or rule.method,
-                )
+                given = rule if isinstance(block, str) else replace(rule, block=block, lpbq=block is not None)
+                rule = replace(given, method=method or rule.method, lpbq=given.lpbq if lpbq is None else lpbq)
             rules.append(rule)
         return replace(self, rules=tuple(rules))
 
@@ -140,7 +143,7 @@ class Recipe:
             where = f"{origin}, rule {number}"
             if not isinstance(item, dict):
                 raise RecipeError(f"{where} is {item!r}; expected an object with match, bits, block, method")
-            _only(item, ("match", "bits", "block", "method"), where)
+            _only(item, ("match", "bits", "block", "method", "lpbq"), where)
             if "match" not in item or "bits" not in item:
                 raise RecipeError(f"{where} lacks 'match' or 'bits'")
             parsed.append(
@@ -149,11 +152,10 @@ class Recipe:
                     item["bits"],
                     parse_block(item.get("block", "channel")),
                     item.get("method", "nearest"),
+                    _flag(item, "lpbq", where),
                 )
             )
-        rotate = raw.get("rotate", False)
-        if not isinstance(rotate, bool):
-            raise RecipeError(f"{origin}: rotate is {rotate!r}; expected true or false")
+        rotate = _flag(raw, "rotate", origin)
         return cls(str(raw.get("name", "unnamed")), tuple(parsed), str(raw.get("kv", "int8")), rotate)
 
 
@@ -194,6 +196,13 @@ def load_recipe(name_or_file: str) -> Recipe:
         )
     raw = read_json(path, error=RecipeError, advice="see docs/bundle-format.md")
     return Recipe.from_dict(raw, f"recipe {path.name}")
+
+
+def _flag(raw: Mapping[str, Any], key: str, where: str) -> bool:
+    value = raw.get(key, False)
+    if not isinstance(value, bool):
+        raise RecipeError(f"{where}: {key} is {value!r}; expected true or false")
+    return value
 
 
 def _only(raw: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:

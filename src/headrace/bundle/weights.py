@@ -4,7 +4,8 @@ The layout follows from geometry, plan and grids alone, so a file is created at 
 graphs can point into it. Knows nothing about how codes were found.
 
     <weight>_packed   uint8 (N, K·bits/8)   codes + zero point; int4: two a byte, low nibble first
-    <weight>_scale    float16 (N, blocks)
+    <weight>_scale    float16 (N, blocks); (N, 1) when scales are LPBQ
+    <weight>_factors  uint8 (N, ⌈blocks/2⌉) of LPBQ scales: factor − 1, two a byte, low nibble first
     <module>.bias     float32 (N,)          of a linear that has one
     <norm>.weight     float32 (H,)
 """
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.bundle.grid import Grid, QuantizedTensor, dequantize, pack, unpack
+from headrace.bundle.grid import Grid, QuantizedTensor, dequantize, factored, pack, unpack
 from headrace.bundle.recipe import Recipe
 from headrace.config import ModelConfig
 from headrace.errors import BundleError
@@ -87,9 +88,13 @@ def _layout(config: ModelConfig, part: Part, grids: Mapping[str, Grid]) -> Layou
             continue
         (rows, columns), grid = weight.matrix, grids[name]
         shapes[f"{name}_packed"] = ("U8", (rows, columns * grid.bits // 8))
-        shapes[f"{name}_scale"] = ("F16", (rows, grid.blocks(columns, name)))
-    # float32 first, then float16, then bytes: everything is aligned without gaps, which safetensors forbids.
-    order = sorted(shapes, key=lambda n: -_DTYPES[shapes[n][0]].itemsize)
+        blocks = grid.blocks(columns, name)
+        shapes[f"{name}_scale"] = ("F16", (rows, 1 if grid.lpbq else blocks))
+        if grid.lpbq:
+            shapes[f"{name}_factors"] = ("U8", (rows, -(-blocks // 2)))
+    # float32 first, then float16, then bytes: everything is aligned without gaps, which safetensors forbids. Factors
+    # come last, so that codes of linears of one input still follow each other.
+    order = sorted(shapes, key=lambda n: (-_DTYPES[shapes[n][0]].itemsize, n.endswith("_factors")))
     entries: dict[str, dict[str, Any]] = {}
     at = 0
     for name in order:
@@ -162,7 +167,7 @@ class WeightStore:
         """Store a weight, with its bias when it has one."""
         if isinstance(value, QuantizedTensor):
             self._write(f"{name}_packed", pack(value.codes, value.grid.bits))
-            self._write(f"{name}_scale", value.scales)
+            self._write_scales(name, value)
             bias = self._table[name].bias
             if (bias is None) != (value.bias is None):
                 raise ValueError(f"{name} comes {'without a' if value.bias is None else 'with a'} bias")
@@ -183,8 +188,24 @@ class WeightStore:
         return QuantizedTensor(codes, self.read_scales(name), grid, None if bias is None else self._float(bias))
 
     def read_scales(self, name: str) -> NDArray[np.float16]:
-        """The scales of a quantized weight, (N, blocks)."""
-        return np.array(self._view(f"{name}_scale"))
+        """The scales of a quantized weight, (N, blocks), LPBQ ones multiplied out."""
+        scales = np.array(self._view(f"{name}_scale"))
+        if not self.grids[name].lpbq:
+            return scales
+        blocks = self.grids[name].blocks(self._table[name].matrix[1])
+        stored = np.asarray(self._view(f"{name}_factors"))
+        factors = np.stack([stored & 15, stored >> 4], axis=2).reshape(len(stored), -1)[:, :blocks] + np.float32(1)
+        return (scales.astype(np.float32) * factors).astype(np.float16)
+
+    def _write_scales(self, name: str, value: QuantizedTensor) -> None:
+        if not value.grid.lpbq:
+            self._write(f"{name}_scale", value.scales)
+            return
+        row, factors = factored(value.scales)
+        nibbles = (factors - 1).astype(np.uint8)
+        even = np.pad(nibbles, ((0, 0), (0, nibbles.shape[1] % 2)))
+        self._write(f"{name}_scale", row)
+        self._write(f"{name}_factors", even[:, 0::2] | even[:, 1::2] << np.uint8(4))
 
     def read_stored(self, name: str) -> QuantizedTensor | NDArray[np.float32]:
         """A weight as it is stored: codes and scales, or float32 for a norm or a bias; a tied head is the embedding."""

@@ -131,7 +131,9 @@ def settle(checkpoint: Path, options: ExportOptions) -> ExportSettings:
     if options.method is not None:
         find_method(options.method)
     recipe = replace(asked, kv=options.kv or asked.kv).with_linears(
-        block="keep" if options.block is None else parse_block(options.block), method=options.method
+        block="keep" if options.block is None else parse_block(options.block),
+        method=options.method,
+        lpbq=False if options.keep_grid else None,  # a checkpoint's own blocks have float16 scales
     )
     # A device's fixed grids hold one huge channel only at the cost of all others: see quantize/rotation.py.
     rotate = options.rotate

@@ -136,9 +136,7 @@ class _HostOps(Recorder):
         stored_blocks = grid.blocks(columns, source)
         packed = _behind(self.weights.tensors, [f"{s}_packed" for s in sources])
         data = self.graph.stored(f"{name}_packed.blocks", packed, (rows, blocks, block * grid.bits // 8))
-        stored = _behind(self.weights.tensors, [f"{s}_scale" for s in sources])
-        scales = self.graph.stored(f"{name}_scale", stored)
-        scales = self.graph.one("Cast", [scales], to=FLOAT, name=f"{name}_scale.float")
+        scales = self._scales(name, sources, grid.lpbq, stored_blocks)
         if stored_blocks != blocks:
             scales = self._expand(scales, rows, stored_blocks, blocks // stored_blocks, name)
         attributes = {
@@ -154,6 +152,22 @@ class _HostOps(Recorder):
             inputs += [None, None, self.graph.stored(f"{name}.bias", _behind(self.weights.tensors, biases))]
         return self.graph.node("MatMulNBits", inputs, attributes, domain=MICROSOFT, name=name)[0]
 
+    def _scales(self, name: str, sources: Sequence[str], lpbq: bool, blocks: int) -> Value:
+        """Scales (N, blocks) of linears that follow each other, float32; LPBQ ones are multiplied out."""
+        g, tensors = self.graph, self.weights.tensors
+        scales = g.stored(f"{name}_scale", _behind(tensors, [f"{s}_scale" for s in sources]))
+        scales = g.one("Cast", [scales], to=FLOAT, name=f"{name}_scale.float")
+        if not lpbq:
+            return scales
+        stored = _behind(tensors, [f"{s}_factors" for s in sources])
+        rows, width = stored.shape
+        factors = g.stored(f"{name}_factors", stored, (rows, 2 * width), bits=4)
+        factors = g.one("Cast", [factors], to=FLOAT, name=f"{name}_factors.float")
+        if blocks % 2:
+            factors = self.slice(factors, 1, 0, blocks)
+        factors = g.one("Add", [factors, g.constant("one", np.array(1, np.float32))], name=f"{name}_factors.whole")
+        return g.one("Mul", [scales, factors], name=f"{name}_scale.blocks")
+
     def _float_matmul(self, x: Value, weights: Sequence[Weight], name: str) -> Value:
         """The same for a row that no block of MatMulNBits divides, which has one scale (blocks that do not divide are
         refused): float32 weights, which ONNX Runtime computes from the stored ones when the session is made."""
@@ -161,11 +175,9 @@ class _HostOps(Recorder):
         grid, columns = self.weights.grids[sources[0]], weights[0].matrix[1]
         rows = sum(weight.shape[0] for weight in weights)
         packed = _behind(self.weights.tensors, [f"{s}_packed" for s in sources])
-        scales = self.graph.stored(f"{name}_scale", _behind(self.weights.tensors, [f"{s}_scale" for s in sources]))
+        scales = self._scales(name, sources, lpbq=False, blocks=1)
         codes = self.graph.stored(f"{name}_packed", packed, (rows, columns), bits=grid.bits)
-        kind = FLOAT
-        codes = self.graph.one("Cast", [codes], to=kind, name=f"{name}.float")
-        scales = self.graph.one("Cast", [scales], to=kind, name=f"{name}_scale.float")
+        codes = self.graph.one("Cast", [codes], to=FLOAT, name=f"{name}.float")
         centre = self.graph.constant(f"zero_point_{grid.bits}", np.array(grid.zero_point, np.float32))
         values = self.graph.one("Sub", [codes, centre], name=f"{name}.centred")
         values = self.graph.one("Mul", [values, scales], name=f"{name}.weight")

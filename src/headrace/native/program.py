@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.bundle.folder import Bundle
+from headrace.bundle.grid import Grid
 from headrace.bundle.weights import StoredTensor
 from headrace.config import ModelConfig
 from headrace.model import decoder
@@ -69,7 +70,7 @@ class Program:
         context: positions of a slot.
         kv_scales: (key, value) scale of each layer's int8 cache; empty for a float32 cache.
         tensors: the stored tensors that are used, by name.
-        weights: bits of each quantized weight that is used, by name.
+        weights: the grid of each quantized weight that is used, by name.
         registers: their widths.
         instructions: in order.
     """
@@ -79,17 +80,15 @@ class Program:
     context: int
     kv_scales: Sequence[tuple[float, float]]
     tensors: Mapping[str, StoredTensor]
-    weights: Mapping[str, int]
+    weights: Mapping[str, Grid]
     registers: tuple[int, ...]
     instructions: tuple[Instruction, ...]
 
     def bytes_read(self, instruction: Instruction) -> int:
         """Bytes of weights that an instruction reads for one token: all of them, but one row of the embedding."""
-        table = weight_table(self.config)
         size = 0
         for name in instruction.weights:
-            bias = table[name].bias
-            parts = (f"{name}_packed", f"{name}_scale", *([bias] if bias else ())) if name in self.weights else (name,)
+            parts = _tensors(self.config, name, self.weights[name]) if name in self.weights else [name]
             size += sum(self.tensors[part].nbytes for part in parts)
         return size // self.config.vocab_size if instruction.op == "embed" else size
 
@@ -120,12 +119,13 @@ class Program:
             },
             "weights": {
                 name: {
-                    "bits": bits,
+                    "bits": grid.bits,
                     "packed": f"{name}_packed",
                     "scale": f"{name}_scale",
+                    **({"factors": f"{name}_factors", "block": grid.block} if grid.lpbq else {}),
                     "bias": weight_table(c)[name].bias,
                 }
-                for name, bits in self.weights.items()
+                for name, grid in self.weights.items()
             },
             "registers": list(self.registers),
             "instructions": [{"op": i.op, **i.fields} for i in self.instructions],
@@ -139,13 +139,15 @@ def record_program(bundle: Bundle, context: int | None = None) -> Program:
     ops = _Recorder(bundle.config, GROUPS[0] if small_blocks else GROUPS[1])
     _record(ops)
     registers, instructions = _with_registers(ops.instructions)
+    weights = {name: store.grids[name] for name in sorted(ops.weights)}
+    tensors = ops.tensors.union(*(_tensors(bundle.config, name, grid) for name, grid in weights.items()))
     return Program(
         root=bundle.root,
         config=bundle.config,
         context=context or bundle.context,
         kv_scales=bundle.kv_scales,
-        tensors={name: store.tensors[name] for name in sorted(ops.tensors)},
-        weights={name: store.grids[name].bits for name in sorted(ops.weights)},
+        tensors={name: store.tensors[name] for name in sorted(tensors)},
+        weights=weights,
         registers=registers,
         instructions=instructions,
     )
@@ -234,7 +236,6 @@ class _Recorder(Ops[Result]):
 
     def _weight(self, name: str) -> str:
         self.weights.add(name)
-        self.tensors.update(_tensors(self.config, name))
         return name
 
     def _tensor(self, name: str) -> str:
@@ -242,12 +243,11 @@ class _Recorder(Ops[Result]):
         return name
 
 
-def _tensors(config: ModelConfig, name: str) -> list[str]:
-    """The stored tensors of a weight."""
-    row = weight_table(config)[name]
-    if not row.quantized:
-        return [name]
-    return [f"{name}_packed", f"{name}_scale", *([] if row.bias is None else [row.bias])]
+def _tensors(config: ModelConfig, name: str, grid: Grid) -> list[str]:
+    """The stored tensors of a quantized weight."""
+    bias = weight_table(config)[name].bias
+    factors = [f"{name}_factors"] if grid.lpbq else []
+    return [f"{name}_packed", f"{name}_scale", *factors, *([] if bias is None else [bias])]
 
 
 def _with_registers(recorded: Sequence[Instruction]) -> tuple[tuple[int, ...], tuple[Instruction, ...]]:

@@ -119,7 +119,7 @@ def within_budget(
     chosen: dict[str, Grid] = {}
     steps: list[tuple[float, int, str, Grid]] = []  # KL gained per byte, bytes, and what becomes of which linear
     for name, blocks in tried.items():
-        hull = _hull([*(Grid(4, block) for block in blocks), _EIGHT], name, nbytes, kl)
+        hull = _hull([*(replace(rules[name].grid, block=block) for block in blocks), _EIGHT], name, nbytes, kl)
         chosen[name] = hull[0]
         for before, after in pairwise(hull):
             more = nbytes(name, after) - nbytes(name, before)
@@ -189,7 +189,13 @@ def _with_grids(recipe: Recipe, config: ModelConfig, rules: Mapping[str, Rule], 
         method = rules[name].method if grid.bits == 4 or rules[name].method == "best" else "gptq"
         kinds[table[name].role, grid, method].append(table[name].layer or 0)
     front = [
-        Rule(rf"layers\.({'|'.join(map(str, sorted(layers)))})\.{re.escape(role.value)}", grid.bits, grid.block, method)
+        Rule(
+            rf"layers\.({'|'.join(map(str, sorted(layers)))})\.{re.escape(role.value)}",
+            grid.bits,
+            grid.block,
+            method,
+            grid.lpbq,
+        )
         for (role, grid, method), layers in kinds.items()
     ]
     left = {rule for name, rule in rules.items() if name not in changed}

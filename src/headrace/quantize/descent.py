@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.bundle.grid import Grid, QuantizedTensor, storable
+from headrace.bundle.grid import FACTORS, Grid, QuantizedTensor, nearest_factor, storable
 from headrace.quantize import gptq
 from headrace.quantize.parallel import parallel_map
 from headrace.quantize.statistics import InputStatistics
@@ -56,6 +56,7 @@ def _improve(
     columns, blocks = weight.shape[1], scales.shape[1]
     block = columns // blocks
     steps = np.ascontiguousarray(scales.astype(np.float32).T)  # (blocks, N)
+    unit = steps.max(0) / np.float32(FACTORS) if grid.lpbq else None  # of which every scale stays a whole multiple
     codes = np.ascontiguousarray(start.T).astype(np.float32)  # (K, N)
     error = np.ascontiguousarray(weight.T)
     for b in range(blocks):
@@ -80,7 +81,8 @@ def _improve(
             later[at] = earlier
             near = moment[at, at]
             if blocks > 1:
-                _move_block_scales(codes[at], steps[at.start // block : at.stop // block], error[at], slope, near)
+                own = steps[at.start // block : at.stop // block]
+                _move_block_scales(codes[at], own, unit, error[at], slope, near)
             _move_codes(codes[at], steps[at.start // block : -(-at.stop // block)], error[at], slope, near, grid)
     return np.ascontiguousarray(codes.T.astype(np.int8)), np.ascontiguousarray(steps.T).astype(np.float16)
 
@@ -117,10 +119,11 @@ def _move_row_scale(
     step[:] = new
 
 
-def _move_block_scales(codes: Array, steps: Array, error: Array, slope: Array, near: Array) -> None:
+def _move_block_scales(codes: Array, steps: Array, unit: Array | None, error: Array, slope: Array, near: Array) -> None:
     """Scales (blocks, N) of a few columns' blocks, one after the other, to their optima for the others; in place.
 
-    All arrays are those columns' part, `near` their part of H.
+    All arrays are those columns' part, `near` their part of H. LPBQ scales are factors of their row's `unit` (N,);
+    those of factor 16 stay, since a row has one at least.
     """
     block = len(codes) // len(steps)
     for b, step in enumerate(steps):
@@ -128,6 +131,8 @@ def _move_block_scales(codes: Array, steps: Array, error: Array, slope: Array, n
         gain = np.einsum("kn,kn->n", codes[at], slope[at])
         curvature = np.einsum("kn,kn->n", codes[at], near[at, at] @ codes[at])
         new = _moved(step, gain, curvature)
+        if unit is not None:
+            new = np.where(step == FACTORS * unit, step, nearest_factor(new, unit) * unit)
         change = codes[at] * (new - step)
         error[at] -= change
         slope -= near[:, at] @ change
