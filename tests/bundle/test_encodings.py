@@ -20,6 +20,7 @@ from headrace.bundle.encodings import (
     read_encodings,
     write_encodings,
 )
+from headrace.bundle.grid import Grid
 from headrace.config import ModelConfig
 from headrace.errors import BundleError, CalibrationError
 from headrace.model.decoder import block, embed
@@ -246,7 +247,9 @@ def test_an_older_file_keeps_its_mask(ranges: Ranges, depth: int, tmp_path: Path
 def test_a_file_comes_back(ranges: Ranges, tmp_path: Path) -> None:
     found = device_encodings(CONFIG, ranges, [(0.01, 0.02)] * 3)
     path = tmp_path / "encodings.json"
-    write_encodings(path, found, {"lm_head.weight": (8, [0.5, 0.25])})
+    scales = np.array([[0.5], [0.25]], np.float16)
+    blocks = np.array([[0.5, 0.25, 0.03125], [0.75, 0.046875, 0.375]], np.float16)
+    write_encodings(path, found, {"lm_head.weight": (Grid(8), scales), "linear": (Grid(4, 32, lpbq=True), blocks)})
     assert read_encodings(path) == found
     raw = json.loads(path.read_text())
     assert raw["version"] == "1.0.0"
@@ -261,7 +264,19 @@ def test_a_file_comes_back(ranges: Ranges, tmp_path: Path) -> None:
             "is_sym": True,
             "scale": [0.5, 0.25],
             "offset": [-128, -128],
-        }
+        },
+        {
+            "name": "linear",
+            "dtype": "INT",
+            "enc_type": "LPBQ",
+            "bw": 8,
+            "compressed_bw": 4,
+            "block_size": 32,
+            "is_sym": True,
+            "scale": [0.03125, 0.046875],
+            "offset": [-128, -128],
+            "per_block_int_scale": [16, 8, 1, 16, 1, 8],
+        },
     ]
     assert list(tmp_path.iterdir()) == [path]
 

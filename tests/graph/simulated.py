@@ -51,14 +51,18 @@ class QuantizedModel:
         return dequantize(value) if isinstance(value, QuantizedTensor) else value
 
 
+FOUR_BITS = Grid(4)
+
+
 def quantized_model(
     config: ModelConfig,
     load: Callable[[str], Array],
     windows: NDArray[np.int64],
     *,
     eight_bits: str = "down_proj",
+    grid: Grid = FOUR_BITS,
 ) -> QuantizedModel:
-    """int4 a channel, int8 for tables and linears named `eight_bits`; ranges from `windows`."""
+    """`grid` for linears, int8 for tables and linears named `eight_bits`; ranges from `windows`."""
     weights: dict[str, QuantizedTensor | Array] = {}
     for name in part_weights(config, plan_parts(config, 1)[0]):
         value = load(name)
@@ -66,7 +70,7 @@ def quantized_model(
             weights[name] = value
         else:
             eight = name in (EMBEDDING, HEAD) or eight_bits in name
-            weights[name] = eight_bit(value) if eight else quantize_nearest(value, Grid(4))
+            weights[name] = eight_bit(value) if eight else quantize_nearest(value, grid)
     bare = QuantizedModel(config, weights, {}, ())
     ranges = collect_ranges(config, bare.real, windows)
     scales = []
@@ -131,7 +135,8 @@ def simulated_logits(model: QuantizedModel, ids: NDArray[np.int64], ops: Eager |
 def tiny_model(folder: Path, kind: str, **shape: int) -> QuantizedModel:
     """A random decoder: "gqa", "mha" (Baichuan2: W_pack, NormHead), "tied" (GQA, the head is the embedding), "outliers"
     (gqa with two huge channels in the gated product of the second layer, one in the third's), "biased" (the same, and
-    every linear has a bias), "deep" (biases of queries and keys make every score about −100, as Qwen2's do)."""
+    every linear has a bias), "deep" (biases of queries and keys make every score about −100, as Qwen2's do), "blocks"
+    (as outliers, every linear in LPBQ blocks of 16)."""
     if kind == "mha":
         written = write_baichuan(folder, **shape)
     elif kind in ("biased", "deep"):
@@ -146,7 +151,7 @@ def tiny_model(folder: Path, kind: str, **shape: int) -> QuantizedModel:
         if kind == "deep" and name.endswith(("q_proj.bias", "k_proj.bias")):
             slowest = value.reshape(-1, 2, checkpoint.config.head_dim // 2)[:, :, -1]  # hardly turns in a window
             slowest[:] = DEEP if "q_proj" in name else -DEEP
-        if kind in ("outliers", "biased"):
+        if kind in ("outliers", "biased", "blocks"):
             for layer, channels in OUTLIERS.items():
                 if name in (f"layers.{layer}.mlp.up_proj.weight", f"layers.{layer}.mlp.up_proj.bias"):
                     value[list(channels)] *= HUGE
@@ -154,6 +159,8 @@ def tiny_model(folder: Path, kind: str, **shape: int) -> QuantizedModel:
                     value[:, list(channels)] /= HUGE
         return value
 
+    if kind == "blocks":
+        return quantized_model(checkpoint.config, load, windows, eight_bits=EMBEDDING, grid=Grid(4, 16, lpbq=True))
     return quantized_model(checkpoint.config, load, windows)
 
 

@@ -50,7 +50,7 @@ LAYERS_LSB = 200
 KL = 1e-3  # three layers with spread-out random weights; 1e-4 measured
 CORRELATION = 0.9998
 
-KINDS = ("gqa", "mha", "tied", "outliers", "biased", "deep")
+KINDS = ("gqa", "mha", "tied", "outliers", "biased", "deep", "blocks")
 
 
 @pytest.fixture(scope="module")
@@ -276,10 +276,13 @@ def test_ports_are_the_plan_s_and_touch_only_quantization(models: dict[str, Quan
         assert {makers[port.name].op_type for port in outputs} == {"QuantizeLinear"}
 
 
-def test_int4_weights_have_zero_points_of_their_own(models: dict[str, QuantizedModel], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "linears"), [("gqa", 6), ("blocks", 7)])  # down_proj has 8 bits in one
+def test_int4_weights_have_zero_points_of_their_own(
+    models: dict[str, QuantizedModel], kind: str, linears: int, tmp_path: Path
+) -> None:
     """Without them the compiler reads codes as 0 … 15, silently."""
     seen = 0
-    for written in emit(models["gqa"], tmp_path):
+    for written in emit(models[kind], tmp_path):
         graph = onnx.load(str(written.path), load_external_data=False).graph
         initializers = {t.name: t for t in graph.initializer}
         for node in graph.node:
@@ -288,10 +291,11 @@ def test_int4_weights_have_zero_points_of_their_own(models: dict[str, QuantizedM
                 continue
             zero = initializers[node.input[2]]
             assert zero.data_type == onnx.TensorProto.INT4
-            assert list(zero.dims) == [codes.dims[1]]
+            assert list(zero.dims) == list(initializers[node.input[1]].dims)
+            assert zero.dims[-1] == codes.dims[1] and (kind == "gqa" or zero.dims[0] == codes.dims[0] // 16)
             assert not np.any(numpy_helper.to_array(zero).astype(np.int8))
             seen += 1
-    assert seen == 6 * models["gqa"].config.num_layers  # down_proj has 8 bits
+    assert seen == linears * models[kind].config.num_layers
 
 
 def test_all_graphs_of_a_part_share_their_weights(models: dict[str, QuantizedModel], tmp_path: Path) -> None:
@@ -387,7 +391,10 @@ def test_blocks_are_refused_with_a_way_out(models: dict[str, QuantizedModel], tm
     name = "layers.1.mlp.up_proj.weight"
     blocks = quantize_nearest(model.real(name), Grid(4, 32))
     model = replace(model, weights={**model.weights, name: blocks})
-    with pytest.raises(RecipeError, match=r"layers\.1\.mlp\.up_proj\.weight .*blocks of 32.*--block channel"):
+    with pytest.raises(
+        RecipeError,
+        match=r"layers\.1\.mlp\.up_proj\.weight .*blocks of 32 with scales of their own.*--block 32 or channel",
+    ):
         emit(model, tmp_path)
     assert not list(tmp_path.glob("part_2_of_3.weights"))
 

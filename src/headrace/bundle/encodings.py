@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.bundle.grid import Grid, factored
 from headrace.errors import BundleError, CalibrationError, shown
 from headrace.files import read_json, write_file
 from headrace.model.decoder import residual_names
@@ -152,24 +153,23 @@ def port_encodings(parts: Sequence[Part], encodings: Mapping[str, Encoding]) -> 
 
 
 def write_encodings(
-    path: Path, encodings: Mapping[str, Encoding], parameters: Mapping[str, tuple[int, Sequence[float]]] | None = None
+    path: Path,
+    encodings: Mapping[str, Encoding],
+    parameters: Mapping[str, tuple[Grid, NDArray[np.float16]]] | None = None,
 ) -> None:
     """Write encodings as AIMET 1.0.0.
 
     Args:
         path: the file.
         encodings: of activations, by name.
-        parameters: of weights, by name: bits and the symmetric scale of each channel.
+        parameters: of weights, by name: the grid and the scales, (N, 1) or LPBQ's (N, blocks).
     """
     activations = [
         _entry(name, e.bits, [e.scale], [-e.zero_point], symmetric=e.bits == 8)
         | ({"channels": list(e.channels)} if e.channels else {})
         for name, e in encodings.items()
     ]
-    weights = [
-        _entry(name, bits, list(scales), [-(1 << (bits - 1))] * len(scales), symmetric=True)
-        for name, (bits, scales) in (parameters or {}).items()
-    ]
+    weights = [_parameter(name, grid, scales) for name, (grid, scales) in (parameters or {}).items()]
     body = {
         "version": AIMET_VERSION,
         "quantizer_args": {
@@ -221,6 +221,18 @@ def _encoding(entry: Mapping[str, Any]) -> Encoding:
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not SMALLEST_SCALE <= scale <= LARGEST_SCALE:
         raise ValueError(f"scale {shown(scale)} of {shown(entry['name'])}")
     return Encoding(float(scale), -offset, bits, tuple(channels))
+
+
+def _parameter(name: str, grid: Grid, scales: NDArray[np.float16]) -> dict[str, Any]:
+    """A weight's entry. Of LPBQ the 8 bits are those of codes times factors."""
+    row, factors = factored(scales) if grid.lpbq else (scales, None)
+    bits = grid.bits if factors is None else 8
+    entry = _entry(name, bits, row[:, 0].astype(np.float64).tolist(), [-(1 << (bits - 1))] * len(row), symmetric=True)
+    if factors is None:
+        return entry
+    whole = factors.astype(np.int64).ravel().tolist()
+    form = {"enc_type": "LPBQ", "compressed_bw": grid.bits, "block_size": grid.block}
+    return entry | form | {"per_block_int_scale": whole}
 
 
 def _entry(name: str, bits: int, scales: list[float], offsets: list[int], *, symmetric: bool) -> dict[str, Any]:

@@ -247,9 +247,9 @@ def _calibrate_device(
             config, store.read, windows, progress=lambda done, total: progress("static ranges", done, total)
         )
     parameters = {
-        name: (grid.bits, store.read_scales(name)[:, 0].astype(np.float64).tolist())
+        name: (grid, store.read_scales(name))
         for name, grid in grids.items()
-        if grid.block is None and name != EMBEDDING
+        if (grid.block is None or grid.lpbq) and name != EMBEDDING
     }
     write_encodings(folder / "encodings.json", device_encodings(config, ranges, kv_scales), parameters)
 

@@ -26,7 +26,7 @@ def kept_device_graphs(bundle: Bundle, progress: Progress = silent) -> Path:
     """The folder of a bundle's device graphs: its own, when they were kept, or one beside it, made once.
 
     Raises:
-        RecipeError: linears are quantized in blocks.
+        RecipeError: linears are in blocks whose scales are not LPBQ.
     """
     own = bundle.root / OWN_FOLDER
     if own.is_dir():
@@ -39,7 +39,7 @@ def bundle_device_graphs(bundle: Bundle, folder: Path) -> list[DeviceGraph]:
     """All device graphs of a bundle, written into `folder`.
 
     Raises:
-        RecipeError: linears are quantized in blocks.
+        RecipeError: linears are in blocks whose scales are not LPBQ.
     """
     recipe = bundle.recipe
     refuse_blocks(recipe.resolve(quantized_weights(bundle.config)))
@@ -56,10 +56,10 @@ def bundle_device_graphs(bundle: Bundle, folder: Path) -> list[DeviceGraph]:
 
 
 def refuse_blocks(rules: Mapping[str, Rule]) -> None:
-    """Raise RecipeError for a recipe whose linears are in blocks: the compiler would run them as float16."""
+    """Raise RecipeError for blocks whose scales are not LPBQ: the compiler would round such scales again."""
     for name, rule in rules.items():
-        if rule.block is not None:
+        if rule.block is not None and not rule.lpbq:
             raise RecipeError(
-                f"rule {rule.match!r} gives {name} blocks of {rule.block}, which its compiler refuses; "
-                "expected one scale a channel: --block channel"
+                f"rule {rule.match!r} gives {name} blocks of {rule.block} with scales of their own, which its compiler "
+                f'rounds again; expected LPBQ scales ("lpbq": true, --block {rule.block}) or one a channel'
             )

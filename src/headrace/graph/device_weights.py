@@ -3,7 +3,7 @@
 Derived from the bundle's weights, a tensor at a time; both roles and all contexts share the bytes. Knows what forms
 the HTP compiler takes, not what graphs look like.
 
-    <weight>.codes   int4 or int8 (K, N), transposed for MatMul      <weight>.scale   float32 (N,)
+    <weight>.codes   int4 or int8 (K, N), transposed for MatMul      <weight>.scale   float32 (N,); LPBQ: (blocks, N)
     <down_proj>.outliers.codes, .scale   the columns of outlier channels, zero in the linear itself (see outliers.py)
     <norm>.codes     uint16 (H,), one scale                          <bias>.codes     the same, (N,)
     embed_tokens     see EmbeddingForm
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.bundle.encodings import GATED_OUTLIERS, Encoding
-from headrace.bundle.grid import Grid, QuantizedTensor
+from headrace.bundle.grid import QuantizedTensor, factored
 from headrace.bundle.weights import part_weights
 from headrace.config import ModelConfig
 from headrace.errors import RecipeError
@@ -100,7 +100,7 @@ def derive_weights(
         embedding: the table's form.
 
     Raises:
-        RecipeError: a linear is quantized in blocks, which the device does not take.
+        RecipeError: a linear is in blocks whose scales are not LPBQ, which the device does not take.
     """
     path = folder / f"{part.name}.weights"
     bits: dict[str, int] = {}
@@ -159,15 +159,15 @@ class _Writer:
         self.file.write(b"\0" * (-self.file.tell() % _ALIGNMENT))
 
 
-def _write_linear(writer: _Writer, name: str, value: QuantizedTensor, finer: int = 1) -> None:
-    """Codes and scales; `finer`: how many of the codes' steps a scale stands for."""
-    if value.scales.shape[1] != 1:
+def _write_linear(writer: _Writer, name: str, value: QuantizedTensor) -> None:
+    if value.grid.block is not None and not value.grid.lpbq:
         raise RecipeError(
-            f"{name} is quantized in blocks of {value.grid.block}; device graphs take one scale a channel (compilers "
-            "run blocks in float16 or round their scales again): export with --block channel"
+            f"{name} is quantized in blocks of {value.grid.block} with scales of their own; device graphs take LPBQ "
+            f"scales or one a channel (compilers round others again): export with --block {value.grid.block} or channel"
         )
     writer.add_transposed(f"{name}.codes", value.codes, value.grid.bits)
-    writer.add(f"{name}.scale", value.scales[:, 0].astype(np.float32) / np.float32(finer))
+    scales = value.scales.astype(np.float32)
+    writer.add(f"{name}.scale", scales.T if value.grid.lpbq else scales[:, 0])
 
 
 def _write_apart(writer: _Writer, name: str, value: QuantizedTensor, channels: list[int]) -> QuantizedTensor:
@@ -175,9 +175,14 @@ def _write_apart(writer: _Writer, name: str, value: QuantizedTensor, channels: l
 
     Always int8, the same values: HTP drops the last 8 bits of an accumulator, which are 16 times less of an int8 step.
     """
-    finer = 16 if value.grid.bits == 4 else 1
-    columns = QuantizedTensor(value.codes[:, channels] * np.int8(finer), value.scales, Grid(8))
-    _write_linear(writer, f"{name}.outliers", columns, finer)
+    if value.grid.lpbq:
+        scale, blocks = factored(value.scales)
+        factors = np.repeat(blocks, value.codes.shape[1] // blocks.shape[1], axis=1)[:, channels]
+    else:
+        factors = np.array(16 if value.grid.bits == 4 else 1, np.float32)
+        scale = value.scales.astype(np.float32) / factors
+    writer.add_transposed(f"{name}.outliers.codes", (value.codes[:, channels] * factors).astype(np.int8), 8)
+    writer.add(f"{name}.outliers.scale", scale[:, 0])
     codes = value.codes.copy()
     codes[:, channels] = 0
     return replace(value, codes=codes)

@@ -144,11 +144,14 @@ class _DeviceOps(Recorder):
 
     def _product(self, x: Value, weight: str, name: str) -> Value:
         codes, scale = self._external(f"{weight}.codes"), self._external(f"{weight}.scale")
-        bits, outputs = self.weights.bits[weight], self.weights.tensors[f"{weight}.scale"].shape[0]
+        bits, scales = self.weights.bits[weight], self.weights.tensors[f"{weight}.scale"].shape
         # Without a zero point of its own the compiler reads int4 codes as 0 … 15, silently.
         dtype = ml_dtypes.int4 if bits == 4 else np.int8
-        zero = self.graph.constant(f"zero_int{bits}_{outputs}", np.zeros(outputs, dtype))
-        real = self.graph.one("DequantizeLinear", [codes, scale, zero], axis=1, name=f"{weight}.real")
+        zero = self.graph.constant(f"zero_int{bits}_{'_'.join(map(str, scales))}", np.zeros(scales, dtype))
+        form = {"axis": 1}
+        if len(scales) == 2:
+            form = {"axis": 0, "block_size": self.weights.tensors[f"{weight}.codes"].shape[0] // scales[0]}
+        real = self.graph.one("DequantizeLinear", [codes, scale, zero], name=f"{weight}.real", **form)
         return self._on_grid(self.graph.one("MatMul", [x, real], name=f"{name}.raw"), name)
 
     def gated(self, gate: Value, up: Value, layer: int) -> Value:
@@ -363,7 +366,7 @@ def write_device_graphs(
         The graphs, part by part, each checked against the plan.
 
     Raises:
-        RecipeError: a linear is quantized in blocks.
+        RecipeError: a linear is in blocks whose scales are not LPBQ.
         CalibrationError: a result has no encoding.
     """
     folder.mkdir(parents=True, exist_ok=True)

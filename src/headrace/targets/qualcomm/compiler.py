@@ -150,6 +150,8 @@ def _prepare(child: Child, graph: GraphFile, soc: Soc, scratch: Path, *, share: 
             "htp_arch": str(soc.arch),
             "vtcm_mb": str(soc.vtcm_mb),
             "htp_graph_finalization_optimization_mode": str(OPTIMIZATION),
+            # Otherwise weights in blocks would be run as float16.
+            "enable_block_quant_weight_optimization": "1",
             # Otherwise the graph's first and last quantization would run on the CPU.
             "offload_graph_io_quantization": "0",
         },
