@@ -125,8 +125,8 @@ def test_a_compile_goes_on_where_it_stopped(
     ("options", "error", "message"),
     [
         ({"targets": ["snapdragon-8-elit"]}, TargetError, "'snapdragon-8-elit'; did you mean 'snapdragon-8-elite'"),
-        ({"targets": [TARGET], "block": 32}, RecipeError, "blocks of 32, .*--block channel"),
-        ({"keep_onnx": True, "block": 32}, RecipeError, "blocks of 32"),
+        ({"targets": [TARGET], "block": 32, "keep_grid": True}, RecipeError, "blocks of 32 with scales of their own"),
+        ({"keep_onnx": True, "block": 32, "keep_grid": True}, RecipeError, "blocks of 32 with scales of their own"),
         ({"targets": [TARGET], "kv": "float32"}, RecipeError, "an 8-bit cache .* has float32: --kv int8"),
         ({"targets": [TARGET], "context": (64, 200)}, TargetError, "context 64 is twice a step of 32"),
     ],

@@ -42,8 +42,9 @@ def test_the_device_graphs_of_a_sound_model(exports: Exports, kind: str) -> None
 
 
 @pytest.mark.qnn
-def test_the_whole_chain(exports: Exports, capfd: pytest.CaptureFixture[str]) -> None:
-    path = exports.bundle("phone", **PHONE)
+@pytest.mark.parametrize("block", [None, 16])
+def test_the_whole_chain(exports: Exports, block: int | None, capfd: pytest.CaptureFixture[str]) -> None:
+    path = exports.bundle("phone", **PHONE, **({"block": block} if block else {}))
     status = _run(["verify", str(path), "--through", "genie", "--json"])
     report = json.loads(capfd.readouterr().out.splitlines()[-1])
     links = {link["name"]: link for link in report["links"]}

@@ -80,8 +80,8 @@ class ExportSettings:
 
     @property
     def has_encodings(self) -> bool:
-        """Whether the bundle has static ranges: a float cache never reaches a device, and linears in blocks, which hosts
-        run as well, only when one is asked for."""
+        """Whether the bundle has static ranges: a float cache never reaches a device, and linears in blocks, which
+        hosts run as well, only when one is asked for."""
         blocks = any(grid.block for grid in self.grids.values())
         return self.recipe.kv == "int8" and (self.options.for_device or not blocks)
 
