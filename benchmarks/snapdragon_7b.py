@@ -1,6 +1,6 @@
 """What compiling Baichuan2-7B costs: parts of its shape with random weights, for a chip.
 
-    python benchmarks/snapdragon_7b.py --parts 2 5
+    python benchmarks/snapdragon_7b.py --parts 2 5 [--block 64]
 
 Each part is emitted at S = 128 and 1 and compiled into one weight-shared binary, which is checked against the plan.
 Prints seconds, peak memory of the compiler and bytes of the binary. Needs headrace[qnn], up to 15 GB of memory and
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.bundle.encodings import ATTENTION_MASK, GATED_OUTLIERS, Encoding, mask_encoding, port_encodings
-from headrace.bundle.grid import Grid, QuantizedTensor
+from headrace.bundle.grid import FACTORS, Grid, QuantizedTensor
 from headrace.config import ModelConfig
 from headrace.graph.emit_device import write_device_graphs
 from headrace.model.weights import EMBEDDING, HEAD
@@ -73,8 +73,8 @@ class PlainEncodings(Mapping[str, Encoding]):
         return 0
 
 
-def random_weight(config: ModelConfig, name: str) -> QuantizedTensor | NDArray[np.float32]:
-    """A weight by canonical name: int4, int8 for embedding and head, ones for norms."""
+def random_weight(config: ModelConfig, name: str, block: int | None) -> QuantizedTensor | NDArray[np.float32]:
+    """A weight by canonical name: int4, in LPBQ blocks if any, int8 for embedding and head, ones for norms."""
     c = config
     shapes = {
         "q_proj": (c.query_size, c.hidden_size),
@@ -90,11 +90,16 @@ def random_weight(config: ModelConfig, name: str) -> QuantizedTensor | NDArray[n
     shape = shapes.get(name.removesuffix(".weight").rpartition(".")[2])
     if shape is None:
         return np.linspace(0.5, 1.5, c.hidden_size, dtype=np.float32)
-    grid = Grid(8 if name in (EMBEDDING, HEAD) else 4)
+    grid = Grid(8) if name in (EMBEDDING, HEAD) else Grid(4, block, lpbq=block is not None)
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     codes = rng.integers(grid.bottom, grid.top + 1, shape, dtype=np.int8)
-    scale = np.float16(1 / (grid.top * shape[1] ** 0.5))
-    return QuantizedTensor(codes, np.full((shape[0], 1), scale), grid)
+    scale = np.float16(2 ** np.round(-np.log2(grid.top * shape[1] ** 0.5)))
+    scales = np.full((shape[0], grid.blocks(shape[1])), scale)
+    if grid.lpbq:
+        factors = rng.integers(1, FACTORS + 1, scales.shape)
+        factors[:, 0] = FACTORS
+        scales = scales * (factors / np.float16(FACTORS)).astype(np.float16)
+    return QuantizedTensor(codes, scales, grid)
 
 
 def main() -> int:
@@ -103,6 +108,7 @@ def main() -> int:
     parser.add_argument("--parts", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--context", type=int, nargs="+", default=[4096])
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 1])
+    parser.add_argument("--block", type=int, help="columns of an LPBQ block; by default one scale a channel")
     parser.add_argument("--target", default="snapdragon-8-elite")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -116,7 +122,7 @@ def main() -> int:
             graphs = write_device_graphs(
                 BAICHUAN2_7B,
                 [part],
-                lambda name: random_weight(BAICHUAN2_7B, name),
+                lambda name: random_weight(BAICHUAN2_7B, name, options.block),
                 encodings,
                 Path(folder),
                 lengths=options.lengths,
