@@ -45,7 +45,7 @@ def test_other_blocks_and_methods_are_for_four_bits() -> None:
 
 
 def test_json_and_back() -> None:
-    recipe = Recipe("r", (TABLES, DOWN, LINEARS), "float32")
+    recipe = Recipe("r", (TABLES, DOWN, Rule("q_proj", 4, 32, "gptq", lpbq=True), LINEARS), "float32")
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
 
 
@@ -79,6 +79,9 @@ def test_what_the_shipped_ones_say() -> None:
         ({"rules": [{"match": "x", "bits": 4, "block": 33}]}, "block 33 is not possible; expected channel, 16"),
         ({"rules": [{"match": "x", "bits": 4, "block": "row"}]}, "block 'row' is not possible"),
         ({"rules": [{"match": "x", "bits": 4}], "kv": "int4"}, "kv 'int4' is unknown; expected int8 or float32"),
+        ({"rules": [{"match": "x", "bits": 4, "block": 32, "lpbq": 1}]}, "rule 1: lpbq is 1; expected true or false"),
+        ({"rules": [{"match": "x", "bits": 8, "block": 32, "lpbq": True}]}, "LPBQ scales are for blocks of 4 bits"),
+        ({"rules": [{"match": "x", "bits": 4}], "rotate": "yes"}, "rotate is 'yes'; expected true or false"),
         ({"rule": []}, "unknown key 'rule'; did you mean 'rules'?"),
     ],
 )
