@@ -136,9 +136,11 @@ def test_chat_on_a_terminal(exports: Exports) -> None:
     """The real program with a real (slowed) model: an interrupted answer stays in the conversation."""
     terminal = Terminal(
         """
-        import sys, time
+        import faulthandler, sys, time
         from headrace.cli import main as cli
         from headrace.targets.host.runner import HostRunner
+
+        faulthandler.dump_traceback_later(80)  # a child that hangs shows where
 
         run, steps = HostRunner.run, []
         HostRunner.run = lambda *a: (steps.append(1), time.sleep(0.1), run(*a))[2]
