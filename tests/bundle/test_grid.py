@@ -133,6 +133,12 @@ def test_lpbq_scales_lose_little(block: int) -> None:
     assert free < whole < LPBQ_LOSS * free
 
 
+def test_lpbq_scales_where_no_error_is_a_number() -> None:
+    """Importance that no float32 sum holds decides nothing, but every row has scales of the form."""
+    q = quantize_nearest(weights(9), Grid(4, 32, lpbq=True), np.full(256, np.inf, np.float32))
+    assert (factored(q.scales)[1].max(1) == FACTORS).all()
+
+
 def test_rows_of_lpbq_scales_are_scaled() -> None:
     q = quantize_nearest(weights(8), Grid(4, 32, lpbq=True))
     larger = q.scaled(np.linspace(0.3, 5, 6))
@@ -176,10 +182,13 @@ def test_stored_scales_are_finite_and_above_zero(scales: NDArray[np.float32]) ->
     assert (stored > 0).all()
 
 
+@pytest.mark.parametrize("lpbq", [False, True])
 @pytest.mark.parametrize("value", [0.0, 1e-30, 1e6, -1e6])
-def test_extreme_rows_stay_finite(value: float) -> None:
-    q = quantize_nearest(np.full((2, 32), value, np.float32), Grid(4, 16))
+def test_extreme_rows_stay_finite(value: float, lpbq: bool) -> None:
+    q = quantize_nearest(np.full((2, 32), value, np.float32), Grid(4, 16, lpbq))
     assert np.isfinite(dequantize(q)).all()
+    if lpbq:
+        factored(q.scales)  # raises where they are no such scales
     if not value:
         assert not q.codes.any()
 

@@ -8,13 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from headrace.bundle.grid import Grid, dequantize
+from headrace.bundle.grid import FACTORS, Grid, dequantize, factored
 from headrace.errors import RecipeError
 from headrace.quantize import corrected, descent, gptq, nearest
 from headrace.quantize.methods import METHODS, find_method
 from headrace.quantize.statistics import InputStatistics
 
-GRIDS = (Grid(4, 16), Grid(4, 32), Grid(4, None), Grid(8, None))
+LPBQ = (Grid(4, 16, lpbq=True), Grid(4, 64, lpbq=True))  # the second is a whole row of the problem below
+GRIDS = (Grid(4, 16), Grid(4, 32), Grid(4, None), Grid(8, None), *LPBQ)
 
 # Coordinate descent minimises in float32 and rounds scales to float16; it may lose this share by rounding alone.
 FLOAT_NOISE = 1e-4
@@ -131,15 +132,27 @@ def test_methods_are_deterministic_and_fill_their_grid(name: str) -> None:
         assert np.array_equal(first.codes, second.codes) and np.array_equal(first.scales, second.scales)
         assert first.codes.dtype == np.int8 and first.scales.dtype == np.float16 and first.grid == grid
         assert first.codes.min() >= grid.bottom and first.codes.max() <= grid.top
+        if grid.lpbq:
+            assert (factored(first.scales)[1].max(1) == FACTORS).all()
 
 
+@pytest.mark.parametrize("grid", [Grid(4, 16), *LPBQ])
 @pytest.mark.parametrize("name", list(METHODS))
-def test_methods_survive_silent_channels_and_empty_rows(name: str) -> None:
+def test_methods_survive_silent_channels_and_empty_rows(name: str, grid: Grid) -> None:
     weight, inputs = problem(2)
     inputs[:, 5] = 0
     weight[3] = 0
-    result = dequantize(find_method(name).quantize(weight, InputStatistics.of(inputs), Grid(4, 16)))
+    result = dequantize(find_method(name).quantize(weight, InputStatistics.of(inputs), grid))
     assert np.isfinite(result).all() and not result[3].any()
+
+
+@pytest.mark.parametrize("grid", LPBQ)
+@pytest.mark.parametrize("name", list(METHODS))
+def test_lpbq_scales_of_small_weights_keep_their_form(name: str, grid: Grid) -> None:
+    """Below 2⁻¹⁴ a float16 has fewer bits, and a sixteenth of it may be none."""
+    weight, inputs = problem(4)
+    result = find_method(name).quantize(weight * np.float32(1e-3), InputStatistics.of(inputs), grid)
+    assert (factored(result.scales)[1].max(1) == FACTORS).all()
 
 
 @pytest.mark.parametrize("name", list(METHODS))

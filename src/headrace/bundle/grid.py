@@ -230,8 +230,9 @@ def _fit_factors(
         low, high = (_rounding_errors(w, each, grid, share) for each in tried)
         total = np.minimum(low, high).sum(1, keepdims=True)
         scale = np.where(low <= high, *tried)
-        best_scale = np.where(total < best_error, scale, best_scale)
-        best_error = np.minimum(total, best_error)
+        better = ~(total > best_error)  # also where no number says so: every row needs a scale of this form
+        best_scale = np.where(better, scale, best_scale)
+        best_error = np.where(better, total, best_error)
     return best_scale
 
 

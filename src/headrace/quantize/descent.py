@@ -71,7 +71,7 @@ def _improve(
         np.matmul(moment[at, : at.start], error[: at.start], out=later[at])
     for sweep in range(sweeps):
         backward = sweep % 2 == 0
-        if blocks == 1:
+        if blocks == 1 and unit is None:  # one block's LPBQ scale is no free one
             _move_row_scale(codes, steps[0], error, later, moment, panels, backward)
         for at in panels[::-1] if backward else panels:
             visited = slice(at.stop, None) if backward else slice(at.start)
