@@ -36,6 +36,9 @@ from headrace.text.turns import Message
 from tests.exports import Exports
 
 LIMIT = 90.0  # seconds, on a busy machine
+# Looks are counted, and no clock is asked: this process and a child may stand still, both, for minutes.
+GLANCE = 0.1  # seconds, the longest that a look at a child takes
+LOOKS = range(int(LIMIT / GLANCE))
 
 
 class Terminal:
@@ -54,15 +57,23 @@ class Terminal:
 
     def until(self, text: str, after: int = 0) -> int:
         """Wait until `text` is shown behind position `after`: the position behind it."""
-        end = time.monotonic() + LIMIT
-        while text not in self.shown[after:]:
-            assert time.monotonic() < end, f"{text!r} was not shown: {self.shown!r}"
-            if select.select([self.master], [], [], 0.1)[0]:
+        self._wait(lambda: text in self.shown[after:], repr(text))
+        return self.shown.index(text, after) + len(text)
+
+    def until_more(self, count: int, after: int) -> None:
+        """Wait until so many characters are shown behind position `after`."""
+        self._wait(lambda: len(self.shown) >= after + count, f"{count} characters")
+
+    def _wait(self, done: Callable[[], bool], what: str) -> None:
+        for _ in LOOKS:
+            if done():
+                return
+            if select.select([self.master], [], [], GLANCE)[0]:
                 try:
                     self.shown += os.read(self.master, 4096).decode("utf-8", "replace")
                 except OSError:  # the child has closed its end
-                    assert text in self.shown[after:], f"left before {text!r}: {self.shown!r}"
-        return self.shown.index(text, after) + len(text)
+                    assert done(), f"left before {what} was shown: {self.shown!r}"
+        raise AssertionError(f"{what} was not shown: {self.shown!r}")
 
     def listen(self, seconds: float) -> None:
         """Take in what is shown within some time."""
@@ -76,8 +87,9 @@ class Terminal:
 
     def press(self, key: str, text: str, after: int) -> int:
         """Press a key until `text` is shown: what comes between two prompts is lost, and a person presses again."""
-        end = time.monotonic() + LIMIT
-        while text not in self.shown[after:] and time.monotonic() < end:
+        for _ in range(int(LIMIT)):
+            if text in self.shown[after:]:
+                break
             self.send(key)
             self.listen(1.0)
         return self.until(text, after)
@@ -87,7 +99,11 @@ class Terminal:
 
     def leave(self) -> int:
         try:
-            return self.process.wait(LIMIT)
+            for _ in LOOKS:
+                if (status := self.process.poll()) is not None:
+                    return status
+                time.sleep(GLANCE)
+            raise AssertionError("the child does not end")
         finally:
             os.close(self.master)
 
@@ -132,6 +148,47 @@ def test_ctrl_c_stops_the_answer_and_not_the_program() -> None:
     assert "Traceback" not in terminal.shown
 
 
+def test_ctrl_c_pressed_again_lets_the_answer_end() -> None:
+    """What tidies up behind a stopped answer is not stopped itself, and the program goes on."""
+    terminal = Terminal("""
+        import time
+        from types import SimpleNamespace
+        from rich.console import Console
+        from headrace.cli.conversation import Conversation, converse
+        from headrace.runtime.answer import Token
+
+        def answer(text):
+            try:
+                while True:
+                    time.sleep(0.02)
+                    yield Token(0, "word ")
+            finally:
+                print("CLOSING", flush=True)
+                end = time.monotonic() + 1.0
+                while time.monotonic() < end:
+                    pass
+                print("CLOSED", flush=True)
+
+        chat = SimpleNamespace(messages=[], used=0, model=SimpleNamespace(context=64))
+        converse(Conversation(chat, answer, Console()))
+        print("LEFT")
+    """)
+    at = terminal.until("> ")
+    terminal.send("long\n")
+    at = terminal.until("word word ", at)
+    terminal.send("\x03")
+    at = terminal.until("CLOSING", at)
+    for _ in range(3):
+        terminal.send("\x03")
+        terminal.listen(0.1)
+    at = terminal.until("CLOSED", at)
+    at = terminal.until("(stopped)", at)
+    at = terminal.until("> ", at)
+    terminal.press("\x04", "LEFT", at)
+    assert terminal.leave() == 0
+    assert terminal.shown.count("(stopped)") == 1 and "Traceback" not in terminal.shown
+
+
 def test_chat_on_a_terminal(exports: Exports) -> None:
     """The real program with a real (slowed) model: an interrupted answer stays in the conversation."""
     terminal = Terminal(
@@ -152,10 +209,7 @@ def test_chat_on_a_terminal(exports: Exports) -> None:
     at = terminal.until("> ")
     terminal.send("The river\n")
     at = terminal.until("\r\r\n", at)  # a dumb terminal's echo of the whole line
-    end = time.monotonic() + LIMIT
-    while len(terminal.shown) < at + 8 and time.monotonic() < end:  # some of the answer
-        if select.select([terminal.master], [], [], 0.1)[0]:
-            terminal.shown += os.read(terminal.master, 4096).decode("utf-8", "replace")
+    terminal.until_more(8, at)  # some of the answer
     terminal.send("\x03")
     at = terminal.until("> ", at + 8)
     terminal.send("/exit\n")

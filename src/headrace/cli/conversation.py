@@ -23,7 +23,7 @@ from rich.console import Console
 
 from headrace.cli.answer_view import AnswerView
 from headrace.cli.console import note
-from headrace.cli.interruption import unechoed
+from headrace.cli.interruption import interruptible, unechoed
 from headrace.errors import UserError
 from headrace.runtime.answer import Token
 from headrace.text.turns import Message
@@ -245,15 +245,13 @@ def converse(conversation: Conversation, history: Path | None = None) -> None:
             except KeyboardInterrupt:
                 note("Ctrl-D leaves.")
                 continue
-            signal.signal(signal.SIGINT, signal.default_int_handler)
             try:
-                conversation.take(text)
+                with interruptible():
+                    conversation.take(text)
             except UserError as error:
                 note(f"error: {error}")
             except KeyboardInterrupt:
                 note("(stopped)")
-            finally:
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
     finally:
         signal.signal(signal.SIGINT, before)
 

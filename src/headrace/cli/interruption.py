@@ -9,16 +9,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["unechoed", "uninterrupted"]
+__all__ = ["interruptible", "unechoed", "uninterrupted"]
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C ends the block. While the block is ending for it, another press is not heard: it would end what tidies up.
+
+    Raises:
+        KeyboardInterrupt: in the block, when Ctrl-C came.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+            raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        signal.signal(signal.SIGINT, end)
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block: a screen that is half drawn stays wrong.
-
-    Raises:
-        KeyboardInterrupt: behind the block, when it came inside.
-    """
+    """Ctrl-C waits for the end of the block, and comes behind it: a screen that is half drawn stays wrong."""
     came = False
 
     def remember(number: int, frame: FrameType | None) -> None:
@@ -31,7 +47,7 @@ def uninterrupted() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGINT, before)
     if came:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
 
 @contextmanager
