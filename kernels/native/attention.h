@@ -7,10 +7,10 @@ namespace headrace {
 namespace {
 
 // Σ over steps of pairs a[r][2s, 2s + 1] · b[step s][vector n][lane][2] for R rows and N vectors; finish(r, n, sum) takes
-// each result. Few rows wait for memory, which is asked beforehand.
+// each result. Few rows wait for memory, which is asked beforehand, for what lies `ahead`.
 template <class V, int R, int N, class Finish>
 inline void pairs(const int16_t* a, size_t a_stride, const int8_t* b, size_t vector_bytes, size_t step_bytes, int steps,
-                  int row, const Finish& finish) {
+                  ptrdiff_t ahead, int row, const Finish& finish) {
   typename V::I sum[R][N];
   HEADRACE_UNROLL for (int r = 0; r < R; r++) HEADRACE_UNROLL for (int n = 0; n < N; n++) sum[r][n] = V::zero();
   a += row * a_stride;
@@ -19,7 +19,7 @@ inline void pairs(const int16_t* a, size_t a_stride, const int8_t* b, size_t vec
     HEADRACE_UNROLL for (int n = 0; n < N; n++) {
       const int8_t* p = b + s * step_bytes + n * vector_bytes;
       columns[n] = V::kept(V::widen(p));
-      if (R < V::attend_rows) __builtin_prefetch(p + kAhead, 0, 2);
+      if (R < V::attend_rows) __builtin_prefetch(p + ahead, 0, 2);
     }
     HEADRACE_UNROLL for (int r = 0; r < R; r++) {
       const auto pair = V::broadcast32(a + r * a_stride + 2 * s);
@@ -31,13 +31,13 @@ inline void pairs(const int16_t* a, size_t a_stride, const int8_t* b, size_t vec
 
 template <class V, int N, class Finish>
 inline void rows_of_pairs(int rows, const int16_t* a, size_t a_stride, const int8_t* b, size_t vector_bytes,
-                          size_t step_bytes, int steps, const Finish& finish) {
+                          size_t step_bytes, int steps, ptrdiff_t ahead, const Finish& finish) {
   constexpr int R = V::attend_rows;
   int r = 0;
-  for (; r + R <= rows; r += R) pairs<V, R, N>(a, a_stride, b, vector_bytes, step_bytes, steps, r, finish);
-  if (rows - r >= 3) pairs<V, 3, N>(a, a_stride, b, vector_bytes, step_bytes, steps, r, finish), r += 3;
-  if (rows - r == 2) pairs<V, 2, N>(a, a_stride, b, vector_bytes, step_bytes, steps, r, finish), r += 2;
-  if (rows - r == 1) pairs<V, 1, N>(a, a_stride, b, vector_bytes, step_bytes, steps, r, finish);
+  for (; r + R <= rows; r += R) pairs<V, R, N>(a, a_stride, b, vector_bytes, step_bytes, steps, ahead, r, finish);
+  if (rows - r >= 3) pairs<V, 3, N>(a, a_stride, b, vector_bytes, step_bytes, steps, ahead, r, finish), r += 3;
+  if (rows - r == 2) pairs<V, 2, N>(a, a_stride, b, vector_bytes, step_bytes, steps, ahead, r, finish), r += 2;
+  if (rows - r == 1) pairs<V, 1, N>(a, a_stride, b, vector_bytes, step_bytes, steps, ahead, r, finish);
 }
 
 // What a block does to some rows: sums become old * sum + unit * sum over codes.
@@ -89,6 +89,11 @@ inline void move_on(const float* scale, int rows, float* m, float* l, Block<V>& 
   }
 }
 
+// How far ahead of `at` memory is asked for where `left` bytes are to be read from there on: what comes after them is `next`.
+inline ptrdiff_t reading_ahead(const int8_t* at, size_t left, const int8_t* next) {
+  return left > kAhead || !next ? ptrdiff_t(kAhead) : next - at + ptrdiff_t(kAhead - left);
+}
+
 template <class V>
 void attend(const Attend& a) {
   constexpr int lanes = V::lanes;
@@ -103,6 +108,8 @@ void attend(const Attend& a) {
     const int rows = a.rows - first;
     const int16_t* q = a.q + size_t(first) * a.head_dim;
     const int8_t* keys = a.keys + size_t(from) * a.head_dim;
+    const size_t left = size_t(a.end - from);
+    const ptrdiff_t keys_ahead = reading_ahead(keys, left * a.head_dim, a.next_keys);
     constexpr int at_once = 4;  // vectors
     const auto to_scores = [&](int position) {
       return [=](int r, int n, typename V::I sum) { V::store(a.s + size_t(r) * kBlock + position + n * lanes, sum); };
@@ -111,12 +118,12 @@ void attend(const Attend& a) {
       // A vector is `lanes` positions; a tile has kTile.
       if constexpr (lanes == kTile) {
         rows_of_pairs<V, at_once>(rows, q, a.head_dim, keys + size_t(p) * a.head_dim, size_t(kTile) * a.head_dim, 2 * kTile,
-                                  a.head_dim / 2, to_scores(p));
+                                  a.head_dim / 2, keys_ahead, to_scores(p));
       } else {
         constexpr int halves = kTile / lanes;
         for (int v = 0; v < at_once; v += halves)
           rows_of_pairs<V, halves>(rows, q, a.head_dim, keys + size_t(p + v * lanes) * a.head_dim, 2 * lanes, 2 * kTile,
-                                   a.head_dim / 2, to_scores(p + v * lanes));
+                                   a.head_dim / 2, keys_ahead, to_scores(p + v * lanes));
       }
     }
     for (int r0 = 0; r0 < rows; r0 += V::most_rows) {
@@ -130,6 +137,7 @@ void attend(const Attend& a) {
       move_on<V>(a.q_scale + first + r0, count, a.m + first + r0, a.l + first + r0, block);
       const int16_t* p = a.p + size_t(r0) * kBlock;
       const int8_t* values = a.values + size_t(from) * a.padded;
+      const ptrdiff_t values_ahead = reading_ahead(values, left * a.padded, a.next_values);
       float* sums = a.sum + size_t(first + r0) * a.padded;
       const int there = a.end - from < kBlock ? a.end - from : kBlock, steps = (there + 1) / 2;
       const auto to_sums = [&](int d) {
@@ -140,11 +148,11 @@ void attend(const Attend& a) {
       };
       int d = 0;
       for (; d + 4 * lanes <= a.padded; d += 4 * lanes)
-        rows_of_pairs<V, 4>(count, p, kBlock, values + 2 * d, 2 * lanes, 2 * a.padded, steps, to_sums(d));
+        rows_of_pairs<V, 4>(count, p, kBlock, values + 2 * d, 2 * lanes, 2 * a.padded, steps, values_ahead, to_sums(d));
       for (; d + 2 * lanes <= a.padded; d += 2 * lanes)
-        rows_of_pairs<V, 2>(count, p, kBlock, values + 2 * d, 2 * lanes, 2 * a.padded, steps, to_sums(d));
+        rows_of_pairs<V, 2>(count, p, kBlock, values + 2 * d, 2 * lanes, 2 * a.padded, steps, values_ahead, to_sums(d));
       for (; d < a.padded; d += lanes)
-        rows_of_pairs<V, 1>(count, p, kBlock, values + 2 * d, 2 * lanes, 2 * a.padded, steps, to_sums(d));
+        rows_of_pairs<V, 1>(count, p, kBlock, values + 2 * d, 2 * lanes, 2 * a.padded, steps, values_ahead, to_sums(d));
     }
   }
 }

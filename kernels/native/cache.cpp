@@ -30,6 +30,16 @@ uint8_t* Cache::keys(int slot, int layer, int head) const {
 
 uint8_t* Cache::values(int slot, int layer, int head) const { return keys(slot, layer, head) + key_bytes_; }
 
+// Asks for the lines that `store` will write: they were read a step ago, and weights have gone through the caches since.
+void Cache::expect(int slot, int layer, int head, int position) const {
+  const int d = geometry_.head_dim;
+  if (!int8_) return;
+  const uint8_t *k = keys(slot, layer, head) + size_t(position / kTile) * kTile * d + position % kTile * 2;
+  const uint8_t* v = values(slot, layer, head) + size_t(position / 2) * padded_ * 2;
+  for (int i = 0; i < d; i += 4) __builtin_prefetch(k + size_t(i) * kTile, 1);  // 64 bytes apart
+  for (int i = 0; i < padded_; i += 32) __builtin_prefetch(v + 2 * i, 1);
+}
+
 void Cache::store(int slot, int layer, int head, int position, const float* key, const float* value) {
   const int d = geometry_.head_dim;
   uint8_t *k = keys(slot, layer, head), *v = values(slot, layer, head);

@@ -31,6 +31,7 @@ class Cache {
   uint8_t* keys(int slot, int layer, int head) const;
   uint8_t* values(int slot, int layer, int head) const;
 
+  void expect(int slot, int layer, int head, int position) const;
   // Writes a position's key and value (head_dim each) of one head.
   void store(int slot, int layer, int head, int position, const float* key, const float* value);
 

@@ -70,7 +70,7 @@ class Engine {
   void elementwise(const Step& step);
   void rope(const Step& step, Scratch& mine);
   void attention(const Step& step, Scratch& mine);
-  void piece(const Step& step, const Piece& p, Scratch& mine);
+  void piece(const Step& step, const Piece& p, const Piece* next, Scratch& mine);
   const Rows& rows_of(const LinearStep& step) const;
   void linear(const LinearStep& step, Scratch& mine);
   template <class Run> void finish(const LinearStep& step, const int* rows, int count, int weight, int begin, int end,

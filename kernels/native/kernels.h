@@ -103,6 +103,7 @@ struct Attend {
   const int8_t* keys;            // [tiles][head_dim / 2][kTile][2]
   const int8_t* values;          // [positions / 2][padded][2]
   int begin, end;                // positions; begin is a multiple of kBlock
+  const int8_t *next_keys, *next_values;  // what this thread is likely to read afterwards, or null
   float *m, *l, *sum;            // (rows), (rows), (rows, padded); values without their scale
   int16_t* p;                    // scratch (rows, kBlock)
   int32_t* s;                    // scratch (rows, kBlock)

@@ -92,14 +92,14 @@ HEADRACE_APART void many_block_scales(const uint8_t* p, size_t stride, int there
   for (int b = 0; b < V::lanes; b++) V::storef(out + b * V::lanes, factors.of(b));
 }
 
-// Scaled products of step s of 2^Level rows from p on by T tokens, merged: sums over 2^Level lanes of each row.
-template <class V, int Bits, int T, bool Whole, int Level>
+// Scaled products of step s of G times 2^Level rows from p on by T tokens, merged: G vectors of sums over 2^Level lanes of each row.
+template <class V, int Bits, int T, int G, bool Whole, int Level>
 __attribute__((always_inline)) inline void merged_products(const Fine* x, int s, const uint8_t* p, size_t row_bytes, size_t ahead,
-                                                           int there, Sum<V, Bits> (&sum)[T]) {
+                                                           int there, Sum<V, Bits> (&sum)[T][G]) {
   using S = Steps<V, Bits>;
   using I = typename V::I;
   if constexpr (Level <= V::together) {
-    constexpr int R = 1 << Level, N = vectors_of<V, Bits>(R), merged = log2_of(R / N);
+    constexpr int R = G << Level, N = vectors_of<V, Bits>(R), each = N / G;
     const Columns<V, Bits, R, Whole> columns(p, row_bytes, ahead, there);
     HEADRACE_UNROLL for (int t = 0; t < T; t++) {
       const I start = V::load(S::of(x[t]).steps + s * V::lanes);
@@ -108,13 +108,18 @@ __attribute__((always_inline)) inline void merged_products(const Fine* x, int s,
       columns.dot(S::of(x[t]).codes + s * S::columns, product);
       Sum<V, Bits> scaled[N] = {};
       add_scaled<V, Bits, R>(x[t], s, product, scaled);
-      sum[t] = all_merged<V, merged>(scaled);
+      HEADRACE_UNROLL for (int g = 0; g < G; g++) {
+        Sum<V, Bits> own[each];
+        HEADRACE_UNROLL for (int i = 0; i < each; i++) own[i] = scaled[g * each + i];
+        sum[t][g] = all_merged<V, Level - log2_of(each)>(own);
+      }
     }
   } else {
-    Sum<V, Bits> first[T], second[T];
-    merged_products<V, Bits, T, Whole, Level - 1>(x, s, p, row_bytes, ahead, there, first);
-    merged_products<V, Bits, T, Whole, Level - 1>(x, s, p + (row_bytes << (Level - 1)), row_bytes, ahead, there, second);
-    HEADRACE_UNROLL for (int t = 0; t < T; t++) sum[t] = V::template merge<Level - 1>(first[t], second[t]);
+    static_assert(G == 1);
+    Sum<V, Bits> first[T][1], second[T][1];
+    merged_products<V, Bits, T, 1, Whole, Level - 1>(x, s, p, row_bytes, ahead, there, first);
+    merged_products<V, Bits, T, 1, Whole, Level - 1>(x, s, p + (row_bytes << (Level - 1)), row_bytes, ahead, there, second);
+    HEADRACE_UNROLL for (int t = 0; t < T; t++) sum[t][0] = V::template merge<Level - 1>(first[t][0], second[t][0]);
   }
 }
 
@@ -138,37 +143,43 @@ HEADRACE_APART void block_rows(const Weight& w, const Scale* all, size_t per_row
   const Scale* scales = all + n * per_row;
   // What a last step lacks can be read as well, being the next rows', where it is multiplied with zeros; so can its scales.
   const bool more = behind * w.row_bytes() >= V::bytes;
-  const int whole = w.k / S::columns, per_flush = Parts == 1 ? w.block / S::columns : 1;
+  const int blocks = w.blocks(), whole = w.k / S::columns, per_flush = Parts == 1 ? w.block / S::columns : 1;
   const int flushes = int(round_up(w.k, Parts == 1 ? w.block : S::columns)) / (per_flush * S::columns);
-  typename V::F f[T][Parts];
-  HEADRACE_UNROLL for (int t = 0; t < T; t++) HEADRACE_UNROLL for (int g = 0; g < Parts; g++) f[t][g] = V::zerof();
+  constexpr int G = V::together > level && Parts > 1 ? 2 : 1;  // vectors of rows at a time, which share loads of activations
+  typename V::F sums[T][Parts];
   alignas(64) float many[V::lanes * V::lanes];
-  const auto add = [&](auto is_whole, int flush) __attribute__((always_inline)) {
-    if (Parts == 1 && flush % V::lanes == 0) many_block_scales<V>(scales + flush / each, stride, w.blocks() - flush, many);
-    HEADRACE_UNROLL for (int g = 0; g < Parts; g++) {
-      const auto products = [&](int s, Sum<V, Bits>(&of)[T]) __attribute__((always_inline)) {
-        merged_products<V, Bits, T, decltype(is_whole)::value, level>(
+  for (int g = 0; g < Parts; g += G) {
+    typename V::F f[T][G];
+    HEADRACE_UNROLL for (int t = 0; t < T; t++) HEADRACE_UNROLL for (int i = 0; i < G; i++) f[t][i] = V::zerof();
+    const auto add = [&](auto is_whole, int flush) __attribute__((always_inline)) {
+      if (Parts == 1 && flush % V::lanes == 0) many_block_scales<V>(scales + flush / each, stride, blocks - flush, many);
+      const auto products = [&](int s, Sum<V, Bits>(&of)[T][G]) __attribute__((always_inline)) {
+        merged_products<V, Bits, T, G, decltype(is_whole)::value, level>(
             x, s, rows + g * N * row_bytes + size_t(s) * V::bytes, row_bytes, ahead, int(w.row_bytes()) - s * V::bytes, of);
       };
-      Sum<V, Bits> sum[T];
+      Sum<V, Bits> sum[T][G];
       products(flush * per_flush, sum);
       for (int s = flush * per_flush + 1; s < (flush + 1) * per_flush; s++) {
-        Sum<V, Bits> one[T];
+        Sum<V, Bits> one[T][G];
         products(s, one);
-        HEADRACE_UNROLL for (int t = 0; t < T; t++) sum[t] = added<V>(sum[t], one[t]);
+        HEADRACE_UNROLL for (int t = 0; t < T; t++)
+            HEADRACE_UNROLL for (int i = 0; i < G; i++) sum[t][i] = added<V>(sum[t][i], one[t][i]);
       }
-      const Scale* own = scales + g * N * stride + size_t(flush) * Parts / each;
-      typename V::F scale;
-      if constexpr (Parts == 1) scale = V::loadf(many + flush % V::lanes * V::lanes);
-      else scale = block_scales<V, Parts>(own, stride, w.blocks() - flush * Parts, more);
-      HEADRACE_UNROLL for (int t = 0; t < T; t++) f[t][g] = V::fma(as_float<V>(sum[t]), scale, f[t][g]);
-    }
-  };
-  int flush = 0;
-  for (const int some = whole / per_flush; flush < some; flush++) add(Number<1>(), flush);
-  if (flush < flushes && more) add(Number<1>(), flush);
-  else if (flush < flushes) add(Number<0>(), flush);
-  HEADRACE_UNROLL for (int t = 0; t < T; t++) total[t] = all_merged<V, level>(f[t]);
+      HEADRACE_UNROLL for (int i = 0; i < G; i++) {
+        const Scale* own = scales + (g + i) * N * stride + size_t(flush) * Parts / each;
+        typename V::F scale;
+        if constexpr (Parts == 1) scale = V::loadf(many + flush % V::lanes * V::lanes);
+        else scale = block_scales<V, Parts>(own, stride, blocks - flush * Parts, more);
+        HEADRACE_UNROLL for (int t = 0; t < T; t++) f[t][i] = V::fma(as_float<V>(sum[t][i]), scale, f[t][i]);
+      }
+    };
+    int flush = 0;
+    for (const int some = whole / per_flush; flush < some; flush++) add(Number<1>(), flush);
+    if (flush < flushes && more) add(Number<1>(), flush);
+    else if (flush < flushes) add(Number<0>(), flush);
+    HEADRACE_UNROLL for (int t = 0; t < T; t++) HEADRACE_UNROLL for (int i = 0; i < G; i++) sums[t][g + i] = f[t][i];
+  }
+  HEADRACE_UNROLL for (int t = 0; t < T; t++) total[t] = all_merged<V, level>(sums[t]);
   if constexpr (factors)
     HEADRACE_UNROLL for (int t = 0; t < T; t++) total[t] = V::mul(total[t], row_scales<V>(w, n, row_stride));
 }

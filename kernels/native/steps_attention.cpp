@@ -21,6 +21,7 @@ void Engine::rope(const Step& step, Scratch& mine) {
     const int token = n / (g.kv_heads / heads), position = batch_.position[token];
     const float *cos = step.cos + size_t(position) * half, *sin = step.sin + size_t(position) * half;
     for (int head = n % (g.kv_heads / heads), end = head + heads; head < end; head++) {
+      cache_.expect(batch_.slot[token], step.instruction.layer, head, position);
       for (int q = head * g.group(); q < (head + 1) * g.group(); q++) kernels_.rope(row(r[0], token) + q * d, cos, sin, half);
       std::memcpy(mine.turned.data(), row(r[1], token) + head * d, sizeof(float) * d);
       kernels_.rope(mine.turned.data(), cos, sin, half);
@@ -30,10 +31,14 @@ void Engine::rope(const Step& step, Scratch& mine) {
 }
 
 void Engine::attention(const Step& step, Scratch& mine) {
-  for (size_t n; (n = size_t(pool_.take())) < batch_.pieces.size();) piece(step, batch_.pieces[n], mine);
+  const auto& pieces = batch_.pieces;
+  for (size_t n; (n = size_t(pool_.take())) < pieces.size();) {
+    const size_t next = n + pool_.threads();  // where threads take turns
+    piece(step, pieces[n], next < pieces.size() ? &pieces[next] : nullptr, mine);
+  }
 }
 
-void Engine::piece(const Step& step, const Piece& p, Scratch& mine) {
+void Engine::piece(const Step& step, const Piece& p, const Piece* next, Scratch& mine) {
   const Geometry& g = program_->geometry;
   const int d = g.head_dim, layer = step.instruction.layer, q_register = step.instruction.registers[0];
   const Span& span = batch_.spans[p.span];
@@ -60,6 +65,11 @@ void Engine::piece(const Step& step, const Piece& p, Scratch& mine) {
   a.q = mine.q.data(), a.q_scale = mine.q_scale.data(), a.limit = mine.limit.data();
   const uint8_t *keys = cache_.keys(span.slot, layer, p.head), *values = cache_.values(span.slot, layer, p.head);
   a.keys = reinterpret_cast<const int8_t*>(keys), a.values = reinterpret_cast<const int8_t*>(values);
+  if (next) {
+    const int slot = batch_.spans[next->span].slot;
+    a.next_keys = reinterpret_cast<const int8_t*>(cache_.keys(slot, layer, next->head)) + size_t(next->begin) * d;
+    a.next_values = reinterpret_cast<const int8_t*>(cache_.values(slot, layer, next->head)) + size_t(next->begin) * a.padded;
+  }
   if (cache_.int8()) kernels_.attend(a);
   else kernels_.attend_float(a, mine.turned.data(), reinterpret_cast<const float*>(keys), reinterpret_cast<const float*>(values));
   const float value_scale = cache_.int8() ? cache_.value_scale(layer) : 1;
