@@ -38,6 +38,9 @@ LONG = 3968
 ROUNDS = 5
 ANSWER = 64  # tokens of each answer whose memory is looked at
 TRIAL = 512  # tokens at most that a peer's settings are tried on
+# Seconds before each question, since threads of whoever answered last still look for work; and before the first that
+# counts, for what is done while nobody asks: headrace moves its weights.
+REST, SETTLING = 0.25, 1.5
 ROOM = 0.3e9  # bytes that headrace's process may take beside weights and cache
 # What a ratio should be at least: twice as soon means half of the peer's time.
 FLOORS = {
@@ -115,12 +118,15 @@ def run_figure(figure: Figure, arena: Arena, machine: Machine) -> dict[str, Any]
     chosen = arena.peers(figure.model, figure.peers, figure.trial, figure.question)
     contestants = {"headrace": arena.headrace(figure.model), **chosen}
     for contestant in contestants.values():
-        contestant.ask(figure.trial or figure.question)  # does not count
+        for _ in range(2):
+            contestant.ask(figure.trial or figure.question)  # does not count
+    time.sleep(SETTLING)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     peaks = [machine.peaks()]
     for number in range(figure.rounds):
         order = list(contestants)
         for name in order if number % 2 == 0 else reversed(order):
+            time.sleep(REST)
             seconds[name].append(contestants[name].ask(figure.question)["seconds"])
     peaks.append(machine.peaks())
     own = seconds["headrace"]
@@ -181,6 +187,8 @@ def batches(arena: Arena, rounds: int) -> dict[str, Any]:
     for model, tokens in (("smol", 32), ("shape", 8)):
         contestant = arena.headrace(model)
         rates: dict[int, list[float]] = {1: [], 4: [], 8: []}
+        contestant.ask({"do": "batch", "depth": 128, "tokens": tokens, "slots": SLOTS})  # does not count
+        time.sleep(SETTLING)
         for _ in range(rounds):
             for slots, found in rates.items():
                 question = {"do": "batch", "depth": 128, "tokens": tokens, "slots": slots}

@@ -16,7 +16,7 @@ double now() { return std::chrono::duration<double>(std::chrono::steady_clock::n
 
 Engine::Engine(std::unique_ptr<Program> program, int slots, int context, int threads, const Kernels& kernels, bool fuse, Settle settle)
     : program_(std::move(program)), kernels_(kernels), steps_(compile(*program_, fuse)),
-      cache_(program_->geometry, program_->int8, program_->scales, slots, context, kernels), pool_(threads) {
+      cache_(program_->geometry, program_->int8, program_->scales, slots, context, kernels), pool_(threads, [this] { return settle_aside(); }) {
   // An odd number of cache lines, so that the rows of a column do not all fall into one set of the cache.
   for (const int width : program_->registers) strides_.push_back(round_up(width, 16) | 16);
   for (size_t i = 0; i < strides_.size(); i++) registers_.emplace_back();
@@ -41,9 +41,16 @@ Engine::Engine(std::unique_ptr<Program> program, int slots, int context, int thr
 
 Engine::~Engine() = default;
 
-// Copies some weights into huge pages between two runs. Whoever runs the engine for a short answer alone pays nothing.
+// Weights are copied into huge pages while nobody waits, and where runs follow each other closely, bit by bit between two of them.
+// Whoever runs the engine for a short answer alone pays nothing.
+bool Engine::settle_aside() {
+  if (busy_.load(std::memory_order_acquire) < kSettled || !huge_pages_.more()) return false;
+  huge_pages_.move_next();
+  return true;
+}
+
 void Engine::settle() {
-  if (!huge_pages_.more() || busy_ < kSettled || allowance_ <= 0) return;
+  if (!huge_pages_.more() || busy_.load(std::memory_order_relaxed) < kSettled || allowance_ <= 0) return;
   const double start = now(), end = start + allowance_;
   const std::function<void(int)> move = [this, end](int) { while (huge_pages_.more() && now() < end) huge_pages_.move_next(); };
   pool_.run(move);
@@ -87,7 +94,9 @@ void Engine::run(const std::vector<Span>& spans, float* logits) {
   const std::function<void(int)> job = [this](int thread) { work(thread); };
   pool_.run(job);
   meetings = pool_.meetings();
-  busy_ += now() - start, allowance_ += kShare * (now() - start);
+  const double taken = now() - start;
+  busy_.store(busy_.load(std::memory_order_relaxed) + taken, std::memory_order_release);
+  allowance_ += kShare * taken;
   if (stop_at_.load() != INT64_MAX) throw Cancelled();
   for (const Span& s : spans) {
     cache_.length(s.slot) = s.start + s.n;

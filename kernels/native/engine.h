@@ -60,6 +60,7 @@ class Engine {
   struct Scratch;  // what a thread has for itself
 
   void settle();
+  bool settle_aside();
   void check(const std::vector<Span>& spans) const;
   void check_slot(int slot) const;
   void prepare(const std::vector<Span>& spans, float* logits);
@@ -81,7 +82,10 @@ class Engine {
   const Kernels& kernels_;
   const std::vector<Step> steps_;
   Cache cache_;
-  Pool pool_;
+  HugePages huge_pages_;
+  std::atomic<double> busy_{0};                     // seconds that runs took
+  double allowance_ = 0;                            // seconds that copying may take
+  Pool pool_;                                       // after what its threads use between runs
   std::vector<Buffer<float>> registers_;
   std::vector<size_t> strides_;
 
@@ -101,9 +105,6 @@ class Engine {
   std::unique_ptr<std::atomic<int>[]> missing_;     // parts of each merge that are still to come
   int missing_size_ = 0;
   std::vector<std::unique_ptr<Scratch>> scratch_;
-
-  HugePages huge_pages_;
-  double busy_ = 0, allowance_ = 0;                 // seconds that runs took; that copying may take
 
   std::atomic<bool> cancelled_{false};
   std::atomic<int64_t> stop_at_{0};

@@ -1,6 +1,7 @@
 #include "pool.h"
 
 #include <chrono>
+#include <utility>
 
 namespace headrace {
 namespace {
@@ -19,7 +20,7 @@ inline void pause() {
 
 }  // namespace
 
-Pool::Pool(int threads) : threads_(threads) {
+Pool::Pool(int threads, std::function<bool()> aside) : threads_(threads), aside_(std::move(aside)) {
   for (int i = 1; i < threads; i++) workers_.emplace_back([this, i] { serve(i); });
 }
 
@@ -89,6 +90,7 @@ void Pool::serve(int thread) {
       }
       std::this_thread::yield();
       if (std::chrono::steady_clock::now() < until) continue;
+      if (thread == 1 && aside_()) continue;
       std::unique_lock<std::mutex> lock(mutex_);
       idle_++;
       wake_.wait(lock, [&] { return job_.load(std::memory_order_acquire) != seen; });

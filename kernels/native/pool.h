@@ -3,6 +3,7 @@
 // A thread that waits spins for a bounded time and then sleeps. Sleeping frees its processor, so that the system moves the
 // thread that is waited for there, should another program have taken its own.
 // Work inside a phase is taken from a counter, which the last thread to arrive at a meeting sets back.
+// What nobody waits for is done between runs, in pieces, by a thread that would sleep otherwise.
 #pragma once
 #include <atomic>
 #include <condition_variable>
@@ -16,7 +17,8 @@ namespace headrace {
 
 class Pool {
  public:
-  explicit Pool(int threads);
+  // aside: does a piece of such work and says whether there is more; called by one thread at a time.
+  Pool(int threads, std::function<bool()> aside);
   ~Pool();
   int threads() const { return threads_; }
 
@@ -35,6 +37,7 @@ class Pool {
   void serve(int thread);
 
   const int threads_;
+  const std::function<bool()> aside_;
   alignas(64) std::atomic<int> next_{0};
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> meeting_{0};

@@ -47,3 +47,18 @@ def test_later(stored: Any) -> None:
             np.testing.assert_array_equal(engine.run(spans), first)
         assert engine.stats["copied_bytes"] == size // HUGE * HUGE
         np.testing.assert_array_equal(engine.run(spans), first)
+
+
+def test_while_nobody_waits(stored: Any) -> None:
+    program, arrays = stored
+    size = Path(program["files"][0]).stat().st_size
+    with hk.Engine(program, arrays, threads=2) as engine:
+        spans = [(0, 0, list(range(100)), [0, 50, 99])]
+        first = engine.run(spans)
+        until = time.monotonic() + PATIENCE
+        while not engine.stats["copied_bytes"] and time.monotonic() < until:
+            engine.run(spans)  # until it has run for as long as an answer takes
+        while engine.stats["copied_bytes"] < size // HUGE * HUGE and time.monotonic() < until:
+            time.sleep(0.01)
+        assert engine.stats["copied_bytes"] == size // HUGE * HUGE
+        np.testing.assert_array_equal(engine.run(spans), first)
