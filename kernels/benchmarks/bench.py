@@ -1,6 +1,6 @@
 """How fast the engine runs a model's shape with random weights: decoding, batches, prompts, long pasts.
 
-    python kernels/benchmarks/bench.py [smollm2 | baichuan2] [--layers 8] [--isa avx2] [--threads 2]
+    python kernels/benchmarks/bench.py [smollm2 | baichuan2] [--layers 8] [--isa avx2] [--block 32 [--factors]]
 
 Prints one line a figure: time, tokens a second, bytes read a second or operations a second, and where the time went.
 """
@@ -31,7 +31,7 @@ SHAPES = {
 
 
 def model(
-    shape: dict[str, Any], path: Path, block: int | None, bits: int
+    shape: dict[str, Any], path: Path, block: int | None, bits: int, factors: bool
 ) -> tuple[dict[str, Any], dict[str, Any], int]:
     """A program over a file of random codes, arrays, and the bytes of weights that a token reads."""
     rng = np.random.default_rng(0)
@@ -50,8 +50,14 @@ def model(
         for at in range(0, size, len(noise)):
             out.write(noise[: size - at])
         out.write(b"\0" * (-out.tell() % 64))
-        arrays[f"{name}_scale"] = np.full((n, k // block if block else 1), 0.5 / 8 / np.sqrt(k), np.float16)
         weights[name] = {"bits": bits, "packed": f"{name}_packed", "scale": f"{name}_scale"}
+        scale, count = 0.5 / 8 / np.sqrt(k), k // block if block else 1  # of a row
+        if block and factors:
+            scale, count = scale / 8, 1
+            arrays[f"{name}_factors"] = rng.integers(0, 256, (n, (k // block + 1) // 2), np.uint8)
+            weights[name] |= {"factors": f"{name}_factors", "block": block}
+            read += arrays[f"{name}_factors"].nbytes
+        arrays[f"{name}_scale"] = np.full((n, count), scale, np.float16)
         read += size + arrays[f"{name}_scale"].nbytes
         return name
 
@@ -119,14 +125,21 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--block", type=int)
     parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--factors", action="store_true", help="blocks' scales are whole factors of the row's (LPBQ)")
     parser.add_argument("--only", help="figures whose name contains this")
     options = parser.parse_args()
+    if options.factors and (options.block is None or options.bits != 4):
+        parser.error("--factors is of blocks of 4 bits; expected --block 16 to 256, and --bits 4")
     shape = dict(SHAPES[options.shape])
     shape["layers"] = options.layers or shape["layers"]
     with TemporaryDirectory() as folder:
-        program, arrays, read = model(shape, Path(folder) / "weights", options.block, options.bits)
+        program, arrays, read = model(shape, Path(folder) / "weights", options.block, options.bits, options.factors)
         with hk.Engine(program, arrays, slots=8, threads=options.threads, isa=options.isa) as engine:
-            print(f"{options.shape}, {shape['layers']} layers, {read / 1e6:.1f} MB a token, {engine.isa}", end=", ")
+            form = f"blocks of {options.block}" + ", factors" * options.factors if options.block else "a scale a row"
+            print(
+                f"{options.shape}, {shape['layers']} layers, {form}, {read / 1e6:.1f} MB a token, {engine.isa}",
+                end=", ",
+            )
             print(f"{engine.threads} threads")
             figures(engine, shape, read, options.only or "")
 
