@@ -1,10 +1,11 @@
 """Hostile inputs guided by coverage: a reader's inputs grow out of those that reached new code of headrace.
 
     pip install atheris
-    python benchmarks/fuzz_guided.py READER [-runs=100000] [-max_len=512] [CORPUS]     # options of libFuzzer
+    python benchmarks/fuzz_guided.py READER [-runs=10000] [-max_len=1024] [CORPUS]     # options of libFuzzer
 
 The fuzzer's bytes are what chance draws from (tests/hostile), so that its inputs have the structure of the format, and
-are kept when headrace's own code took another way. An input fails as in fuzz_readers.py, which tries more of them; here
+are kept when headrace's own code took another way. They may be long from the start, since where they end chance gives
+nothing but zeros. An input fails as in fuzz_readers.py, which tries more of them; here
 the first failure ends the run, and its bytes are kept as crash-… beside.
 """
 
@@ -47,17 +48,18 @@ def main() -> None:
     parser.add_argument("reader")
     options, rest = parser.parse_known_args()
     sys.path.insert(0, str(ROOT))
-    with atheris.instrument_imports(include=["headrace"]):
+    # To the end, since some modules are imported when they are first used.
+    with atheris.instrument_imports(include=["headrace", "headrace_kernels"]), tempfile.TemporaryDirectory() as scratch:
         from tests.hostile.format import try_one
         from tests.hostile.formats import FORMATS
 
-    form = FORMATS[options.reader]
-    logging.disable()
-    warnings.simplefilter("error")
-    with tempfile.TemporaryDirectory() as scratch:
+        form = FORMATS[options.reader]
+        logging.disable()
+        warnings.simplefilter("error")
         folder = Path(scratch) / "fuzz"
         good = form.prepare(folder)
-        atheris.Setup([sys.argv[0], *rest], lambda data: try_one(form, Drawn(data), folder, good) and None)
+        arguments = [sys.argv[0], "-len_control=0", *rest]
+        atheris.Setup(arguments, lambda data: try_one(form, Drawn(data), folder, good) and None)
         atheris.Fuzz()
 
 

@@ -14,35 +14,38 @@ from tests.hostile.chance import NUMBERS, Good, Rng, any_json, changed_json
 from tests.hostile.format import Format
 
 GEOMETRY = {
-    "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 4, "hidden": 8, "vocab": 16, "eps": 1e-5, "context": 12,
+    "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 4, "hidden": 32, "vocab": 16, "eps": 1e-5, "context": 12,
 }  # fmt: skip
 
 
 @cache
 def small_program() -> tuple[dict[str, Any], dict[str, Any]]:
-    """One layer over random weights, and the arrays that it names."""
+    """One layer over random weights, with scales a row and whole factors, and the arrays that it names."""
     rng = np.random.default_rng(0)
     arrays: dict[str, Any] = {"cos": np.ones((12, 2), np.float32), "sin": np.zeros((12, 2), np.float32)}
-    arrays |= {name: np.ones(8, np.float32) for name in ("n0", "n1")}
+    arrays |= {name: np.ones(32, np.float32) for name in ("n0", "n1")}
     weights = {}
-    for name, n, k, bits in (
-        ("embed", 16, 8, 8), ("q", 8, 8, 4), ("k", 4, 8, 4), ("v", 4, 8, 8), ("o", 8, 8, 4), ("gate", 16, 8, 4),
-        ("up", 16, 8, 4), ("down", 8, 16, 4),
+    for name, n, k, bits, block in (
+        ("embed", 16, 32, 8, None), ("q", 8, 32, 4, 16), ("k", 4, 32, 4, 32), ("v", 4, 32, 8, None),
+        ("o", 32, 8, 4, None), ("gate", 16, 32, 4, 16), ("up", 16, 32, 4, None), ("down", 32, 16, 4, 16),
     ):  # fmt: skip
         arrays[f"{name}.p"] = rng.integers(0, 256, (n, k * bits // 8)).astype(np.uint8)
         arrays[f"{name}.s"] = np.full((n, 1), 0.01, np.float16)
         weights[name] = {"bits": bits, "packed": f"{name}.p", "scale": f"{name}.s"}
+        if block:
+            arrays[f"{name}.f"] = rng.integers(0, 256, (n, (k // block + 1) // 2)).astype(np.uint8)
+            weights[name] |= {"factors": f"{name}.f", "block": block}
     instructions = [
         {"op": "embed", "weight": "embed", "out": 0},
         {"op": "rms_norm", "in": 0, "weight": "n0", "out": 1},
-        {"op": "linear", "group": 64, "in": 1, "weights": ["q", "k", "v"], "out": [2, 3, 4]},
+        {"op": "linear", "group": 32, "in": 1, "weights": ["q", "k", "v"], "out": [2, 3, 4]},
         {"op": "rope_cache", "layer": 0, "q": 2, "k": 3, "v": 4, "cos": "cos", "sin": "sin"},
         {"op": "attention", "layer": 0, "q": 2, "out": 5},
-        {"op": "linear", "group": 64, "in": 5, "weights": ["o"], "out": [6]},
+        {"op": "linear", "group": 32, "in": 5, "weights": ["o"], "out": [6]},
         {"op": "add_norm", "in": 0, "update": 6, "weight": "n1", "sum": 7, "out": 1},
-        {"op": "linear", "group": 64, "in": 1, "weights": ["gate", "up"], "out": [8, 9]},
+        {"op": "linear", "group": 32, "in": 1, "weights": ["gate", "up"], "out": [8, 9]},
         {"op": "silu_mul", "gate": 8, "up": 9, "out": 10},
-        {"op": "linear", "group": 64, "in": 10, "weights": ["down"], "out": [6]},
+        {"op": "linear", "group": 32, "in": 10, "weights": ["down"], "out": [6]},
         {"op": "add", "in": 7, "update": 6, "out": 0},
         {"op": "rms_norm", "in": 0, "weight": "n1", "out": 1},
         {"op": "rows", "in": 1, "out": 11},
@@ -51,7 +54,7 @@ def small_program() -> tuple[dict[str, Any], dict[str, Any]]:
     program = {
         "format": 2, "geometry": GEOMETRY, "cache": {"dtype": "int8", "scales": [[0.03, 0.02]]}, "files": [],
         "tensors": {},
-        "weights": weights, "registers": [8, 8, 8, 4, 4, 8, 8, 8, 16, 16, 16, 8], "instructions": instructions,
+        "weights": weights, "registers": [32, 32, 8, 4, 4, 8, 32, 32, 16, 16, 16, 32], "instructions": instructions,
     }  # fmt: skip
     return program, arrays
 
@@ -66,8 +69,10 @@ def program(rng: Rng, good: Good) -> bytes:
     """A program and the calls to it, as JSON."""
     base = copy.deepcopy(small_program()[0])
     if rng.randrange(4):
-        part = rng.choice(("geometry", "cache", "weights", "registers", "instructions", "instructions", "instructions"))
-        base[part] = changed_json(rng, base[part], ("layer", "bias"))
+        part = rng.choice(
+            ("geometry", "cache", "weights", "weights", "registers", "instructions", "instructions", "instructions")
+        )
+        base[part] = changed_json(rng, base[part], ("layer", "bias", "factors", "block"))
         if part == "instructions" and base[part] and rng.randrange(2):  # numbers that nearly fit
             instruction = rng.choice(base[part])
             if isinstance(instruction, dict):

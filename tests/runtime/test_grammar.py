@@ -246,9 +246,9 @@ def test_a_mask_of_a_large_vocabulary_costs_little() -> None:
     state = made.compile("json_schema", '{"type": "object", "properties": {"city": {"type": "string"}}}').start()
     times = []
     for byte in b'{"city": "' + b"rivers and seas 42 " * 12:
-        begin = time.perf_counter()
+        begin = time.thread_time()  # of the processor: others may have it meanwhile
         allowed = state.allowed()
-        times.append(time.perf_counter() - begin)
+        times.append(time.thread_time() - begin)
         assert allowed[byte + 1]
         state.take(byte + 1)
     assert np.percentile(times[12:], 99) * 1e3 < MASK_MS

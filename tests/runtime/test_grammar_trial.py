@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import string
 import subprocess
 import sys
@@ -11,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from headrace.errors import UserError
 from headrace.runtime import grammar_trial
 from headrace.runtime.grammar import LIMITS, Grammars
-from headrace.runtime.grammar_source import check_lark, check_regex, check_schema
+from headrace.runtime.grammar_source import _ways, _ways_of_terminals, check_lark, check_regex, check_schema
 from tests.text.vocabularies import byte_level_tokenizer
 
 
@@ -44,7 +47,10 @@ KINDS = {
     "absent parts as a separator": ("json_schema", json.dumps({"x-guidance": {"item_separator": "a?" * 3_000}}),
                                     "may be absent"),
     "absent parts of Lark": ("lark", "start: A\nA: " + '"b"? ' * 3_000, "may be absent"),
-    "terminals of terminals": ("lark", _doubling(14, '"x"?'), "takes more than 128 MB"),
+    "absent texts of Lark": ("lark", "start: A\nA: " + '(""|"b") ' * 3_000, "may be absent"),
+    "terminals of terminals": ("lark", _doubling(14, '"x"?'), "may be absent"),
+    "terminals of terminals behind others": ("lark", 'start: B\nB: /b{300}/ A0 "z"\n' + _doubling(13, r"/\w?/")[10:],
+                                             "may be absent"),
     "classes": ("regex", r"\W" * 30_000, "takes more than 128 MB"),
     "patterns that must all fit": ("json_schema", json.dumps({"allOf": PATTERNS}), "takes more than"),
     "names that are patterns": ("json_schema", json.dumps({"patternProperties": NAMED}), "takes more than 2 s"),
@@ -118,6 +124,42 @@ def test_every_way_to_be_absent_is_counted(row: str) -> None:
         check_regex(row * 1500)
     with pytest.raises(UserError, match="may be absent"):
         check_lark(f"start: A\nA: /{row * 1500}/")
+
+
+@st.composite
+def terminals(draw: st.DrawFn) -> dict[str, str]:
+    """Definitions of terminals, each made of some of those before."""
+    parts = ['"b"', '"b"?', "/[c-e]*/", '("x"|"y")', '""', '"A0:"', "/A1 ?/", "B~0..2"]
+    made: dict[str, str] = {}
+    for i in range(draw(st.integers(1, 6))):
+        body = draw(st.lists(st.sampled_from([*parts, *made, *made]), min_size=1, max_size=5))
+        made[f"A{i}"] = draw(st.sampled_from([" ", "\n  | "])).join(body)
+    return made
+
+
+@given(terminals())
+def test_a_terminal_is_counted_as_what_it_is_made_of(made: dict[str, str]) -> None:
+    """As many ways as the grammar has in which all is written out."""
+    written: dict[str, str] = {}
+    for name, body in made.items():  # names in texts and expressions are none
+        written[name] = re.sub(r'"[^"]*"|/[^/]*/|A\d', lambda found: written.get(found[0], found[0]), body)
+    source, whole = (
+        "start: A0\n" + "\n".join(f"{name}: {body}" for name, body in bodies.items()) + "\nB: /x/"
+        for bodies in (made, written)
+    )
+    assert _ways_of_terminals(source, False) == _ways_of_terminals(whole, False) == sum(map(_ways, written.values()))
+
+
+def test_terminals_as_grammars_have_them_are_let_through() -> None:
+    check_lark(
+        "start: value+\nvalue: NUMBER | STRING | NAME\n"
+        'NUMBER.2: INT ("." DIGITS)? EXP?\nINT: "-"? DIGITS\nEXP: ("e"|"E") ("+"|"-")? DIGITS\nDIGITS: /[0-9]+/\n'
+        'STRING[capture]: "\\"" /[^"]*/ "\\""\n_SPACE: /[ \\t]+/\nNAME: _SPACE? /[a-z]+/ _SPACE?\n'
+    )
+    check_lark("start: " + " ".join(f"T{i}" for i in range(500)) + "".join(f'\nT{i}: "t"? X "{i}"' for i in range(500))
+               + "\nX: /x?y*z{0,2}/")  # fmt: skip
+    with pytest.raises(UserError, match=r"the terminal 'A1?' is made of itself; expected a rule"):
+        check_lark('start: A\nA: A1\nA1: "b" A?')
 
 
 def test_where_spaces_mean_nothing_brackets_count() -> None:
