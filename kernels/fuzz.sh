@@ -13,4 +13,4 @@ cmake -S "$here" -B "$folder" -DSANITIZE="address;undefined;fuzzer-no-link" > "$
 "$CXX" -std=c++17 -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined "$here/fuzz/program_fuzzer.cpp" \
   -L"$folder" -lheadrace_kernels -Wl,-rpath,"$folder" -o "$folder/fuzz"
 mkdir "$folder/corpus"
-"$folder/fuzz" -runs="$runs" -max_len=512 -rss_limit_mb=2048 -timeout=20 -print_final_stats=1 "$folder/corpus"
+"$folder/fuzz" -runs="$runs" -max_len=512 -len_control=0 -rss_limit_mb=2048 -timeout=200 -print_final_stats=1 "$folder/corpus"

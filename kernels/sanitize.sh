@@ -16,7 +16,7 @@ run() { # name, sanitizers, runtimes, tests
   name=$1 sanitizers=$2 runtimes=$3
   shift 3
   echo "== $name"
-  cmake -S "$here" -B "$folder/$name" -DSANITIZE="$sanitizers" > "$folder/$name.log" && cmake --build "$folder/$name" -j 2 >> "$folder/$name.log" \
+  cmake -S "$here" -B "$folder/$name" -DSANITIZE="$sanitizers" > "$folder/$name.log" && cmake --build "$folder/$name" -j "${JOBS:-2}" >> "$folder/$name.log" \
     || { cat "$folder/$name.log"; exit 1; }
   (cd "$here" && LD_PRELOAD=$runtimes ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
     TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1 OPENBLAS_NUM_THREADS=1 \

@@ -1,10 +1,12 @@
-// libFuzzer over the C interface: a small decoder that is right, with some of its numbers and names replaced, and then
-// spans, copies, reads and writes with any values. Whatever comes, a call gives 0 or the number of an error.
+// libFuzzer over the C interface: a small decoder of one of many forms that is right, or has some of its numbers and names
+// replaced, and then spans, copies, reads and writes with any values. Whatever comes, a call gives 0 or the number of an error.
+// At the end it says how many programs and runs passed, since a fuzzer whose inputs are all refused finds nothing.
 //
 // What Python guarantees is kept here too: pointers are valid for the counts that go with them, and an engine is used by
 // one thread at a time.
 #include <fuzzer/FuzzedDataProvider.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -38,9 +40,20 @@ namespace {
 
 constexpr int kMost = 5;  // the largest number of an error that is told with words
 
+// What the calls gave: programs by the form of their scales.
+struct Outcomes {
+  long engines[3] = {}, refused = 0, runs[3] = {}, refused_runs = 0;
+  ~Outcomes() {
+    std::fprintf(stderr, "engines made: %ld with a scale a row, %ld with blocks, %ld with whole factors; %ld refused\n",
+                 engines[0], engines[1], engines[2], refused);
+    std::fprintf(stderr, "runs answered: %ld, %ld, %ld; %ld refused\n", runs[0], runs[1], runs[2], refused_runs);
+  }
+} outcomes;
+
 struct Chance {
   FuzzedDataProvider data;
-  bool rarely() { return data.remaining_bytes() > 0 && data.ConsumeIntegral<uint8_t>() < 6; }
+  bool lies = true;  // whether anything is replaced
+  bool rarely() { return lies && data.remaining_bytes() > 0 && data.ConsumeIntegral<uint8_t>() < 6; }
   template <class T>
   T near(T value) {  // the value, seldom another one
     if (!rarely()) return value;
@@ -68,9 +81,37 @@ struct Block {
   size_t size;
 };
 
+enum Form { kRow, kBlocks, kFactors };  // of weights' scales: one a row, one a block, or one a row and a factor a block
+
+struct Model {
+  int hidden, feed, head_dim, form, block, group, table_bits;
+  bool bias;
+};
+Model any_model(FuzzedDataProvider& data) {
+  Model m{};
+  m.hidden = data.PickValueInArray({32, 96, 128, 256, 272});
+  m.feed = data.PickValueInArray({16, 80, 144});
+  m.head_dim = data.PickValueInArray({4, 32, 80});
+  m.form = data.ConsumeIntegralInRange(0, 2);
+  m.block = data.PickValueInArray({16, 32, 64, 128, 256});
+  m.group = data.PickValueInArray({0, 32, 64});
+  if (m.form != kRow && m.block < m.group) m.group = m.block / 32 * 32;
+  m.table_bits = data.PickValueInArray({4, 8});
+  m.bias = data.ConsumeBool();
+  return m;
+}
+
+constexpr int kVocab = 16, kContext = 24;
 struct Shape { const char* name; int n, k, bits; };
-constexpr Shape kWeights[] = {{"embed", 16, 32, 8}, {"q", 8, 32, 4}, {"k", 4, 32, 4}, {"v", 4, 32, 8},
-                              {"o", 32, 8, 4},      {"gate", 16, 32, 4}, {"up", 16, 32, 4}, {"down", 32, 16, 4}};
+std::vector<Shape> shapes_of(const Model& m) {
+  return {{"embed", kVocab, m.hidden, m.table_bits}, {"q", 2 * m.head_dim, m.hidden, 4}, {"k", m.head_dim, m.hidden, 4},
+          {"v", m.head_dim, m.hidden, 8}, {"o", m.hidden, 2 * m.head_dim, 4}, {"gate", m.feed, m.hidden, 4},
+          {"up", m.feed, m.hidden, 4}, {"down", m.hidden, m.feed, 4}};
+}
+std::vector<int> widths_of(const Model& m) {
+  const int h = m.hidden, d = m.head_dim, f = m.feed;
+  return {h, h, 2 * d, d, d, 2 * d, h, h, f, f, f, h};
+}
 struct Line { const char* op; int layer; std::vector<int> registers; std::vector<const char*> names; };
 const std::vector<Line> kLines = {
     {"embed", -1, {0}, {"embed"}},          {"rms_norm", -1, {0, 1}, {"n0"}},
@@ -81,7 +122,6 @@ const std::vector<Line> kLines = {
     {"add", -1, {7, 6, 0}, {}},             {"rms_norm", -1, {0, 1}, {"n0"}},
     {"rows", -1, {1, 11}, {}},              {"head", -1, {11}, {"embed"}},
 };
-constexpr int kWidths[] = {32, 32, 8, 4, 4, 8, 32, 32, 16, 16, 16, 32};
 
 void check(int code) {
   if (code < 0 || code > kMost) {
@@ -95,9 +135,13 @@ void check(int code) {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* bytes, size_t size) {
   Chance c{FuzzedDataProvider(bytes, size)};
   std::vector<std::unique_ptr<Block>> blocks;
-  const int vocab = c.near(16), context = c.near(12), wanted_context = c.data.ConsumeIntegralInRange(0, 13);
+  c.lies = c.data.ConsumeBool();
+  const Model m = any_model(c.data);
+  const int vocab = c.near(kVocab), context = c.near(kContext);
+  const int wanted_context = c.data.ConsumeBool() ? c.data.ConsumeIntegralInRange(0, kContext + 1) : 0;
   void* program = nullptr;
-  const int made = hk_program_new(c.near(1), c.near(2), c.near(1), c.near(4), c.near(32), vocab, context, 1e-5f, &program);
+  const int made =
+      hk_program_new(c.near(1), c.near(2), c.near(1), c.near(m.head_dim), c.near(m.hidden), vocab, context, 1e-5f, &program);
   check(made);
   if (made) return 0;
   const auto array = [&](const std::string& name, int dtype, int width, int64_t rows, int64_t columns) {
@@ -106,20 +150,21 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* bytes, size_t size) {
     check(hk_program_array(program, c.name(name.c_str()), blocks.back()->bytes, count, c.near(dtype), c.near(rows),
                            c.near(columns)));
   };
-  for (const char* name : {"cos", "sin"}) array(name, 2, 4, 12, 2);
-  array("n0", 2, 4, 1, 32);
-  const int form = c.data.ConsumeIntegralInRange(0, 2);  // of scales of a row of 32: one, one for 16 columns, one and factors
-  for (const Shape& w : kWeights) {
+  for (const char* name : {"cos", "sin"}) array(name, 2, 4, kContext, m.head_dim / 2);
+  array("n0", 2, 4, 1, m.hidden);
+  for (const Shape& w : shapes_of(m)) {
     const std::string name = w.name;
-    const bool factors = form == 2 && w.k == 32 && w.bits == 4;
+    const bool fits = m.form != kRow && w.k % m.block == 0, factors = fits && m.form == kFactors && w.bits == 4;
+    const int scales = fits && !factors ? w.k / m.block : 1;
     array(name + ".p", 0, 1, w.n, w.k * w.bits / 8);
-    array(name + ".s", 1, 2, w.n, form == 1 && w.k == 32 ? 2 : 1);
-    if (factors) array(name + ".f", 0, 1, w.n, 1);
+    array(name + ".s", 1, 2, w.n, scales);
+    if (factors) array(name + ".f", 0, 1, w.n, (w.k / m.block + 1) / 2);
     check(hk_program_weight(program, w.name, c.near(w.bits), c.name((name + ".p").c_str()), c.name((name + ".s").c_str()),
-                            c.name(factors ? (name + ".f").c_str() : ""), c.near(factors ? 16 : 0), c.rarely() ? "n0" : ""));
+                            c.name(factors ? (name + ".f").c_str() : ""), c.near(factors ? m.block : 0),
+                            (m.bias && w.n == m.hidden) || c.rarely() ? "n0" : ""));
   }
   if (c.rarely()) check(hk_program_tensor(program, "t", c.near(0), c.data.ConsumeIntegral<uint64_t>(), 0, 1, c.near(1)));
-  for (const int width : kWidths) check(hk_program_register(program, c.near(width)));
+  for (const int width : widths_of(m)) check(hk_program_register(program, c.near(width)));
   const float scales[] = {0.03f, 0.02f};
   check(hk_program_cache(program, c.data.ConsumeBool(), scales, c.rarely() ? 0 : 2));
   for (const Line& line : kLines) {
@@ -131,7 +176,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* bytes, size_t size) {
     if (c.rarely() && !registers.empty()) registers.pop_back();
     const char* op = c.rarely() ? kLines[c.data.ConsumeIntegralInRange<size_t>(0, kLines.size() - 1)].op : line.op;
     for (int times = c.rarely() ? 2 : 1; times > 0; times--)
-      check(hk_program_instruction(program, op, c.near(line.layer), c.near(32), int(registers.size()), registers.data(),
+      check(hk_program_instruction(program, op, c.near(line.layer), c.near(m.group), int(registers.size()), registers.data(),
                                    int(names.size()), names.data()));
   }
   std::vector<std::string> isas = {""};
@@ -148,10 +193,13 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* bytes, size_t size) {
   void* engine = nullptr;
   const int code = hk_engine_new(program, slots, wanted_context, threads, isa.c_str(), fuse, 0, &engine);
   check(code);
+  ++(code ? outcomes.refused : outcomes.engines[m.form]);
   if (code) return 0;
+  c.lies = true;  // what is done with the engine
   for (int step = 0; step < 6 && c.data.remaining_bytes() > 0; step++) {
     const int slot = c.data.ConsumeIntegralInRange(-1, 2), other = c.data.ConsumeIntegralInRange(-1, 2);
-    const int start = c.near(c.data.ConsumeIntegralInRange(0, 13)), stop = c.near(c.data.ConsumeIntegralInRange(0, 13));
+    const int start = c.near(c.data.ConsumeIntegralInRange(0, kContext));
+    const int stop = c.near(c.data.ConsumeIntegralInRange(0, kContext));
     uint64_t bytes_read = 0;
     switch (c.data.ConsumeIntegralInRange(0, 3)) {
       case 0: check(hk_engine_copy(engine, slot, other, start)); break;
@@ -165,18 +213,25 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* bytes, size_t size) {
         break;
       }
       default: {
-        const int count = c.data.ConsumeIntegralInRange(1, 3);
+        const int many = c.data.ConsumeIntegralInRange(1, 3);
         std::vector<int32_t> spans, ids, wanted;
-        for (int i = 0; i < count; i++) {
-          const int tokens = c.data.ConsumeIntegralInRange(0, 13), rows = c.data.ConsumeIntegralInRange(0, 3);
-          const int32_t span[] = {c.data.ConsumeIntegralInRange(-1, 2), c.near(c.data.ConsumeIntegralInRange(0, 12)),
-                                  tokens, int32_t(ids.size()), rows, int32_t(wanted.size())};
+        for (int i = 0; i < many; i++) {
+          const int at = c.near((slot + i) & 1), tokens = c.near(c.data.ConsumeIntegralInRange(1, kContext / 2));
+          const int rows = c.data.ConsumeIntegralInRange(0, 3);
+          int from = 0;
+          const bool anywhere = hk_engine_length(engine, at, &from) != 0 || c.data.ConsumeIntegralInRange(0, 7) == 7;
+          if (anywhere) from = c.data.ConsumeIntegralInRange(0, kContext);
+          const int count = tokens < 0 || tokens > 2 * kContext ? 0 : tokens;  // of which there are ids
+          const int32_t span[] = {at, c.near(from), count, int32_t(ids.size()), rows, int32_t(wanted.size())};
           spans.insert(spans.end(), span, span + 6);
-          for (int t = 0; t < tokens; t++) ids.push_back(c.near(c.data.ConsumeIntegralInRange(0, 15)));
-          for (int r = 0; r < rows; r++) wanted.push_back(c.near(tokens - 1));
+          for (int t = 0; t < count; t++) ids.push_back(c.near(c.data.ConsumeIntegralInRange(0, kVocab - 1)));
+          for (int r = 0; r < rows; r++) wanted.push_back(c.near(c.data.ConsumeIntegralInRange(0, std::max(count - 1, 0))));
         }
         Block logits(wanted.size() * size_t(vocab > 0 ? vocab : 0) * 4, 0);
-        check(hk_engine_run(engine, count, spans.data(), ids.data(), wanted.data(), reinterpret_cast<float*>(logits.bytes)));
+        const int answered =
+            hk_engine_run(engine, many, spans.data(), ids.data(), wanted.data(), reinterpret_cast<float*>(logits.bytes));
+        check(answered);
+        ++(answered ? outcomes.refused_runs : outcomes.runs[m.form]);
       }
     }
     int length = 0;

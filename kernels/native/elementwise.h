@@ -2,7 +2,9 @@
 #pragma once
 #include "kernels.h"
 
-#if defined(__clang__)
+#if defined(HEADRACE_ROLLED)  // instrumented, unrolled loops become functions that compilers take many minutes for
+#define HEADRACE_UNROLL
+#elif defined(__clang__)
 #define HEADRACE_UNROLL _Pragma("unroll")
 #else
 #define HEADRACE_UNROLL _Pragma("GCC unroll 16")
