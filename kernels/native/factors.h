@@ -1,4 +1,5 @@
-// Scales that are factors, for any vector V: nibbles of rows one after the other become vectors over rows.
+// Scales that are factors, for any vector V: nibbles of rows one after the other become vectors over rows, or are multiplied into the
+// codes, which then are bytes with one scale a row: a code is -8 … 7 and a factor 1 … 16, so that products fit.
 #pragma once
 #include "elementwise.h"
 
@@ -18,6 +19,16 @@ struct RowFactors {
       for (int r = 0; r < rows; r++) words[from / 4][r] |= uint32_t(p[r * stride + from]) << from % 4 * 8;
   }
   typename V::F of(int block) const { return V::factors(V::load(words[block / 8]), V::set32(block % 8 * 4)); }
+};
+
+// What makes unsigned bytes with the zero point 128 of nibbles with the zero point 8: a factor in every 16 bits, which no product of a
+// byte by it leaves, and what their zero points differ by.
+template <class V>
+struct Fold {
+  typename V::I factor, shift;
+
+  explicit Fold(typename V::I words) : factor(words), shift(V::sub32(V::set32(int(0x80808080)), V::mul32(words, V::set32(0x808)))) {}
+  typename V::I operator()(typename V::I nibbles) const { return V::add32(V::mul16(nibbles, factor), shift); }
 };
 
 }  // namespace

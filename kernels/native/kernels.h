@@ -80,7 +80,7 @@ struct Coarse {
   int8_t* codes;
   float* scales;
   int32_t* sums16;
-  // Of variants with tiles, for weights with one scale a row: int16 codes in two bytes (linear_tiles.h), scale and sum a token.
+  // Of variants with tiles, for weights with one scale a row or with factors: int16 codes in two bytes (linear_tiles.h), scale and sum a token.
   int8_t* tiles;
   float* tile_scales;
   int32_t* tile_sums;
@@ -115,7 +115,7 @@ struct Kernels {
   float (*quantize)(const float* x, int k, int16_t* codes);
   void (*fine)(const float* x, int k, unsigned kinds, Fine& out);
   void (*decode)(const Weight& w, const Fine* x, int m, int begin, int end, const Out& out, int column);
-  // rows, blocks: what scales the weights have that the activations are for.
+  // rows, blocks: what scales the weights have that the activations are for, factors among the first.
   void (*coarse)(const float* x, int row, bool rows, bool blocks, const Coarse& out);
   // Channels begin … end of tokens first … last.
   void (*prompt)(const Weight& w, const Coarse& x, int begin, int end, int first, int last, const Out& out, int column,

@@ -1,6 +1,7 @@
 // Linears of many tokens, for any vector V: a panel of channels by kColumns columns is unpacked once into scratch memory,
 // four columns of a channel to a lane, and every token runs over it with int8 activations. Sums are int32 within a group of
-// columns that shares a scale, float from group to group.
+// columns that shares a scale, float from group to group. Where scales of blocks are factors, codes are multiplied by them as they are
+// unpacked and the panel is one of bytes with one scale a row, unless bytes take longer by more than blocks do.
 #pragma once
 #include "factors.h"
 
@@ -55,8 +56,25 @@ void coarse(const float* x, int row, bool, bool, const Coarse& out) {
   }
 }
 
-// Codes of up to panels * lanes channels from n on, columns from `from` on: scratch[4 columns][panel][lane][4].
-template <class V, int Bits>
+// What folds the factors of up to V::lanes channels from n on into codes of `columns` columns from `from` on, eight at a time.
+template <class V>
+struct Folds {
+  const int block, from, first;
+  const RowFactors<V> factors;
+
+  Folds(const Weight& w, int n, int end, int from, int columns)
+      : block(w.block), from(from), first(from / w.block),
+        factors(w.factors + n * w.factor_bytes() + first / 2, w.factor_bytes(), end - n < V::lanes ? end - n : V::lanes,
+                ((from + columns < w.k ? from + columns : w.k) - 1) / w.block / 2 - first / 2 + 1) {}
+  Fold<V> at(int column) const {
+    const auto whole = V::to_int(factors.of((from + column) / block - first + first % 2));
+    return Fold<V>(V::mul32(whole, V::set32(0x10001)));
+  }
+};
+
+// Codes of up to panels * lanes channels from n on, columns from `from` on: scratch[4 columns][panel][lane][4]; `Folded`: times their
+// factors, as bytes.
+template <class V, int Bits, bool Folded>
 HEADRACE_APART void unpack(const Weight& w, int n, int end, int from, int columns, uint8_t* scratch) {
   using I = typename V::I;
   constexpr int width = Bits == 4 ? 2 * V::bytes : V::bytes;  // columns of a load
@@ -75,6 +93,19 @@ HEADRACE_APART void unpack(const Weight& w, int n, int end, int from, int column
       }
       V::transpose(codes);
       uint8_t* to = scratch + size_t(c / 4) * step + p * V::bytes;
+      if constexpr (Folded) {
+        if (n + p * V::lanes >= end) continue;
+        const Folds<V> folds(w, n + p * V::lanes, end, from + c, width);
+        const int each = w.block / 8;
+        for (int first = 0; first < V::lanes && c + 8 * first < last; first += each) {
+          const Fold<V> fold = folds.at(8 * first);
+          for (int i = first; i < V::lanes && i < first + each; i++) {
+            V::store(to + size_t(2 * i) * step, fold(V::low_nibbles(codes[i])));
+            V::store(to + size_t(2 * i + 1) * step, fold(V::high_nibbles(codes[i])));
+          }
+        }
+        continue;
+      }
       for (int i = 0; i < V::lanes; i++) {
         if constexpr (Bits == 4) {  // four bytes are the even and the odd ones of eight columns
           V::store(to + size_t(2 * i) * step, V::low_nibbles(codes[i]));
@@ -190,7 +221,7 @@ HEADRACE_APART void part_scales(const Weight& w, int n, int end, int from, int p
   }
 }
 
-template <class V, int Bits, bool Blocks, int Part>
+template <class V, int Stored, int Bits, bool Blocks, int Part>
 HEADRACE_APART void prompt_panel(const Weight& w, const Coarse& x, int n, int end, int first, int last, const Out& out,
                                  int column, uint8_t* scratch) {
   constexpr int width = V::panels * V::lanes;
@@ -198,7 +229,7 @@ HEADRACE_APART void prompt_panel(const Weight& w, const Coarse& x, int n, int en
   float* sums = scales + (kColumns / 16) * width;
   for (int from = 0; from < w.k; from += kColumns) {
     const int columns = w.k - from < kColumns ? w.k - from : kColumns, parts = (columns + Part - 1) / Part;
-    unpack<V, Bits>(w, n, end, from, parts * Part, scratch);
+    unpack<V, Stored, (Stored < Bits)>(w, n, end, from, parts * Part, scratch);
     if constexpr (Blocks) part_scales<V, Part>(w, n, end, from, parts, scales);
     const auto run = [&](auto number, int t) {
       multiply<V, Bits, Blocks, Part, decltype(number)::value>(x, from, parts, t, scratch, scales, sums + (t - first) * width);
@@ -223,11 +254,13 @@ HEADRACE_APART void prompt_panel(const Weight& w, const Coarse& x, int n, int en
   }
 }
 
-template <class V, int Bits>
+template <class V, int Stored>
 inline auto panel_for(const Weight& w, const Coarse& x) {
-  if (!w.block) return x.group == 32 ? prompt_panel<V, Bits, false, 32> : prompt_panel<V, Bits, false, 64>;
-  if (w.block == 16) return prompt_panel<V, Bits, true, 16>;
-  return x.group == 32 ? prompt_panel<V, Bits, true, 32> : prompt_panel<V, Bits, true, 64>;
+  if constexpr (Stored == 4 && V::pairs == 0)
+    if (w.factors) return x.group == 32 ? prompt_panel<V, 4, 8, false, 32> : prompt_panel<V, 4, 8, false, 64>;
+  if (!w.block) return x.group == 32 ? prompt_panel<V, Stored, Stored, false, 32> : prompt_panel<V, Stored, Stored, false, 64>;
+  if (w.block == 16) return prompt_panel<V, Stored, Stored, true, 16>;
+  return x.group == 32 ? prompt_panel<V, Stored, Stored, true, 32> : prompt_panel<V, Stored, Stored, true, 64>;
 }
 
 template <class V>

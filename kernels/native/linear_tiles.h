@@ -1,11 +1,11 @@
-// Linears of many tokens with AMX tiles (or their emulation), for weights with one scale a row. Weights are tiles of 16
-// channels by 64 columns as their rows unpack, activations tiles of 64 columns by 16 tokens.
+// Linears of many tokens with AMX tiles (or their emulation), for weights with one scale a row, into which factors of blocks are
+// folded. Weights are tiles of 16 channels by 64 columns as their rows unpack, activations tiles of 64 columns by 16 tokens.
 //
 // A tile reaches vectors only through memory, so sums must not be scaled group by group: activations are int16
 // with one scale a token, as a high and a low byte that are multiplied apart. Twice the products, nothing else in between,
-// and prompts are more exact than decoding. Weights with blocks go the way of linear_prompt.h.
+// and prompts are more exact than decoding. Other weights with blocks go the way of linear_prompt.h.
 #pragma once
-#include "elementwise.h"
+#include "factors.h"
 #include "tiles.h"
 
 namespace headrace {
@@ -57,8 +57,19 @@ void coarse_or_tiles(const float* x, int row, bool rows, bool blocks, const Coar
   if (blocks || !tiles) avx512vnni_kernels.coarse(x, row, rows, blocks, out);
 }
 
-// Codes of 32 channels, columns from … from + kDepth, as tiles [64 columns][2][16 channels][64].
-template <class V, int Bits>
+// What folds a row's factors into codes of 128 columns from `from` on, of which both nibbles of a load's bytes have the same.
+template <class V>
+inline Fold<V> fold_of_row(const Weight& w, int row, int from) {
+  alignas(64) uint16_t factors[V::bytes / 2];
+  for (int c = 0; c < 128; c += 16) {  // sixteen columns are eight bytes
+    const uint64_t factor = from + c < w.k ? uint64_t(w.factor(row, (from + c) / w.block)) : 1, four = factor * 0x0001000100010001;
+    __builtin_memcpy(factors + c / 4, &four, 8);
+  }
+  return Fold<V>(V::load(factors));
+}
+
+// Codes of 32 channels, columns from … from + kDepth, as tiles [64 columns][2][16 channels][64]; `Folded`: times their factors, as bytes.
+template <class V, int Bits, bool Folded>
 inline void unpack_tiles(const Weight& w, int n, int end, int from, int columns, uint8_t* scratch) {
   for (int c = 0; c < columns; c += 128)
     for (int r = 0; r < 32; r++) {
@@ -75,7 +86,12 @@ inline void unpack_tiles(const Weight& w, int n, int end, int from, int columns,
       };
       if constexpr (Bits == 4) {
         const auto codes = load(0);
-        V::store(to, V::low_nibbles(codes)), V::store(to + 2 * kTileBytes, V::high_nibbles(codes));
+        auto even = V::low_nibbles(codes), odd = V::high_nibbles(codes);
+        if constexpr (Folded) {
+          const auto fold = fold_of_row<V>(w, n + r, from + c);
+          even = fold(even), odd = fold(odd);
+        }
+        V::store(to, even), V::store(to + 2 * kTileBytes, odd);
       } else {
         alignas(64) int8_t apart[128];
         V::store_apart(apart, load(0), load(1));
@@ -85,7 +101,7 @@ inline void unpack_tiles(const Weight& w, int n, int end, int from, int columns,
 }
 
 // 32 channels by all of a range of tokens; sums lie as [token tile][high, low][32 channels][16 tokens].
-template <class V, class Tiles, int Bits>
+template <class V, class Tiles, int Stored, int Bits>
 inline void tiles_panel(const Weight& w, const Coarse& x, int n, int end, int first, int last, const Out& out, int column,
                         uint8_t* scratch) {
   int32_t* sums = reinterpret_cast<int32_t*>(scratch + size_t(kDepth / 64) * 2 * kTileBytes);
@@ -93,7 +109,7 @@ inline void tiles_panel(const Weight& w, const Coarse& x, int n, int end, int fi
   const int from_tile = first / kTokens, to_tile = (last + kTokens - 1) / kTokens;
   for (int from = 0; from < w.k; from += kDepth) {
     const int columns = int(round_up(w.k - from < kDepth ? w.k - from : kDepth, kPad));
-    unpack_tiles<V, Bits>(w, n, end, from, columns, scratch);
+    unpack_tiles<V, Stored, (Stored < Bits)>(w, n, end, from, columns, scratch);
     for (int t = from_tile; t < to_tile; t++) {
       int32_t *high = sums + (t - from_tile) * 2 * half, *low = high + half;
       if (from) {
@@ -134,10 +150,10 @@ inline void tiles_panel(const Weight& w, const Coarse& x, int n, int end, int fi
 template <class V, class Tiles>
 void prompt_tiles(const Weight& w, const Coarse& x, int begin, int end, int first, int last, const Out& out, int column,
                   void* scratch) {
-  if (w.block || w.k > kMostColumns) return avx512vnni_kernels.prompt(w, x, begin, end, first, last, out, column, scratch);
+  if ((w.block && !w.factors) || w.k > kMostColumns) return avx512vnni_kernels.prompt(w, x, begin, end, first, last, out, column, scratch);
   Tiles::begin();
   for (int n = begin; n < end; n += 32) {
-    const auto panel = w.bits == 4 ? tiles_panel<V, Tiles, 4> : tiles_panel<V, Tiles, 8>;
+    const auto panel = w.factors ? tiles_panel<V, Tiles, 4, 8> : w.bits == 4 ? tiles_panel<V, Tiles, 4, 4> : tiles_panel<V, Tiles, 8, 8>;
     panel(w, x, n, end, first, last, out, column + n - begin, static_cast<uint8_t*>(scratch));
   }
   Tiles::end();

@@ -28,6 +28,7 @@ struct Avx512 {
   static I sub32(I a, I b) { return _mm512_sub_epi32(a, b); }
   // int16 of a and b, in turn four lanes of each.
   static I pack16(I a, I b) { return _mm512_packs_epi32(a, b); }
+  static I mul16(I a, I b) { return _mm512_mullo_epi16(a, b); }
   static I mul32(I a, I b) { return _mm512_mullo_epi32(a, b); }
   static I broadcast32(const void* p) {
     int v;

@@ -37,6 +37,7 @@ struct Neon {
   static I sub32(I a, I b) { return vsubq_s32(a, b); }
   // int16 of a, then of b.
   static I pack16(I a, I b) { return vreinterpretq_s32_s16(vcombine_s16(vmovn_s32(a), vmovn_s32(b))); }
+  static I mul16(I a, I b) { return vreinterpretq_s32_s16(vmulq_s16(s16(a), s16(b))); }
   static I mul32(I a, I b) { return vmulq_s32(a, b); }
   static I broadcast32(const void* p) {
     int v;

@@ -36,7 +36,7 @@ void Engine::linear(const LinearStep& step, Scratch& mine) {
     Coarse target = shared_.coarse;
     target.m = coarse, target.k = k, target.group = step.group;
     bool scaled_rows = false, blocks = false;
-    for (const Weight& w : step.weights) (w.block ? blocks : scaled_rows) = true;
+    for (const Weight& w : step.weights) (w.block && !w.factors ? blocks : scaled_rows) = true;
     // Single fine rows, then coarse ones a few at a time.
     const int together = std::max(kernels_.tokens, coarse > 8 * kTogether ? kTogether : 1);
     for (int taken; (taken = pool_.take()) < fine + (coarse + together - 1) / together;) {

@@ -36,7 +36,7 @@ def check(
     quantize: Any = partial(coarse, group=group)
     if group == 0 or batched or m <= 8:
         quantize = partial(fine, w=w)
-    elif engine.isa.startswith("amx") and not w.has_blocks:
+    elif engine.isa.startswith("amx") and (w.factors is not None or not w.has_blocks):
         quantize = tiles
     expected, size = linear(x, w, quantize)
     assert logits.shape == expected.shape
@@ -91,7 +91,8 @@ def test_whole_factors_are_the_scales_they_multiply_to(isa: str, block: int) -> 
         hk.Engine(*linear_program(table, w, 32), threads=1, isa=isa) as one,
         hk.Engine(*linear_program(table, same, 32), threads=1, isa=isa) as other,
     ):
-        for m in (1, 4, 13):
+        # Tiles, which take factors and no other blocks, have finer activations for prompts.
+        for m in (1, 4) if isa.startswith("amx") else (1, 4, 13):
             spans = [(0, 0, rng.integers(0, n, m), range(m))]
             size = np.abs(table.values()).sum(axis=1).max() * np.abs(w.values()).max()
             np.testing.assert_allclose(one.run(spans), other.run(spans), rtol=0, atol=ROUNDING * size)
