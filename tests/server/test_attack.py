@@ -98,7 +98,9 @@ def test_a_long_text_is_refused_by_its_beginning() -> None:
     refuse_too_long("x" * (4 * 500), encode, 500)
     with pytest.raises(ContextFull, match=r"has more than 1000 tokens, but the context holds 500"):
         refuse_too_long("x" * 100_000_000, encode, 500)
-    assert encoded <= CHARACTERS * 500
+    with pytest.raises(ContextFull, match=r"has more than 1000 tokens, but the context holds 250 .* to 249 tokens"):
+        refuse_too_long("x" * 100_000_000, encode, 250, times=2)
+    assert encoded <= 2 * CHARACTERS * 500
 
 
 def _open(address: str, sent: bytes, buffer: int | None = None) -> socket.socket:

@@ -43,6 +43,7 @@ def serve(
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise UserError(f"serving needs {error.name}, which is not installed: pip install 'headrace[serve]'") from None
+    from headrace.bundle.folder import open_bundle
     from headrace.server.door import ServerOptions
     from headrace.server.serve import serve as run
     from headrace.server.worker import WorkerOptions
@@ -53,6 +54,8 @@ def serve(
         raise UserError(f"--replicas {replicas} needs a cluster for them; expected --ray ADDRESS beside it")
     if ray is not None and sessions is not None:
         raise UserError("--sessions is not possible with --ray: a conversation would be of one replica; leave one out")
+    for bundle in bundles if ray is None else ():  # what is wrong with one of them is told before another is loaded
+        open_bundle(bundle)
     key = api_key or os.environ.get("HEADRACE_API_KEY")
     if key is None and host not in ("127.0.0.1", "localhost", "::1"):
         note(f"warning: anybody who reaches {host} can use this server; set HEADRACE_API_KEY")

@@ -87,7 +87,7 @@ def render(model: LanguageModel, request: GenerationRequest) -> Rendered:
         messages = [message_of(raw) for raw in prompt if isinstance(raw, Mapping)]
         # Twice as much, since a template may leave out what was said before.
         said = "\n".join([*(m.content for m in messages), *(json.dumps(tool) for tool in request.tools)])
-        refuse_too_long(said, model.tokenizer.encode, 2 * model.context)
+        refuse_too_long(said, model.tokenizer.encode, model.context, times=2)
         turns = model.turns
         return Rendered(turns.render(messages, _WHOLE, request.tools), turns.continues, frozenset(turns.stop_ids))
     if isinstance(prompt, str):

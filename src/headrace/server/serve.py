@@ -17,6 +17,7 @@ import uvicorn
 from headrace.errors import HeadraceError, UserError
 from headrace.language_model import load
 from headrace.progress import Progress, silent
+from headrace.server.address import bound
 from headrace.server.app import create_app
 from headrace.server.connections import Connection, Patience
 from headrace.server.door import ServedModel, ServerOptions
@@ -68,17 +69,23 @@ def serve(
         listening: told the address, once requests are answered.
 
     Raises:
-        UserError: a bundle cannot be opened, or two have one name.
+        UserError: a bundle cannot be opened, two have one name, or the address cannot be listened on.
         TargetError: there is no cluster, or the replicas do not start there.
     """
     metrics, given = Metrics(), limits or WorkerOptions()
+    named: dict[str, Path] = {}
+    for path in bundles:
+        name = path.resolve().name.removesuffix(".bundle")
+        if name in named:
+            raise UserError(f"two bundles are called {name}; rename one of the folders")
+        named[name] = path
     models: dict[str, ServedModel] = {}
     with ExitStack() as stack:
-        for number, path in enumerate(bundles):
-            progress("loading", number, len(bundles))
-            name = path.resolve().name.removesuffix(".bundle")
-            if name in models:
-                raise UserError(f"two bundles are called {name}; rename one of the folders")
+        sockets = bound(host, port)  # an address that is taken is told before models of gigabytes are loaded
+        for one in sockets:
+            stack.enter_context(one)
+        for number, (name, path) in enumerate(named.items()):
+            progress("loading", number, len(named))
             opening: dict[str, Any] = {"runner": runner, "huge_pages": huge_pages, "speculate": speculate}
             if ray is not None:
                 loading = Loading(path, slots, threads or 1, given, opening)
@@ -88,10 +95,10 @@ def serve(
             models[name] = worker = ModelWorker(name, model, given, metrics)
             worker.start()
             stack.callback(worker.close)
-        progress("loading", len(bundles), len(bundles))
+        progress("loading", len(named), len(named))
         app = create_app(models, door or ServerOptions(), metrics)
         remote = [model for model in models.values() if isinstance(model, RemoteModel)]
-        _Announced(http_config(app, host=host, port=port), listening, remote).run()
+        _Announced(http_config(app), listening, remote).run(sockets)
 
 
 def http_config(app: Any, *, patience: Patience | None = None, **uvicorn_: Any) -> uvicorn.Config:
