@@ -11,7 +11,7 @@ from headrace import errors
 
 def test_the_drawn_tree_is_the_tree() -> None:
     drawn = re.findall(r"── (\w+)", errors.__doc__ or "")
-    assert set(drawn) | {"HeadraceError", "did_you_mean", "one_line", "shown"} == set(errors.__all__)
+    assert set(drawn) | {"HeadraceError", "did_you_mean", "one_line", "reason", "shown"} == set(errors.__all__)
     for name in set(drawn) - {"UserError", "VerificationFailed"}:
         assert issubclass(getattr(errors, name), errors.UserError), name
     assert not issubclass(errors.VerificationFailed, errors.UserError)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from headrace.cluster import map_over
-from headrace.errors import HeadraceError, UserError
+from headrace.errors import HeadraceError, UserError, reason
 from headrace.language_model import LanguageModel, load
 from headrace.progress import Progress, silent
 from headrace.runtime.answer import Answer, Limits
@@ -181,7 +181,7 @@ def read_prompts(path: Path) -> Prompts:
     try:
         rows = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); expected a file of JSON lines") from None
+        raise UserError(f"{path} cannot be read ({reason(error)}); expected a file of JSON lines") from None
     prompts: list[str | list[dict[str, Any]]] = []
     for number, row in enumerate(rows, 1):
         try:

@@ -35,6 +35,7 @@ __all__ = [
     "VerificationFailed",
     "did_you_mean",
     "one_line",
+    "reason",
     "shown",
 ]
 
@@ -117,6 +118,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, for a message that names the file itself: `[Errno 2] No such file or directory: 'x'` without the
+    number and the path."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def shown(value: object, longest: int = 80) -> str:

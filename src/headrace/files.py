@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from headrace.errors import BundleError, UserError
+from headrace.errors import BundleError, UserError, reason
 
 __all__ = [
     "JSON_LIMIT",
@@ -64,7 +64,7 @@ def read_json(path: Path, *, error: type[UserError] = BundleError, advice: str =
         if b"\\u" in data and (b"\\ud" in data or b"\\uD" in data):
             json.dumps(value, ensure_ascii=False).encode()
     except OSError as cause:
-        raise error(f"{path} cannot be read ({cause}): {advice}") from None
+        raise error(f"{path} cannot be read ({reason(cause)}): {advice}") from None
     except (ValueError, RecursionError) as cause:
         raise error(f"{path} is not JSON ({cause}); expected a JSON object: {advice}") from None
     if not isinstance(value, dict):
@@ -97,7 +97,7 @@ def read_text(path: Path, *, error: type[UserError] = UserError, limit: int = JS
     try:
         return read_bytes(path, error=error, limit=limit).decode("utf-8")
     except OSError as cause:
-        raise error(f"{path} cannot be read ({cause})") from None
+        raise error(f"{path} cannot be read ({reason(cause)})") from None
     except UnicodeDecodeError as cause:
         raise error(f"{path} is not UTF-8 text ({cause.reason} at byte {cause.start}); save it as UTF-8") from None
 

@@ -230,3 +230,17 @@ def test_what_somebody_still_writes_into_goes_too(tmp_path: Path) -> None:
         writer.join(10)
         assert not writer.is_alive()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, FileExistsError])
+def test_a_place_where_no_folder_ever_is_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[OSError]
+) -> None:
+    # As in /proc, or where a link leads nowhere.
+    def refuse(self: Path, *arguments: object, **options: object) -> None:
+        raise error(errno.ENOENT, "never")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    message = r"b\.partial cannot be made \(never\); choose another place"
+    with pytest.raises(BundleError, match=message), work_folder(tmp_path / "b.partial", "a test"):
+        pass

@@ -27,7 +27,7 @@ from rich.console import Console
 import headrace
 from headrace.cli.answer_view import AnswerView
 from headrace.cli.console import print_answer
-from headrace.cli.conversation import Conversation, _Commands
+from headrace.cli.conversation import HELP, Conversation, _Commands
 from headrace.cli.interruption import uninterrupted
 from headrace.errors import UserError
 from headrace.runtime.answer import Token
@@ -451,3 +451,9 @@ def test_an_answer_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     assert last.finish == "stop"
     assert capsys.readouterr().out == "百川 😀\n"
     assert print_answer(iter([])) is None
+
+
+def test_the_help_fits_a_terminal_and_names_every_command() -> None:
+    talk, _ = talking(lambda text: iter(()))
+    assert max(map(len, HELP.splitlines())) < 80
+    assert [name for name in talk.names if f"\n{name} " not in f"\n{HELP}" and name != "/help"] == []

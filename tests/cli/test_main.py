@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import textwrap
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -115,7 +116,7 @@ def test_inspect_program(run: Run, exports: Exports) -> None:
     assert "attention" in listing.out
     instructions = run("inspect", exports.bundle(), "--program", "--json").json["instructions"]
     assert len(listing.out.splitlines()) == len(instructions) + 5
-    one_line(run("inspect", exports.checkpoint(), "--program"), "headrace.json", "headrace export")
+    one_line(run("inspect", exports.checkpoint(), "--program"), "is a checkpoint; expected a bundle of it")
 
 
 def test_bench(run: Run, exports: Exports) -> None:
@@ -228,6 +229,58 @@ def test_a_reader_that_goes_away(exports: Exports) -> None:
     assert b"Traceback" not in err
 
 
+def test_ctrl_c_that_a_library_makes_another_error_of(exports: Exports) -> None:
+    # numpy does, while it is imported: an ImportError, without a word of what was before.
+    code = """
+        import signal, sys, headrace.measure.inspection as inspection
+        from headrace.cli import main as cli
+
+        def fail(path):
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                raise ImportError("could not import module datetime") from None
+
+        inspection.inspect_path = fail
+        sys.argv = ["headrace", "inspect", "x"]
+        cli.main()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=LIMIT)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_ctrl_c_while_the_program_is_read() -> None:
+    code = """
+        import sys
+
+        class Pressed:
+            def find_spec(self, name, *rest):
+                if name == "headrace.cli.command":
+                    raise KeyboardInterrupt
+
+        sys.meta_path.insert(0, Pressed())
+        from headrace.__main__ import main
+        main()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=LIMIT)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_ctrl_c_that_is_ignored_stays_so(exports: Exports) -> None:
+    # A shell starts what runs in the background so.
+    code = """
+        import signal, sys, headrace.measure.inspection as inspection
+        from headrace.cli import main as cli
+
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        inspection.inspect_path = lambda path: signal.raise_signal(signal.SIGINT) or {"summary": {}, "precisions": []}
+        sys.argv = ["headrace", "inspect", "x", "--json"]
+        cli.main()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=LIMIT)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # What a user can get wrong
 
 
@@ -310,9 +363,10 @@ def test_bad_export_options(run: Run, exports: Exports, tmp_path: Path, options:
         (["exprot"], ["exprot"]),
         (["chat"], ["BUNDLE"]),
         (["chat", "absent"], ["absent is no folder; expected one made by: headrace export"]),
-        (["verify", "absent"], ["absent has no headrace.json"]),
+        (["verify", "absent"], ["absent is no folder; expected one made by: headrace export"]),
         (["bench", "absent"], ["absent is no folder"]),
-        (["inspect", "absent"], ["absent does not exist"]),
+        (["inspect", "absent"], ["absent does not exist; expected a checkpoint, a bundle, a Genie folder"]),
+        (["plan", "absent"], ["absent does not exist; expected a folder with config.json, or a .gguf file"]),
         (["pull", "smollm3"], ["model 'smollm3' is unknown; did you mean 'smollm2-135m'?"]),
     ],
     ids=" ".join,
@@ -354,6 +408,40 @@ def test_bad_bench_options(run: Run, exports: Exports, options: list[str], parts
     one_line(run("bench", exports.bundle(), *options), *parts)
 
 
+def test_plan_tells_short_times_in_short_units(run: Run, exports: Exports) -> None:
+    plan = ("plan", exports.checkpoint(), "--prompt-length", "32")
+    shown = run(*plan).out
+    assert " ms, " in shown and "e+" not in shown
+    assert "about 0 s, " in shown and "0.0 min" not in shown
+    one_line(run(*plan, "--phone-memory", "12"), "--phone-memory 12 is 12 bytes; expected a phone's memory")
+
+
+def test_a_checkpoint_for_a_bundle_and_the_other_way_round(run: Run, exports: Exports, tmp_path: Path) -> None:
+    checkpoint, bundle = exports.checkpoint(), exports.bundle()
+    made = f"expected a bundle of it: headrace export {checkpoint} -o {checkpoint.stem}.bundle"
+    for verb in ("chat", "bench", "verify", "serve"):
+        one_line(run(verb, checkpoint), f"{checkpoint} is a checkpoint; {made}")
+    for verb in (["plan"], ["export", "-o", tmp_path / "out"]):
+        one_line(run(*verb, bundle), f"{bundle} is a bundle that export has made; expected the checkpoint")
+    one_line(run("chat", bundle / "headrace.json"), f"is one file of a bundle; name its folder: {bundle}")
+
+
+def test_work_is_not_begun_whose_result_has_no_place(run: Run, exports: Exports, tmp_path: Path) -> None:
+    bundle, nowhere = exports.copy(tmp_path / "bundle"), tmp_path / "absent" / "x"
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "The"}\n')
+    (bundle / "measurements").write_text("a file")
+    generate = ("generate", bundle, "--input", prompts, "--output")
+    there_is_none = f"{nowhere}: there is no folder {nowhere.parent}; make it first"
+    one_line(run("chat", bundle, "-p", "The", "--session", nowhere), f"--session {there_is_none}")
+    one_line(run("chat", bundle, "-p", "The", "--session", tmp_path), "is a folder; expected a file")
+    one_line(run(*generate, nowhere), f"--output {there_is_none}")
+    one_line(run(*generate, tmp_path), "is a folder; expected a file")
+    one_line(run("bench", bundle, "--plots", prompts), f"--plots {prompts} cannot be made (File exists)")
+    for verb in (["bench"], ["evaluate", "--text", exports.text]):
+        one_line(run(*verb, bundle, "--save"), "measurements cannot be written (File exists); measure without --save")
+
+
 def test_damaged_bundles(run: Run, exports: Exports, tmp_path: Path) -> None:
     path = exports.copy(tmp_path / "bundle")
     flip(path / "part_3_of_5.onnx")
@@ -369,9 +457,9 @@ def test_damaged_bundles(run: Run, exports: Exports, tmp_path: Path) -> None:
     [
         (KeyboardInterrupt(), 130, ""),
         (UserError("a; b"), 2, "error: a; b\n"),
-        (OSError(28, "No space left on device"), 2, "error: [Errno 28] No space left on device\n"),
+        (OSError(28, "No space left on device"), 2, "error: No space left on device\n"),
         (MemoryError(), 2, "error: MemoryError\n"),
-        (PermissionError(13, "Permission denied", "x"), 2, "error: [Errno 13] Permission denied: 'x'\n"),
+        (PermissionError(13, "Permission denied", "x"), 2, "error: x: Permission denied\n"),
     ],
     ids=lambda v: type(v).__name__ if isinstance(v, BaseException) else "",
 )
@@ -403,6 +491,8 @@ def test_ctrl_c_in_a_child(exports: Exports, tmp_path: Path) -> None:
     _, err = process.communicate(timeout=LIMIT)
     assert process.returncode == 130
     assert "Traceback" not in err
+    kept = tmp_path / "out.partial"
+    assert err.endswith(f"stopped; what is done stays in {kept}: go on with the same command and --resume\n")
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.partial" / "state.json").exists()
 

@@ -121,7 +121,7 @@ def test_impossible_options(
 
 def test_calibration_that_is_no_text(run: Any, tmp_path: Path) -> None:
     (tmp_path / "x.bin").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(CalibrationError, match=r"x\.bin cannot be read: .* expected a UTF-8 file"):
+    with pytest.raises(CalibrationError, match=r"x\.bin cannot be read \(.*\); expected a UTF-8 file"):
         run(calibration=[tmp_path / "x.bin"])
 
 

@@ -14,8 +14,9 @@ import headrace
 from headrace.bundle.folder import MANIFEST, open_bundle
 from headrace.bundle.grid import Grid, dequantize, quantize_nearest
 from headrace.checkpoint import open_checkpoint
-from headrace.errors import CheckpointError, ConfigError
+from headrace.errors import CheckpointError, ConfigError, UserError
 from headrace.exporter.job import export
+from headrace.exporter.options import read_size
 from headrace.model.weights import linears
 from tests.checkpoint.test_lora import ALPHA, RANK, merge, write_adapter
 from tests.exports import CONTEXT, LAYERS, PHONE, SMALL, VOCAB, Exports, contents, opened_store, write_checkpoint
@@ -34,6 +35,22 @@ def test_defaults(exports: Exports, tmp_path: Path) -> None:
     assert bundle.kv_dtype == "int8"
     assert bundle.config.num_kv_heads == bundle.config.num_heads
     assert bundle.read_json("generation_config.json")["assistant_token_id"] == 196
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("105000000", 105_000_000), ("105MB", 105_000_000), ("105 mb", 105_000_000), ("5.06GB", 5_060_000_000),
+     ("80M", 80_000_000), ("1.5g", 1_500_000_000), ("100MiB", 100 << 20), ("1 GiB", 1 << 30), ("64ki", 64 << 10),
+     ("7kB", 7_000), ("7b", 7)],
+)  # fmt: skip
+def test_sizes_as_people_write_them(text: str, size: int) -> None:
+    assert read_size("--size", text) == size
+
+
+@pytest.mark.parametrize("text", ["", "MB", "lots", "1TB", "-5MB", "1,5GB", "5 M B", "0x10", "\u0661MB", "1e9", "5iB"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(UserError, match=r"--size .* is not possible; expected a number of bytes, such as 105MB"):
+        read_size("--size", text)
 
 
 def test_several_contexts(run: Any) -> None:

@@ -136,6 +136,18 @@ def is_bundle(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
+def _no_bundle(path: Path) -> BundleError:
+    """What a path is instead of a bundle."""
+    if is_bundle(path.parent) and path.is_file():
+        return BundleError(f"{path} is one file of a bundle; name its folder: {path.parent}")
+    if (path.suffix == ".gguf" and path.is_file()) or (path / "config.json").is_file() or any(path.glob("*.gguf")):
+        return BundleError(
+            f"{path} is a checkpoint; expected a bundle of it: headrace export {path} -o {path.resolve().stem}.bundle"
+        )
+    what = f"has no {MANIFEST}; expected a folder" if path.is_dir() else "is no folder; expected one"
+    return BundleError(f"{path} {what} made by: headrace export")
+
+
 def open_bundle(path: Path) -> Bundle:
     """Open a bundle: manifest, graphs and small files are hashed, of the others the size and a few blocks are checked.
 
@@ -201,7 +213,7 @@ def check_files(path: Path, progress: Callable[[str], None] | None = None) -> li
         BundleError: there is no bundle.
     """
     if not is_bundle(path):
-        raise BundleError(f"{path} has no {MANIFEST}; expected a folder made by: headrace export")
+        raise _no_bundle(path)
     try:
         raw = _manifest(path)
     except BundleError as error:
@@ -279,10 +291,8 @@ def _unlisted(path: Path, listed: Collection[str]) -> list[str]:
 
 
 def _manifest(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
-        raise BundleError(f"{path} is no folder; expected one made by: headrace export")
     if not is_bundle(path):
-        raise BundleError(f"{path} has no {MANIFEST}; expected a folder made by: headrace export")
+        raise _no_bundle(path)
     raw = read_json(path / MANIFEST)
     version = raw.get("format")
     if isinstance(version, int) and version > FORMAT:

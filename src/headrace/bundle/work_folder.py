@@ -33,6 +33,7 @@ SCRATCH = ".headrace-"  # how the names of scratch folders begin
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # of file systems that have none
 _FAR = 1 << 30  # Windows locks bytes against reading too, and the process id is at the beginning
 _POLL = 0.2  # seconds
+_ATTEMPTS = 1000  # to take a folder that somebody else takes away each time
 
 
 @contextmanager
@@ -114,14 +115,17 @@ def _empty(path: Path) -> None:
 
 def _take(path: Path, purpose: str, waiting: Callable[[int], object] | None) -> IO[bytes]:
     """Make the folder and lock its mark: the mark, open."""
+    gone = 0  # how often the folder was not there although it was just made
     while True:
         try:
             _refuse_foreign(path)
             path.mkdir(parents=True, exist_ok=True)
             mark = (path / MARK).open("a+b")
-        except (FileNotFoundError, FileExistsError):
-            continue  # whoever held it has just taken the folder away
         except OSError as error:
+            # Whoever held it may just have taken the folder away; where none can be made, as in /proc, it never comes.
+            gone += 1
+            if isinstance(error, FileNotFoundError | FileExistsError) and gone < _ATTEMPTS:
+                continue
             raise BundleError(f"{path} cannot be made ({error.strerror}); choose another place") from None
         if not _try_lock(mark):
             mark.seek(0)

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.errors import CheckpointError
+from headrace.errors import CheckpointError, reason
 from headrace.files import stands_for
 
 __all__ = [
@@ -172,7 +172,9 @@ def map_file(path: Path) -> NDArray[np.uint8]:
             raise CheckpointError(f"{path} is no file; expected a checkpoint file; fetch it again")
         data: NDArray[np.uint8] = np.memmap(path, np.uint8, mode="r")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); expected a checkpoint file; fetch it again") from error
+        raise CheckpointError(
+            f"{path} cannot be read ({reason(error)}); expected a checkpoint file; fetch it again"
+        ) from error
     if instead := stands_for(data[:512].tobytes()):
         raise CheckpointError(f"{path} is {instead}")
     return data

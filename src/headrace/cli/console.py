@@ -84,7 +84,10 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:
     for row in rows:
         grid.add_row(*row)
     # Into a file or pipe a row stays one line.
-    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 240).print(grid)
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 240)
+    with console.capture() as drawn:  # rich would end the program itself, with status 1, where a pipe was closed
+        console.print(grid)
+    print(drawn.get(), end="", flush=True)  # noqa: T201
 
 
 def human_bytes(count: int) -> str:

@@ -34,13 +34,14 @@ if TYPE_CHECKING:
 __all__ = ["Conversation", "converse", "history_file"]
 
 HELP = """\
-/system TEXT     tell the model this first, and begin anew; without TEXT: show it
-/regenerate      answer the last message again
-/edit            change the last message
-/clear           begin anew
-/save FILE       write the conversation, with its cache;  /load FILE goes on with it
-/stats           tokens, speed, context
-/exit            leave (or Ctrl-D)
+/system TEXT   tell the model this first, and begin anew; without TEXT: show it
+/regenerate    answer the last message again
+/edit          change the last message
+/clear         begin anew
+/save FILE     write the conversation, with its cache
+/load FILE     go on with it
+/stats         tokens, speed, context
+/exit          leave (or Ctrl-D)
 Enter sends, Alt-Enter begins a new line, Ctrl-C stops an answer."""
 
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 import gc
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from types import FrameType
 
 from headrace import __version__
 from headrace.cli.command import Parser, Verb, call
 from headrace.cli.console import note
 from headrace.cli.streams import flush_output, prepare_streams
-from headrace.errors import HeadraceError, UserError, VerificationFailed, did_you_mean
+from headrace.errors import HeadraceError, UserError, VerificationFailed, did_you_mean, reason
 
 __all__ = ["VERBS", "find_verb", "main"]
 
@@ -47,10 +49,10 @@ def main() -> None:
     if sys.argv[1:2] == ["chat"]:  # a job of hours has large arrays to lose, and is looked through as Python does
         gc.set_threshold(COLLECT_EVERY)
     prepare_streams()
-    status = _run(sys.argv[1:])
+    status = _run(sys.argv[1:], CtrlC())
     error = flush_output()
     if error is not None and not isinstance(error, BrokenPipeError):
-        status = _report("error", error)
+        status = _report("error", error, reason(error))
     gc.freeze()  # the system takes all memory back at once; Python would look through it three times before
     sys.exit(status)
 
@@ -67,7 +69,24 @@ def find_verb(name: str) -> Verb:
     return verb
 
 
-def _run(arguments: Sequence[str]) -> int:
+class CtrlC:
+    """Ctrl-C ends the program as ever, and is remembered. Where it is ignored, as in the background, it stays so.
+
+    Attributes:
+        came: it was pressed.
+    """
+
+    def __init__(self) -> None:
+        self.came = False
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._end)
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        self.came = True
+        raise KeyboardInterrupt
+
+
+def _run(arguments: Sequence[str], ctrl_c: CtrlC | None = None) -> int:
     try:
         first, *rest = arguments or ["--help"]
         if first.startswith("-"):
@@ -80,13 +99,17 @@ def _run(arguments: Sequence[str]) -> int:
         return 130
     except BrokenPipeError:
         return 0  # whoever read our output has gone
-    except (HeadraceError, OSError, MemoryError) as error:
+    except OSError as error:
+        return _report("error", error, f"{error.filename}: {reason(error)}" if error.filename else reason(error))
+    except (HeadraceError, MemoryError) as error:
         return _report("error", error)
     except SystemExit as shown:  # argparse has shown help or the version
         return int(shown.code or 0)
     except GeneratorExit:
         raise
     except BaseException as error:  # a mistake of ours, or of a library; Rust's panics are no Exception
+        if ctrl_c is not None and ctrl_c.came:
+            return 130  # a library makes another error of it, as numpy does while it is imported
         return _report("error", error, f"unexpected {type(error).__name__}: {error}; {TRACEBACK}=1 shows where")
 
 

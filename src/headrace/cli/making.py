@@ -8,8 +8,11 @@ from typing import Annotated, Any
 from headrace.cli.command import Argument, Option
 from headrace.cli.console import human_bytes, note, print_json, progress_bars, show, table
 from headrace.cli.options import CheckpointPath, Json, takes_export_options
+from headrace.errors import UserError
 
 __all__ = ["export", "inspect", "plan", "pull"]
+
+LEAST_PHONE = 100_000_000  # bytes: a smaller memory is a number without its unit
 
 
 def pull(
@@ -82,8 +85,17 @@ def inspect(
 
 
 def _about(estimate: dict[str, float] | None, unit: str = "") -> str:
-    """ "~9.5 (8.1–11) s": never like a measured number."""
-    return "–" if estimate is None else f"~{estimate['estimated']:g} ({estimate['low']:g}–{estimate['high']:g}){unit}"
+    """ "~9.5 (8.1–11) s": never like a measured number. Less than a second is told in milliseconds."""
+    if estimate is None:
+        return "–"
+    factor, unit = (1000, " ms") if unit == " s" and estimate["estimated"] < 1 else (1, unit)
+    least, likely, most = (f"{factor * estimate[name]:g}" for name in ("low", "estimated", "high"))
+    return f"~{likely} ({least}–{most}){unit}"
+
+
+def _long(seconds: float) -> str:
+    """How long a job takes: "14 s", "13.2 min"."""
+    return f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
 
 
 @takes_export_options
@@ -100,7 +112,10 @@ def plan(
     from headrace.exporter.settings import settle
     from headrace.forecast.roofline import LEAST_SHARE
 
-    report = plan_export(settle(checkpoint, ExportOptions.of(options)), read_size("--phone-memory", phone_memory))
+    memory = read_size("--phone-memory", phone_memory)
+    if memory < LEAST_PHONE:
+        raise UserError(f"--phone-memory {phone_memory} is {memory} bytes; expected a phone's memory, such as 12GB")
+    report = plan_export(settle(checkpoint, ExportOptions.of(options)), memory)
     if json:
         print_json(report)
         return
@@ -116,7 +131,7 @@ def plan(
             str(p["context"]),
             _about(p["tok_s"], " tok/s"),
             _about(p["step_seconds"], " s"),
-            _about(p["ttft_seconds"], f" s, {p['steps']} steps"),
+            _about(p["ttft_seconds"], " s") + (f", {p['steps']} steps" if p["ttft_seconds"] else ""),
         )
         for p in report["phones"]
     ]
@@ -132,15 +147,15 @@ def plan(
         show(f"{fit['what']}: {human_bytes(fit['needed'])} of {human_bytes(fit['limit'])}, {verdict}")
     need = report["export"]
     show(
-        f"\nexport here: about {need['seconds'] / 60:.1f} min, {human_bytes(need['peak_bytes'])} of memory and "
+        f"\nexport here: about {_long(need['seconds'])}, {human_bytes(need['peak_bytes'])} of memory and "
         f"{human_bytes(report['disk_bytes'])} of disk, with {need['tokens']} calibration tokens"
     )
     if report["compile"] is None:
         return
     compiling, count = report["compile"], len(report["contexts"])
-    each = f", {compiling['seconds'] / count / 60:.1f} min of it for each context" if count > 1 else ""
+    each = f", {_long(compiling['seconds'] / count)} of it for each context" if count > 1 else ""
     show(
-        f"compiling for {', '.join(compiling['targets'])}: about {compiling['seconds'] / 60:.1f} min{each}, "
+        f"compiling for {', '.join(compiling['targets'])}: about {_long(compiling['seconds'])}{each}, "
         f"and {human_bytes(compiling['peak_bytes'])} of memory"
     )
 
@@ -163,6 +178,7 @@ def export(
     from headrace.bundle.folder import open_bundle
     from headrace.exporter.job import export as run
     from headrace.exporter.origin import licence_line
+    from headrace.exporter.workspace import work_place
 
     started = time.monotonic()
     told = bool(options["calibration"])
@@ -175,7 +191,12 @@ def export(
                 told = True
             bars(stage, done, total)
 
-        run(checkpoint, out, resume=resume, restart=restart, progress=progress, **options)
+        try:
+            run(checkpoint, out, resume=resume, restart=restart, progress=progress, **options)
+        except KeyboardInterrupt:
+            if (kept := work_place(out)).exists():
+                note(f"stopped; what is done stays in {kept}: go on with the same command and --resume")
+            raise
     seconds = time.monotonic() - started
     bundle = open_bundle(out)
     made = bundle.weight_bytes

@@ -19,7 +19,7 @@ from headrace.cli.options import (
     Threads,
     limit_threads,
 )
-from headrace.errors import UserError, VerificationFailed
+from headrace.errors import UserError, VerificationFailed, reason
 from headrace.exporter.options import read_lengths
 
 __all__ = ["bench", "card", "evaluate", "verify"]
@@ -90,9 +90,10 @@ def bench(
     json: Json = False,
 ) -> None:
     """Measure loading, time to first token, prompt and decode speed, memory."""
+    from headrace.bundle.folder import open_bundle
     from headrace.measure.bench import bench_bundle
     from headrace.measure.bench_tables import bench_csv, bench_markdown
-    from headrace.measure.record import save_record
+    from headrace.measure.record import records_folder, save_record
 
     if output not in (None, "json", "md", "csv"):
         raise UserError(f"-o {output!r} is unknown; expected json, md or csv")
@@ -104,7 +105,14 @@ def bench(
     if plots is not None:
         from headrace.measure.plots import need_matplotlib
 
-        need_matplotlib()  # told before the measurement
+        need_matplotlib()  # told before the measurement, as what follows
+        try:
+            plots.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--plots {plots} cannot be made ({reason(error)}); choose another folder") from None
+    if save:
+        open_bundle(bundle)
+        records_folder(bundle)
     threads = limit_threads(threads)
     with progress_bars() as progress:
         report = bench_bundle(
@@ -246,7 +254,7 @@ def evaluate(
     from headrace.measure.bundle_score import evaluate_on
     from headrace.measure.item_sets import SETS
     from headrace.measure.questions import ask_bundle
-    from headrace.measure.record import make_record, save_record
+    from headrace.measure.record import make_record, records_folder, save_record
     from headrace.measure.text_score import TASKS, parse_tasks
 
     threads = threads if ray else limit_threads(threads)
@@ -255,6 +263,9 @@ def evaluate(
     on_questions = [task for task in wanted if task in SETS]
     if (on_text or not on_questions) and not text:
         raise UserError(f"{on_text[0] if on_text else 'perplexity'} needs a text; expected --text FILE")
+    if save:
+        open_bundle(bundle)
+        records_folder(bundle)  # what cannot be kept is told before it is measured
     report: dict[str, Any] = {}
     with progress_bars() as progress:
         if on_questions:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 from headrace.cli.command import Argument, Option
 from headrace.cli.console import note
+from headrace.errors import UserError
 
 __all__ = [
     "Adapters",
@@ -23,6 +24,7 @@ __all__ = [
     "Save",
     "Threads",
     "limit_threads",
+    "refuse_place",
     "takes_export_options",
 ]
 
@@ -53,6 +55,14 @@ RayAddress = Annotated[
 Save = Annotated[
     bool, Option("--save", help="Keep the numbers with the bundle, in its folder measurements, for: card.")
 ]
+
+
+def refuse_place(option: str, path: Path) -> None:
+    """Raise UserError where no file can come to be under a name, before there is work that would be lost."""
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder; expected a file")
+    if not path.parent.is_dir():
+        raise UserError(f"{option} {path}: there is no folder {path.parent}; make it first")
 
 
 def limit_threads(threads: int | None) -> int | None:

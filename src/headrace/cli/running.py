@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from headrace.cli.command import Argument, Option
 from headrace.cli.console import note, print_answer, print_json, progress_bars, show, table
-from headrace.cli.options import BundlePath, HugePages, Json, RunnerName, Threads, limit_threads
+from headrace.cli.options import BundlePath, HugePages, Json, RunnerName, Threads, limit_threads, refuse_place
 from headrace.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ def chat(
     huge_pages: HugePages = None,
 ) -> None:
     """Talk with a bundle."""
+    if session is not None:
+        refuse_place("--session", session)
     with _open_model(bundle, runner, limit_threads(threads), huge_pages, speculate) as model:
         options = model.sampling_options(
             temperature=0.0 if greedy else temperature,

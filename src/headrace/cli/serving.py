@@ -8,7 +8,16 @@ from typing import Annotated
 
 from headrace.cli.command import Argument, Option
 from headrace.cli.console import note, print_json, progress_bars
-from headrace.cli.options import BundlePath, HugePages, Json, RayAddress, RunnerName, Threads, limit_threads
+from headrace.cli.options import (
+    BundlePath,
+    HugePages,
+    Json,
+    RayAddress,
+    RunnerName,
+    Threads,
+    limit_threads,
+    refuse_place,
+)
 from headrace.errors import UserError
 
 __all__ = ["generate", "serve"]
@@ -101,6 +110,7 @@ def generate(
     from headrace.language_model import load
 
     count = len(read_prompts(source))  # what is wrong there is told before a model is loaded
+    refuse_place("--output", output)
     chosen = {"temperature": 0.0 if greedy else temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     with progress_bars() as progress:
         if ray is not None:

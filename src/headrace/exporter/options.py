@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["ExportOptions", "flag", "read_lengths", "read_size", "spelled"]
 
 Reader = Callable[[str, Any], Any]  # (the option as it is spelled on the command line, a value) → what it means
-_UNITS = {"": 1.0, "B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9}
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 
 
 def _described(
@@ -97,15 +97,15 @@ def _bits(option: str, value: Any) -> float:
 
 
 def read_size(option: str, value: Any) -> int:
-    """Bytes: 105000000, "105MB" or "5.06GB".
+    """Bytes: 105000000, "105MB", "5.06 GB" or "100MiB"; the B and its capital letters may be left out.
 
     Raises:
         UserError: the value is anything else.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|B|kB|MB|GB)", str(value).strip())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*((?:[kmg]i?)?)b?", str(value).strip(), re.ASCII | re.IGNORECASE)
     if match is None:
         raise UserError(f"{option} {value!r} is not possible; expected a number of bytes, such as 105MB or 5.06GB")
-    return int(float(match[1]) * _UNITS[match[2]])
+    return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
 def read_lengths(option: str, value: Any) -> tuple[int, ...]:

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from headrace import __version__
+from headrace.bundle.folder import is_bundle
 from headrace.bundle.grid import Grid
 from headrace.bundle.recipe import Recipe, Rule, load_recipe, parse_block
 from headrace.bundle.weights import layouts
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.checkpoint.lora import adapted, adapter_digest
 from headrace.config import ModelConfig
-from headrace.errors import CalibrationError, ConfigError, RecipeError
+from headrace.errors import CalibrationError, CheckpointError, ConfigError, RecipeError, reason
 from headrace.exporter.options import ExportOptions
 from headrace.exporter.vocabulary import check_vocabulary
 from headrace.graph.device_folder import refuse_blocks
@@ -127,6 +128,8 @@ def settle(checkpoint: Path, options: ExportOptions) -> ExportSettings:
     Raises:
         UserError: they are not possible; the message says what and what to do.
     """
+    if is_bundle(checkpoint):
+        raise CheckpointError(f"{checkpoint} is a bundle that export has made; expected the checkpoint it was made of")
     source = adapted(open_checkpoint(checkpoint), options.lora)
     plan = plan_parts(source.config, options.parts)
     asked = load_recipe(options.recipe) if isinstance(options.recipe, str) else options.recipe
@@ -220,5 +223,7 @@ def _texts(files: Sequence[Path]) -> tuple[str, ...]:
         try:
             texts.append(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            raise CalibrationError(f"calibration text {file} cannot be read: {error}; expected a UTF-8 file") from None
+            raise CalibrationError(
+                f"calibration text {file} cannot be read ({reason(error)}); expected a UTF-8 file"
+            ) from None
     return tuple(texts)

@@ -31,11 +31,11 @@ from numpy.typing import NDArray
 from headrace.bundle.folder import refuse_foreign
 from headrace.bundle.recipe import parse_block
 from headrace.bundle.work_folder import clear, work_folder
-from headrace.errors import BundleError
+from headrace.errors import BundleError, reason
 from headrace.exporter.options import ExportOptions, flag, spelled
 from headrace.files import read_json, temporary_name, whole_file, write_file
 
-__all__ = ["Workspace", "differences", "output_folder", "refuse_full_disk", "workspace"]
+__all__ = ["Workspace", "differences", "output_folder", "refuse_full_disk", "work_place", "workspace"]
 
 STATE, HIDDEN, SENSITIVITY, GRADIENTS = "state.json", "states.bin", "sensitivity.json", "gradients.npz"
 BUNDLE, DEVICE, REPLACED = "bundle", "device", "replaced"
@@ -160,7 +160,7 @@ def output_folder(out: str | os.PathLike[str], checkpoint: Path) -> Path:
         place = Path(text).resolve()
         here = Path.cwd()
     except (OSError, RuntimeError, ValueError) as error:  # a ring of links, a name that no file can have
-        raise BundleError(f"-o {text!r} is no possible folder ({error}); choose another") from None
+        raise BundleError(f"-o {text!r} is no possible folder ({reason(error)}); choose another") from None
     if not place.name:
         raise BundleError(f"-o {text} is the root of a disk; expected a folder that export may make")
     for taken, what in ((here, "the folder you are in"), (checkpoint.resolve(), "the checkpoint")):
@@ -182,6 +182,12 @@ def refuse_full_disk(folder: Path, need: int) -> None:
         )
 
 
+def work_place(out: Path) -> Path:
+    """Where the export of the bundle `out` works, and what is done of it waits when it was interrupted."""
+    place = out.resolve()
+    return place.with_name(f"{place.name}.partial")
+
+
 @contextmanager
 def workspace(out: Path, identity: Mapping[str, Any], *, resume: bool, restart: bool) -> Iterator[Workspace]:
     """OUT.partial, for one export at a time. It goes when the export is done, or stopped before it has work to keep.
@@ -196,7 +202,7 @@ def workspace(out: Path, identity: Mapping[str, Any], *, resume: bool, restart: 
         BundleError: something else is at OUT.partial, another process works there, or an interrupted export is there
             that is neither to go on nor to be thrown away; the message says what differs.
     """
-    root = out.with_name(f"{out.name}.partial")
+    root = work_place(out)
     done = False
     with work_folder(root, f"an export into {out.name}"):
         if not out.exists() and (root / REPLACED).exists():  # a run was killed while it replaced the bundle

@@ -12,6 +12,7 @@ from typing import Any
 
 from headrace.bundle.folder import is_bundle, open_bundle
 from headrace.config import ModelConfig
+from headrace.errors import UserError
 from headrace.model.weights import linears, quantized_weights, weight_table
 
 __all__ = ["inspect_path"]
@@ -25,6 +26,8 @@ def inspect_path(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is neither a checkpoint nor a bundle nor compiled.
     """
+    if not path.exists():
+        raise UserError(f"{path} does not exist; expected a checkpoint, a bundle, a Genie folder or a .bin of one")
     if is_bundle(path):
         return _bundle(path)
     from headrace.measure.binary_inspection import inspect_binaries, is_compiled

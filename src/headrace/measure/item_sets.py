@@ -18,7 +18,7 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
-from headrace.errors import UserError
+from headrace.errors import UserError, reason
 
 __all__ = ["LETTERS", "SETS", "Item", "ItemSet", "Subject", "open_set"]
 
@@ -103,7 +103,7 @@ class ItemSet:
             with path.open(encoding="utf-8-sig", newline="") as file:
                 rows = [row for row in csv.reader(file) if row]
         except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"{path} cannot be read: {error}; expected a CSV file of {self.name}") from None
+            raise UserError(f"{path} cannot be read ({reason(error)}); expected a CSV file of {self.name}") from None
         places: Sequence[int] = range(6)
         if self.columns:
             header = rows.pop(0) if rows else []

@@ -6,18 +6,20 @@ object. Does not know what is measured.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from headrace.bundle.folder import MANIFEST, MEASUREMENTS, Bundle
-from headrace.errors import UserError
+from headrace.errors import UserError, reason
 from headrace.files import read_json, write_file
 from headrace.measure.machine import describe_machine, package_versions
 
-__all__ = ["KINDS", "VERSION", "kept_records", "make_record", "read_record", "save_record"]
+__all__ = ["KINDS", "VERSION", "kept_records", "make_record", "read_record", "records_folder", "save_record"]
 
 VERSION = 1
 KINDS = ("bench", "text", "choices")
@@ -58,11 +60,25 @@ def bundle_digest(root: Path) -> str:
     return str(read_json(root / MANIFEST)["digest"])
 
 
+def records_folder(root: Path) -> Path:
+    """Where measurements are kept with a bundle, made where it is missing: before a measurement that takes hours.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    folder = root / MEASUREMENTS
+    try:
+        folder.mkdir(exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({reason(error)}); measure without --save") from None
+    return folder
+
+
 def save_record(root: Path, name: str, record: Mapping[str, Any]) -> Path:
     """Keep a measurement with its bundle, as `measurements/NAME.json`; one of the same name is replaced."""
-    folder = root / MEASUREMENTS
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{name}.json"
+    path = records_folder(root) / f"{name}.json"
     write_file(path, (json.dumps(record, ensure_ascii=False, indent=1) + "\n").encode())
     return path
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.config import ModelConfig
-from headrace.errors import CalibrationError, UserError, did_you_mean
+from headrace.errors import CalibrationError, UserError, did_you_mean, reason
 from headrace.model.decoder import Residual, block, embed, head
 from headrace.model.fidelity import Fidelity, FidelityMeter, log_softmax, no_target
 from headrace.model.ops import Array
@@ -178,4 +178,4 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"text {path} cannot be read: {error}; expected a UTF-8 text file") from None
+        raise CalibrationError(f"text {path} cannot be read ({reason(error)}); expected a UTF-8 text file") from None

@@ -20,7 +20,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 
-from headrace.errors import UserError
+from headrace.errors import UserError, reason
 from headrace.runtime import grammar_child
 
 __all__ = ["try_grammar"]
@@ -106,7 +106,9 @@ class _Trials:
                 start_new_session=True,  # Ctrl-C is not for it; it ends when its input does
             )
         except OSError as error:
-            raise UserError(f"a grammar is tried in a child process first, which cannot be started ({error})") from None
+            raise UserError(
+                f"a grammar is tried in a child process first, which cannot be started ({reason(error)})"
+            ) from None
         self._child, self._owner = child, os.getpid()
         self._ending = weakref.finalize(self, _end, child, self._owner)
         return child

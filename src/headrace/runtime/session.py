@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from headrace.errors import UserError
+from headrace.errors import UserError, reason
 from headrace.files import whole_file
 from headrace.text.turns import Message
 
@@ -79,7 +79,7 @@ def write_session(path: Path, session: Session) -> None:
                 out.write(piece)
             out.write(digest.digest())
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error}); choose another --session") from None
+        raise UserError(f"{path} cannot be written ({reason(error)}); choose another place") from None
 
 
 def read_session(path: Path) -> Session:
@@ -91,9 +91,9 @@ def read_session(path: Path) -> Session:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error}); expected a file that --session wrote") from None
+        raise UserError(f"{path} cannot be read ({reason(error)}); expected a saved conversation") from None
     if not data.startswith(MAGIC):
-        raise UserError(f"{path} is no session; expected a file that --session wrote")
+        raise UserError(f"{path} is no session; expected a saved conversation")
     at = len(MAGIC) + _LENGTH
     if len(data) < at + _DIGEST or hashlib.sha256(data[:-_DIGEST]).digest() != data[-_DIGEST:]:
         raise UserError(f"{path} is damaged (its sha256 differs); delete it to begin anew")

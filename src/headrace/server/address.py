@@ -9,7 +9,7 @@ import errno
 import os
 import socket
 
-from headrace.errors import UserError
+from headrace.errors import UserError, reason
 
 __all__ = ["bound"]
 
@@ -27,8 +27,9 @@ def bound(host: str, port: int) -> list[socket.socket]:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"--host {host!r} is not known ({reason}); expected an address of this computer") from None
+        raise UserError(
+            f"--host {host!r} is not known ({reason(error)}); expected an address of this computer"
+        ) from None
     made: list[socket.socket] = []
     problem: OSError | None = None
     for family, kind, protocol, _, (address, _, *scope) in dict.fromkeys(found):
@@ -57,5 +58,5 @@ def bound(host: str, port: int) -> list[socket.socket]:
         one.close()
     if problem is not None and problem.errno == errno.EADDRINUSE:
         raise UserError(f"port {port} of {host} is taken; choose another --port, or 0 for a free one")
-    reason = "" if problem is None else f" ({problem.strerror})"
-    raise UserError(f"{host}, port {port}, cannot be listened on{reason}; choose another --host or --port")
+    why = "" if problem is None else f" ({reason(problem)})"
+    raise UserError(f"{host}, port {port}, cannot be listened on{why}; choose another --host or --port")

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from headrace.errors import BundleError, shown
+from headrace.errors import BundleError, reason, shown
 from headrace.files import read_bytes
 
 __all__ = ["check_graph_file"]
@@ -68,7 +68,7 @@ def check_graph_file(path: Path) -> None:
             if number == 7:
                 _check_graph(_message(value), files)
     except OSError as error:
-        raise BundleError(f"{path} cannot be read ({error}); export the bundle again") from None
+        raise BundleError(f"{path} cannot be read ({reason(error)}); export the bundle again") from None
     except _Odd as odd:
         raise BundleError(f"{path} is no graph that headrace writes: it has {odd}; export the bundle again") from None
 
