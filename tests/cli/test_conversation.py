@@ -12,6 +12,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ import headrace
 from headrace.cli.answer_view import AnswerView
 from headrace.cli.console import print_answer
 from headrace.cli.conversation import HELP, Conversation, _Commands
-from headrace.cli.interruption import uninterrupted
+from headrace.cli.interruption import interruptible, uninterrupted
 from headrace.errors import UserError
 from headrace.runtime.answer import Token
 from headrace.runtime.session import read_session
@@ -187,6 +188,23 @@ def test_ctrl_c_pressed_again_lets_the_answer_end() -> None:
     terminal.press("\x04", "LEFT", at)
     assert terminal.leave() == 0
     assert terminal.shown.count("(stopped)") == 1 and "Traceback" not in terminal.shown
+
+
+def test_another_press_does_not_end_what_a_generator_tidies_up() -> None:
+    closed = False
+
+    def answer() -> Iterator[int]:
+        nonlocal closed
+        try:
+            yield 1
+        finally:  # for the generator it is its own end that is handled here, not the first press
+            signal.raise_signal(signal.SIGINT)
+            closed = True
+
+    with pytest.raises(KeyboardInterrupt), interruptible(), closing(answer()) as tokens:
+        next(tokens)
+        signal.raise_signal(signal.SIGINT)
+    assert closed
 
 
 def test_chat_on_a_terminal(exports: Exports) -> None:

@@ -21,8 +21,12 @@ def interruptible() -> Iterator[None]:
     """
 
     def end(number: int, frame: FrameType | None) -> None:
-        if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
-            raise KeyboardInterrupt
+        handled = sys.exc_info()[1]
+        while handled is not None:  # in a generator that is closed for it, the end of the generator came of it
+            if isinstance(handled, KeyboardInterrupt):
+                return
+            handled = handled.__context__
+        raise KeyboardInterrupt
 
     before = signal.getsignal(signal.SIGINT)
     try:
