@@ -426,7 +426,9 @@ def test_a_checkpoint_for_a_bundle_and_the_other_way_round(run: Run, exports: Ex
     one_line(run("chat", bundle / "headrace.json"), f"is one file of a bundle; name its folder: {bundle}")
 
 
-def test_work_is_not_begun_whose_result_has_no_place(run: Run, exports: Exports, tmp_path: Path) -> None:
+def test_work_is_not_begun_whose_result_has_no_place(
+    run: Run, exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bundle, nowhere = exports.copy(tmp_path / "bundle"), tmp_path / "absent" / "x"
     prompts = tmp_path / "p.jsonl"
     prompts.write_text('{"prompt": "The"}\n')
@@ -435,6 +437,9 @@ def test_work_is_not_begun_whose_result_has_no_place(run: Run, exports: Exports,
     there_is_none = f"{nowhere}: there is no folder {nowhere.parent}; make it first"
     one_line(run("chat", bundle, "-p", "The", "--session", nowhere), f"--session {there_is_none}")
     one_line(run("chat", bundle, "-p", "The", "--session", tmp_path), "is a folder; expected a file")
+    with monkeypatch.context() as patch:  # a test may run as root, who may write everywhere
+        patch.setattr("headrace.cli.options.os.access", lambda path, how: False)
+        one_line(run(*generate, tmp_path / "x"), f"nothing can be written in the folder {tmp_path}; choose another")
     one_line(run(*generate, nowhere), f"--output {there_is_none}")
     one_line(run(*generate, tmp_path), "is a folder; expected a file")
     one_line(run("bench", bundle, "--plots", prompts), f"--plots {prompts} cannot be made (File exists)")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -21,6 +23,7 @@ CARD = """---
 license: other
 license_name: baichuan2-community-license
 license_link: https://example.org/terms.pdf
+language: [zh, en, 7]
 ---
 # A river
 """
@@ -43,7 +46,7 @@ def test_a_licence_goes_from_the_checkpoint_to_the_card(exports: Exports, tmp_pa
     record = {"repository": "baichuan-inc/Baichuan2-7B-Chat", "revision": "abc", "license": "other"}
     (source / RECORD).parent.mkdir(parents=True)
     (source / RECORD).write_text(json.dumps(record), encoding="utf-8")
-    pulled = {"repository": record["repository"], "revision": "abc"}
+    pulled = {"repository": record["repository"], "revision": "abc", "languages": "zh,en"}
     assert origin_of(open_checkpoint(source)) == pulled | COMMUNITY
     assert "baichuan2-community-license (https://example.org/terms.pdf)" in licence_line(COMMUNITY)
     (source / "LICENSE").write_text("the terms", encoding="utf-8")
@@ -61,11 +64,27 @@ def test_a_licence_goes_from_the_checkpoint_to_the_card(exports: Exports, tmp_pa
     data = huggingface_hub.ModelCard(text).data.to_dict()
     assert data["license_name"] == COMMUNITY["license_name"] and data["base_model"] == record["repository"]
     assert "headrace.json#/provenance/origin" in text
+    assert data["language"] == ["zh", "en"] and "Supported languages: Chinese and English" in text
     assert "license: apache-2.0" in make_card(bundle, {"license": "apache-2.0"})
 
 
-@pytest.mark.parametrize("text", ["no front matter", "---\n: [\n---\n", "---\nlicense: [1, 2]\n---\n"])
+@pytest.mark.parametrize(
+    "text", ["no front matter", "---\n: [\n---\n", "---\nlicense: [1, 2]\nlanguage: {a: b}\n---\n"]
+)
 def test_a_card_that_says_nothing_is_no_error(exports: Exports, tmp_path: Path, text: str) -> None:
     source = Path(copytree(exports.checkpoint(), tmp_path / "river"))
     (source / "README.md").write_text(text, encoding="utf-8")
     assert origin_of(open_checkpoint(source)) == {}
+
+
+def test_a_card_claims_no_language_that_nobody_stated(exports: Exports) -> None:
+    text = make_card(exports.bundle(), {})
+    assert "Supported languages: not stated; see the original model" in text
+    assert "language" not in huggingface_hub.ModelCard(text).data.to_dict()
+    assert "Supported languages: fr, Chinese and English" in make_card(exports.bundle(), {"languages": "fr,zh,en"})
+
+
+@pytest.mark.parametrize(("stated", "languages"), [(["en"], "en"), (["zh", "en"], "zh,en"), (["e n", 3], None)])
+def test_a_gguf_states_its_languages(exports: Exports, stated: list[Any], languages: str | None) -> None:
+    source = replace(open_checkpoint(exports.checkpoint()), metadata={"general.languages": stated})
+    assert origin_of(source).get("languages") == languages

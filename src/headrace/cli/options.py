@@ -63,6 +63,8 @@ def refuse_place(option: str, path: Path) -> None:
         raise UserError(f"{option} {path} is a folder; expected a file")
     if not path.parent.is_dir():
         raise UserError(f"{option} {path}: there is no folder {path.parent}; make it first")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {path}: nothing can be written in the folder {path.parent}; choose another")
 
 
 def limit_threads(threads: int | None) -> int | None:

@@ -16,6 +16,7 @@ __all__ = ["LICENCES", "licence_line", "origin_of", "write_terms"]
 LICENCES = "licences"  # a bundle's folder
 
 _KEYS = ("license", "license_name", "license_link")
+_LANGUAGE = re.compile(r"[A-Za-z]{2,12}(-[A-Za-z0-9]{1,8}){0,3}")  # a code, as in BCP 47, or a word such as "code"
 _LONGEST = 200  # characters of a value that is shown
 # What anyone who passes a model on must pass on with it, as repositories call it.
 _TERMS = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)[^/]*|[^/]*license[^/]*\.(pdf|txt|md)", re.IGNORECASE)
@@ -23,7 +24,7 @@ _MOST_TERMS, _LARGEST_TERMS = 16, 4 << 20  # files, and bytes of each: a folder 
 
 
 def origin_of(checkpoint: Checkpoint) -> dict[str, str]:
-    """repository, revision, license, license_name, license_link: those that are known.
+    """repository, revision, license, license_name, license_link, languages ("zh,en"): those that are known.
 
     Args:
         checkpoint: an opened one.
@@ -37,7 +38,9 @@ def origin_of(checkpoint: Checkpoint) -> dict[str, str]:
         if (name := f"general.{key.replace('_', '.')}") in metadata:
             found[key] = metadata[name]
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    found |= {key: value for key, value in _card(folder / "README.md").items() if key in _KEYS}
+    card = _card(folder / "README.md")
+    found |= {key: value for key, value in card.items() if key in _KEYS}
+    found["languages"] = _languages(card.get("language")) or _languages(metadata.get("general.languages"))
     return {key: value for key, value in found.items() if isinstance(value, str) and 0 < len(value) <= _LONGEST}
 
 
@@ -68,6 +71,12 @@ def licence_line(origin: dict[str, str]) -> str:
         return "licence: not stated by the checkpoint; look where it came from"
     link = f" ({origin['license_link']})" if "license_link" in origin else ""
     return f"licence of the original, which holds for the bundle too: {name}{link}"
+
+
+def _languages(stated: object) -> str:
+    """Codes of languages, separated by commas, of what a card or a GGUF states: one code, or a list of them."""
+    codes = stated if isinstance(stated, list) else [stated]
+    return ",".join(code for code in codes if isinstance(code, str) and _LANGUAGE.fullmatch(code))
 
 
 def _card(path: Path) -> dict[str, Any]:

@@ -245,7 +245,7 @@ def _front_matter(facts: Facts) -> str:
     if facts.has("base_model"):
         told["base_model_relation"] = "quantized"
     data = ModelCardData(
-        language=facts["languages"].value.split(","),
+        language=facts["languages"].value.split(",") if facts["languages"].value else None,
         license=licence,
         library_name="headrace",
         pipeline_tag="text-generation",

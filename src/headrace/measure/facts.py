@@ -69,13 +69,18 @@ def bundle_facts(bundle: Bundle, given: Mapping[str, str]) -> Facts:
         stated = origin.get(_ORIGIN.get(name, name))
         if value := given.get(name) or stated:
             facts.put(name, value, "given" if name in given else f"{MANIFEST}#/provenance/origin")
-    codes = given.get("languages", "zh,en").split(",")
-    source = "given" if "languages" in given else "default"
-    facts.put("languages", ",".join(codes), source, " and ".join(_LANGUAGES.get(c, c) for c in codes))
+    codes = given.get("languages") or origin.get("languages") or ""
+    source = "given" if given.get("languages") else f"{MANIFEST}#/provenance/origin"
+    facts.put("languages", codes, source, _listed([_LANGUAGES.get(c, c) for c in codes.split(",") if c]))
     _geometry(facts, bundle)
     _weights(facts, bundle)
     _ports(facts, bundle)
     return facts
+
+
+def _listed(names: Sequence[str]) -> str:
+    """`English`, `Chinese and English`, `fr, German and English`."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:]))) or "not stated; see the original model"
 
 
 def human(size: float) -> str:
