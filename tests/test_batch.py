@@ -11,6 +11,7 @@ import pytest
 from headrace.batch import answer_file, read_prompts
 from headrace.cli.main import _run
 from headrace.errors import UserError
+from headrace.files import try_lock
 from headrace.language_model import load
 from tests.exports import Exports
 
@@ -71,6 +72,31 @@ def test_the_verb(exports: Exports, prompts: Path, tmp_path: Path, capfd: pytest
     told = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert (told["prompts"], told["failed"]) == (len(ASKED), 2)
     assert len(out.read_text(encoding="utf-8").splitlines()) == len(ASKED)
+
+
+def test_answers_that_stay_are_told(
+    exports: Exports, prompts: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.jsonl"
+    arguments = ["generate", str(exports.bundle("tied")), "--input", str(prompts), "--output", str(out), "--greedy"]
+    assert _run([*arguments, "-n", "4"]) == 0
+    assert "stay as they are" not in capfd.readouterr().err
+    before = out.read_bytes()
+    assert _run([*arguments, "-n", "9"]) == 0
+    told = f"{len(ASKED)} of {len(ASKED)} answers are in {out} and stay as they are; remove it to have them made anew"
+    assert told in capfd.readouterr().err
+    assert out.read_bytes() == before
+
+
+def test_a_second_run_does_not_write_into_the_first_ones_file(exports: Exports, prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    with out.open("ab") as file:
+        file.write(b'{"index": 0, "te')
+        file.flush()
+        assert try_lock(file)
+        with pytest.raises(UserError, match=r"another run writes .*out\.jsonl; wait until it has ended"):
+            _answer(exports, prompts, out, 2)
+        assert out.read_bytes() == b'{"index": 0, "te', "half a line of a run that goes on is left alone"
 
 
 @pytest.mark.parametrize(

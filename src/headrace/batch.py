@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 
 from headrace.cluster import map_over
 from headrace.errors import HeadraceError, UserError, reason
+from headrace.files import try_lock
 from headrace.language_model import LanguageModel, load
 from headrace.progress import Progress, silent
 from headrace.runtime.answer import Answer, Limits
@@ -26,7 +27,7 @@ from headrace.runtime.request import Request
 from headrace.runtime.sampling import SamplingOptions
 from headrace.text.turns import Message
 
-__all__ = ["answer_file", "answer_file_on", "read_prompts"]
+__all__ = ["answer_file", "answer_file_on", "answers_kept", "read_prompts"]
 
 Prompts: TypeAlias = Sequence[str | list[dict[str, Any]]]
 Row: TypeAlias = dict[str, Any]
@@ -157,9 +158,12 @@ def _answering(
 def _write(prompts: Path, out: Path, rows: Callable[[Prompts, int], Iterator[Row]], progress: Progress) -> int:
     """Add to a file what it lacks: of `rows`, given all prompts and how many have their answer. How many have none."""
     lines = read_prompts(prompts)
-    done = _whole_lines(out, len(lines))
     failed = 0
     with out.open("ab") as file:
+        if not try_lock(file):
+            raise UserError(f"another run writes {out}; wait until it has ended, or choose another --output")
+        done, whole = _whole_lines(out, len(lines))
+        file.truncate(whole)  # half a line at the end, of a run that was killed
         for row in rows(lines, done):
             file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             failed += "error" in row
@@ -198,10 +202,19 @@ def read_prompts(path: Path) -> Prompts:
     return prompts
 
 
-def _whole_lines(out: Path, total: int) -> int:
-    """How many answers a file already holds; half a line at its end, of a run that was killed, is cut off."""
+def answers_kept(out: Path, total: int) -> int:
+    """How many of so many answers a file already holds. They stay, whatever is asked now.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    return _whole_lines(out, total)[0]
+
+
+def _whole_lines(out: Path, total: int) -> tuple[int, int]:
+    """How many answers a file already holds, and in how many bytes: half a line may follow."""
     if not out.exists():
-        return 0
+        return 0, 0
     data = out.read_bytes()
     whole = data.rfind(b"\n") + 1
     rows = data[:whole].splitlines()
@@ -211,10 +224,7 @@ def _whole_lines(out: Path, total: int) -> int:
         indexes = [-1]
     if indexes != list(range(len(rows))) or len(rows) > total:
         raise UserError(f"{out} holds something else than the answers to these prompts; choose another --output")
-    if whole < len(data):
-        with out.open("rb+") as file:
-            file.truncate(whole)
-    return len(rows)
+    return len(rows), whole
 
 
 def _answers(

@@ -32,6 +32,7 @@ __all__ = [
     "sync",
     "sync_below",
     "temporary_name",
+    "try_lock",
     "whole_file",
     "write_file",
 ]
@@ -39,6 +40,8 @@ __all__ = [
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 _ZEROS = 1 << 20  # bytes written at once
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # of file systems that have none
+_FAR = 1 << 30  # Windows locks bytes against reading too, and what is read is at the beginning
 JSON_LIMIT = 64 << 20  # bytes; the shard index of the largest models is a few MB
 
 
@@ -253,3 +256,34 @@ def sha256_file(path: Path) -> str:
     """sha256 of a file's content, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def try_lock(file: IO[bytes], without: bool = True) -> bool:
+        """See below; one byte far behind the end is locked."""
+        file.seek(_FAR)
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+else:
+    import fcntl
+
+    def try_lock(file: IO[bytes], without: bool = True) -> bool:
+        """Take the lock of an open file, which ends with the process however that ends.
+
+        Returns:
+            Whether it is this process's now; `without` where the file system has no locks.
+        """
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            return without
+        return True

@@ -12,7 +12,6 @@ Knows nothing about what is made.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import secrets
@@ -25,13 +24,12 @@ from pathlib import Path
 from typing import IO
 
 from headrace.errors import BundleError
+from headrace.files import try_lock
 
 __all__ = ["MARK", "SCRATCH", "clear", "remove_leftovers", "scratch_folder", "work_folder"]
 
 MARK = "made-by-headrace"
 SCRATCH = ".headrace-"  # how the names of scratch folders begin
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # of file systems that have none
-_FAR = 1 << 30  # Windows locks bytes against reading too, and the process id is at the beginning
 _POLL = 0.2  # seconds
 _ATTEMPTS = 1000  # to take a folder that somebody else takes away each time
 
@@ -85,7 +83,7 @@ def remove_leftovers(parent: Path) -> None:
         with suppress(OSError):  # no mark: not headrace's, or just being made
             mark = (left / MARK).open("rb+")
             try:
-                if not left.is_symlink() and _try_lock(mark, without=False):
+                if not left.is_symlink() and try_lock(mark, without=False):
                     # A child of the process that was killed may still write here: under this name it finds nothing.
                     # (Windows renames no folder with an open file in it.)
                     gone = left if sys.platform == "win32" else left.rename(_scratch_name(parent))
@@ -127,7 +125,7 @@ def _take(path: Path, purpose: str, waiting: Callable[[int], object] | None) -> 
             if isinstance(error, FileNotFoundError | FileExistsError) and gone < _ATTEMPTS:
                 continue
             raise BundleError(f"{path} cannot be made ({error.strerror}); choose another place") from None
-        if not _try_lock(mark):
+        if not try_lock(mark):
             mark.seek(0)
             holder = int(re.match(rb"\d*", mark.read(20))[0] or 0)  # type: ignore[index]
             mark.close()
@@ -177,29 +175,3 @@ def _remove(path: Path, mark: IO[bytes]) -> None:
     with suppress(OSError):  # somebody has put something there, or is about to take it
         (path / MARK).unlink()
         path.rmdir()
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _try_lock(file: IO[bytes], without: bool = True) -> bool:
-        file.seek(_FAR)
-        try:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-else:
-    import fcntl
-
-    def _try_lock(file: IO[bytes], without: bool = True) -> bool:
-        """Whether the lock is this process's now; `without` where the file system has no locks."""
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            return without
-        return True

@@ -106,11 +106,13 @@ def generate(
     json: Json = False,
 ) -> None:
     """Answer a file of prompts: many at once, in order, resumable."""
-    from headrace.batch import answer_file, answer_file_on, read_prompts
+    from headrace.batch import answer_file, answer_file_on, answers_kept, read_prompts
     from headrace.language_model import load
 
     count = len(read_prompts(source))  # what is wrong there is told before a model is loaded
     refuse_place("--output", output)
+    if kept := answers_kept(output, count):
+        note(f"{kept} of {count} answers are in {output} and stay as they are; remove it to have them made anew")
     chosen = {"temperature": 0.0 if greedy else temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     with progress_bars() as progress:
         if ray is not None:
