@@ -136,3 +136,21 @@ def test_depths_are_ordered_and_known(exports: Exports, capfd: pytest.CaptureFix
     assert [depth.rank for depth in Depth] == [0, 1, 2, 3]
     assert _run(["verify", str(exports.bundle("calm")), "--through", "geni"]) == 2
     assert "did you mean 'genie'" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["verify", "--through", "emulation"], ["verify", "--through", "device"], ["chat", "-p", "x", "--runner=genie"]],
+)
+def test_a_bundle_for_computers_alone_says_so(
+    exports: Exports, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    def compared(*arguments: object) -> None:
+        raise AssertionError("compared what cannot be finished")
+
+    monkeypatch.setattr("headrace.measure.parity._numbers", compared)
+    bundle = exports.bundle("calm", block=16)
+    assert _run([*words, str(bundle)]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"error: {bundle} has no encodings.json: it was made for computers alone")
+    assert last.endswith("export with --target or --keep-onnx")

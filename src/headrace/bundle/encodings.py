@@ -193,6 +193,11 @@ def read_encodings(path: Path) -> dict[str, Encoding]:
     Raises:
         BundleError: it is missing or something else.
     """
+    if not path.exists():
+        raise BundleError(
+            f"{path.parent} has no {path.name}: it was made for computers alone, and a phone's grids are not known; "
+            "export with --target or --keep-onnx"
+        )
     raw = read_json(path)
     try:
         if raw["version"] != AIMET_VERSION:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.bundle.encodings import read_encodings
 from headrace.bundle.folder import Bundle, check_files, open_bundle
 from headrace.bundle.weights import WeightStore
 from headrace.bundle.work_folder import scratch_folder
@@ -94,6 +95,8 @@ def verify_bundle(
     if files_only or not links[0].ok:
         return links
     bundle = open_bundle(path)
+    if through != "host":
+        read_encodings(bundle.root / "encodings.json")  # what a device needs and is not there is told before the work
     total = (5 if checkpoint is None else 6) + (2 * len(instruction_sets()) or 1)
     for link in _numbers(bundle, checkpoint, adapters):
         links.append(link)
