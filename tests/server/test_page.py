@@ -192,6 +192,30 @@ def test_settings_reach_the_model(page: Any, model: ScriptedModel) -> None:
     shot(page, "probabilities")
 
 
+def test_the_model_that_was_chosen_stays_chosen(browser: Any) -> None:
+    first, second = ScriptedModel(), ScriptedModel(name="other")
+    with running(first, second) as address:
+        browser.get(address)
+        browser.execute_script("localStorage.clear()")
+        browser.get(address)
+
+        def chosen() -> Any:
+            return browser.find_element(By.ID, "model").get_property("value")
+
+        until(lambda: chosen() == "tiny")
+        browser.find_element(By.CSS_SELECTOR, "#model option[value=other]").click()
+        browser.refresh()
+        until(lambda: chosen() == "other")
+        say(browser, "Hello")
+        until(lambda: second.seen)
+        assert not first.seen
+    with running(ScriptedModel()) as address:  # one that is no longer served is not asked for
+        browser.get(address)
+        browser.execute_script("localStorage.setItem('headrace', JSON.stringify({ model: 'other' }))")
+        browser.refresh()
+        until(lambda: chosen() == "tiny")
+
+
 def test_two_tabs_keep_each_others_conversations(page: Any, model: ScriptedModel) -> None:
     first, address = page.current_window_handle, page.current_url
     say(page, "One")

@@ -13,7 +13,7 @@ let served = [];
 let abort = null; // of the answer under way
 
 function load() {
-  const fresh = { conversations: [], current: null, settings: {}, language: navigator.language.startsWith("zh") ? "zh" : "en", theme: "" };
+  const fresh = { conversations: [], current: null, model: null, settings: {}, language: navigator.language.startsWith("zh") ? "zh" : "en", theme: "" };
   try {
     return { ...fresh, ...JSON.parse(localStorage.getItem(STORE) ?? "{}") };
   } catch {
@@ -335,7 +335,11 @@ $("theme").addEventListener("click", () => {
   save();
   render();
 });
-$("model").addEventListener("change", renderGauge);
+$("model").addEventListener("change", () => {
+  state.model = $("model").value;
+  save();
+  renderGauge();
+});
 for (const id of [...FIELDS, "system", "api_key", "show_probabilities"]) {
   const input = $(id);
   const value = state.settings[id];
@@ -354,6 +358,7 @@ async function connect() {
   try {
     served = await models(state.settings.api_key);
     $("model").replaceChildren(...served.map((m) => element("option", { value: m.id, textContent: m.id })));
+    if (served.some((m) => m.id === state.model)) $("model").value = state.model;
     $("status").textContent = "";
     renderGauge();
   } catch (error) {
