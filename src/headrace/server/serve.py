@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from sse_starlette.sse import AppStatus
 
 from headrace.errors import HeadraceError, UserError
 from headrace.language_model import load
@@ -98,6 +99,8 @@ def serve(
         progress("loading", len(named), len(named))
         app = create_app(models, door or ServerOptions(), metrics)
         remote = [model for model in models.values() if isinstance(model, RemoteModel)]
+        # Else a stream ends in the middle once somebody said stop.
+        AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
         _Announced(http_config(app), listening, remote).run(sockets)
 
 
