@@ -1,7 +1,7 @@
 #!/bin/sh
 # Builds the library with sanitizers and runs the tests over it: addresses and undefined behaviour, then threads.
 #   kernels/sanitize.sh [python] [pytest arguments]      default: python3, all tests
-# The thread sanitizer runs the tests of whole decoders, of hostile use and of arriving weights, where threads meet.
+# The thread sanitizer runs the tests of whole decoders, of hostile use, of arriving weights and of those that are copied, where threads meet.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 python=$(command -v "${1:-python3}")
@@ -24,5 +24,5 @@ run() { # name, sanitizers, runtimes, tests
     "$python" -m pytest -q -p no:cacheprovider "$@")
 }
 run address "address;undefined" "$(library libasan.so) $(library libubsan.so)" tests "$@"
-run thread thread "$(library libtsan.so)" tests/test_arrival.py tests/test_decoder.py tests/test_hostile.py \
-  -k "company or cancel or merged or broken_spans or at_once" "$@"
+run thread thread "$(library libtsan.so)" tests/test_arrival.py tests/test_decoder.py tests/test_hostile.py tests/test_huge_pages.py \
+  -k "company or cancel or merged or broken_spans or at_once or later or nobody_waits" "$@"

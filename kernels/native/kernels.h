@@ -80,7 +80,7 @@ struct Coarse {
   int8_t* codes;
   float* scales;
   int32_t* sums16;
-  // Of variants with tiles, for weights with one scale a row or with factors: int16 codes in two bytes (linear_tiles.h), scale and sum a token.
+  // Of variants with tiles, for rows of one scale, with factors or not: int16 codes in two bytes (linear_tiles.h), scale and sum a token.
   int8_t* tiles;
   float* tile_scales;
   int32_t* tile_sums;
