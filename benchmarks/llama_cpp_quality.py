@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,11 @@ def importance(checkpoint: Checkpoint, windows: np.ndarray) -> dict[str, np.ndar
 def dequantize(source: Path, out: Path) -> None:
     """The GGUF with every matrix in float16; what float16 cannot hold of a format is lost in the reference too."""
     reader = GGUFReader(source)
+    write_f16(reader, out, ((t.name, quants.dequantize(t.data, t.tensor_type)) for t in reader.tensors))
+
+
+def write_f16(reader: GGUFReader, out: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+    """A GGUF with what another says of its model and these tensors, matrices in float16."""
     architecture = reader.fields["general.architecture"].contents()
     writer = GGUFWriter(out, architecture)
     for key, field in reader.fields.items():
@@ -150,9 +156,8 @@ def dequantize(source: Path, out: Path) -> None:
         inner = {"sub_type": field.types[-1]} if kind is GGUFValueType.ARRAY else {}
         writer.add_key_value(key, field.contents(), kind, **inner)
     writer.add_file_type(F16)
-    for tensor in reader.tensors:
-        values = quants.dequantize(tensor.data, tensor.tensor_type)
-        writer.add_tensor(tensor.name, values.astype(np.float32 if values.ndim == 1 else np.float16))
+    for name, values in tensors:
+        writer.add_tensor(name, values.astype(np.float32 if values.ndim == 1 else np.float16))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
