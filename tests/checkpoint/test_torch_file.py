@@ -126,6 +126,7 @@ HOSTILE = {
     "storage kind": (b"\x80\x02(X\x01\x00\x00\x00sK\x01K\x01K\x01K\x01tQ.", "a storage is described as"),
     "short id": (b"\x80\x02K\x01Q.", "pickle is damaged"),
     "a quantized storage": (b"ctorch\nQInt8Storage\n.", r"asks for torch\.QInt8Storage"),
+    "an escape that is none": (b"cfoo\\i\nbar\n.", "pickle is damaged"),
     "calls a storage": (b"ctorch\nFloatStorage\n)R.", "pickle is damaged"),
 }
 

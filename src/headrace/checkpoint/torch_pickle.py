@@ -78,7 +78,10 @@ def read_pickle(data: bytes, path: object) -> tuple[Any, int]:
         return machine.run(data[:PICKLE_LIMIT])
     except CheckpointError:
         raise
-    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError) as error:
+    except (
+        ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError,
+        DeprecationWarning,  # an escape that is none: pickletools warns of it, which some make an exception
+    ) as error:  # fmt: skip
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise CheckpointError(
             f"{path}: its pickle is damaged ({reason}); expected a torch state dict; fetch it again"
