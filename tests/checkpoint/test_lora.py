@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.checkpoint.lora import adapted
 from headrace.errors import CheckpointError, ConfigError, UserError
+from headrace.quantize.pipeline import load_weight
 from tests.tiny import DTYPES, write_baichuan, write_gguf, write_llama, write_qwen2, write_torch
 
 Array = NDArray[np.float32]
@@ -206,3 +207,14 @@ def test_a_bad_adapter_is_one_line(tmp_path: Path, case: str) -> None:
     with pytest.raises(kind, match=message) as caught:
         adapted(open_checkpoint(base), [tmp_path / "a"])
     assert "\n" not in str(caught.value)
+
+
+def test_a_sum_beyond_float32_is_named_where_it_is_used(tmp_path: Path) -> None:
+    write_llama(tmp_path / "base")
+    module = layers(Q)[0]
+    write_adapter(tmp_path / "adapter", tmp_path / "base", [module])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: tensor * np.float32(1e38) for name, tensor in load_file(file).items()}, file)
+    checkpoint = adapted(open_checkpoint(tmp_path / "base"), [tmp_path / "adapter"])
+    with pytest.raises(CheckpointError, match=r"q_proj.* no number or beyond"):
+        load_weight(checkpoint, "layers.0.self_attn.q_proj.weight")

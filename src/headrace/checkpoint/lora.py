@@ -88,9 +88,11 @@ def adapted(checkpoint: Checkpoint, folders: Sequence[Path]) -> Checkpoint:
 
 
 def _sum(base: LazyTensor, change: _Change) -> LazyTensor:
-    return replace(
-        base, dtype="float32", read=lambda start, stop: base.read(start, stop) + change.rows(start, stop)
-    )  # fmt: skip
+    def read(start: int, stop: int) -> NDArray[np.float32]:
+        with np.errstate(over="ignore", invalid="ignore"):  # beyond float32 becomes infinite, which an export names
+            return base.read(start, stop) + change.rows(start, stop)
+
+    return replace(base, dtype="float32", read=read)
 
 
 def adapter_digest(folder: Path) -> str:
