@@ -107,7 +107,7 @@ class _Trials:
             )
         except OSError as error:
             raise UserError(
-                f"a grammar is tried in a child process first, which cannot be started ({reason(error)})"
+                f"a grammar is tried in a child process first, and {sys.executable} cannot be started ({reason(error)})"
             ) from None
         self._child, self._owner = child, os.getpid()
         self._ending = weakref.finalize(self, _end, child, self._owner)
