@@ -112,14 +112,25 @@ class Terminal:
 _LAUNCH = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program() -> None:
-    terminal = Terminal("""
+def conversing(answer: str) -> Terminal:
+    """A terminal with a conversation, whose answers a function of this source makes: `answer(text)`."""
+    before = """
         import time
         from types import SimpleNamespace
         from rich.console import Console
         from headrace.cli.conversation import Conversation, converse
         from headrace.runtime.answer import Token
+    """
+    behind = """
+        chat = SimpleNamespace(messages=[], used=0, model=SimpleNamespace(context=64))
+        converse(Conversation(chat, answer, Console()))
+        print("LEFT")
+    """
+    return Terminal("\n".join(map(textwrap.dedent, (before, answer, behind))))
 
+
+def test_ctrl_c_stops_the_answer_and_not_the_program() -> None:
+    terminal = conversing("""
         def answer(text):
             try:
                 for number in range(1000 if text == "long" else 3):
@@ -127,10 +138,6 @@ def test_ctrl_c_stops_the_answer_and_not_the_program() -> None:
                     yield Token(0, f"{text}{number} ")
             finally:
                 print("CLOSED", flush=True)
-
-        chat = SimpleNamespace(messages=[], used=0, model=SimpleNamespace(context=64))
-        converse(Conversation(chat, answer, Console()))
-        print("LEFT")
     """)
     at = terminal.until("> ")
     terminal.send("long\n")
@@ -151,13 +158,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program() -> None:
 
 def test_ctrl_c_pressed_again_lets_the_answer_end() -> None:
     """What tidies up behind a stopped answer is not stopped itself, and the program goes on."""
-    terminal = Terminal("""
-        import time
-        from types import SimpleNamespace
-        from rich.console import Console
-        from headrace.cli.conversation import Conversation, converse
-        from headrace.runtime.answer import Token
-
+    terminal = conversing("""
         def answer(text):
             try:
                 while True:
@@ -169,10 +170,6 @@ def test_ctrl_c_pressed_again_lets_the_answer_end() -> None:
                 while time.monotonic() < end:
                     pass
                 print("CLOSED", flush=True)
-
-        chat = SimpleNamespace(messages=[], used=0, model=SimpleNamespace(context=64))
-        converse(Conversation(chat, answer, Console()))
-        print("LEFT")
     """)
     at = terminal.until("> ")
     terminal.send("long\n")
