@@ -139,6 +139,29 @@ def test_finished_gradients_are_not_measured_again(
     assert contents(tmp_path / "out") == contents(exports.bundle(method="best"))
 
 
+@pytest.mark.parametrize("kept", ["as it is", "as before"])
+def test_finished_costs_are_not_measured_again(
+    run: Any, exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str
+) -> None:
+    """Costs by grid, and by block alone as an earlier headrace kept them."""
+    from headrace.exporter import job
+
+    def measured_twice(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError("measured twice")
+
+    budget = {"recipe": "w4b32", "size": open_bundle(exports.bundle(recipe="w4b32")).weight_bytes + 9000}
+    expected = contents(exports.bundle(**budget))
+    with pytest.raises(Stop):
+        run(**budget, progress=stop_at("quantizing layers", 2))
+    costs = tmp_path / "out.partial" / "sensitivity.json"
+    if kept == "as before":
+        rows = json.loads(costs.read_text())
+        costs.write_text(json.dumps({name: {block: kl for _, block, _, kl in own} for name, own in rows.items()}))
+    monkeypatch.setattr(job, "measure_sensitivity", measured_twice)
+    run(**budget, resume=True)
+    assert contents(tmp_path / "out") == expected
+
+
 @pytest.mark.parametrize("damage", ["gone", "short"])
 def test_lost_states_are_computed_again(run: Any, exports: Exports, tmp_path: Path, damage: str) -> None:
     with pytest.raises(Stop):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from headrace.bundle.grid import dequantize, quantize_nearest
+from headrace.bundle.grid import Grid, dequantize, quantize_nearest
 from headrace.bundle.recipe import Rule
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.checkpoint.tensor import LazyTensor
@@ -49,7 +49,7 @@ def test_proxy_predicts_the_divergence_of_one_linear_alone(source: Checkpoint) -
         flat = logits.reshape(-1, config.vocab_size)
         meter.add(reference.reshape(flat.shape), flat, np.full(len(flat), no_target))
         real = meter.result().kl
-        assert real / PROXY_FACTOR < costs[name][None] < real * PROXY_FACTOR, name
+        assert real / PROXY_FACTOR < costs[name][Grid(8)] < real * PROXY_FACTOR, name
 
 
 class UnlikeKeys:
@@ -82,20 +82,21 @@ def test_same_seed_same_costs(source: Checkpoint) -> None:
     windows = np.random.default_rng(2).integers(0, 160, (2, 32))
     rules = {name: Rule("proj", 4, 32, "gptq") for name in linears(source.config)}
     first = measure_sensitivity(source, rules, windows, seed=4)
-    assert all(list(kl) == [32] for kl in first.values())
+    assert all(list(kl) == [Grid(4, 32)] for kl in first.values())
     assert first == measure_sensitivity(source, rules, windows, seed=4)
     assert first != measure_sensitivity(source, rules, windows, seed=5)
 
 
-def test_each_block_costs_what_it_costs_alone(source: Checkpoint) -> None:
+def test_each_grid_costs_what_it_costs_alone(source: Checkpoint) -> None:
     windows = np.random.default_rng(2).integers(0, 160, (2, 32))
     name = "layers.1.self_attn.q_proj.weight"
     rules = {name: Rule("proj", 4, 32, "nearest") for name in linears(source.config)}
-    several = measure_sensitivity(source, rules, windows, blocks={name: (64, 32, 16)})
-    for block in (64, 32, 16):
-        alone = {**rules, name: replace(rules[name], block=block)}
-        assert several[name][block] == measure_sensitivity(source, alone, windows)[name][block]
-    assert several[name][64] > several[name][16]
+    grids = (Grid(4, 64), Grid(4, 32), Grid(4, 16))
+    several = measure_sensitivity(source, rules, windows, grids={name: grids})
+    for grid in grids:
+        alone = {**rules, name: rules[name].on(grid)}
+        assert several[name][grid] == measure_sensitivity(source, alone, windows)[name][grid]
+    assert several[name][grids[0]] > several[name][grids[-1]]
 
 
 def test_random_factor_has_the_predictions_covariance(source: Checkpoint) -> None:

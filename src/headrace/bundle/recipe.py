@@ -51,6 +51,10 @@ class Rule:
         """What the weights are rounded to."""
         return Grid(self.bits, self.block, self.lpbq)
 
+    def on(self, grid: Grid) -> Rule:
+        """The same rule with another grid."""
+        return replace(self, bits=grid.bits, block=grid.block, lpbq=grid.lpbq)
+
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
         return {

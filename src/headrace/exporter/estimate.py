@@ -22,7 +22,7 @@ from headrace.exporter.settings import ExportSettings
 from headrace.forecast.fit import PHONE_MEMORY
 from headrace.forecast.model import plan_model
 from headrace.model.weights import input_groups, linears, quantized_weights
-from headrace.quantize.budget import blocks_to_try, within_budget
+from headrace.quantize.budget import grids_to_try, within_budget
 from headrace.quantize.descent import SWEEPS
 from headrace.quantize.gptq import ROW_STRIP
 from headrace.quantize.gradients import GRADIENT_TOKENS, TOGETHER
@@ -174,7 +174,7 @@ def estimate_export(
     table = config.vocab_size * config.hidden_size
     weights = table if config.tied_head else 2 * table
     walked = _gradient_tokens(rules, tokens)
-    tried = blocks_to_try(config, rules, size=size)
+    tried = grids_to_try(config, rules, size=size)
     solving = 0.0
     passing = 2.0 * table * (2 * SAMPLE_TOKENS + min(ranged, HEAD_TOKENS) + _GRADIENT_HEAD_PASSES * walked)
     for layer in range(config.num_layers):
@@ -186,7 +186,7 @@ def estimate_export(
             if walked:
                 moments = len(group)  # each linear weights tokens in its own way
             moments += any(method.uses_reference for method in methods.values())
-            trials = max(len(tried.get(name, (None,))) for name in shapes)
+            trials = max(len(tried.get(name, (rules[name].grid,))) for name in shapes)
             passing += tokens * moments * columns**2 + ranked * trials * columns**2
             for name, (n, k) in shapes.items():
                 walks = 2 if methods[name].uses_reference else 1  # the float model's beside

@@ -34,7 +34,7 @@ from headrace.graph.device_folder import OWN_FOLDER, bundle_device_graphs
 from headrace.graph.emit_host import HostWeights, emit_host
 from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD, layer_weights
 from headrace.progress import Progress, silent
-from headrace.quantize.budget import Costs, blocks_to_try, within_budget
+from headrace.quantize.budget import Costs, grids_to_try, within_budget
 from headrace.quantize.device_encodings import device_encodings
 from headrace.quantize.gradients import gradient_energy
 from headrace.quantize.methods import find_method
@@ -135,14 +135,14 @@ def _within_budget(
     bits, size = settings.options.bits, settings.options.size
     if bits is None and size is None:
         return settings
-    costs: Costs | None = work.costs()
+    costs: Costs | None = work.costs(settings.grids)
     if costs is None:
         with cores(jobs):
             costs = measure_sensitivity(
                 settings.model,
                 settings.rules,
                 windows,
-                blocks=blocks_to_try(settings.config, settings.rules, size=size is not None),
+                grids=grids_to_try(settings.config, settings.rules, size=size is not None),
                 keep=settings.options.keep_grid,
                 progress=lambda done, total: progress("measuring sensitivity", done, total),
             )

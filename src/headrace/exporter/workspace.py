@@ -3,7 +3,7 @@
     OUT.partial/
       state.json            what the export is of, and the layers that are finished
       states.bin            hidden states after the layers that are finished
-      sensitivity.json      what each linear's 4 bits cost, for a budget
+      sensitivity.json      what each linear costs on each grid that was tried, for a budget
       gradients.npz         how much each token counts, for methods that ask
       bundle/               becomes OUT when everything is there
       device/               device graphs, and what is compiled of them
@@ -21,7 +21,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import astuple, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.bundle.folder import refuse_foreign
+from headrace.bundle.grid import Grid
 from headrace.bundle.recipe import parse_block
 from headrace.bundle.work_folder import clear, work_folder
 from headrace.errors import BundleError, reason
@@ -111,17 +112,26 @@ class Workspace:
         self.layers[number] = key_peak, value_peak
         self._save()
 
-    def costs(self) -> dict[str, dict[int | None, float]] | None:
-        """What was measured for a budget (see `quantize.budget.Costs`), or None."""
+    def costs(self, grids: Mapping[str, Grid]) -> dict[str, dict[Grid, float]] | None:
+        """What was measured for a budget (see `quantize.budget.Costs`), or None.
+
+        An export that an earlier headrace began has blocks for keys: those of the rule's own grid, of `grids`.
+        """
         path = self.root / SENSITIVITY
         if not path.exists():
             return None
-        return {name: {parse_block(b): kl for b, kl in costs.items()} for name, costs in read_json(path).items()}
+        found: dict[str, dict[Grid, float]] = {}
+        for name, kept in read_json(path).items():
+            if isinstance(kept, dict):
+                found[name] = {replace(grids[name], block=parse_block(block)): kl for block, kl in kept.items()}
+            else:
+                found[name] = {Grid(*grid): kl for *grid, kl in kept}
+        return found
 
-    def keep_costs(self, costs: Mapping[str, Mapping[int | None, float]]) -> None:
-        """Keep what was measured for a budget."""
-        named = {name: {str(b or "channel"): kl for b, kl in by_block.items()} for name, by_block in costs.items()}
-        write_file(self.root / SENSITIVITY, json.dumps(named, indent=1).encode())
+    def keep_costs(self, costs: Mapping[str, Mapping[Grid, float]]) -> None:
+        """Keep what was measured for a budget: of each linear rows of bits, block, lpbq and KL."""
+        rows = {name: [[*astuple(grid), kl] for grid, kl in by_grid.items()] for name, by_grid in costs.items()}
+        write_file(self.root / SENSITIVITY, json.dumps(rows).encode())
 
     @property
     def has_work(self) -> bool:

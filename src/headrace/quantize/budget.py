@@ -23,10 +23,10 @@ from headrace.errors import RecipeError
 from headrace.model.weights import Role, linears, quantized_weights, weight_table
 from headrace.plan import Part, plan_parts
 
-__all__ = ["BudgetedRecipe", "Costs", "average_bits", "blocks_to_try", "weight_bytes", "within_budget"]
+__all__ = ["BudgetedRecipe", "Costs", "average_bits", "grids_to_try", "weight_bytes", "within_budget"]
 
-Costs = Mapping[str, Mapping[int | None, float]]
-"""Canonical name → block (None: a scale a row) → the KL that 4 bits in such blocks cost, from `measure_sensitivity`."""
+Costs = Mapping[str, Mapping[Grid, float]]
+"""Canonical name → grid → the KL that the linear costs on it, from `measure_sensitivity`; 8 bits cost none."""
 
 _EIGHT = Grid(8)
 _BLOCKS = (128, 64, 32, 16)
@@ -67,15 +67,15 @@ def weight_bytes(config: ModelConfig, rules: Mapping[str, Rule], parts: Sequence
     return sum(layout.nbytes for layout in layouts(config, parts or plan_parts(config, 1), grids))
 
 
-def blocks_to_try(config: ModelConfig, rules: Mapping[str, Rule], *, size: bool) -> dict[str, tuple[int | None, ...]]:
-    """For each linear with 4 bits, the blocks that a budget can give it: its rule's alone, or, where that is not a
-    whole row and the budget is one of bytes (`size`), all that divide its rows."""
-    found: dict[str, tuple[int | None, ...]] = {}
+def grids_to_try(config: ModelConfig, rules: Mapping[str, Rule], *, size: bool) -> dict[str, tuple[Grid, ...]]:
+    """For each linear with 4 bits, the grids beside 8 bits that a budget can give it: its rule's alone, or, where that
+    has blocks and the budget is one of bytes (`size`), those with all blocks that divide its rows."""
+    found: dict[str, tuple[Grid, ...]] = {}
     for name, linear in linears(config).items():
-        rule = rules[name]
-        if rule.bits == 4:
-            fitting = tuple(block for block in _BLOCKS if linear.matrix[1] % block == 0)
-            found[name] = fitting if size and rule.block is not None else (rule.block,)
+        grid = rules[name].grid
+        if grid.bits == 4:
+            fitting = tuple(replace(grid, block=block) for block in _BLOCKS if linear.matrix[1] % block == 0)
+            found[name] = fitting if size and grid.block is not None else (grid,)
     return found
 
 
@@ -93,7 +93,8 @@ def within_budget(
     Args:
         recipe: what every weight gets otherwise; linears it already gives 8 bits keep them.
         config: the geometry.
-        costs: of all that `blocks_to_try` names; None before they are measured: all alike.
+        costs: what was measured, of the linears that `grids_to_try` names: a linear gets one of these grids or 8 bits;
+            None before anything is: all alike.
         bits: most code bits averaged over the linears.
         size: most bytes of all weights files; either this or `bits`.
         parts: how files are split, for their headers.
@@ -105,7 +106,9 @@ def within_budget(
         raise RecipeError("give either --bits or --size, not both and not neither")
     rules = recipe.resolve(quantized_weights(config))
     table = weight_table(config)
-    tried = blocks_to_try(config, rules, size=size is not None)
+    tried = grids_to_try(config, rules, size=size is not None)
+    if costs is not None:
+        tried = {name: tuple(costs[name]) for name in tried}
 
     def nbytes(name: str, grid: Grid) -> int:
         rows, columns = table[name].matrix
@@ -114,12 +117,12 @@ def within_budget(
     def kl(name: str, grid: Grid) -> float:
         if grid.bits == 8:
             return 0.0
-        return costs[name][grid.block] if costs is not None else 1.0
+        return costs[name][grid] if costs is not None else 1.0
 
     chosen: dict[str, Grid] = {}
     steps: list[tuple[float, int, str, Grid]] = []  # KL gained per byte, bytes, and what becomes of which linear
-    for name, blocks in tried.items():
-        hull = _hull([*(replace(rules[name].grid, block=block) for block in blocks), _EIGHT], name, nbytes, kl)
+    for name, grids in tried.items():
+        hull = _hull([*grids, _EIGHT], name, nbytes, kl)
         chosen[name] = hull[0]
         for before, after in pairwise(hull):
             more = nbytes(name, after) - nbytes(name, before)
@@ -189,13 +192,7 @@ def _with_grids(recipe: Recipe, config: ModelConfig, rules: Mapping[str, Rule], 
         method = rules[name].method if grid.bits == 4 or rules[name].method == "best" else "gptq"
         kinds[table[name].role, grid, method].append(table[name].layer or 0)
     front = [
-        Rule(
-            rf"layers\.({'|'.join(map(str, sorted(layers)))})\.{re.escape(role.value)}",
-            grid.bits,
-            grid.block,
-            method,
-            grid.lpbq,
-        )
+        Rule(rf"layers\.({'|'.join(map(str, sorted(layers)))})\.{re.escape(role.value)}", 8, None, method).on(grid)
         for (role, grid, method), layers in kinds.items()
     ]
     left = {rule for name, rule in rules.items() if name not in changed}

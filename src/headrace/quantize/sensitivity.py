@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.bundle.grid import dequantize
+from headrace.bundle.grid import Grid, dequantize
 from headrace.bundle.recipe import Rule
 from headrace.model.ops import Array
 from headrace.model.weights import linears
@@ -33,17 +33,17 @@ def measure_sensitivity(
     rules: Mapping[str, Rule],
     windows: NDArray[np.int64],
     *,
-    blocks: Mapping[str, Sequence[int | None]] | None = None,
+    grids: Mapping[str, Sequence[Grid]] | None = None,
     keep: bool = False,
     seed: int = 0,
     progress: Callable[[int, int], Any] | None = None,
-) -> dict[str, dict[int | None, float]]:
-    """The KL, in nats, that quantizing each linear alone costs: canonical name → block → KL.
+) -> dict[str, dict[Grid, float]]:
+    """The KL, in nats, that quantizing each linear alone costs: canonical name → grid → KL.
 
     Args:
         source: the checkpoint.
         rules: canonical name → the rule that is tried.
-        blocks: canonical name → blocks that are tried in place of the rule's, where a name is there.
+        grids: canonical name → grids that are tried in place of the rule's, where a name is there.
         windows: token ids of the calibration text, int64 (windows, length); a few are enough, and no more are used.
         keep: a linear that already lies on its rule's grid is kept as it is, and costs nothing.
         seed: of the random factor.
@@ -52,27 +52,27 @@ def measure_sensitivity(
     config = source.config
     windows = evenly_spaced(windows, RANKING_WINDOWS)
     rules = {name: replace(rule, method=_RANKING.get(rule.method, rule.method)) for name, rule in rules.items()}
-    tried = {name: (rule.block,) for name, rule in rules.items()} | dict(blocks or {})
+    tried = {name: (rule.grid,) for name, rule in rules.items()} | dict(grids or {})
     at = causal_positions(config, windows.shape[1])
-    costs: dict[str, dict[int | None, float]] = {}
-    found = [dict[tuple[str, int | None], float]() for _ in windows]  # by window: these come from several threads
+    costs: dict[str, dict[Grid, float]] = {}
+    found = [dict[tuple[str, Grid], float]() for _ in windows]  # by window: these come from several threads
 
     def at_layer(number: int, weights: Mapping[str, Array], x: Array) -> AtLinear:
-        errors: dict[str, dict[int | None, Array]] = {name: {} for name in linears(config, number)}
+        errors: dict[str, dict[Grid, Array]] = {name: {} for name in linears(config, number)}
         for turn in range(max(len(tried[name]) for name in errors)):
-            chosen = {name: replace(rules[name], block=tried[name][turn % len(tried[name])]) for name in errors}
+            chosen = {name: rules[name].on(tried[name][turn % len(tried[name])]) for name in errors}
             layer = quantize_layer(source, chosen, number, x.copy(), at, keep=keep)
             for name, linear in layer.linears.items():
-                errors[name][chosen[name].block] = weights[name] - dequantize(linear)
+                errors[name][linear.grid] = weights[name] - dequantize(linear)
 
         def at_linear(window: int, name: str, inputs: Array, g: Array) -> None:
-            for size, error in errors[name].items():
+            for grid, error in errors[name].items():
                 effect = np.einsum("sn,sn->s", inputs @ error.T, g)
-                found[window][name, size] = 0.5 * float(np.square(effect, dtype=np.float64).sum())
+                found[window][name, grid] = 0.5 * float(np.square(effect, dtype=np.float64).sum())
 
         return at_linear
 
     walk_back(source, windows, np.random.default_rng(seed), at_layer, progress)
     for name in linears(config):
-        costs[name] = {size: sum(own[name, size] for own in found) / windows.size for size in tried[name]}
+        costs[name] = {grid: sum(own[name, grid] for own in found) / windows.size for grid in tried[name]}
     return costs
