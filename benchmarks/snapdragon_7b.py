@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.bundle.encodings import ATTENTION_MASK, GATED_OUTLIERS, Encoding, mask_encoding, port_encodings
-from headrace.bundle.grid import FACTORS, Grid, QuantizedTensor
+from headrace.bundle.grid import Grid, QuantizedTensor
 from headrace.config import ModelConfig
 from headrace.graph.emit_device import write_device_graphs
 from headrace.model.weights import EMBEDDING, HEAD
@@ -96,9 +96,9 @@ def random_weight(config: ModelConfig, name: str, block: int | None) -> Quantize
     scale = np.float16(2 ** np.round(-np.log2(grid.top * shape[1] ** 0.5)))
     scales = np.full((shape[0], grid.blocks(shape[1])), scale)
     if grid.lpbq:
-        factors = rng.integers(1, FACTORS + 1, scales.shape)
-        factors[:, 0] = FACTORS
-        scales = scales * (factors / np.float16(FACTORS)).astype(np.float16)
+        factors = rng.integers(1, grid.largest_factor + 1, scales.shape)
+        factors[:, 0] = grid.largest_factor
+        scales = scales * (factors / np.float16(grid.largest_factor)).astype(np.float16)
     return QuantizedTensor(codes, scales, grid)
 
 

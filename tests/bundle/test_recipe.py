@@ -36,12 +36,16 @@ def test_a_rule_that_matches_nothing(rules: tuple[Rule, ...]) -> None:
     assert f"rule {number} of recipe 'r', {rules[number - 1].match!r}" in str(error.value)
 
 
-def test_other_blocks_and_methods_are_for_four_bits() -> None:
+def test_other_blocks_and_methods_are_for_less_than_eight_bits() -> None:
     recipe = Recipe("r", (TABLES, DOWN, LINEARS))
     changed = recipe.with_linears(block=64, method="nearest")
     assert changed.rules == (TABLES, DOWN, Rule("_proj", 4, 64, "nearest", lpbq=True))
     assert changed.with_linears(block=None).rules[2].block is None
     assert recipe.with_linears() == recipe
+    six = Recipe("r", (TABLES, DOWN, Rule("_proj", 6, 32, "gptq")))
+    assert six.with_linears(block=64, method="best").rules[2] == Rule("_proj", 6, 64, "best", lpbq=True)
+    with pytest.raises(RecipeError, match="6 bits are for blocks; expected a block, such as 32, or 4 or 8 bits"):
+        six.with_linears(block=None)
 
 
 def test_json_and_back() -> None:
@@ -72,15 +76,19 @@ def test_what_the_shipped_ones_say() -> None:
         ({"rules": {}}, "'rules' is dict; expected a list"),
         ({"rules": [3]}, "rule 1 is 3; expected an object"),
         ({"rules": [{"match": "x"}]}, "rule 1 lacks 'match' or 'bits'"),
-        ({"rules": [{"match": "x", "bits": 5}]}, "bits 5 is not possible; expected 4 or 8"),
-        ({"rules": [{"match": "x", "bits": "4"}]}, "bits 4 is not possible; expected 4 or 8"),
+        ({"rules": [{"match": "x", "bits": 7}]}, "bits 7 is not possible; expected 4, 5, 6 or 8"),
+        ({"rules": [{"match": "x", "bits": 5}]}, "5 bits are for blocks; expected a block, such as 32, or 4 or 8 bits"),
+        ({"rules": [{"match": "x", "bits": "4"}]}, "bits 4 is not possible; expected 4, 5, 6 or 8"),
         ({"rules": [{"match": "(", "bits": 4}]}, "rule '(' is not a regular expression"),
         ({"rules": [{"match": "x", "bits": 4, "blok": 32}]}, "unknown key 'blok'; did you mean 'block'?"),
         ({"rules": [{"match": "x", "bits": 4, "block": 33}]}, "block 33 is not possible; expected channel, 16"),
         ({"rules": [{"match": "x", "bits": 4, "block": "row"}]}, "block 'row' is not possible"),
         ({"rules": [{"match": "x", "bits": 4}], "kv": "int4"}, "kv 'int4' is unknown; expected int8 or float32"),
         ({"rules": [{"match": "x", "bits": 4, "block": 32, "lpbq": 1}]}, "rule 1: lpbq is 1; expected true or false"),
-        ({"rules": [{"match": "x", "bits": 8, "block": 32, "lpbq": True}]}, "LPBQ scales are for blocks of 4 bits"),
+        (
+            {"rules": [{"match": "x", "bits": 8, "block": 32, "lpbq": True}]},
+            "LPBQ scales are for blocks of 4, 5 or 6 bits",
+        ),
         ({"rules": [{"match": "x", "bits": 4}], "rotate": "yes"}, "rotate is 'yes'; expected true or false"),
         ({"rule": []}, "unknown key 'rule'; did you mean 'rules'?"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from headrace.bundle.grid import Grid, QuantizedTensor, dequantize, pack, quantize_nearest
+from headrace.bundle.grid import Grid, QuantizedTensor, dequantize, pack, pack_high, quantize_nearest
 from headrace.bundle.weights import WeightStore, layouts, part_weights
 from headrace.config import ModelConfig
 from headrace.errors import RecipeError
@@ -21,7 +22,7 @@ TIED = ModelConfig("llama", 31, 64, 96, 3, 4, 2, 16, 1e-5, 10000.0, 512, True)
 
 
 def grids_of(config: ModelConfig) -> dict[str, Grid]:
-    """int8 tables, int4 linears, one in 8 bits; some in blocks, with either kind of scales."""
+    """int8 tables, int4 linears, one in 8 bits; some in blocks, with either kind of scales, with 5 and 6 bits too."""
     grids = {name: Grid(4) for name in quantized_weights(config)}
     grids |= {name: Grid(8) for name in grids if name in (EMBEDDING, HEAD)}
     return grids | {
@@ -29,6 +30,11 @@ def grids_of(config: ModelConfig) -> dict[str, Grid]:
         "layers.1.mlp.up_proj.weight": Grid(4, 32, lpbq=True),
         "layers.2.mlp.down_proj.weight": Grid(4, 32, lpbq=True),
         "layers.1.mlp.down_proj.weight": Grid(8, 16),
+        "layers.0.self_attn.k_proj.weight": Grid(5, 32),
+        "layers.0.self_attn.v_proj.weight": Grid(5, 32),
+        "layers.1.mlp.gate_proj.weight": Grid(5, 32, lpbq=True),
+        "layers.2.mlp.gate_proj.weight": Grid(6, 16, lpbq=True),
+        "layers.2.mlp.up_proj.weight": Grid(6, 16, lpbq=True),
     }
 
 
@@ -76,12 +82,15 @@ def test_anyone_can_open_the_files(tmp_path: Path, config: ModelConfig) -> None:
         with safe_open(path, framework="numpy") as file:
             assert file.metadata() == {"format": "headrace"}
         tensors = load_file(path)
-        expected = {key.removesuffix("_packed").removesuffix("_scale").removesuffix("_factors") for key in tensors}
+        expected = {re.sub("_(packed|high|scale|factors)$", "", key) for key in tensors}
         assert expected == {name for name, row in part_weights(config, part).items() if row.stored_as == name}
         found |= tensors
     for name, value in values.items():
         if isinstance(value, QuantizedTensor):
             np.testing.assert_array_equal(found[f"{name}_packed"], pack(value.codes, value.grid.bits))
+            assert (f"{name}_high" in found) == (value.grid.bits in (5, 6))
+            if f"{name}_high" in found:
+                np.testing.assert_array_equal(found[f"{name}_high"], pack_high(value.codes, value.grid.bits))
             scales = found[f"{name}_scale"].astype(np.float32)
             if value.grid.lpbq:
                 bytes_of = found[f"{name}_factors"]
@@ -104,6 +113,22 @@ def test_offsets_point_at_the_bytes(tmp_path: Path, parts: int) -> None:
         data = (tmp_path / stored.file).read_bytes()[stored.offset : stored.offset + stored.nbytes]
         assert data == tensors[name].tobytes(), name
         assert stored.offset % tensors[name].itemsize == 0
+
+
+def test_linears_of_one_input_follow_each_other(tmp_path: Path) -> None:
+    """Each kind of bytes of q, k, v, and of gate and up, so that one pointer takes those of one grid together."""
+    store, _ = filled(tmp_path, UNTIED, 1)
+    for names in (
+        ("layers.0.self_attn.k_proj", "layers.0.self_attn.v_proj"),
+        ("layers.2.mlp.gate_proj", "layers.2.mlp.up_proj"),
+    ):
+        kinds = [
+            kind for kind in ("packed", "high", "scale", "factors") if f"{names[0]}.weight_{kind}" in store.tensors
+        ]
+        assert len(kinds) >= 3
+        for kind in kinds:
+            first, second = (store.tensors[f"{name}.weight_{kind}"] for name in names)
+            assert first.offset + first.nbytes == second.offset, kind
 
 
 def test_layouts_know_sizes_before_weights(tmp_path: Path) -> None:

@@ -43,6 +43,11 @@ def stored_weights(bundle: Path) -> dict[str, Matrix]:
             if array.shape[1] * 2 == columns:  # int4: two a byte, low nibble first
                 array = np.stack([array & 15, array >> 4], 2).reshape(len(array), -1)
                 codes = array.astype(np.float64) - 8
+                if f"{weight}_high" in stored:  # planes of single bits: bit 4 of a whole row, then bit 5
+                    planes = stored[f"{weight}_high"].reshape(len(array), -1, columns // 8)
+                    set_bits = np.unpackbits(planes, axis=2, bitorder="little").astype(np.float64)
+                    weights_of_planes = 2.0 ** (4 + np.arange(planes.shape[1]))
+                    codes = array + np.einsum("nbk,b->nk", set_bits, weights_of_planes) - weights_of_planes[-1]
             else:
                 codes = array.astype(np.float64) - 128
             if f"{weight}_factors" in stored:  # of a row's scale, one less than it is: two a byte, low nibble first
@@ -50,7 +55,7 @@ def stored_weights(bundle: Path) -> dict[str, Matrix]:
                 scales = scales * (np.stack([factors & 15, factors >> 4], 2).reshape(len(factors), -1) + 1.0)
                 scales = scales[:, : columns // _block(bundle, weight)]
             weights[weight] = codes * np.repeat(scales, columns // scales.shape[1], axis=1)
-        elif not name.endswith(("_scale", "_factors")):
+        elif not name.endswith(("_high", "_scale", "_factors")):
             weights[name] = array.astype(np.float64)
     return weights
 

@@ -8,14 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from headrace.bundle.grid import FACTORS, Grid, dequantize, factored
+from headrace.bundle.grid import Grid, dequantize, factored
 from headrace.errors import RecipeError
 from headrace.quantize import corrected, descent, gptq, nearest
 from headrace.quantize.methods import METHODS, find_method
 from headrace.quantize.statistics import InputStatistics
 
-LPBQ = (Grid(4, 16, lpbq=True), Grid(4, 64, lpbq=True))  # the second is a whole row of the problem below
-GRIDS = (Grid(4, 16), Grid(4, 32), Grid(4, None), Grid(8, None), *LPBQ)
+LPBQ = (
+    Grid(4, 16, lpbq=True),
+    Grid(4, 64, lpbq=True),  # a whole row of the problem below
+    Grid(5, 16, lpbq=True),
+    Grid(6, 32, lpbq=True),
+)
+GRIDS = (Grid(4, 16), Grid(4, 32), Grid(4, None), Grid(5, 32), Grid(6, 16), Grid(8, None), *LPBQ)
 
 # Coordinate descent minimises in float32 and rounds scales to float16; it may lose this share by rounding alone.
 FLOAT_NOISE = 1e-4
@@ -71,6 +76,20 @@ def test_descent_gains_something(grid: Grid) -> None:
     assert gptq.rounding_loss(weight, dequantize(better), moment) < gptq.rounding_loss(
         weight, dequantize(start), moment
     )
+
+
+@pytest.mark.parametrize("lpbq", [False, True])
+@pytest.mark.parametrize("name", ["gptq", "descent", "best"])
+def test_the_loss_falls_with_the_bits(name: str, lpbq: bool) -> None:
+    """A bit more halves the step, so that the loss falls to a quarter; what LPBQ's coarser factors take is less."""
+    weight, inputs = problem(7, rows=48)
+    statistics = InputStatistics.of(inputs)
+    losses = []
+    for bits in (4, 5, 6):
+        found = find_method(name).quantize(weight, statistics, Grid(bits, 16, lpbq))
+        losses.append(gptq.rounding_loss(weight, dequantize(found), gptq.damped(statistics.moment)))
+    assert losses[1] < losses[0] / 2
+    assert losses[2] < losses[1] / 2
 
 
 @given(seed=st.integers(0, 1000), batch=st.sampled_from([1, 7, 16, 64, 100]))
@@ -133,7 +152,7 @@ def test_methods_are_deterministic_and_fill_their_grid(name: str) -> None:
         assert first.codes.dtype == np.int8 and first.scales.dtype == np.float16 and first.grid == grid
         assert first.codes.min() >= grid.bottom and first.codes.max() <= grid.top
         if grid.lpbq:
-            assert (factored(first.scales)[1].max(1) == FACTORS).all()
+            assert (factored(first.scales, grid)[1].max(1) == grid.largest_factor).all()
 
 
 @pytest.mark.parametrize("grid", [Grid(4, 16), *LPBQ])
@@ -152,7 +171,7 @@ def test_lpbq_scales_of_small_weights_keep_their_form(name: str, grid: Grid) -> 
     """Below 2⁻¹⁴ a float16 has fewer bits, and a sixteenth of it may be none."""
     weight, inputs = problem(4)
     result = find_method(name).quantize(weight * np.float32(1e-3), InputStatistics.of(inputs), grid)
-    assert (factored(result.scales)[1].max(1) == FACTORS).all()
+    assert (factored(result.scales, grid)[1].max(1) == grid.largest_factor).all()
 
 
 @pytest.mark.parametrize("name", list(METHODS))

@@ -230,7 +230,7 @@ def _encoding(entry: Mapping[str, Any]) -> Encoding:
 
 def _parameter(name: str, grid: Grid, scales: NDArray[np.float16]) -> dict[str, Any]:
     """A weight's entry. Of LPBQ the 8 bits are those of codes times factors."""
-    row, factors = factored(scales) if grid.lpbq else (scales, None)
+    row, factors = factored(scales, grid) if grid.lpbq else (scales, None)
     bits = grid.bits if factors is None else 8
     entry = _entry(name, bits, row[:, 0].astype(np.float64).tolist(), [-(1 << (bits - 1))] * len(row), symmetric=True)
     if factors is None:

@@ -1,13 +1,16 @@
 """Integer grids: scales, rounding, packing, and what comes back. Knows nothing about calibration or files.
 
-A weight (N, K) is a row per output. Its codes are signed and symmetric (int4: −8 … 7, int8: −127 … 127) with one
-scale per row, or per block of columns of a row. On disk codes are unsigned (code + 8, code + 128), int4 two a byte
-along K with the low nibble first, which is what MatMulNBits reads; scales are float16.
+A weight (N, K) is a row per output. Its codes are signed and symmetric (int4: −8 … 7, int5: −16 … 15, int6: −32 … 31,
+int8: −127 … 127) with one scale per row, or per block of columns of a row; int5 and int6 are for blocks. On disk codes
+are unsigned (code + 8, + 16, + 32, + 128). Their low four bits stand two a byte along K with the low nibble first,
+which for int4 is what MatMulNBits reads; what int5 and int6 have above them stands in planes of single bits. Scales
+are float16.
 
-Scales of blocks can be LPBQ (low power blockwise quantization, Qualcomm's form): a scale a row times a whole factor of
-1 … 16 a block, of which a row's largest is 16. A factor takes half a byte where a float16 takes two, so that blocks of
-16 columns cost less than blocks of 32 with scales of their own. Such a scale is a float16 too: a row's scale has at
-most 7 significant bits, its product with a factor 11.
+Scales of blocks of less than 8 bits can be LPBQ (low power blockwise quantization, Qualcomm's form): a scale a row
+times a whole factor a block, of which a row's largest is 16 for int4, 8 for int5 and 4 for int6. A code times its
+factor is then a byte: the weight is an int8 weight with one scale a row, stored in fewer bytes. A factor takes half a
+byte where a float16 takes two, so that blocks of 16 columns cost less than blocks of 32 with scales of their own. Such
+a scale is a float16 too: a row's scale has so few significant bits that its product with any factor has at most 11.
 """
 
 from __future__ import annotations
@@ -21,7 +24,6 @@ from numpy.typing import NDArray
 from headrace.errors import RecipeError
 
 __all__ = [
-    "FACTORS",
     "Grid",
     "QuantizedTensor",
     "dequantize",
@@ -29,6 +31,7 @@ __all__ = [
     "fit_scales",
     "nearest_factor",
     "pack",
+    "pack_high",
     "quantize_nearest",
     "round_codes",
     "stacked",
@@ -38,21 +41,21 @@ __all__ = [
 
 # Candidates for the clip of the MSE search, as shares of the largest magnitude.
 _CLIPS = np.linspace(1.0, 0.55, 19, dtype=np.float32)
-# Candidates for a row's LPBQ scale, as shares of the one whose factor 16 is the row's largest block.
+# Candidates for a row's LPBQ scale, as shares of the one whose largest factor is the row's largest block.
 _ROW_CLIPS = (1.0, 0.94, 0.88)
 _ROWS_AT_ONCE = 1 << 18  # elements: the temporary arrays of the search stay in the cache
-FACTORS = 16  # the largest factor of a block's LPBQ scale
-_ROW_BITS = 7  # significant bits of a row's LPBQ scale
-_MOST_ROW = np.float32(127 * 32)  # the largest of so many bits that is a float16 sixteen times as well
+_WIDTHS = (4, 5, 6, 8)
+_FLOAT16_BITS = 11  # significant bits of a float16
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Bits (4 or 8), the columns that share a scale (`block`, or None for one scale a row), and whether scales of
-    blocks are LPBQ instead of float16.
+    """Bits (4, 5, 6 or 8), the columns that share a scale (`block`, or None for one scale a row), and whether scales
+    of blocks are LPBQ instead of float16.
 
     Raises:
-        RecipeError: bits or block are none of the above, or LPBQ scales have no 4-bit blocks.
+        RecipeError: bits or block are none of the above, 5 or 6 bits have no block, or LPBQ scales no block of less
+            than 8 bits.
     """
 
     bits: int
@@ -60,27 +63,39 @@ class Grid:
     lpbq: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
-            raise RecipeError(f"bits {self.bits} is not possible; expected 4 or 8")
+        if not isinstance(self.bits, int) or self.bits not in _WIDTHS:
+            raise RecipeError(f"bits {self.bits} is not possible; expected 4, 5, 6 or 8")
         if self.block is not None and self.block not in (16, 32, 64, 128, 256):
             raise RecipeError(f"block {self.block} is not possible; expected channel, 16, 32, 64, 128 or 256")
-        if self.lpbq and (self.bits != 4 or self.block is None):
-            raise RecipeError("LPBQ scales are for blocks of 4 bits; expected bits 4 and a block")
+        if self.planes and self.block is None:
+            raise RecipeError(f"{self.bits} bits are for blocks; expected a block, such as 32, or 4 or 8 bits")
+        if self.lpbq and (self.bits == 8 or self.block is None):
+            raise RecipeError("LPBQ scales are for blocks of 4, 5 or 6 bits; expected such bits and a block")
 
     @property
     def top(self) -> int:
         """The largest code."""
-        return 7 if self.bits == 4 else 127
+        return self.zero_point - 1
 
     @property
     def bottom(self) -> int:
         """The smallest code."""
-        return -8 if self.bits == 4 else -127
+        return -127 if self.bits == 8 else -self.zero_point
 
     @property
     def zero_point(self) -> int:
         """What is added to a code to store it unsigned."""
-        return 8 if self.bits == 4 else 128
+        return 1 << (self.bits - 1)
+
+    @property
+    def planes(self) -> int:
+        """How many bits of a code are stored apart from its byte or nibble."""
+        return 0 if self.bits == 8 else self.bits - 4
+
+    @property
+    def largest_factor(self) -> int:
+        """Of a row's LPBQ scales: codes times factors are bytes."""
+        return 1 << (8 - self.bits)
 
     def blocks(self, columns: int, name: str = "a weight") -> int:
         """How many scales a row of `columns` has.
@@ -88,7 +103,7 @@ class Grid:
         Raises:
             RecipeError: the block does not divide the row, or a row of 4-bit codes does not end with a byte.
         """
-        if columns * self.bits % 8:
+        if self.block is None and columns * self.bits % 8:
             raise RecipeError(
                 f"{name} has an odd number of columns ({columns}), which 4 bits do not pack; give it 8 bits"
             )
@@ -136,13 +151,27 @@ class QuantizedTensor:
         Exact for powers of two, as long as no scale leaves the range of float16.
         """
         if self.grid.lpbq:
-            row, blocks = factored(self.scales)
-            scales = (_row_scale(row * factors.astype(np.float32)[:, None]) * blocks).astype(np.float16)
+            row, blocks = factored(self.scales, self.grid)
+            scales = (_row_scale(row * factors.astype(np.float32)[:, None], self.grid) * blocks).astype(np.float16)
         else:
             wide = self.scales.astype(np.float32) * factors.astype(np.float32)[:, None]
             scales = np.copysign(storable(np.abs(wide)), wide).astype(np.float16)  # a kept grid can have negative ones
         bias = None if self.bias is None else (self.bias * factors).astype(np.float32)
         return replace(self, scales=scales, bias=bias)
+
+    def as_int8(self) -> QuantizedTensor:
+        """The same weight with LPBQ scales as the int8 weight with one scale a row that it is: codes times factors.
+
+        A code may be −128, which no search gives an int8 weight but every reader of one takes.
+
+        Raises:
+            ValueError: the scales are not LPBQ.
+        """
+        if not self.grid.lpbq:
+            raise ValueError("only LPBQ scales are whole multiples of a row's")
+        row, factors = factored(self.scales, self.grid)
+        codes = self.codes.reshape(*factors.shape, -1) * factors.astype(np.int8)[:, :, None]
+        return replace(self, codes=codes.reshape(self.codes.shape), scales=row.astype(np.float16), grid=Grid(8))
 
 
 def stacked(strips: Sequence[QuantizedTensor]) -> QuantizedTensor:
@@ -157,31 +186,35 @@ def storable(scales: NDArray[np.float32]) -> NDArray[np.float16]:
     return np.maximum(np.minimum(scales, np.float32(65504)).astype(np.float16), smallest)
 
 
-def factored(scales: NDArray[np.float16]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """LPBQ scales (N, blocks) as a row's (N, 1) times whole factors (N, blocks), of which a row's largest is 16.
+def factored(scales: NDArray[np.float16], grid: Grid) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """LPBQ scales (N, blocks) as a row's (N, 1) times whole factors (N, blocks), of which a row's largest is the
+    grid's.
 
     Raises:
         ValueError: they are no such products.
     """
     wide = scales.astype(np.float32)
-    row = wide.max(1, keepdims=True) / np.float32(FACTORS)
+    row = wide.max(1, keepdims=True) / np.float32(grid.largest_factor)
     factors = np.rint(wide / row)
     if not (np.array_equal(factors * row, wide) and factors.min() >= 1 and np.array_equal(row.astype(np.float16), row)):
-        raise ValueError("scales are not whole multiples of a sixteenth of their row's largest")
+        raise ValueError(f"scales are not whole multiples of 1/{grid.largest_factor} of their row's largest")
     return row, factors
 
 
-def nearest_factor(scales: NDArray[np.float32], row: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The whole factor, 1 … 16, whose product with a row's scale is nearest to a scale."""
-    factors: NDArray[np.float32] = np.clip(np.rint(scales / row), 1, FACTORS)
+def nearest_factor(scales: NDArray[np.float32], row: NDArray[np.float32], grid: Grid) -> NDArray[np.float32]:
+    """The whole factor, 1 … the grid's largest, whose product with a row's scale is nearest to a scale."""
+    factors: NDArray[np.float32] = np.clip(np.rint(scales / row), 1, grid.largest_factor)
     return factors
 
 
-def _row_scale(wanted: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Scales of rows as LPBQ stores them: float16 of `_ROW_BITS` bits, sixteen times which is a float16 too."""
+def _row_scale(wanted: NDArray[np.float32], grid: Grid) -> NDArray[np.float32]:
+    """Scales of rows as LPBQ stores them: float16 whose product with any factor is a float16 as well, since a factor
+    takes 8 − bits of the significant bits."""
+    bits = _FLOAT16_BITS - (8 - grid.bits)
     fraction, exponent = np.frexp(wanted)
-    short = np.ldexp(np.rint(np.ldexp(fraction, _ROW_BITS)), exponent - _ROW_BITS)
-    return storable(np.minimum(short, _MOST_ROW)).astype(np.float32)
+    short = np.ldexp(np.rint(np.ldexp(fraction, bits)), exponent - bits)
+    most = np.float32((65536 - (65536 >> bits)) / grid.largest_factor)
+    return storable(np.minimum(short, most)).astype(np.float32)
 
 
 def fit_scales(
@@ -200,7 +233,7 @@ def fit_scales(
     share = None if importance is None else importance.reshape(1, blocks, -1)
     for at in _chunks(rows, columns):
         w = weight[at].reshape(-1, blocks, columns // blocks)
-        # int4 reaches one step further down than up: the side with the largest magnitude decides.
+        # Less than 8 bits reach one step further down than up: the side with the largest magnitude decides.
         limit = np.maximum(w.max(2) / grid.top, w.min(2) / grid.bottom)
         limit = np.maximum(limit, 0)
         best_scale, best_error = storable(limit), np.full(limit.shape, np.inf, np.float32)
@@ -218,14 +251,15 @@ def _fit_factors(
     w: NDArray[np.float32], scales: NDArray[np.float16], grid: Grid, share: NDArray[np.float32] | None
 ) -> NDArray[np.float16]:
     """LPBQ scales (N, blocks) near to free ones: of a few scales for each row, and of the two factors next to each
-    block's scale, those of least error. The largest block always gets factor 16."""
+    block's scale, those of least error. The largest block always gets the largest factor."""
+    most = np.float32(grid.largest_factor)
     wide = scales.astype(np.float32)
     largest = np.arange(wide.shape[1]) == wide.argmax(1)[:, None]
     best_scale, best_error = scales, np.full((len(wide), 1), np.inf, np.float32)
     for clip in _ROW_CLIPS:
-        row = _row_scale(wide.max(1, keepdims=True) * np.float32(clip / FACTORS))
-        below = np.where(largest, FACTORS, np.clip(np.floor(wide / row), 1, FACTORS))
-        above = np.minimum(below + 1, FACTORS)
+        row = _row_scale(wide.max(1, keepdims=True) * np.float32(clip / grid.largest_factor), grid)
+        below = np.where(largest, most, np.clip(np.floor(wide / row), 1, most))
+        above = np.minimum(below + 1, most)
         tried = [(row * factors).astype(np.float16) for factors in (below, above)]
         low, high = (_rounding_errors(w, each, grid, share) for each in tried)
         total = np.minimum(low, high).sum(1, keepdims=True)
@@ -278,21 +312,37 @@ def dequantize(tensor: QuantizedTensor) -> NDArray[np.float32]:
 
 
 def pack(codes: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
-    """Signed codes (N, K) → stored bytes (N, K·bits/8)."""
+    """Signed codes (N, K) → stored bytes: (N, K) of 8 bits, else (N, K/2) of the low four bits of each."""
     if bits == 8:
         return np.bitwise_xor(codes.view(np.uint8), np.uint8(0x80))  # + 128 in two's complement
-    unsigned = (codes + np.int8(8)).view(np.uint8)
-    return np.asarray(unsigned[:, 0::2] | (unsigned[:, 1::2] << np.uint8(4)), np.uint8)
+    low = _unsigned(codes, bits) & np.uint8(15)
+    return np.asarray(low[:, 0::2] | (low[:, 1::2] << np.uint8(4)), np.uint8)
 
 
-def unpack(stored: NDArray[np.uint8], bits: int) -> NDArray[np.int8]:
-    """The inverse of `pack`."""
+def pack_high(codes: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
+    """The bits of 5- or 6-bit codes (N, K) above the lowest four → (N, (bits − 4)·K/8).
+
+    Of a row first bit 4 of all columns, then bit 5 of all, column c at bit c mod 8 of byte ⌊c/8⌋ of its plane.
+    """
+    unsigned = _unsigned(codes, bits)
+    planes = [np.packbits(unsigned >> np.uint8(bit) & np.uint8(1), axis=1, bitorder="little") for bit in range(4, bits)]
+    return np.concatenate(planes, axis=1)
+
+
+def unpack(stored: NDArray[np.uint8], bits: int, high: NDArray[np.uint8] | None = None) -> NDArray[np.int8]:
+    """The inverse of `pack`, and of `pack_high` where codes have 5 or 6 bits."""
     if bits == 8:
         return np.bitwise_xor(stored, np.uint8(0x80)).view(np.int8)
-    codes = np.empty((stored.shape[0], stored.shape[1] * 2), np.int8)
-    codes[:, 0::2] = (stored & 15).view(np.int8) - 8
-    codes[:, 1::2] = (stored >> 4).view(np.int8) - 8
-    return codes
+    codes = np.empty((stored.shape[0], stored.shape[1] * 2), np.uint8)
+    codes[:, 0::2] = stored & np.uint8(15)
+    codes[:, 1::2] = stored >> np.uint8(4)
+    for plane, bit in zip([] if high is None else np.split(high, bits - 4, axis=1), range(4, bits), strict=True):
+        codes |= np.unpackbits(plane, axis=1, bitorder="little") << np.uint8(bit)
+    return codes.view(np.int8) - np.int8(1 << (bits - 1))
+
+
+def _unsigned(codes: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
+    return (codes + np.int8(1 << (bits - 1))).view(np.uint8)
 
 
 def _chunks(rows: int, columns: int) -> Iterator[slice]:

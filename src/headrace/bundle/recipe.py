@@ -6,9 +6,9 @@ A recipe is a small JSON file:
      "rules": [{"match": "embed_tokens|lm_head", "bits": 8, "block": "channel", "method": "nearest"},
                {"match": "layers\\..*_proj",      "bits": 4, "block": "channel", "method": "gptq"}]}
 
-`match` is a regular expression (patterns.py) searched in the canonical name; `"lpbq": true` gives 4-bit blocks the
-other form of scales that grid.py has; `"rotate": true` quantizes the model in another basis (rotation.py). This file
-does not know how a method works.
+`match` is a regular expression (patterns.py) searched in the canonical name; `bits` are 4, 5, 6 or 8 (5 and 6 need a
+block); `"lpbq": true` gives blocks of less than 8 bits the other form of scales that grid.py has; `"rotate": true`
+quantizes the model in another basis (rotation.py). This file does not know how a method works.
 """
 
 from __future__ import annotations
@@ -112,11 +112,11 @@ class Recipe:
     def with_linears(
         self, *, block: int | str | None = "keep", method: str | None = None, lpbq: bool | None = None
     ) -> Recipe:
-        """The same recipe with another block or method for its 4-bit rules; a block given here has LPBQ scales, unless
-        `lpbq` says otherwise."""
+        """The same recipe with another block or method for its rules of less than 8 bits; a block given here has LPBQ
+        scales, unless `lpbq` says otherwise."""
         rules = []
         for rule in self.rules:
-            if rule.bits == 4:
+            if rule.bits < 8:
                 given = rule if isinstance(block, str) else replace(rule, block=block, lpbq=block is not None)
                 rule = replace(given, method=method or rule.method, lpbq=given.lpbq if lpbq is None else lpbq)
             rules.append(rule)

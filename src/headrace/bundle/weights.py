@@ -3,7 +3,9 @@
 The layout follows from geometry, plan and grids alone, so a file is created at full size, filled in any order, and
 graphs can point into it. Knows nothing about how codes were found.
 
-    <weight>_packed   uint8 (N, K·bits/8)   codes + zero point; int4: two a byte, low nibble first
+    <weight>_packed   uint8 (N, K)          codes + zero point of int8
+                      uint8 (N, K/2)        their low four bits of int4, int5, int6: two a byte, low nibble first
+    <weight>_high     uint8 (N, (bits−4)·K/8) of int5 and int6: bit 4 of a row's codes + zero point, then bit 5
     <weight>_scale    float16 (N, blocks); (N, 1) when scales are LPBQ
     <weight>_factors  uint8 (N, ⌈blocks/2⌉) of LPBQ scales: factor − 1, two a byte, low nibble first
     <module>.bias     float32 (N,)          of a linear that has one
@@ -23,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.bundle.grid import Grid, QuantizedTensor, dequantize, factored, pack, unpack
+from headrace.bundle.grid import Grid, QuantizedTensor, dequantize, factored, pack, pack_high, unpack
 from headrace.bundle.recipe import Recipe
 from headrace.config import ModelConfig
 from headrace.errors import BundleError
@@ -82,19 +84,24 @@ def _stored(config: ModelConfig, part: Part) -> Mapping[str, Weight]:
 
 def _layout(config: ModelConfig, part: Part, grids: Mapping[str, Grid]) -> Layout:
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
+    high: dict[str, tuple[str, tuple[int, ...]]] = {}
+    factors: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, weight in _stored(config, part).items():
         if not weight.quantized:
             shapes[name] = ("F32", weight.shape)
             continue
         (rows, columns), grid = weight.matrix, grids[name]
-        shapes[f"{name}_packed"] = ("U8", (rows, columns * grid.bits // 8))
         blocks = grid.blocks(columns, name)
+        shapes[f"{name}_packed"] = ("U8", (rows, columns if grid.bits == 8 else columns // 2))
+        if grid.planes:
+            high[f"{name}_high"] = ("U8", (rows, grid.planes * columns // 8))
         shapes[f"{name}_scale"] = ("F16", (rows, 1 if grid.lpbq else blocks))
         if grid.lpbq:
-            shapes[f"{name}_factors"] = ("U8", (rows, -(-blocks // 2)))
-    # float32 first, then float16, then bytes: everything is aligned without gaps, which safetensors forbids. Factors
-    # come last, so that codes of linears of one input still follow each other.
-    order = sorted(shapes, key=lambda n: (-_DTYPES[shapes[n][0]].itemsize, n.endswith("_factors")))
+            factors[f"{name}_factors"] = ("U8", (rows, -(-blocks // 2)))
+    # float32 first, then float16, then bytes: everything is aligned without gaps, which safetensors forbids. High bits
+    # and factors come last, so that each kind of bytes of linears of one input still follow each other.
+    shapes |= high | factors
+    order = sorted(shapes, key=lambda name: -_DTYPES[shapes[name][0]].itemsize)
     entries: dict[str, dict[str, Any]] = {}
     at = 0
     for name in order:
@@ -167,6 +174,8 @@ class WeightStore:
         """Store a weight, with its bias when it has one."""
         if isinstance(value, QuantizedTensor):
             self._write(f"{name}_packed", pack(value.codes, value.grid.bits))
+            if value.grid.planes:
+                self._write(f"{name}_high", pack_high(value.codes, value.grid.bits))
             self._write_scales(name, value)
             bias = self._table[name].bias
             if (bias is None) != (value.bias is None):
@@ -184,7 +193,8 @@ class WeightStore:
     def read_codes(self, name: str) -> QuantizedTensor:
         """A quantized weight, with its bias when it has one."""
         grid, bias = self.grids[name], self._table[name].bias
-        codes = unpack(np.asarray(self._view(f"{name}_packed")), grid.bits)
+        high = np.asarray(self._view(f"{name}_high")) if grid.planes else None
+        codes = unpack(np.asarray(self._view(f"{name}_packed")), grid.bits, high)
         return QuantizedTensor(codes, self.read_scales(name), grid, None if bias is None else self._float(bias))
 
     def read_scales(self, name: str) -> NDArray[np.float16]:
@@ -201,7 +211,7 @@ class WeightStore:
         if not value.grid.lpbq:
             self._write(f"{name}_scale", value.scales)
             return
-        row, factors = factored(value.scales)
+        row, factors = factored(value.scales, value.grid)
         nibbles = (factors - 1).astype(np.uint8)
         even = np.pad(nibbles, ((0, 0), (0, nibbles.shape[1] % 2)))
         self._write(f"{name}_scale", row)

@@ -176,7 +176,7 @@ def _write_apart(writer: _Writer, name: str, value: QuantizedTensor, channels: l
     Always int8, the same values: HTP drops the last 8 bits of an accumulator, which are 16 times less of an int8 step.
     """
     if value.grid.lpbq:
-        scale, blocks = factored(value.scales)
+        scale, blocks = factored(value.scales, value.grid)
         factors = np.repeat(blocks, value.codes.shape[1] // blocks.shape[1], axis=1)[:, channels]
     else:
         factors = np.array(16 if value.grid.bits == 4 else 1, np.float32)

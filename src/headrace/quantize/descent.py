@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.bundle.grid import FACTORS, Grid, QuantizedTensor, nearest_factor, storable
+from headrace.bundle.grid import Grid, QuantizedTensor, nearest_factor, storable
 from headrace.quantize import gptq
 from headrace.quantize.parallel import parallel_map
 from headrace.quantize.statistics import InputStatistics
@@ -56,7 +56,9 @@ def _improve(
     columns, blocks = weight.shape[1], scales.shape[1]
     block = columns // blocks
     steps = np.ascontiguousarray(scales.astype(np.float32).T)  # (blocks, N)
-    unit = steps.max(0) / np.float32(FACTORS) if grid.lpbq else None  # of which every scale stays a whole multiple
+    unit = (
+        steps.max(0) / np.float32(grid.largest_factor) if grid.lpbq else None
+    )  # of which every scale stays a whole multiple
     codes = np.ascontiguousarray(start.T).astype(np.float32)  # (K, N)
     error = np.ascontiguousarray(weight.T)
     for b in range(blocks):
@@ -82,7 +84,7 @@ def _improve(
             near = moment[at, at]
             if blocks > 1:
                 own = steps[at.start // block : at.stop // block]
-                _move_block_scales(codes[at], own, unit, error[at], slope, near)
+                _move_block_scales(codes[at], own, unit, error[at], slope, near, grid)
             _move_codes(codes[at], steps[at.start // block : -(-at.stop // block)], error[at], slope, near, grid)
     return np.ascontiguousarray(codes.T.astype(np.int8)), np.ascontiguousarray(steps.T).astype(np.float16)
 
@@ -119,11 +121,13 @@ def _move_row_scale(
     step[:] = new
 
 
-def _move_block_scales(codes: Array, steps: Array, unit: Array | None, error: Array, slope: Array, near: Array) -> None:
+def _move_block_scales(
+    codes: Array, steps: Array, unit: Array | None, error: Array, slope: Array, near: Array, grid: Grid
+) -> None:
     """Scales (blocks, N) of a few columns' blocks, one after the other, to their optima for the others; in place.
 
     All arrays are those columns' part, `near` their part of H. LPBQ scales are factors of their row's `unit` (N,);
-    those of factor 16 stay, since a row has one at least.
+    those of the largest factor stay, since a row has one at least.
     """
     block = len(codes) // len(steps)
     for b, step in enumerate(steps):
@@ -132,7 +136,7 @@ def _move_block_scales(codes: Array, steps: Array, unit: Array | None, error: Ar
         curvature = np.einsum("kn,kn->n", codes[at], near[at, at] @ codes[at])
         new = _moved(step, gain, curvature)
         if unit is not None:
-            new = np.where(step == FACTORS * unit, step, nearest_factor(new, unit) * unit)
+            new = np.where(step == grid.largest_factor * unit, step, nearest_factor(new, unit, grid) * unit)
         change = codes[at] * (new - step)
         error[at] -= change
         slope -= near[:, at] @ change

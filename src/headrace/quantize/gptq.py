@@ -56,7 +56,7 @@ def solve(weight: Array, moment: Array, grid: Grid) -> QuantizedTensor:
     most weights, the energy for those whose input has huge channels, so both are tried on a few rows.
     """
     energy = np.diagonal(moment)
-    powers = _POWERS if grid.bits == 4 else _POWERS[:1]  # int8 clips nothing
+    powers = _POWERS if grid.bits < 8 else _POWERS[:1]  # int8 clips nothing
     factor = factorize(moment)
     few = weight[np.linspace(0, len(weight) - 1, min(_TRIED, len(weight))).round().astype(np.intp)]
 
