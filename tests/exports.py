@@ -43,6 +43,31 @@ PHONE = {
 }
 
 
+def mixed_recipe(scales: str, kv: str = "float32") -> dict[str, Any]:
+    """A recipe in which a linear of each width is beside one of another, and some of one input have the same grid.
+
+    Args:
+        scales: of blocks, "lpbq" or "float16".
+        kv: the cache's element type.
+    """
+    return {
+        "name": f"mixed-{scales}",
+        "kv": kv,
+        "rules": [
+            {"match": match, "bits": bits, "block": block, "lpbq": scales == "lpbq" and bits < 8, "method": "nearest"}
+            for match, bits, block in (
+                ("embed_tokens", 6, 16),
+                ("lm_head|layers.0.self_attn.(k|v)_proj", 5, 32),
+                ("layers.0.(self_attn.q_proj|mlp.down_proj)", 6, 16),
+                ("layers.[12].mlp.(gate|up)_proj|layers.1.self_attn.", 5, 16),
+                ("layers.2.", 6, 32),
+                ("layers.3.mlp", 4, 16),
+                ("_proj", 8, "channel"),
+            )
+        ],
+    }
+
+
 class Exports:
     """Checkpoints and bundles below `root`, by kind.
 
@@ -157,6 +182,7 @@ __all__ = [
     "VOCAB",
     "Exports",
     "contents",
+    "mixed_recipe",
     "opened_store",
     "re_emitted",
     "write_checkpoint",

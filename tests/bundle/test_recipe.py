@@ -44,6 +44,8 @@ def test_other_blocks_and_methods_are_for_less_than_eight_bits() -> None:
     assert recipe.with_linears() == recipe
     six = Recipe("r", (TABLES, DOWN, Rule("_proj", 6, 32, "gptq")))
     assert six.with_linears(block=64, method="best").rules[2] == Rule("_proj", 6, 64, "best", lpbq=True)
+    tables = Recipe("r", (Rule("embed_tokens|lm_head", 6, 32, "nearest"), LINEARS))
+    assert tables.with_linears(block=64, method="best").rules[0] == tables.rules[0], "tables are no linears"
     with pytest.raises(RecipeError, match="6 bits are for blocks; expected a block, such as 32, or 4 or 8 bits"):
         six.with_linears(block=None)
 

@@ -127,7 +127,7 @@ def test_calibration_that_is_no_text(run: Any, tmp_path: Path) -> None:
 
 def test_four_bit_tables_are_refused(run: Any) -> None:
     recipe = Recipe("small", (Rule(".", 4, None, "nearest"),))
-    with pytest.raises(RecipeError, match="recipe 'small' gives embedding or head less than 8 bits; expected 8"):
+    with pytest.raises(RecipeError, match=r"recipe 'small' gives embed_tokens\.weight 4 bits; expected 5, 6 or 8"):
         run(recipe=recipe)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +25,8 @@ from headrace.model.weights import EMBEDDING
 from headrace.plan import GraphStyle, plan_parts, ports
 from headrace.runtime.engine import Engine
 from headrace.targets.host.runner import HostRunner
-from tests.exports import INT8_ACTIVATIONS, LAYERS, VOCAB, Exports, opened_store, re_emitted
+from headrace.targets.host.sessions import make_session
+from tests.exports import INT8_ACTIVATIONS, LAYERS, VOCAB, Exports, mixed_recipe, opened_store, re_emitted
 from tests.oracle.quantized import forward
 
 IDS = np.random.default_rng(3).integers(0, VOCAB, 150).tolist()
@@ -51,6 +55,15 @@ def run(bundle: Bundle, ids: list[int] = IDS, chunk: int | None = None) -> NDArr
     logits = engine.score(ids, chunk)
     engine.close()
     return logits
+
+
+def mixed(folder: Path, kind: str, scales: str) -> str:
+    """The recipe of all widths as a file; a tied head has the embedding's rule."""
+    recipe = mixed_recipe(scales)
+    if kind == "tied":
+        recipe["rules"][1]["match"] = "layers.0.self_attn.(k|v)_proj"
+    (folder / "mixed.json").write_text(json.dumps(recipe))
+    return str(folder / "mixed.json")
 
 
 def share(expected: NDArray[np.floating], found: NDArray[np.floating]) -> float:
@@ -170,6 +183,47 @@ def test_a_table_in_blocks(exports: Exports, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("scales", ["lpbq", "float16"])
+@pytest.mark.parametrize("kind", ["gqa", "tied", "qwen2"])
+def test_five_and_six_bits(exports: Exports, tmp_path: Path, kind: str, scales: str) -> None:
+    """Beside 4 and 8, in tables and linears, joined ones too: what the stored bits say, by two readers of their own."""
+    path = exports.bundle(kind, recipe=mixed(tmp_path, kind, scales), parts=3)
+    bundle = re_emitted(path, tmp_path / "float")
+    store = opened_store(bundle)
+    assert {grid.bits for grid in store.grids.values()} == {4, 5, 6, 8}
+    found = run(bundle, IDS[:60])
+    assert found.std() > 0.5
+    np.testing.assert_allclose(
+        found, eager_logits(bundle.config, store.read, np.array([IDS[:60]]))[0], atol=FLOAT_TOLERANCE
+    )
+    np.testing.assert_allclose(found, forward(path, IDS[:60], int8_cache=False).logits, atol=FLOAT_TOLERANCE)
+
+
+@pytest.mark.parametrize("scales", ["lpbq", "float16"])
+def test_bytes_of_five_and_six_bits_are_made_with_the_session(exports: Exports, tmp_path: Path, scales: str) -> None:
+    """What runs in a step has one MatMulNBits a product and nothing that makes its weights; only an embedding's rows
+    are put together in each step."""
+    bundle = open_bundle(exports.bundle("gqa", recipe=mixed(tmp_path, "gqa", scales), parts=3))
+    for part in bundle.parts:
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath = str(tmp_path / f"{part.name}.onnx")
+        make_session(str(bundle.graph(part)), 1, options)
+        model = onnx.load(tmp_path / f"{part.name}.onnx", load_external_data=False)
+        used = Counter(node.op_type for node in model.graph.node)
+        constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        if part.embeds:
+            assert used["BitwiseOr"] == 2
+            continue
+        assert not {"BitwiseOr", "Cast", "Expand"} & set(used)
+        assert used["Gather"] == part.heads, "the rows whose logits are wanted"
+        for node in model.graph.node:
+            if node.op_type == "MatMulNBits":
+                assert {node.input[1], node.input[2]} <= set(constants)
+        packed = [t for t in constants.values() if t.data_type in (onnx.TensorProto.UINT8, onnx.TensorProto.UINT4)]
+        assert len(packed) == used["MatMulNBits"], "stored bits are not kept beside the bytes made of them"
+
+
 @given(columns=st.integers(1, 1000).map(lambda n: 16 * n), stored=st.sampled_from([None, 16, 32, 64, 128, 256]))
 def test_kernel_block(columns: int, stored: int | None) -> None:
     block = kernel_block(columns, stored)
@@ -223,5 +277,5 @@ def test_a_four_bit_embedding_is_refused(exports: Exports) -> None:
     bundle = open_bundle(exports.bundle("gqa"))
     store = opened_store(bundle)
     weights = HostWeights(store.tensors, {**store.grids} | {EMBEDDING: Grid(4)}, bundle.kv_scales)
-    with pytest.raises(RecipeError, match=r"embed_tokens.weight has 4 bits; the embedding takes 8"):
+    with pytest.raises(RecipeError, match=r"embed_tokens.weight has 4 bits; the embedding takes 5, 6 or 8"):
         emit_host(bundle.config, plan_parts(bundle.config)[0], weights)

@@ -21,6 +21,7 @@ from typing import Any
 from headrace.bundle.grid import Grid
 from headrace.errors import RecipeError, did_you_mean, shown
 from headrace.files import read_json
+from headrace.model.weights import EMBEDDING, HEAD
 from headrace.patterns import Pattern, PatternError
 
 __all__ = ["Recipe", "Rule", "load_recipe", "parse_block", "shipped_recipes"]
@@ -112,11 +113,11 @@ class Recipe:
     def with_linears(
         self, *, block: int | str | None = "keep", method: str | None = None, lpbq: bool | None = None
     ) -> Recipe:
-        """The same recipe with another block or method for its rules of less than 8 bits; a block given here has LPBQ
-        scales, unless `lpbq` says otherwise."""
+        """The same recipe with another block or method for its rules of less than 8 bits that are neither the
+        embedding's nor the head's; a block given here has LPBQ scales, unless `lpbq` says otherwise."""
         rules = []
         for rule in self.rules:
-            if rule.bits < 8:
+            if rule.bits < 8 and not any(rule.pattern.found_in(table) for table in (EMBEDDING, HEAD)):
                 given = rule if isinstance(block, str) else replace(rule, block=block, lpbq=block is not None)
                 rule = replace(given, method=method or rule.method, lpbq=given.lpbq if lpbq is None else lpbq)
             rules.append(rule)

@@ -161,10 +161,9 @@ def settle(checkpoint: Path, options: ExportOptions) -> ExportSettings:
 def _check(settings: ExportSettings) -> None:
     options, recipe, rules = settings.options, settings.recipe, settings.rules
     head = weight_table(settings.config)[HEAD].stored_as
-    if rules[EMBEDDING].bits != 8 or rules[head].bits != 8:
-        raise RecipeError(
-            f"recipe {recipe.name!r} gives embedding or head less than 8 bits; expected 8, change its rule"
-        )
+    for name in (EMBEDDING, head):
+        if rules[name].bits == 4:
+            raise RecipeError(f"recipe {recipe.name!r} gives {name} 4 bits; expected 5, 6 or 8, change its rule")
     for rule in rules.values():
         find_method(rule.method)
     layouts(settings.config, settings.parts, settings.grids)  # refuses blocks that do not divide

@@ -16,9 +16,9 @@ from headrace.bundle.weights import StoredTensor
 from headrace.files import write_file
 from headrace.plan import Port
 
-__all__ = ["FLOAT", "GraphBuilder", "Node", "Value", "element_type"]
+__all__ = ["FLOAT", "INT32", "UINT8", "GraphBuilder", "Node", "Value", "element_type"]
 
-FLOAT = int(TensorProto.FLOAT)  # what Cast takes
+FLOAT, INT32, UINT8 = (int(kind) for kind in (TensorProto.FLOAT, TensorProto.INT32, TensorProto.UINT8))  # Cast's
 _STORED = {"U8": TensorProto.UINT8, "F16": TensorProto.FLOAT16, "F32": TensorProto.FLOAT}
 IR_VERSION = 11  # opset 23's; the newest that onnxruntime 1.31 reads is above it
 

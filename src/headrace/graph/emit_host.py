@@ -17,12 +17,13 @@ from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from headrace.bundle.grid import Grid
 from headrace.bundle.weights import StoredTensor
 from headrace.config import ModelConfig
 from headrace.errors import RecipeError
-from headrace.graph.build import FLOAT, GraphBuilder, Value
+from headrace.graph.build import FLOAT, INT32, UINT8, GraphBuilder, Value
 from headrace.graph.record import Recorder
 from headrace.model import decoder
 from headrace.model.decoder import Residual
@@ -34,6 +35,8 @@ __all__ = ["HostWeights", "emit_host", "kernel_block"]
 
 MICROSOFT = "com.microsoft"
 SMALLEST_BLOCK = 16  # of MatMulNBits
+NIBBLES = np.stack([np.arange(256) & 15, np.arange(256) >> 4], axis=1).astype(np.uint8)  # of a byte, the low one first
+BITS_OF_BYTES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")  # lowest first
 INT8_ACTIVATIONS = 4  # MatMulNBits accuracy_level: activations rounded to int8 a block, int32 sums
 
 
@@ -74,21 +77,28 @@ class _HostOps(Recorder):
         self.total_length: Value | None = None
 
     def embed(self, ids: Value, weight: str) -> Value:
-        """(codes[ids] − 128) · scales[ids], in blocks when the table has any."""
+        """(codes[ids] − 128) · scales[ids], in blocks when the table has any. Of 5 or 6 bits only the rows that are
+        picked become bytes, in each step."""
         g = self.graph
         grid = self.weights.grids[weight]
         row = weight_table(self.config)[weight]
         _, columns = row.matrix
         blocks = grid.blocks(columns, weight)
-        codes, scales = self._stored(f"{weight}_packed"), self._stored(f"{weight}_scale")
-        if grid.bits != 8:
-            raise RecipeError(f"{weight} has {grid.bits} bits; the embedding takes 8, change its rule")
-        picked = g.one("Gather", [codes, ids], name=f"{weight}.picked")
+        if grid.bits == 4:
+            raise RecipeError(f"{weight} has 4 bits; the embedding takes 5, 6 or 8, change its rule")
+        picked = self._picked(f"{weight}_packed", ids)
+        if grid.planes:
+            low = self.reshape(self._looked_up(picked, "nibbles", NIBBLES), (0, 0, columns // 8, 8))
+            codes = self._with_high(low, self._picked(f"{weight}_high", ids), columns, grid.bits)
+            picked = self.reshape(codes, (0, 0, columns))
         values = g.one("Cast", [picked], to=FLOAT, name=f"{weight}.float")
-        centre = g.constant(f"zero_point_{grid.bits}", np.array(grid.zero_point, np.float32))
+        centre = g.constant("zero_point_8", np.array(128, np.float32))
         values = g.one("Sub", [values, centre], name=f"{weight}.centred")
-        step = g.one("Gather", [scales, ids], name=f"{weight}.steps")
-        step = g.one("Cast", [step], to=FLOAT, name=f"{weight}.steps_float")
+        step = g.one("Cast", [self._picked(f"{weight}_scale", ids)], to=FLOAT, name=f"{weight}.steps_float")
+        if grid.lpbq:
+            factors = self._looked_up(self._picked(f"{weight}_factors", ids), "nibbles", NIBBLES)
+            factors = self.reshape(g.one("Cast", [factors], to=FLOAT, name=f"{weight}.factors"), (0, 0, -1))
+            step = self._times_factors(step, factors, 2, blocks, f"{weight}.steps")
         if blocks > 1:
             values = self.reshape(values, (0, 0, blocks, columns // blocks))
             step = self.reshape(step, (0, 0, blocks, 1))
@@ -135,14 +145,18 @@ class _HostOps(Recorder):
         blocks = columns // block
         stored_blocks = grid.blocks(columns, source)
         packed = _behind(self.weights.tensors, [f"{s}_packed" for s in sources])
-        data = self.graph.stored(f"{name}_packed.blocks", packed, (rows, blocks, block * grid.bits // 8))
+        if grid.planes:
+            data, bits = self._bytes(name, sources, grid.bits, (rows, blocks, block)), 8
+        else:
+            data = self.graph.stored(f"{name}_packed.blocks", packed, (rows, blocks, block * grid.bits // 8))
+            bits = grid.bits
         scales = self._scales(name, sources, grid.lpbq, stored_blocks)
         if stored_blocks != blocks:
             scales = self._expand(scales, rows, stored_blocks, blocks // stored_blocks, name)
         attributes = {
             "K": columns,
             "N": rows,
-            "bits": grid.bits,
+            "bits": bits,
             "block_size": block,
             "accuracy_level": self.accuracy_level,
         }
@@ -163,10 +177,51 @@ class _HostOps(Recorder):
         rows, width = stored.shape
         factors = g.stored(f"{name}_factors", stored, (rows, 2 * width), bits=4)
         factors = g.one("Cast", [factors], to=FLOAT, name=f"{name}_factors.float")
+        return self._times_factors(scales, factors, 1, blocks, f"{name}_scale")
+
+    def _times_factors(self, scales: Value, factors: Value, axis: int, blocks: int, name: str) -> Value:
+        """LPBQ scales (…, 1), multiplied out by stored factors (…, 2·⌈blocks/2⌉), which are one less than they are."""
+        g = self.graph
         if blocks % 2:
-            factors = self.slice(factors, 1, 0, blocks)
-        factors = g.one("Add", [factors, g.constant("one", np.array(1, np.float32))], name=f"{name}_factors.whole")
-        return g.one("Mul", [scales, factors], name=f"{name}_scale.blocks")
+            factors = self.slice(factors, axis, 0, blocks)
+        factors = g.one("Add", [factors, g.constant("one", np.array(1, np.float32))], name=f"{name}.factors")
+        return g.one("Mul", [scales, factors], name=f"{name}.blocks")
+
+    def _bytes(self, name: str, sources: Sequence[str], bits: int, shape: tuple[int, int, int]) -> Value:
+        """Codes of 5 or 6 bits + 128, which is what MatMulNBits reads of 8: bytes that ONNX Runtime computes from the
+        stored bits when the session is made, so that steps do not pay."""
+        rows, blocks, block = shape
+        columns = blocks * block
+        packed, high = (_behind(self.weights.tensors, [f"{s}_{kind}" for s in sources]) for kind in ("packed", "high"))
+        low = self.graph.stored(f"{name}_packed.nibbles", packed, (rows, columns // 8, 8), bits=4)
+        low = self.graph.one("Cast", [low], to=UINT8, name=f"{name}_packed.low")
+        codes = self._with_high(low, self.graph.stored(f"{name}_high", high), columns, bits)
+        return self.reshape(codes, shape)
+
+    def _with_high(self, low: Value, high: Value, columns: int, bits: int) -> Value:
+        """Low four bits (…, K/8, 8) and planes of the bits above (…, (bits − 4)·K/8) as codes + 128, uint8 (…, K/8, 8).
+
+        The unsigned code and 128 − 2^(bits−1) add up to this: a plane's set bit is its value, but in the last plane a
+        set bit is 128 and a clear one 128 − 2^(bits−1). No two of these share a bit.
+        """
+        width = columns // 8
+        for plane in range(bits - 4):
+            of_plane = high if bits == 5 else self.slice(high, -1, plane * width, (plane + 1) * width)
+            last = plane == bits - 5
+            clear, set_bit = (128 - (1 << (bits - 1)), 128) if last else (0, 16 << plane)
+            table = np.where(BITS_OF_BYTES, set_bit, clear).astype(np.uint8)
+            above = self._looked_up(of_plane, f"bits_{clear}_{set_bit}", table)
+            low = self.graph.one("BitwiseOr", [low, above], name=f"{high.name}.{plane}")
+        return low
+
+    def _looked_up(self, stored: Value, name: str, table: NDArray[np.uint8]) -> Value:
+        """The row of a table (256, …) for each byte."""
+        index = self.graph.one("Cast", [stored], to=INT32, name=f"{stored.name}.index")
+        return self.graph.one("Gather", [self.graph.constant(name, table), index], name=f"{stored.name}.{name}")
+
+    def _picked(self, name: str, ids: Value) -> Value:
+        """The rows of a stored tensor."""
+        return self.graph.one("Gather", [self._stored(name), ids], name=f"{name}.picked")
 
     def _float_matmul(self, x: Value, weights: Sequence[Weight], name: str) -> Value:
         """The same for a row that no block of MatMulNBits divides, which has one scale (blocks that do not divide are

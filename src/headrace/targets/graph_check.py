@@ -22,9 +22,9 @@ GRAPH_LIMIT = 64 << 20  # bytes; a graph of 32 layers has some 400 KB
 CONSTANT_LIMIT = 1 << 20  # bytes of one constant that is in the graph itself
 OPERATORS = frozenset({
     *(("", name) for name in (
-        "Add", "Cast", "Concat", "DequantizeLinear", "Expand", "Gather", "MatMul", "Mul", "Pad", "QuantizeLinear",
-        "RMSNormalization", "Reshape", "Sigmoid", "SimplifiedLayerNormalization", "Slice", "Softmax", "Split", "Sub",
-        "Transpose",
+        "Add", "BitwiseOr", "Cast", "Concat", "DequantizeLinear", "Expand", "Gather", "MatMul", "Mul", "Pad",
+        "QuantizeLinear", "RMSNormalization", "Reshape", "Sigmoid", "SimplifiedLayerNormalization", "Slice", "Softmax",
+        "Split", "Sub", "Transpose",
     )),
     *(("com.microsoft", name) for name in (
         "GroupQueryAttention", "MatMulNBits", "SkipSimplifiedLayerNormalization",
