@@ -43,21 +43,15 @@ PHONE = {
 }
 
 
-def mixed_recipe(scales: str, kv: str = "float32") -> dict[str, Any]:
-    """A recipe in which a linear of each width is beside one of another, and some of one input have the same grid.
-
-    Args:
-        scales: of blocks, "lpbq" or "float16".
-        kv: the cache's element type.
-    """
+def _mixed(scales: str, tied: bool) -> dict[str, Any]:
+    heads = "" if tied else "lm_head|"
     return {
         "name": f"mixed-{scales}",
-        "kv": kv,
         "rules": [
             {"match": match, "bits": bits, "block": block, "lpbq": scales == "lpbq" and bits < 8, "method": "nearest"}
             for match, bits, block in (
                 ("embed_tokens", 6, 16),
-                ("lm_head|layers.0.self_attn.(k|v)_proj", 5, 32),
+                (f"{heads}layers.0.self_attn.(k|v)_proj", 5, 32),
                 ("layers.0.(self_attn.q_proj|mlp.down_proj)", 6, 16),
                 ("layers.[12].mlp.(gate|up)_proj|layers.1.self_attn.", 5, 16),
                 ("layers.2.", 6, 32),
@@ -102,6 +96,13 @@ class Exports:
                 self.checkpoint(kind), out, **{**SMALL, "calibration": [self.text], **options}
             )  # fmt: skip
         return self._bundles[key]
+
+    def mixed(self, scales: str, kind: str = "gqa") -> str:
+        """A recipe's file: tables of 5 and 6 bits, linears of 4, 5, 6 and 8, some of one input on the same grid; blocks
+        have `scales` "lpbq" or "float16"."""
+        path = self.root / f"mixed-{scales}-{kind}.json"
+        path.write_text(json.dumps(_mixed(scales, kind == "tied")), encoding="utf-8")
+        return str(path)
 
     def copy(self, folder: Path, kind: str = "gqa", **options: Any) -> Path:
         """A bundle of one's own."""
@@ -182,7 +183,6 @@ __all__ = [
     "VOCAB",
     "Exports",
     "contents",
-    "mixed_recipe",
     "opened_store",
     "re_emitted",
     "write_checkpoint",

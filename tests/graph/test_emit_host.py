@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from headrace.plan import GraphStyle, plan_parts, ports
 from headrace.runtime.engine import Engine
 from headrace.targets.host.runner import HostRunner
 from headrace.targets.host.sessions import make_session
-from tests.exports import INT8_ACTIVATIONS, LAYERS, VOCAB, Exports, mixed_recipe, opened_store, re_emitted
+from tests.exports import INT8_ACTIVATIONS, LAYERS, VOCAB, Exports, opened_store, re_emitted
 from tests.oracle.quantized import forward
 
 IDS = np.random.default_rng(3).integers(0, VOCAB, 150).tolist()
@@ -55,15 +54,6 @@ def run(bundle: Bundle, ids: list[int] = IDS, chunk: int | None = None) -> NDArr
     logits = engine.score(ids, chunk)
     engine.close()
     return logits
-
-
-def mixed(folder: Path, kind: str, scales: str) -> str:
-    """The recipe of all widths as a file; a tied head has the embedding's rule."""
-    recipe = mixed_recipe(scales)
-    if kind == "tied":
-        recipe["rules"][1]["match"] = "layers.0.self_attn.(k|v)_proj"
-    (folder / "mixed.json").write_text(json.dumps(recipe))
-    return str(folder / "mixed.json")
 
 
 def share(expected: NDArray[np.floating], found: NDArray[np.floating]) -> float:
@@ -187,7 +177,7 @@ def test_a_table_in_blocks(exports: Exports, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["gqa", "tied", "qwen2"])
 def test_five_and_six_bits(exports: Exports, tmp_path: Path, kind: str, scales: str) -> None:
     """Beside 4 and 8, in tables and linears, joined ones too: what the stored bits say, by two readers of their own."""
-    path = exports.bundle(kind, recipe=mixed(tmp_path, kind, scales), parts=3)
+    path = exports.bundle(kind, recipe=exports.mixed(scales, kind), kv="float32", parts=3)
     bundle = re_emitted(path, tmp_path / "float")
     store = opened_store(bundle)
     assert {grid.bits for grid in store.grids.values()} == {4, 5, 6, 8}
@@ -203,7 +193,7 @@ def test_five_and_six_bits(exports: Exports, tmp_path: Path, kind: str, scales: 
 def test_bytes_of_five_and_six_bits_are_made_with_the_session(exports: Exports, tmp_path: Path, scales: str) -> None:
     """What runs in a step has one MatMulNBits a product and nothing that makes its weights; only an embedding's rows
     are put together in each step."""
-    bundle = open_bundle(exports.bundle("gqa", recipe=mixed(tmp_path, "gqa", scales), parts=3))
+    bundle = open_bundle(exports.bundle("gqa", recipe=exports.mixed(scales), kv="float32", parts=3))
     for part in bundle.parts:
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
