@@ -249,7 +249,13 @@ def test_a_file_comes_back(ranges: Ranges, tmp_path: Path) -> None:
     path = tmp_path / "encodings.json"
     scales = np.array([[0.5], [0.25]], np.float16)
     blocks = np.array([[0.5, 0.25, 0.03125], [0.75, 0.046875, 0.375]], np.float16)
-    write_encodings(path, found, {"lm_head.weight": (Grid(8), scales), "linear": (Grid(4, 32, lpbq=True), blocks)})
+    eighths = np.array([[4.0, 0.5], [2.0, 1.0]], np.float16)
+    weights = {
+        "lm_head.weight": (Grid(8), scales),
+        "linear": (Grid(4, 32, lpbq=True), blocks),
+        "five": (Grid(5, 32, lpbq=True), eighths),
+    }
+    write_encodings(path, found, weights)
     assert read_encodings(path) == found
     raw = json.loads(path.read_text())
     assert raw["version"] == "1.0.0"
@@ -276,6 +282,15 @@ def test_a_file_comes_back(ranges: Ranges, tmp_path: Path) -> None:
             "scale": [0.03125, 0.046875],
             "offset": [-128, -128],
             "per_block_int_scale": [16, 8, 1, 16, 1, 8],
+        },
+        {
+            "name": "five",
+            "dtype": "INT",
+            "enc_type": "PER_CHANNEL",
+            "bw": 8,
+            "is_sym": True,
+            "scale": [0.5, 0.25],
+            "offset": [-128, -128],
         },
     ]
     assert list(tmp_path.iterdir()) == [path]

@@ -51,7 +51,7 @@ class QuantizedModel:
         return dequantize(value) if isinstance(value, QuantizedTensor) else value
 
 
-FOUR_BITS = Grid(4)
+FOUR_BITS, EIGHT_BITS = Grid(4), Grid(8)
 
 
 def quantized_model(
@@ -61,16 +61,17 @@ def quantized_model(
     *,
     eight_bits: str = "down_proj",
     grid: Grid = FOUR_BITS,
+    tables: Grid = EIGHT_BITS,
 ) -> QuantizedModel:
-    """`grid` for linears, int8 for tables and linears named `eight_bits`; ranges from `windows`."""
+    """`grid` for linears, int8 for those named `eight_bits`, `tables` for embedding and head; ranges from `windows`."""
     weights: dict[str, QuantizedTensor | Array] = {}
     for name in part_weights(config, plan_parts(config, 1)[0]):
         value = load(name)
         if value.ndim == 1:
             weights[name] = value
         else:
-            eight = name in (EMBEDDING, HEAD) or eight_bits in name
-            weights[name] = eight_bit(value) if eight else quantize_nearest(value, grid)
+            own = tables if name in (EMBEDDING, HEAD) else EIGHT_BITS if eight_bits in name else grid
+            weights[name] = eight_bit(value) if own == EIGHT_BITS else quantize_nearest(value, own)
     bare = QuantizedModel(config, weights, {}, ())
     ranges = collect_ranges(config, bare.real, windows)
     scales = []
@@ -136,7 +137,7 @@ def tiny_model(folder: Path, kind: str, **shape: int) -> QuantizedModel:
     """A random decoder: "gqa", "mha" (Baichuan2: W_pack, NormHead), "tied" (GQA, the head is the embedding), "outliers"
     (gqa with two huge channels in the gated product of the second layer, one in the third's), "biased" (the same, and
     every linear has a bias), "deep" (biases of queries and keys make every score about −100, as Qwen2's do), "blocks"
-    (as outliers, every linear in LPBQ blocks of 16)."""
+    (as outliers, every linear in LPBQ blocks of 16), "widths" (the same with 5 bits, and tables of 6)."""
     if kind == "mha":
         written = write_baichuan(folder, **shape)
     elif kind in ("biased", "deep"):
@@ -151,7 +152,7 @@ def tiny_model(folder: Path, kind: str, **shape: int) -> QuantizedModel:
         if kind == "deep" and name.endswith(("q_proj.bias", "k_proj.bias")):
             slowest = value.reshape(-1, 2, checkpoint.config.head_dim // 2)[:, :, -1]  # hardly turns in a window
             slowest[:] = DEEP if "q_proj" in name else -DEEP
-        if kind in ("outliers", "biased", "blocks"):
+        if kind in ("outliers", "biased", "blocks", "widths"):
             for layer, channels in OUTLIERS.items():
                 if name in (f"layers.{layer}.mlp.up_proj.weight", f"layers.{layer}.mlp.up_proj.bias"):
                     value[list(channels)] *= HUGE
@@ -161,6 +162,9 @@ def tiny_model(folder: Path, kind: str, **shape: int) -> QuantizedModel:
 
     if kind == "blocks":
         return quantized_model(checkpoint.config, load, windows, eight_bits=EMBEDDING, grid=Grid(4, 16, lpbq=True))
+    if kind == "widths":
+        linears, tables = Grid(5, 16, lpbq=True), Grid(6, 16, lpbq=True)
+        return quantized_model(checkpoint.config, load, windows, eight_bits=EMBEDDING, grid=linears, tables=tables)
     return quantized_model(checkpoint.config, load, windows)
 
 

@@ -50,7 +50,7 @@ LAYERS_LSB = 200
 KL = 1e-3  # three layers with spread-out random weights; 1e-4 measured
 CORRELATION = 0.9998
 
-KINDS = ("gqa", "mha", "tied", "outliers", "biased", "deep", "blocks")
+KINDS = ("gqa", "mha", "tied", "outliers", "biased", "deep", "blocks", "widths")
 
 
 @pytest.fixture(scope="module")
@@ -298,6 +298,28 @@ def test_int4_weights_have_zero_points_of_their_own(
     assert seen == linears * models[kind].config.num_layers
 
 
+def test_five_and_six_bits_are_int8_with_a_scale_a_row(models: dict[str, QuantizedModel], tmp_path: Path) -> None:
+    """A device has no such widths; codes times factors are the same values, −128 among them."""
+    model = models["widths"]
+    part = plan_parts(model.config, 1)[0]
+    weights = derive_weights(model.config, part, model.read, model.encodings, tmp_path)
+    assert set(weights.bits.values()) == {8}
+    data, least = weights.path.read_bytes(), 0
+
+    def stored(name: str) -> NDArray[Any]:
+        t = weights.tensors[name]
+        return np.frombuffer(data[t.offset : t.offset + t.nbytes], t.dtype).reshape(t.shape)
+
+    for name in weights.bits:
+        codes, scale = stored(f"{name}.codes"), stored(f"{name}.scale")
+        assert codes.dtype == np.int8
+        assert scale.shape == codes.shape[1:]
+        if not name.endswith(".outliers") and f"{name}.outliers" not in weights.bits:
+            np.testing.assert_array_equal((codes * scale).T, model.real(name))
+        least = min(least, codes.min())
+    assert least == -128
+
+
 def test_all_graphs_of_a_part_share_their_weights(models: dict[str, QuantizedModel], tmp_path: Path) -> None:
     written = emit(models["tied"], tmp_path, lengths=(S, 1), contexts=(C, 2 * C))
     places: dict[int, set[tuple[tuple[str, str, str], ...]]] = {}
@@ -354,13 +376,13 @@ FORM_LSB = {EmbeddingForm.WIDE: 0, EmbeddingForm.ROWS: 1, EmbeddingForm.NARROW: 
 
 
 @pytest.mark.parametrize("form", EmbeddingForm)
-@pytest.mark.parametrize("block", [None, 16])
+@pytest.mark.parametrize("grid", [Grid(8), Grid(8, 16), Grid(6, 16), Grid(5, 16, lpbq=True), Grid(6, 32, lpbq=True)])
 def test_embedding_forms_cost_what_is_said(
-    models: dict[str, QuantizedModel], form: EmbeddingForm, block: int | None, tmp_path: Path
+    models: dict[str, QuantizedModel], form: EmbeddingForm, grid: Grid, tmp_path: Path
 ) -> None:
     model = models["gqa"]
-    if block is not None:
-        table = quantize_nearest(model.real(EMBEDDING), Grid(8, block))
+    if grid != Grid(8):
+        table = quantize_nearest(model.real(EMBEDDING), grid)
         model = replace(model, weights={**model.weights, EMBEDDING: table})
     graph = emit(model, tmp_path, embedding=form)[0]
     ids = tokens(model)
@@ -386,10 +408,11 @@ def test_rows_keep_small_rows_that_a_narrow_table_loses(models: dict[str, Quanti
     assert error[EmbeddingForm.NARROW] > 0.1
 
 
-def test_blocks_are_refused_with_a_way_out(models: dict[str, QuantizedModel], tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [4, 5, 6])
+def test_blocks_are_refused_with_a_way_out(models: dict[str, QuantizedModel], bits: int, tmp_path: Path) -> None:
     model = models["gqa"]
     name = "layers.1.mlp.up_proj.weight"
-    blocks = quantize_nearest(model.real(name), Grid(4, 32))
+    blocks = quantize_nearest(model.real(name), Grid(bits, 32))
     model = replace(model, weights={**model.weights, name: blocks})
     with pytest.raises(
         RecipeError,

@@ -229,11 +229,12 @@ def _encoding(entry: Mapping[str, Any]) -> Encoding:
 
 
 def _parameter(name: str, grid: Grid, scales: NDArray[np.float16]) -> dict[str, Any]:
-    """A weight's entry. Of LPBQ the 8 bits are those of codes times factors."""
+    """A weight's entry. Of LPBQ the 8 bits are those of codes times factors, which with 5 and 6 bits is all that a
+    device sees."""
     row, factors = factored(scales, grid) if grid.lpbq else (scales, None)
     bits = grid.bits if factors is None else 8
     entry = _entry(name, bits, row[:, 0].astype(np.float64).tolist(), [-(1 << (bits - 1))] * len(row), symmetric=True)
-    if factors is None:
+    if factors is None or grid.planes:
         return entry
     whole = factors.astype(np.int64).ravel().tolist()
     form = {"enc_type": "LPBQ", "compressed_bw": grid.bits, "block_size": grid.block}

@@ -1,7 +1,8 @@
 """A part's weights as the device graphs want them: signed codes in one file that all graphs of the part point into.
 
 Derived from the bundle's weights, a tensor at a time; both roles and all contexts share the bytes. Knows what forms
-the HTP compiler takes, not what graphs look like.
+the HTP compiler takes, not what graphs look like: it has no 5 and 6 bits, and LPBQ weights of so many are given as the
+int8 weights with one scale a row that they are.
 
     <weight>.codes   int4 or int8 (K, N), transposed for MatMul      <weight>.scale   float32 (N,); LPBQ: (blocks, N)
     <down_proj>.outliers.codes, .scale   the columns of outlier channels, zero in the linear itself (see outliers.py)
@@ -40,7 +41,7 @@ _AT_ONCE = 1 << 24  # codes unpacked at a time
 
 
 class EmbeddingForm(Enum):
-    """How the embedding's int8 codes with a scale a row become a table; a gathered table must have one scale.
+    """How the embedding's codes with a scale a row become a table; a gathered table must have one scale.
 
     ROWS: the codes as they are (uint8), times a second, gathered table of row scales (uint16): exact to a quarter of
     the result's step, one byte an element. WIDE: uint16 on the result's own grid, two bytes an element. NARROW: uint8
@@ -71,7 +72,7 @@ class DeviceWeights:
     Attributes:
         path: the file.
         tensors: by name.
-        bits: of each linear, by canonical name.
+        bits: 4 or 8 of each linear, by canonical name.
         embedding: the table's form.
     """
 
@@ -108,6 +109,8 @@ def derive_weights(
         writer = _Writer(file, path.name)
         for name, weight in part_weights(config, part).items():
             value = read(name)
+            if isinstance(value, QuantizedTensor) and value.grid.planes and value.grid.lpbq:
+                value = value.as_int8()
             if not isinstance(value, QuantizedTensor):
                 e = Encoding.of_range(float(value.min()), float(value.max()))
                 writer.add(f"{name}.codes", e.quantize(value), encoding=e)
@@ -200,7 +203,8 @@ def _write_table(writer: _Writer, table: QuantizedTensor, grid: Encoding, form: 
         return
     e = grid
     if form is EmbeddingForm.NARROW:
-        peak = float((np.abs(table.codes).max(1, keepdims=True) * table.scales.astype(np.float32)).max())
+        largest = np.maximum(table.codes.max(1, keepdims=True), -table.codes.min(1, keepdims=True).astype(np.float32))
+        peak = float((largest * table.scales.astype(np.float32)).max())
         e = Encoding(float(np.float32(peak / 127)), 128, 8)
     codes = np.empty((rows, columns), e.dtype)
     step = max(1, _AT_ONCE // columns)

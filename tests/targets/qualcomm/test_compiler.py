@@ -10,7 +10,9 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
+from headrace.bundle.encodings import Encoding
 from headrace.bundle.work_folder import SCRATCH
 from headrace.errors import ContextFull, TargetError
 from headrace.plan import GraphStyle, graph_name, ports
@@ -28,6 +30,7 @@ from tests.targets.qualcomm.conftest import CONTEXTS, LENGTHS, TinyTarget
 LAYER_LSB = 200
 CACHE_LSB = 1  # uint8: a tie of rounding
 EMBEDDING_LSB = 1
+INT8_LSB = 2  # of one int8 linear; measured 1
 
 
 def test_targets_are_found_by_name() -> None:
@@ -146,6 +149,41 @@ def test_other_forms_of_a_linear_compile_and_agree(
         found, expected = other.run(name, feeds), emulator.run(name, feeds)
     for port, codes in expected.items():
         assert np.abs(codes.astype(int) - found[port].astype(int)).max() <= CACHE_LSB, port
+
+
+@pytest.mark.qnn
+def test_int8_codes_of_minus_128_are_that(tmp_path: Path) -> None:
+    """LPBQ weights of 5 and 6 bits are int8 weights of a device; their smallest code times the largest factor is −128,
+    which no symmetric search of int8 gives. One output of this linear has nothing but such codes."""
+    rows, columns, outputs = 8, 64, 32
+    rng = np.random.default_rng(0)
+    codes = rng.choice(np.array([-128, -127, 0, 96, 127], np.int8), (columns, outputs))
+    codes[:, 3] = -128
+    scale = rng.uniform(1e-3, 2e-3, outputs).astype(np.float32)
+    given, made = Encoding.of_range(-1.0, 1.0), Encoding.of_range(-12.0, 12.0)
+    constants = {"codes": codes, "scale": scale, "zero": np.zeros(outputs, np.int8)}
+    for name, encoding in (("given", given), ("made", made)):
+        constants[f"{name}_scale"] = np.float32(encoding.scale)
+        constants[f"{name}_zero"] = np.uint16(encoding.zero_point)
+    graph = helper.make_graph(
+        [
+            helper.make_node("DequantizeLinear", ["x", "given_scale", "given_zero"], ["x_real"]),
+            helper.make_node("DequantizeLinear", ["codes", "scale", "zero"], ["weight"], axis=1),
+            helper.make_node("MatMul", ["x_real", "weight"], ["y_real"]),
+            helper.make_node("QuantizeLinear", ["y_real", "made_scale", "made_zero"], ["y"]),
+        ],
+        "linear",
+        [helper.make_tensor_value_info("x", TensorProto.UINT16, [1, rows, columns])],
+        [helper.make_tensor_value_info("y", TensorProto.UINT16, [1, rows, outputs])],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    path = tmp_path / "linear.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10), path)
+    x = rng.integers(0, 1 << 16, (1, rows, columns)).astype(np.uint16)
+    with Emulator(compile_apart([GraphFile("linear", path)], find_soc("snapdragon-8-elite"), tmp_path)) as emulator:
+        found = emulator.run("linear", {"x": x})["y"]
+    exact = made.quantize((given.dequantize(x) @ (codes * scale)).astype(np.float32))
+    assert np.abs(found.astype(int) - exact.astype(int)).max() <= INT8_LSB
 
 
 @pytest.mark.qnn
