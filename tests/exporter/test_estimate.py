@@ -53,6 +53,21 @@ def test_bytes_of_every_part() -> None:
     assert 4.0e9 < plan["weight_bytes"] < 5.06e9  # the card's 5.06 GB holds more 8-bit layers
 
 
+@pytest.mark.parametrize(("bits", "a_block"), [(5, 10), (6, 12)])  # 16 codes of so many bits
+def test_five_and_six_bits_are_as_many_on_disk_and_eight_on_a_phone(bits: int, a_block: int) -> None:
+    tables, linears = load_recipe("w4a16").rules
+    recipe = Recipe("r", (tables, replace(linears, bits=bits, block=16, lpbq=True)))
+    weights, beside = 4 * H * H + 3 * H * F, 2 * (4 * H + 2 * F + H) + 2 * 4 * H  # codes, scales of rows and norms
+    layer, on_phone = weights // 16 * a_block + weights // 32 + beside, weights + beside  # a factor has half a byte
+    plan = planned(recipe=recipe)
+    assert plan["parts"][1]["weight_bytes"] == pytest.approx(8 * layer, rel=HEADER)
+    largest, memory = plan["fits"]
+    assert memory["needed"] == pytest.approx(2 * TABLE + 32 * on_phone + (1 << 30), rel=HEADER)
+    assert largest["needed"] == pytest.approx(TABLE + 8 * on_phone, rel=HEADER)
+    eight = planned(recipe=Recipe("r", (tables, replace(linears, bits=8))))
+    assert [phone["tok_s"] for phone in plan["phones"]] == [phone["tok_s"] for phone in eight["phones"]]
+
+
 def test_a_rotated_model_has_a_head_of_its_own() -> None:
     recipe, tied = load_recipe("w4a16"), replace(BAICHUAN2, tied_head=True)
 
@@ -158,6 +173,11 @@ def test_plan_forecasts_the_export_that_would_run(exports: Exports, speed: float
     assert [p["weight_bytes"] for p in forecast(parts=3)["parts"]] == [
         file.stat().st_size for file in sorted((exports.bundle(parts=3) / "weights").iterdir())
     ]
+    for scales in ("lpbq", "float16"):
+        recipe = exports.mixed(scales)
+        assert [p["weight_bytes"] for p in forecast(parts=3, recipe=recipe)["parts"]] == [
+            file.stat().st_size for file in sorted((exports.bundle(parts=3, recipe=recipe) / "weights").iterdir())
+        ]
     assert forecast(windows=4)["export"]["tokens"] == 4 * 48
     assert forecast(method="best")["export"]["seconds"] >= plain["export"]["seconds"]
     budget = open_bundle(exports.bundle(bits=6))

@@ -70,6 +70,18 @@ def test_a_bundle(exports: Exports, kind: str, block: int | None) -> None:
     assert len(report["tensors"]) == LAYERS * 7 + (1 if kind == "tied" else 2)
 
 
+def test_a_bundle_of_every_width(exports: Exports) -> None:
+    report = inspect_path(exports.bundle(recipe=exports.mixed("lpbq"), parts=3))
+    sizes = {name: (count, size) for name, count, size in report["precisions"]}
+    assert set(sizes) == {
+        "int4 block 16", "int5 block 16", "int5 block 32", "int6 block 16", "int6 block 32", "int8 channel",
+    }  # fmt: skip
+    # Of each row 6 bits a column, half a byte a block's factor, and a scale.
+    shapes = [t["shape"] for t in report["tensors"] if t["precision"] == "int6 block 32"]
+    expected = sum(rows * (columns * 6 // 8 + -(-columns // 64) + 2) for rows, columns in shapes)
+    assert sizes["int6 block 32"] == (len(shapes), expected)
+
+
 def test_neither(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no config\.json and no \.gguf file"):
         inspect_path(tmp_path)

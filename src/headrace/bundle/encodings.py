@@ -234,7 +234,7 @@ def _parameter(name: str, grid: Grid, scales: NDArray[np.float16]) -> dict[str, 
     row, factors = factored(scales, grid) if grid.lpbq else (scales, None)
     bits = grid.bits if factors is None else 8
     entry = _entry(name, bits, row[:, 0].astype(np.float64).tolist(), [-(1 << (bits - 1))] * len(row), symmetric=True)
-    if factors is None or grid.planes:
+    if factors is None or grid.on_device != grid:
         return entry
     whole = factors.astype(np.int64).ravel().tolist()
     form = {"enc_type": "LPBQ", "compressed_bw": grid.bits, "block_size": grid.block}

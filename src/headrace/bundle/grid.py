@@ -97,6 +97,11 @@ class Grid:
         """Of a row's LPBQ scales: codes times factors are bytes."""
         return 1 << (8 - self.bits)
 
+    @property
+    def on_device(self) -> Grid:
+        """The grid of the same values for a device, which has no codes of 5 and 6 bits: see `as_int8`."""
+        return Grid(8) if self.lpbq and self.planes else self
+
     def blocks(self, columns: int, name: str = "a weight") -> int:
         """How many scales a row of `columns` has.
 

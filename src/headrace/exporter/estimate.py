@@ -127,12 +127,15 @@ def estimate_disk(settings: ExportSettings) -> int:
     """Bytes that an export writes before it is done, device graphs and binaries included."""
     rules = _forecast_recipe(settings).resolve(quantized_weights(settings.config))
     grids = {name: rule.grid for name, rule in rules.items()}
-    weights = sum(layout.nbytes for layout in layouts(settings.config, settings.parts, grids))
+    weights, on_device = (
+        sum(layout.nbytes for layout in layouts(settings.config, settings.parts, each))
+        for each in (grids, {name: grid.on_device for name, grid in grids.items()})
+    )
     # Device graphs have the weights in a form of their own, and so has each chip's binary.
-    copies = 1 + settings.options.for_device + len(settings.options.targets)
+    copies = settings.options.for_device + len(settings.options.targets)
     rows = sum(row.matrix[0] for row in quantized_weights(settings.config).values())
     states = 4 * settings.options.windows * settings.options.window_length * settings.config.hidden_size
-    return copies * weights + _ROW_TEXT * rows + states + _BESIDE_WEIGHTS
+    return weights + copies * on_device + _ROW_TEXT * rows + states + _BESIDE_WEIGHTS
 
 
 def _forecast_recipe(settings: ExportSettings) -> Recipe:

@@ -38,11 +38,11 @@ def plan_model(
         phone_memory: of the phone it is for, bytes.
 
     Returns:
-        parts [{name, layers, weight_bytes}]; weight_bytes; contexts [{context, kv_bytes, run_bytes}]; phones [{device,
-        context, tok_s, step_seconds, steps, ttft_seconds}], of which tok_s, step_seconds (of one prompt step) and
-        ttft_seconds (of `steps` of them, the longest prompt) are {estimated, low, high} or None where nothing
-        published says it; calibration: how far such estimates were off; least_published_bytes: of the smallest model
-        among its rows; fits [{what, needed, limit, ok, change}].
+        parts [{name, layers, weight_bytes}] and weight_bytes, of the bundle; contexts [{context, kv_bytes, run_bytes}];
+        phones [{device, context, tok_s, step_seconds, steps, ttft_seconds}], of which tok_s, step_seconds (of one
+        prompt step) and ttft_seconds (of `steps` of them, the longest prompt) are {estimated, low, high} or None where
+        nothing published says it; calibration: how far such estimates were off; least_published_bytes: of the smallest
+        model among its rows; fits [{what, needed, limit, ok, change}]. On a phone weights of 5 and 6 bits have 8.
 
     Raises:
         RecipeError: a rule does not fit.
@@ -50,16 +50,17 @@ def plan_model(
     table = quantized_weights(config)
     rules = recipe.resolve(table)
     grids = {name: rule.grid for name, rule in rules.items()}
+    on_phone = {name: grid.on_device for name, grid in grids.items()}
 
     def part_sizes(count: int) -> list[int]:
-        return [layout.nbytes for layout in layouts(config, plan_parts(config, count), grids)]
+        return [layout.nbytes for layout in layouts(config, plan_parts(config, count), on_phone)]
 
     sizes = [layout.nbytes for layout in layouts(config, parts, grids)]
     kv_width = 1 if recipe.kv == "int8" else 4
     kv_token = 2 * config.num_layers * config.kv_size * kv_width
     # A token reads every linear and the head; of the embedding only a row.
     head = weight_table(config)[HEAD].stored_as
-    read = sum(grids[n].nbytes(*weight.matrix) for n, weight in table.items() if n == head or n != EMBEDDING)
+    read = sum(on_phone[n].nbytes(*weight.matrix) for n, weight in table.items() if n == head or n != EMBEDDING)
     return {
         "parts": [
             {"name": part.name, "layers": len(part.layers), "weight_bytes": size} for part, size in zip(parts, sizes)
@@ -75,7 +76,9 @@ def plan_model(
         "least_published_bytes": int(min(row.workload.weight_bytes for row in published())),
         "fits": [
             part_fit(part_sizes, len(parts), config.num_layers + 1).to_dict(),
-            memory_fit(sum(sizes), kv_token, contexts, recipe.kv, average_bits(config, rules), phone_memory).to_dict(),
+            memory_fit(
+                sum(part_sizes(len(parts))), kv_token, contexts, recipe.kv, average_bits(config, rules), phone_memory
+            ).to_dict(),
         ],
     }
 

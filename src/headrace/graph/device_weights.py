@@ -109,7 +109,7 @@ def derive_weights(
         writer = _Writer(file, path.name)
         for name, weight in part_weights(config, part).items():
             value = read(name)
-            if isinstance(value, QuantizedTensor) and value.grid.planes and value.grid.lpbq:
+            if isinstance(value, QuantizedTensor) and value.grid.on_device != value.grid:
                 value = value.as_int8()
             if not isinstance(value, QuantizedTensor):
                 e = Encoding.of_range(float(value.min()), float(value.max()))

@@ -143,25 +143,36 @@ def _weights(facts: Facts, bundle: Bundle) -> None:
         sizes[key] += rule.grid.nbytes(*table[name].matrix)
     rows = [(*key, str(counts[key]), human(sizes[key])) for key in sorted(counts)]
     facts.put("grids", [[*key, counts[key], sizes[key]] for key in sorted(counts)], where, table_rows(rows))
-    eight = [name for name, rule in rules.items() if rule.bits == 8 and table[name].layer is not None]
     linears = [name for name in rules if table[name].layer is not None]
+    by_bits = {
+        bits: [name for name in linears if rules[name].bits == bits]
+        for bits in sorted({rules[name].bits for name in linears})
+    }
+    counted = {str(bits): len(names) for bits, names in by_bits.items()}
     # 16-bit results are a device's: its static ranges are there.
     width = "a16" if "encodings.json" in bundle.files else ""
     blocks = sorted({rule.block for rule in rules.values() if rule.block})
-    told = f"w4{width}" + (f" (blocks of {', '.join(map(str, blocks))})" if blocks else "")
-    if eight:
-        told += f" + w8{width} ({len(eight)} of {len(linears)} linears)"
+    told = [f"w{bits}{width} ({len(names)} of {len(linears)} linears)" for bits, names in by_bits.items()]
+    told[0] = f"w{min(by_bits)}{width}" + (f" (blocks of {', '.join(map(str, blocks))})" if blocks else "")
     facts.put(
-        "precision", {"eight": len(eight), "linears": len(linears), "blocks": blocks, "a16": bool(width)}, where, told
+        "precision",
+        {"bits": counted, "linears": len(linears), "blocks": blocks, "a16": bool(width)},
+        where,
+        " + ".join(told),
+    )
+    average = average_bits(config, rules)
+    have = ", ".join(
+        f"{count} have {bits}{' bits' if i == 0 else ''}" for i, (bits, count) in enumerate(counted.items())
     )
     facts.put(
         "bits",
-        {"average": round(average_bits(config, rules), 4), "eight": len(eight), "linears": len(linears)},
+        {"average": round(average, 4), "linears": len(linears), **counted},
         where,
-        f"{len(eight)} of {len(linears)} linears have 8 bits; on average over their weights a code has "
-        f"{average_bits(config, rules):.3g} bits.",
+        f"Of {len(linears)} linears {have}; on average over their weights a code has {average:.3g} bits.",
     )
-    facts.put("eight", eight, where, _by_module([table[name] for name in eight]) or "none but the tables")
+    wider = {bits: names for bits, names in by_bits.items() if bits > min(by_bits)}
+    lines = [f"- {bits} bits: {_by_module([table[name] for name in names])}" for bits, names in wider.items()]
+    facts.put("wider", {str(bits): names for bits, names in wider.items()}, where, "\n".join(lines) or "- none")
     each = 2 * config.num_layers * config.kv_size * (1 if bundle.kv_scales else 4)
     facts.put(
         "kv",
