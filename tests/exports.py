@@ -53,9 +53,9 @@ def _mixed(scales: str, tied: bool) -> dict[str, Any]:
                 ("embed_tokens", 6, 16),
                 (f"{heads}layers.0.self_attn.(k|v)_proj", 5, 32),
                 ("layers.0.(self_attn.q_proj|mlp.down_proj)", 6, 16),
-                ("layers.[12].mlp.(gate|up)_proj|layers.1.self_attn.", 5, 16),
-                ("layers.2.", 6, 32),
-                ("layers.3.mlp", 4, 16),
+                ("layers.0.self_attn.o_proj", 4, 16),
+                ("layers.1.mlp.down_proj", 6, 32),
+                ("layers.1.", 5, 16),
                 ("_proj", 8, "channel"),
             )
         ],

@@ -108,9 +108,9 @@ def test_it_has_the_reference_cards_sections_in_its_order(card: str) -> None:
 def test_every_width_is_told(exports: Exports) -> None:
     facts = gather_facts(exports.bundle(recipe=exports.mixed("float16"), parts=3), {})
     assert facts["precision"].shown == (
-        "w4 (blocks of 16, 32) + w5 (10 of 28 linears) + w6 (7 of 28 linears) + w8 (8 of 28 linears)"
+        "w4 (blocks of 16, 32) + w5 (8 of 28 linears) + w6 (3 of 28 linears) + w8 (16 of 28 linears)"
     )
-    assert facts["bits"].shown.startswith("Of 28 linears 3 have 4 bits, 10 have 5, 7 have 6, 8 have 8; on average")
+    assert facts["bits"].shown.startswith("Of 28 linears 1 have 4 bits, 8 have 5, 3 have 6, 16 have 8; on average")
     assert "linears | int5, a scale for 16 columns" in facts["grids"].shown
     lines = facts["wider"].shown.splitlines()
     assert [line.split(":")[0] for line in lines] == ["- 5 bits", "- 6 bits", "- 8 bits"]

@@ -150,10 +150,13 @@ class ExportOptions:
     )
     block: int | str | None = field(
         default=None,
-        metadata=_described(_block, "4-bit weights that share a scale: channel, 16, 32, 64, 128 or 256.", "BLOCK"),
+        metadata=_described(
+            _block, "Weights of less than 8 bits that share a scale: channel, 16, 32, 64, 128 or 256.", "BLOCK"
+        ),
     )
     method: str | None = field(
-        default=None, metadata=_described(_text, "How 4-bit weights are found: nearest, gptq, descent, best …", "NAME")
+        default=None,
+        metadata=_described(_text, "How weights of less than 8 bits are found: nearest, gptq, descent, best …", "NAME"),
     )
     rotate: bool | None = field(
         default=None,

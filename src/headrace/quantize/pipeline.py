@@ -302,7 +302,7 @@ def quantize_layer(
     config = source.config
     work = _LayerQuantizer(config, rules, load_layer(source, number), energy=energy or {}, keep=keep)
     query, key, value = (find_weight(config, r, number).name for r in (Role.QUERY, Role.KEY, Role.VALUE))
-    if any(rules[name].bits == 4 and find_method(rules[name].method).calibrated for name in (key, value)):
+    if any(rules[name].bits < 8 and find_method(rules[name].method).calibrated for name in (key, value)):
         attention = attention_energy(config, work.weights, number, states, at).reshape(-1)
         work.attention_weights = (attention / attention.mean() + 1) / 2
     steps = LayerWalk(config, work.weights, number, states, at)
