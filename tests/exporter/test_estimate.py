@@ -18,6 +18,7 @@ from headrace.forecast.model import plan_model
 from headrace.forecast.roofline import chips, published
 from headrace.model.weights import quantized_weights
 from headrace.plan import plan_parts
+from headrace.quantize.budget import grids_to_try
 from headrace.quantize.methods import METHODS
 from headrace.targets.qualcomm.compile_cost import estimate_compile
 from headrace.targets.qualcomm.soc import SOCS
@@ -156,10 +157,14 @@ def test_methods_and_budgets_cost_what_they_do(speed: float) -> None:
     gptq = (32 * (MOMENTS + LINEARS) + PROOF) / _PASSING + 32 * (FACTORS + ROWS) / _SOLVING_SHARE
     assert seconds["gptq"] == pytest.approx(gptq / speed + ROUNDED)
     assert sorted(seconds, key=seconds.__getitem__) == ["nearest", "awq", "gptq", "descent", "best"]
-    assert estimate_export(BAICHUAN2, rules("gptq"), 32768, ranked=2048).work_seconds > seconds["gptq"]
-    blocks = load_recipe("w4b32").resolve(quantized_weights(BAICHUAN2))
-    one, several = (estimate_export(BAICHUAN2, blocks, 32768, ranked=2048, size=size) for size in (False, True))
-    assert several.work_seconds > one.work_seconds
+    blocks = load_recipe("w4b32").with_linears(method="gptq").resolve(quantized_weights(BAICHUAN2))
+    none, two, all_of_them = (
+        estimate_export(BAICHUAN2, blocks, 32768, ranked=2048, tried=tried)
+        for tried in ({}, *(grids_to_try(BAICHUAN2, blocks, size=size) for size in (False, True)))
+    )
+    assert none.work_seconds == pytest.approx(seconds["gptq"])
+    assert none.work_seconds < two.work_seconds < all_of_them.work_seconds
+    assert none.peak_bytes < all_of_them.peak_bytes
 
 
 def test_plan_forecasts_the_export_that_would_run(exports: Exports, speed: float) -> None:

@@ -139,27 +139,32 @@ def test_finished_gradients_are_not_measured_again(
     assert contents(tmp_path / "out") == contents(exports.bundle(method="best"))
 
 
-@pytest.mark.parametrize("kept", ["as it is", "as before"])
+@pytest.mark.parametrize("kept", ["by grid", "by block"])
 def test_finished_costs_are_not_measured_again(
     run: Any, exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str
 ) -> None:
-    """Costs by grid, and by block alone as an earlier headrace kept them."""
+    """Costs of grids, and of 4-bit blocks alone as an earlier headrace kept them."""
     from headrace.exporter import job
 
     def measured_twice(*arguments: Any, **options: Any) -> Any:
         raise AssertionError("measured twice")
 
-    budget = {"recipe": "w4b32", "size": open_bundle(exports.bundle(recipe="w4b32")).weight_bytes + 9000}
-    expected = contents(exports.bundle(**budget))
+    budget = {"recipe": "w4b32", "size": open_bundle(exports.bundle(recipe="w4b32")).weight_bytes + 15000}
+    expected = exports.bundle(**budget)
     with pytest.raises(Stop):
-        run(**budget, progress=stop_at("quantizing layers", 2))
+        run(**budget, progress=stop_at("quantizing layers", 0))
     costs = tmp_path / "out.partial" / "sensitivity.json"
-    if kept == "as before":
+    if kept == "by block":
         rows = json.loads(costs.read_text())
-        costs.write_text(json.dumps({name: {block: kl for _, block, _, kl in own} for name, own in rows.items()}))
+        by_block = {name: {block: kl for bits, block, _, kl in own if bits == 4} for name, own in rows.items()}
+        costs.write_text(json.dumps(by_block))
     monkeypatch.setattr(job, "measure_sensitivity", measured_twice)
     run(**budget, resume=True)
-    assert contents(tmp_path / "out") == expected
+    bits = {rule.bits for rule in open_bundle(tmp_path / "out").recipe.rules}
+    if kept == "by grid":
+        assert contents(tmp_path / "out") == contents(expected) and bits == {4, 5, 6, 8}
+    else:
+        assert bits == {4, 8}, "the choice is that of the export that was begun"
 
 
 @pytest.mark.parametrize("damage", ["gone", "short"])

@@ -26,12 +26,14 @@ def stored_as(kind: Kind, shape: tuple[int, int] = (6, 96), seed: int = 0) -> ND
     return np.asarray(gguf.quants.dequantize(gguf.quants.quantize(weight, kind), kind), np.float32)
 
 
-@pytest.mark.parametrize(("kind", "bits"), [(Kind.Q4_0, 4), (Kind.Q8_0, 8)])
+@pytest.mark.parametrize(("kind", "bits"), [(Kind.Q4_0, 4), (Kind.Q5_0, 5), (Kind.Q8_0, 8)])
 def test_a_grid_is_found_again(kind: Kind, bits: int) -> None:
     weight = stored_as(kind)
     kept = keep_grid(weight, Grid(bits, 32))
     assert kept is not None
     np.testing.assert_array_equal(dequantize(kept), weight)
+    if bits < 8:
+        assert (kept.codes == kept.grid.bottom).any() and (kept.scales < 0).any(), "of the larger side of a block"
 
 
 def test_zeros_are_kept() -> None:
@@ -44,6 +46,15 @@ def test_another_grid_is_refused(kind: Kind) -> None:
     assert keep_grid(stored_as(kind), Grid(4, 32)) is None
 
 
+@pytest.mark.parametrize("grid", [Grid(5, 16), Grid(5, 32, lpbq=True), Grid(6, 32)])
+def test_what_blocks_of_a_grid_lie_on_a_finer_one_too(grid: Grid) -> None:
+    weight = stored_as(Kind.Q5_0)
+    kept = keep_grid(weight, grid)
+    assert (kept is None) is grid.lpbq
+    if kept is not None:
+        np.testing.assert_array_equal(dequantize(kept), weight)
+
+
 def test_a_larger_block_is_refused() -> None:
     assert keep_grid(stored_as(Kind.Q8_0), Grid(8, None)) is None
 
@@ -51,7 +62,7 @@ def test_a_larger_block_is_refused() -> None:
 def test_export_keeps_what_it_can(tmp_path: Path) -> None:
     checkpoint = write_gguf(tmp_path / "model.gguf", type="Q4_0")
     source = open_checkpoint(checkpoint)
-    rules = load_recipe("w4b32").resolve(quantized_weights(source.config))
+    rules = load_recipe("w4b32").with_linears(lpbq=False).resolve(quantized_weights(source.config))
     windows = np.random.default_rng(0).integers(0, source.config.vocab_size, (1, 8))
     for keep in (True, False):
         layers: list[QuantizedLayer] = []

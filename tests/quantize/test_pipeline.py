@@ -253,3 +253,16 @@ def test_attention_energy_is_the_squared_shares_in_proportion_to_the_stream(sour
     exact = np.einsum("bhqt,bhqt,bq->bt", shares[0], shares[0], 1 / np.square(stream.x).sum(2))
     energy = attention_energy(source.config, weights, 0, stream.x, at)
     assert np.allclose(energy, exact, rtol=1e-3)
+
+
+def test_tokens_count_by_attention_for_values_of_any_bits(source: Checkpoint) -> None:
+    """A value's error reaches whoever attends to its token; whether keys have 4 bits or 8 does not matter to that."""
+    value, key = ("layers.0.self_attn.v_proj.weight", "layers.0.self_attn.k_proj.weight")
+    found = []
+    for bits in (4, 8):
+        rules = {name: Rule("proj", 8, None, "gptq") for name in linears(source.config)}
+        rules[key] = replace(rules[key], bits=bits)
+        layers: list[QuantizedLayer] = []
+        quantize_layers(source, rules, windows(source), layers.append)
+        found.append(layers[0].linears[value].codes)
+    assert np.array_equal(*found)

@@ -91,12 +91,13 @@ def test_each_grid_costs_what_it_costs_alone(source: Checkpoint) -> None:
     windows = np.random.default_rng(2).integers(0, 160, (2, 32))
     name = "layers.1.self_attn.q_proj.weight"
     rules = {name: Rule("proj", 4, 32, "nearest") for name in linears(source.config)}
-    grids = (Grid(4, 64), Grid(4, 32), Grid(4, 16))
+    grids = (Grid(4, 64), Grid(4, 16), Grid(5, 16), Grid(6, 16), Grid(8))
     several = measure_sensitivity(source, rules, windows, grids={name: grids})
+    assert list(several) == [name] and tuple(several[name]) == grids
     for grid in grids:
         alone = {**rules, name: rules[name].on(grid)}
         assert several[name][grid] == measure_sensitivity(source, alone, windows)[name][grid]
-    assert several[name][grids[0]] > several[name][grids[-1]]
+    assert sorted(several[name].values(), reverse=True) == list(several[name].values())
 
 
 def test_random_factor_has_the_predictions_covariance(source: Checkpoint) -> None:

@@ -8,7 +8,7 @@ rounds weights.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,9 +51,12 @@ _ROW_TEXT = 40  # bytes that encodings.json has of a weight's row: its scale and
 # Operations of each method in units of N·K². GPTQ takes one; descent GPTQ's one, one to begin and two a sweep (scales,
 # codes); best two more before that, for the correction's product and its two triangular solutions.
 _SOLVING = {"nearest": 0, "awq": 0, "gptq": 1, "descent": 2 + 2 * SWEEPS, "best": 4 + 2 * SWEEPS}
-# A ranking costs so many forward passes: two and one back, and for each block that is tried one to quantize the layer
-# and one with its errors.
-_RANKING_PASSES, _TRIAL_PASSES = 3, 2
+# A ranking costs so many forward passes: two, one back and one to quantize from, and for each grid that is tried one
+# with its errors.
+_RANKING_PASSES, _TRIAL_PASSES = 4, 1
+# Seconds that a trial takes for each column besides, which is Python's own: it is solved three times, twice for a few
+# rows. A search for the scales of blocks takes so many times what rounding to one scale a row takes.
+_COLUMN, _BLOCK_SEARCH = 4e-5, 3
 # Gradients cost so many forward passes of layers, and of the head: forward, and forward again and back on the tape.
 _GRADIENT_PASSES, _GRADIENT_HEAD_PASSES = 3, 2
 
@@ -90,7 +93,7 @@ def plan_export(settings: ExportSettings, phone_memory: int = PHONE_MEMORY) -> d
     options, config = settings.options, settings.config
     tokens = options.windows * options.window_length
     budget = options.bits is not None or options.size is not None
-    ranked = RANKING_WINDOWS * options.window_length if budget else 0
+    tried = grids_to_try(config, settings.rules, size=options.size is not None, keep=options.keep_grid)
     report = plan_model(
         config,
         _forecast_recipe(settings),
@@ -102,7 +105,13 @@ def plan_export(settings: ExportSettings, phone_memory: int = PHONE_MEMORY) -> d
     report["disk_bytes"] = estimate_disk(settings)
     ranged = range_tokens(config, options.windows, options.window_length) if settings.has_encodings else 0
     need = estimate_export(
-        config, settings.rules, tokens, ranked=ranked, size=options.size is not None, ranged=ranged, jobs=options.jobs
+        config,
+        settings.rules,
+        tokens,
+        ranked=RANKING_WINDOWS * options.window_length,
+        tried=tried if budget else {},
+        ranged=ranged,
+        jobs=options.jobs,
     )
     report["export"] = {
         "seconds": round(need.seconds, 1),
@@ -154,7 +163,7 @@ def estimate_export(
     tokens: int,
     *,
     ranked: int = 0,
-    size: bool = False,
+    tried: Mapping[str, Sequence[Grid]] | None = None,
     ranged: int = 0,
     jobs: int = 2,
 ) -> ExportEstimate:
@@ -170,16 +179,18 @@ def estimate_export(
         rules: canonical name → rule: methods differ in cost.
         tokens: of calibration, T.
         ranked: tokens that linears are ranked with, for a budget: forward, back, and a quick method.
-        size: the budget is one of bytes, for which several blocks are tried.
+        tried: canonical name → grids that are tried for a budget; nothing is ranked without any.
         ranged: tokens that static ranges are found with.
         jobs: cores to use.
     """
     table = config.vocab_size * config.hidden_size
     weights = table if config.tied_head else 2 * table
+    speed, rounding = _core_speed()
     walked = _gradient_tokens(rules, tokens)
-    tried = grids_to_try(config, rules, size=size)
-    solving = 0.0
-    passing = 2.0 * table * (2 * SAMPLE_TOKENS + min(ranged, HEAD_TOKENS) + _GRADIENT_HEAD_PASSES * walked)
+    tried = tried or {}
+    ranked = ranked if tried else 0
+    solving = searching = 0.0
+    passing = 2.0 * table * (2 * SAMPLE_TOKENS + min(ranged, HEAD_TOKENS) + _GRADIENT_HEAD_PASSES * (walked + ranked))
     for layer in range(config.num_layers):
         for number, group in enumerate(input_groups(config, layer)):
             shapes = {linear.name: linear.matrix for linear in group}
@@ -189,23 +200,30 @@ def estimate_export(
             if walked:
                 moments = len(group)  # each linear weights tokens in its own way
             moments += any(method.uses_reference for method in methods.values())
-            trials = max(len(tried.get(name, (rules[name].grid,))) for name in shapes)
-            passing += tokens * moments * columns**2 + ranked * trials * columns**2
+            passing += tokens * moments * columns**2 + ranked * (2 if number == 0 else 1) * columns**2
             for name, (n, k) in shapes.items():
                 walks = 2 if methods[name].uses_reference else 1  # the float model's beside
                 passed = walks * tokens + _GRADIENT_PASSES * walked + 2 * SAMPLE_TOKENS + ranged
+                grids = tried.get(name, ())
+                trials = len(grids)
                 passed += (_RANKING_PASSES + _TRIAL_PASSES * trials) * ranked
                 passing += 2 * n * k * passed
                 solving += _SOLVING[rules[name].method] * n * k**2 + methods[name].calibrated * k**3 / 3
-                solving += bool(ranked) * trials * (n * k**2 + k**3 / 3)
+                solving += trials * (n * k**2 + k**3 / 3)
                 weights += n * k
-    speed, rounding = _core_speed()
-    products, rounded = (passing / _PASSING + solving / _SOLVING_SHARE) / speed, rounding * weights
-    reading = _READINGS * _READING * rounded  # by one core
+                searching += sum(
+                    rounding * n * k * (_BLOCK_SEARCH if grid.block else 1) + _COLUMN * k for grid in grids
+                )
+    products = (passing / _PASSING + solving / _SOLVING_SHARE) / speed
+    reading = _READINGS * _READING * rounding * weights  # by one core
+    rounded = rounding * weights + searching
     return ExportEstimate(
         (products + rounded) / jobs + reading,
         products + rounded + reading,
-        _peak_bytes(config, rules, tokens, ranged, jobs, max(ranked, walked)),
+        max(
+            _peak_bytes(config, rules, tokens, ranged, jobs, max(ranked, walked)),
+            _ranking_bytes(config, ranked, tried),
+        ),
     )
 
 
@@ -233,6 +251,21 @@ def _peak_bytes(
     head = 3 * table // 2 + 2 * SAMPLE_TOKENS * config.vocab_size
     back = (config.num_layers + 1) * min(walked, TOGETHER) * config.hidden_size + table if walked else 0
     return 4 * max(layer, watched, head, back) + _WORKING
+
+
+def _ranking_bytes(config: ModelConfig, ranked: int, tried: Mapping[str, Sequence[Grid]]) -> int:
+    """What ranking takes: every layer's input, a layer's weights twice, their codes and scales on each grid that is
+    tried, and the second moment of the widest input, that damped, and its factor."""
+    if not tried:
+        return 0
+    inputs = (config.num_layers + 1) * ranked * config.hidden_size
+    weights = sum(linear.size for linear in linears(config, 0).values())
+    codes = max(
+        sum(linear.size * len(tried.get(name, ())) for name, linear in linears(config, layer).items())
+        for layer in range(config.num_layers)
+    )
+    widest = max(config.intermediate_size, config.query_size, config.hidden_size)
+    return 4 * (inputs + 2 * weights + 3 * widest**2) + 9 * codes // 8 + _WORKING
 
 
 def _core_speed() -> tuple[float, float]:

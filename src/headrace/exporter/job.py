@@ -132,7 +132,7 @@ def _within_budget(
     settings: ExportSettings, work: Workspace, windows: NDArray[np.int64], jobs: int, progress: Progress
 ) -> ExportSettings:
     """The settings with a recipe that spends the budget where it gains most; measured once an export."""
-    bits, size = settings.options.bits, settings.options.size
+    bits, size, keep = settings.options.bits, settings.options.size, settings.options.keep_grid
     if bits is None and size is None:
         return settings
     costs: Costs | None = work.costs(settings.grids)
@@ -142,8 +142,8 @@ def _within_budget(
                 settings.model,
                 settings.rules,
                 windows,
-                grids=grids_to_try(settings.config, settings.rules, size=size is not None),
-                keep=settings.options.keep_grid,
+                grids=grids_to_try(settings.config, settings.rules, size=size is not None, keep=keep),
+                keep=keep,
                 progress=lambda done, total: progress("measuring sensitivity", done, total),
             )
         work.keep_costs(costs)

@@ -115,7 +115,8 @@ class Workspace:
     def costs(self, grids: Mapping[str, Grid]) -> dict[str, dict[Grid, float]] | None:
         """What was measured for a budget (see `quantize.budget.Costs`), or None.
 
-        An export that an earlier headrace began has blocks for keys: those of the rule's own grid, of `grids`.
+        An export that an earlier headrace began has blocks for keys, those of the rule's own grid, of `grids`; what
+        8 bits cost it took for nothing.
         """
         path = self.root / SENSITIVITY
         if not path.exists():
@@ -123,7 +124,8 @@ class Workspace:
         found: dict[str, dict[Grid, float]] = {}
         for name, kept in read_json(path).items():
             if isinstance(kept, dict):
-                found[name] = {replace(grids[name], block=parse_block(block)): kl for block, kl in kept.items()}
+                by_block = {replace(grids[name], block=parse_block(block)): kl for block, kl in kept.items()}
+                found[name] = {**by_block, Grid(8): 0.0}
             else:
                 found[name] = {Grid(*grid): kl for *grid, kl in kept}
         return found

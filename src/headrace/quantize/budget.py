@@ -1,17 +1,18 @@
 """The grid of each linear under a budget: greedily by KL gained per byte. The choice is written as recipe rules.
 
-A linear can have 8 bits instead of 4. Under a budget of bytes one whose scales are for blocks can also have 4 bits in
-other blocks: smaller ones are truer and take more scales. Of a linear's choices only those on the lower convex hull of
-KL over bytes can be part of a best choice; steps along all hulls are taken in the order of KL gained per byte.
+A linear can have 8 bits instead of 4. Under a budget of bytes one whose scales are for blocks can also have 5 or 6
+bits, and other blocks: smaller ones are truer and take more scales. Of a linear's choices only those on the lower
+convex hull of KL over bytes can be part of a best choice; steps along all hulls are taken in the order of KL gained per
+byte.
 
-Knows no weights and no text: only geometry, a recipe, and what each linear's 4 bits cost.
+Knows no weights and no text: only geometry, a recipe, and what each linear costs on each grid.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -26,10 +27,12 @@ from headrace.plan import Part, plan_parts
 __all__ = ["BudgetedRecipe", "Costs", "average_bits", "grids_to_try", "weight_bytes", "within_budget"]
 
 Costs = Mapping[str, Mapping[Grid, float]]
-"""Canonical name → grid → the KL that the linear costs on it, from `measure_sensitivity`; 8 bits cost none."""
+"""Canonical name → grid → the KL that the linear costs on it, from `measure_sensitivity`."""
 
 _EIGHT = Grid(8)
-_BLOCKS = (128, 64, 32, 16)
+# By bits: the blocks that are tried beside the rule's own. Larger ones were never worth choosing (docs/LOG.md).
+_BLOCKS = {4: (64, 32, 16), 5: (32, 16), 6: (32, 16)}
+_Step = tuple[float, int, str, Grid]  # KL gained per byte, bytes, and what becomes of which linear
 _ROUNDING = 1e-3  # bytes: a budget that fits exactly must not fail by float arithmetic
 
 
@@ -39,14 +42,12 @@ class BudgetedRecipe:
 
     Attributes:
         recipe: the recipe with rules in front for the linears that got other grids.
-        eight_bit: names of the linears that got 8 bits, in the order they were chosen.
         bits: code bits averaged over the linears.
         nbytes: of all weights files.
-        cost: the KL that the linears left at 4 bits are predicted to cost together.
+        cost: the KL that the linears of a choice are predicted to cost together.
     """
 
     recipe: Recipe
-    eight_bit: tuple[str, ...]
     bits: float
     nbytes: int
     cost: float
@@ -67,15 +68,34 @@ def weight_bytes(config: ModelConfig, rules: Mapping[str, Rule], parts: Sequence
     return sum(layout.nbytes for layout in layouts(config, parts or plan_parts(config, 1), grids))
 
 
-def grids_to_try(config: ModelConfig, rules: Mapping[str, Rule], *, size: bool) -> dict[str, tuple[Grid, ...]]:
-    """For each linear with 4 bits, the grids beside 8 bits that a budget can give it: its rule's alone, or, where that
-    has blocks and the budget is one of bytes (`size`), those with all blocks that divide its rows."""
+def grids_to_try(
+    config: ModelConfig, rules: Mapping[str, Rule], *, size: bool, keep: bool = False
+) -> dict[str, tuple[Grid, ...]]:
+    """The grids that a budget can give each linear of less than 8 bits: its rule's and 8 bits.
+
+    Args:
+        config: the geometry.
+        rules: canonical name → rule.
+        size: the budget is one of bytes: a linear whose rule has blocks can get others, and more bits in blocks, with
+            the same kind of scales.
+        keep: weights that lie on a grid are kept: 8 bits in blocks as well, since checkpoints have them (GGUF's Q8_0).
+    """
     found: dict[str, tuple[Grid, ...]] = {}
     for name, linear in linears(config).items():
-        grid = rules[name].grid
-        if grid.bits == 4:
-            fitting = tuple(replace(grid, block=block) for block in _BLOCKS if linear.matrix[1] % block == 0)
-            found[name] = fitting if size and grid.block is not None else (grid,)
+        grid, columns = rules[name].grid, linear.matrix[1]
+        if grid.bits == 8:
+            continue
+        found[name] = (grid, _EIGHT)
+        if size and grid.block is not None:
+            more = [
+                replace(grid, bits=bits, block=block)
+                for bits, blocks in _BLOCKS.items()
+                for block in blocks
+                if bits >= grid.bits and columns % block == 0
+            ]
+            if keep and columns % 32 == 0:
+                more.append(Grid(8, 32))
+            found[name] = tuple(dict.fromkeys((grid, *more, _EIGHT)))
     return found
 
 
@@ -93,8 +113,8 @@ def within_budget(
     Args:
         recipe: what every weight gets otherwise; linears it already gives 8 bits keep them.
         config: the geometry.
-        costs: what was measured, of the linears that `grids_to_try` names: a linear gets one of these grids or 8 bits;
-            None before anything is: all alike.
+        costs: what was measured, of the linears that `grids_to_try` names: a linear gets one of these grids; None
+            before anything is: guessed from the bits.
         bits: most code bits averaged over the linears.
         size: most bytes of all weights files; either this or `bits`.
         parts: how files are split, for their headers.
@@ -115,20 +135,17 @@ def within_budget(
         return grid.nbytes(rows, columns) if size is not None else rows * columns * grid.bits // 8
 
     def kl(name: str, grid: Grid) -> float:
-        if grid.bits == 8:
-            return 0.0
-        return costs[name][grid] if costs is not None else 1.0
+        return costs[name][grid] if costs is not None else 4.0**-grid.bits  # a bit more halves errors
 
-    chosen: dict[str, Grid] = {}
-    steps: list[tuple[float, int, str, Grid]] = []  # KL gained per byte, bytes, and what becomes of which linear
+    least: dict[str, Grid] = {}
+    steps: list[_Step] = []
     for name, grids in tried.items():
-        hull = _hull([*grids, _EIGHT], name, nbytes, kl)
-        chosen[name] = hull[0]
+        hull = _hull(grids, name, nbytes, kl)
+        least[name] = hull[0]
         for before, after in pairwise(hull):
             more = nbytes(name, after) - nbytes(name, before)
             steps.append(((kl(name, before) - kl(name, after)) / more, more, name, after))
-    least = _with_grids(recipe, config, rules, chosen)
-    at_least = least.resolve(quantized_weights(config))
+    at_least = _with_grids(recipe, config, rules, least).resolve(quantized_weights(config))
     least_bits, least_bytes = average_bits(config, at_least), weight_bytes(config, at_least, parts)
     if bits is not None and bits < least_bits:
         raise RecipeError(f"--bits {bits:g} cannot be met: recipe {recipe.name!r} needs {least_bits:.4g} at least")
@@ -142,24 +159,30 @@ def within_budget(
         left = (bits - least_bits) * elements / 8 + _ROUNDING
     else:
         left = float((size or 0) - least_bytes)
-    eight_bit, full = [], set()
-    for _, more, name, grid in sorted(steps, key=lambda step: -step[0]):
+    while True:
+        chosen = _spent(least, sorted(steps, key=lambda step: -step[0]), left)
+        mixed = _with_grids(recipe, config, rules, chosen)
+        final = mixed.resolve(quantized_weights(config))
+        total = weight_bytes(config, final, parts)
+        if size is None or total <= size:
+            break
+        left -= total - size  # a file's header names more tensors now
+    return BudgetedRecipe(
+        mixed, average_bits(config, final), total, sum(kl(name, grid) for name, grid in chosen.items())
+    )
+
+
+def _spent(least: Mapping[str, Grid], steps: Iterable[_Step], left: float) -> dict[str, Grid]:
+    """The grids of linears after those steps, taken in their order, for which so many bytes are enough."""
+    chosen = dict(least)
+    full: set[str] = set()
+    for _, more, name, grid in steps:
         if name in full or more > left:
             full.add(name)  # a later step of a linear stands on the earlier ones
             continue
         left -= more
         chosen[name] = grid
-        if grid.bits == 8:
-            eight_bit.append(name)
-    mixed = _with_grids(recipe, config, rules, chosen)
-    final = mixed.resolve(quantized_weights(config))
-    return BudgetedRecipe(
-        mixed,
-        tuple(eight_bit),
-        average_bits(config, final),
-        weight_bytes(config, final, parts),
-        sum(kl(name, grid) for name, grid in chosen.items()),
-    )
+    return chosen
 
 
 def _hull(
@@ -189,7 +212,7 @@ def _with_grids(recipe: Recipe, config: ModelConfig, rules: Mapping[str, Rule], 
     kinds: dict[tuple[Role, Grid, str], list[int]] = defaultdict(list)
     for name, grid in changed.items():
         # Rounding to 8 bits costs so little that a longer search does not pay, but the correction of `best` still does.
-        method = rules[name].method if grid.bits == 4 or rules[name].method == "best" else "gptq"
+        method = rules[name].method if grid.bits < 8 or rules[name].method == "best" else "gptq"
         kinds[table[name].role, grid, method].append(table[name].layer or 0)
     front = [
         Rule(rf"layers\.({'|'.join(map(str, sorted(layers)))})\.{re.escape(role.value)}", 8, None, method).on(grid)

@@ -1,8 +1,8 @@
 """Weights that already lie on a recipe's grid: found again from their values, without knowing how they were stored.
 
-A 4-bit checkpoint (GGUF Q4_0, Q8_0) decodes to scale × integer exactly, in float32, since a float16 scale times a code
-of up to 8 bits has 19 bits at most. So the scale is the largest magnitude divided by some integer of the grid: each is
-tried. Knows no file format.
+A quantized checkpoint (GGUF's Q4_0, Q5_0, Q8_0) decodes to scale × integer exactly, in float32, since a float16 scale
+times a code of up to 8 bits has 19 bits at most. So the scale is the largest magnitude divided by some integer of the
+grid: each is tried. Knows no file format.
 """
 
 from __future__ import annotations
@@ -16,19 +16,23 @@ __all__ = ["keep_grid"]
 
 
 def keep_grid(weight: NDArray[np.float32], grid: Grid, name: str = "a weight") -> QuantizedTensor | None:
-    """Codes and scales that give back the weight (N, K) bit for bit, or None when the grid cannot hold it.
+    """Codes and scales that give back the weight (N, K) bit for bit, or None when the grid cannot hold it, as one of
+    LPBQ scales is taken not to: no checkpoint has these.
 
     Raises:
         RecipeError: the block does not divide the row.
     """
+    if grid.lpbq:
+        return None
     rows, columns = weight.shape
     blocks = weight.reshape(-1, columns // grid.blocks(columns, name))  # (N · blocks, block)
     peak = np.abs(blocks).max(1)
     scales = np.full(len(blocks), np.finfo(np.float16).smallest_subnormal, np.float16)
     codes = np.zeros(blocks.shape, np.int8)
     unsolved = np.flatnonzero(peak > 0)
-    # The largest magnitude's code; int4 reaches −8 but only 7, so a block may need a negative scale (Q4_0 has such).
-    signs = (1, -1) if grid.bits == 4 and grid.block else (1,)
+    # The largest magnitude's code; int4 reaches −8 but only 7, so a block may need a negative scale (Q4_0 and Q5_0 have
+    # such).
+    signs = (1, -1) if grid.bits < 8 and grid.block else (1,)
     for largest, sign in ((code, sign) for code in range(-grid.bottom, 0, -1) for sign in signs):
         if not len(unsolved):
             break

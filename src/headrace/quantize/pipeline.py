@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.bundle.grid import QuantizedTensor, dequantize, quantize_nearest, stacked
+from headrace.bundle.grid import Grid, QuantizedTensor, dequantize, quantize_nearest, stacked
 from headrace.bundle.recipe import Rule
 from headrace.checkpoint.tensor import LazyTensor
 from headrace.config import ModelConfig
@@ -43,8 +43,11 @@ __all__ = [
     "quantize_layer",
     "quantize_layers",
     "quantize_table",
+    "try_grids",
 ]
 
+T = TypeVar("T")
+R = TypeVar("R")
 
 _SMALL = 1 << 22  # elements of a linear too small to keep several cores busy
 _LARGEST = float(np.finfo(np.float16).max)  # of a weight: scales are float16
@@ -138,48 +141,61 @@ class _LayerQuantizer:
             states: the residual stream at the same tokens, in the same batches, (W', S, H).
             reference: the input that the float model has there, or None.
         """
+        scale: Array | None = None
+        if all(find_method(self.rules[name].method).scaled for name in names) and not self.keep:
+            scale = self._scale(names, InputStatistics.of([_flat(batch) for batch in x]))
+        statistics = self.statistics(names, x, states, reference)
+
+        def quantize_linear(name: str) -> QuantizedTensor:
+            bias = weight_table(self.config)[name].bias
+            linear = self.on_grid(name, self.rules[name].grid, statistics[name], scale)
+            return replace(linear, bias=None if bias is None else self.weights[bias])
+
+        for name, quantized in zip(names, self.map_linears(quantize_linear, names, names), strict=True):
+            self.quantized[name] = quantized
+            self.weights[name] = dequantize(quantized) if scale is None else dequantize(quantized) / scale
+
+    def statistics(
+        self, names: tuple[str, ...], x: Sequence[Array], states: Sequence[Array], reference: Sequence[Array] | None
+    ) -> dict[str, InputStatistics | None]:
+        """What the methods of a group's linears look at, for arguments as `quantize_group` has them."""
         methods = {name: find_method(self.rules[name].method) for name in names}
+        found: dict[str, InputStatistics | None] = dict.fromkeys(names)
+        if not any(method.calibrated for method in methods.values()):
+            return found
         inputs = [_flat(batch) for batch in x]
         float_inputs = None
         if reference is not None and any(method.uses_reference for method in methods.values()):
             float_inputs = [_flat(batch) for batch in reference]
-        scale: Array | None = None
-        if all(method.scaled for method in methods.values()) and not self.keep:
-            scale = self._scale(names, InputStatistics.of(inputs))
-        statistics: dict[str, InputStatistics | None] = dict.fromkeys(names)
+        stream = [_flat(batch) for batch in states]
+        counts_of = token_weights(self.config, self.weights, names, inputs, stream, self.attention_weights)
         latest: tuple[Array, InputStatistics] | None = None
-        counts_of: dict[str, Array] = {}
-        if any(method.calibrated for method in methods.values()):
-            stream = [_flat(batch) for batch in states]
-            counts_of = token_weights(self.config, self.weights, names, inputs, stream, self.attention_weights)
-            for name in names:
-                if methods[name].uses_gradients and name in self.energy:
-                    counts_of[name] = with_gradients(counts_of[name], self.energy[name].reshape(-1))
         for name in names:
+            if methods[name].uses_gradients and name in self.energy:
+                counts_of[name] = with_gradients(counts_of[name], self.energy[name].reshape(-1))
             if methods[name].calibrated:
                 counts = counts_of[name]
                 if latest is None or latest[0] is not counts:
                     latest = counts, InputStatistics.of(inputs, counts, float_inputs)
-                statistics[name] = latest[1] if scale is None else latest[1].scaled(scale)
+                found[name] = latest[1]
+        return found
 
-        def quantize_weight(name: str) -> QuantizedTensor:
-            if self.keep and (kept := keep_grid(self.weights[name], self.rules[name].grid, name)) is not None:
-                return kept
-            weight = self.weights[name] if scale is None else self.weights[name] * scale
-            return methods[name].quantize(weight, statistics[name], self.rules[name].grid)  # type: ignore[arg-type]
+    def on_grid(
+        self, name: str, grid: Grid, statistics: InputStatistics | None, scale: Array | None = None
+    ) -> QuantizedTensor:
+        """A linear's codes and scales without its bias, for channels scaled by `scale` (K,)."""
+        weight = self.weights[name]
+        if self.keep and (kept := keep_grid(weight, grid, name)) is not None:
+            return kept
+        if scale is not None:
+            weight, statistics = weight * scale, None if statistics is None else statistics.scaled(scale)
+        return find_method(self.rules[name].method).quantize(weight, statistics, grid)  # type: ignore[arg-type]
 
-        def quantize_linear(name: str) -> QuantizedTensor:
-            bias = weight_table(self.config)[name].bias
-            return replace(quantize_weight(name), bias=None if bias is None else self.weights[bias])
-
-        # Small linears are quantized side by side, since one alone leaves cores idle. A large one keeps all cores busy
-        # by itself, and needs the memory.
+    def map_linears(self, function: Callable[[T], R], items: Sequence[T], names: Sequence[str]) -> list[R]:
+        """The function's results, side by side where the linears are small, since one alone leaves cores idle. A large
+        one keeps all cores busy by itself, and needs the memory."""
         small = max(self.weights[name].size for name in names) <= _SMALL
-        for name, quantized in zip(
-            names, parallel_map(quantize_linear, names) if small else map(quantize_linear, names), strict=True
-        ):
-            self.quantized[name] = quantized
-            self.weights[name] = dequantize(quantized) if scale is None else dequantize(quantized) / scale
+        return parallel_map(function, items) if small else list(map(function, items))
 
     def _scale(self, names: tuple[str, ...], statistics: InputStatistics) -> Array:
         """The scale (K,) of a group's input channels; its inverse is folded into the operation before."""
@@ -300,11 +316,7 @@ def quantize_layer(
     k_proj are scaled against each other at the end, so they no longer approximate the checkpoint's one by one.
     """
     config = source.config
-    work = _LayerQuantizer(config, rules, load_layer(source, number), energy=energy or {}, keep=keep)
-    query, key, value = (find_weight(config, r, number).name for r in (Role.QUERY, Role.KEY, Role.VALUE))
-    if any(rules[name].bits < 8 and find_method(rules[name].method).calibrated for name in (key, value)):
-        attention = attention_energy(config, work.weights, number, states, at).reshape(-1)
-        work.attention_weights = (attention / attention.mean() + 1) / 2
+    work = _layer_quantizer(source, rules, number, states, at, energy, keep)
     steps = LayerWalk(config, work.weights, number, states, at)
     while names := steps.advance():
         if reference is not None:
@@ -314,6 +326,7 @@ def quantize_layer(
         reference.advance()
     gains = (name for name, row in layer_weights(config, number).items() if row.role.is_norm)
     norms = {name: work.gains.get(name, work.weights[name]) for name in gains}
+    query, key = (find_weight(config, role, number).name for role in (Role.QUERY, Role.KEY))
     values = steps.value_peaks
     if work.value_scale is not None:
         values = values / work.value_scale.reshape(values.shape)
@@ -323,6 +336,61 @@ def quantize_layer(
             work.quantized[query], work.quantized[key], steps.key_peaks
         )
     return QuantizedLayer(number, work.quantized, norms, key_peak, float(values.max()))
+
+
+def try_grids(
+    source: Source,
+    rules: Mapping[str, Rule],
+    grids: Mapping[str, Sequence[Grid]],
+    number: int,
+    states: Array,
+    at: Positions[Array],
+    *,
+    keep: bool = False,
+) -> dict[str, dict[Grid, QuantizedTensor]]:
+    """Each linear of a layer that `grids` names, on each of these grids, by its rule's method.
+
+    Unlike in `quantize_layer` a linear's input is what the float linears before it give, so that all grids share one
+    walk through the layer and one set of statistics. Biases are left out.
+
+    Args:
+        states: the layer's input (W, S, H), which is overwritten by the layer's output.
+    """
+    config = source.config
+    work = _layer_quantizer(source, rules, number, states, at, None, keep)
+    steps = LayerWalk(config, work.weights, number, states, at)
+    found: dict[str, dict[Grid, QuantizedTensor]] = {}
+    while names := steps.advance():
+        statistics = work.statistics(names, steps.inputs, steps.states, None)
+
+        def quantize(
+            trial: tuple[str, Grid], statistics: Mapping[str, InputStatistics | None] = statistics
+        ) -> QuantizedTensor:
+            return work.on_grid(*trial, statistics[trial[0]])
+
+        trials = [(name, grid) for name in names for grid in grids.get(name, ())]
+        for (name, grid), tried in zip(trials, work.map_linears(quantize, trials, names), strict=True):
+            found.setdefault(name, {})[grid] = tried
+    return found
+
+
+def _layer_quantizer(
+    source: Source,
+    rules: Mapping[str, Rule],
+    number: int,
+    states: Array,
+    at: Positions[Array],
+    energy: Mapping[str, Array] | None,
+    keep: bool,
+) -> _LayerQuantizer:
+    """A layer of the checkpoint, with the attention that its tokens get where keys or values ask for it."""
+    config = source.config
+    work = _LayerQuantizer(config, rules, load_layer(source, number), energy=energy or {}, keep=keep)
+    key, value = (rules[find_weight(config, role, number).name] for role in (Role.KEY, Role.VALUE))
+    if any(find_method(rule.method).calibrated for rule in (key, value)):
+        attention = attention_energy(config, work.weights, number, states, at).reshape(-1)
+        work.attention_weights = (attention / attention.mean() + 1) / 2
+    return work
 
 
 def _quantize_layers(

@@ -19,7 +19,7 @@ from headrace.bundle.recipe import Rule
 from headrace.model.ops import Array
 from headrace.model.weights import linears
 from headrace.quantize.gradients import AtLinear, walk_back
-from headrace.quantize.pipeline import Source, quantize_layer
+from headrace.quantize.pipeline import Source, try_grids
 from headrace.quantize.windows import causal_positions, evenly_spaced
 
 __all__ = ["RANKING_WINDOWS", "measure_sensitivity"]
@@ -42,8 +42,8 @@ def measure_sensitivity(
 
     Args:
         source: the checkpoint.
-        rules: canonical name → the rule that is tried.
-        grids: canonical name → grids that are tried in place of the rule's, where a name is there.
+        rules: canonical name → rule, whose method is used.
+        grids: canonical name → grids that are tried; None: of every linear its rule's.
         windows: token ids of the calibration text, int64 (windows, length); a few are enough, and no more are used.
         keep: a linear that already lies on its rule's grid is kept as it is, and costs nothing.
         seed: of the random factor.
@@ -52,27 +52,23 @@ def measure_sensitivity(
     config = source.config
     windows = evenly_spaced(windows, RANKING_WINDOWS)
     rules = {name: replace(rule, method=_RANKING.get(rule.method, rule.method)) for name, rule in rules.items()}
-    tried = {name: (rule.grid,) for name, rule in rules.items()} | dict(grids or {})
+    tried = {name: (rules[name].grid,) for name in linears(config)} if grids is None else grids
     at = causal_positions(config, windows.shape[1])
-    costs: dict[str, dict[Grid, float]] = {}
     found = [dict[tuple[str, Grid], float]() for _ in windows]  # by window: these come from several threads
 
     def at_layer(number: int, weights: Mapping[str, Array], x: Array) -> AtLinear:
-        errors: dict[str, dict[Grid, Array]] = {name: {} for name in linears(config, number)}
-        for turn in range(max(len(tried[name]) for name in errors)):
-            chosen = {name: rules[name].on(tried[name][turn % len(tried[name])]) for name in errors}
-            layer = quantize_layer(source, chosen, number, x.copy(), at, keep=keep)
-            for name, linear in layer.linears.items():
-                errors[name][linear.grid] = weights[name] - dequantize(linear)
+        # Codes, not the errors: these are four times as many bytes, and a layer has several of each linear.
+        trials = try_grids(source, rules, tried, number, x.copy(), at, keep=keep)
 
         def at_linear(window: int, name: str, inputs: Array, g: Array) -> None:
-            for grid, error in errors[name].items():
-                effect = np.einsum("sn,sn->s", inputs @ error.T, g)
+            for grid, linear in trials.get(name, {}).items():
+                effect = np.einsum("sn,sn->s", inputs @ (weights[name] - dequantize(linear)).T, g)
                 found[window][name, grid] = 0.5 * float(np.square(effect, dtype=np.float64).sum())
 
         return at_linear
 
     walk_back(source, windows, np.random.default_rng(seed), at_layer, progress)
-    for name in linears(config):
-        costs[name] = {grid: sum(own[name, grid] for own in found) / windows.size for grid in tried[name]}
-    return costs
+    return {
+        name: {grid: sum(own[name, grid] for own in found) / windows.size for grid in own_grids}
+        for name, own_grids in tried.items()
+    }
