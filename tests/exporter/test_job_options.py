@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -143,6 +144,30 @@ def test_weights_on_their_grid_are_kept_under_a_budget_and_for_other_tools(expor
     assert not bundle.recipe.rotate and (bundle.root / "device").exists()
     for name in linears(bundle.config):
         np.testing.assert_array_equal(store.read(name), tensors[f"model.{name}"])
+
+
+def test_a_budget_of_bytes_finds_the_grids_that_weights_lie_on(exports: Exports, tmp_path: Path) -> None:
+    """Each linear as a GGUF's quantizer would have left it, one kind on no grid; what is kept is given back exactly."""
+    folder = write_checkpoint(tmp_path / "c")
+    kinds = {"q_proj": "Q5_0", "k_proj": "Q5_0", "v_proj": "Q8_0", "o_proj": "Q5_0", "gate": "Q4_0", "up": "Q8_0"}
+    grids = {"Q4_0": Grid(4, 32), "Q5_0": Grid(5, 32), "Q8_0": Grid(8, 32)}
+    tensors = load_file(folder / "model.safetensors")
+    expected = {}
+    for name, tensor in tensors.items():
+        if kind := next((kind for part, kind in kinds.items() if part in name), None):
+            of = gguf.GGMLQuantizationType[kind]
+            tensors[name] = np.asarray(gguf.quants.dequantize(gguf.quants.quantize(tensor, of), of), np.float32)
+            expected[name.removeprefix("model.")] = grids[kind]
+    save_file(tensors, folder / "model.safetensors")
+    options = {**SMALL, "calibration": [exports.text], "method": "gptq", "recipe": "w4b32", "keep_grid": True}
+    bundle = open_bundle(export(folder, tmp_path / "out", **options, size=10**9))
+    store = opened_store(bundle)
+    for name in linears(bundle.config):
+        if name in expected:
+            assert store.grids[name] == expected[name]
+            np.testing.assert_array_equal(store.read(name), tensors[f"model.{name}"])
+        else:
+            assert store.grids[name].bits == 8
 
 
 def test_a_cache_that_saw_only_zeros(exports: Exports, tmp_path: Path) -> None:

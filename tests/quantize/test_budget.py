@@ -14,7 +14,7 @@ from headrace.config import ModelConfig
 from headrace.errors import RecipeError
 from headrace.model.weights import linears, quantized_weights, weight_table
 from headrace.plan import plan_parts
-from headrace.quantize.budget import Costs, average_bits, grids_to_try, weight_bytes, within_budget
+from headrace.quantize.budget import Costs, average_bits, grids_to_try, guessed_costs, weight_bytes, within_budget
 
 CONFIG = ModelConfig("llama", 160, 64, 96, 12, 4, 2, 16, 1e-5, 1e4, 512, True)
 RECIPE = Recipe("plain", (Rule("embed_tokens|lm_head", 8, None, "nearest"), Rule("_proj", 4, 32, "gptq")))
@@ -111,10 +111,10 @@ def test_what_cannot_be_met_says_what_can() -> None:
     down = {name: replace(rule, block=32) for name, rule in widest.items() if TABLE[name].matrix[1] == 96}
     least = weight_bytes(CONFIG, widest | down)
     with pytest.raises(RecipeError, match=rf"--size 1000 bytes cannot be met: recipe 'plain' needs {least} bytes"):
-        within_budget(RECIPE, CONFIG, None, size=1000)
+        within_budget(RECIPE, CONFIG, guessed_costs(COSTS), size=1000)
     for both in ({}, {"bits": 5.0, "size": 10**9}):
         with pytest.raises(RecipeError, match="either --bits or --size"):
-            within_budget(RECIPE, CONFIG, None, **both)  # type: ignore[arg-type]
+            within_budget(RECIPE, CONFIG, COSTS, **both)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -167,11 +167,19 @@ def test_bytes_buy_bits_and_blocks_and_bits_buy_eight() -> None:
     assert tried(RECIPE, ROWS_OF_64, size=False, keep=True) == (Grid(4, 32), EIGHT)
     factors = RECIPE.with_linears(block=16)
     assert set(tried(factors, ROWS_OF_64, size=True)) == {replace(g, lpbq=g != EIGHT) for g in of_64}
+    phone = {Grid(4, block, lpbq=True) for block in (64, 32, 16)} | {EIGHT}
+    assert set(tried(factors, ROWS_OF_64, size=True, device=True)) == phone
     rows = RECIPE.with_linears(block=None)
     assert tried(rows, ROWS_OF_64, size=True) == (Grid(4), EIGHT)
     five = replace(RECIPE, rules=(RECIPE.rules[0], Rule("q_proj", 5, 32, "gptq"), RECIPE.rules[1]))
     assert set(tried(five, ROWS_OF_64, size=True)) == more
     assert tried(five, ROWS_OF_64, size=False) == (Grid(5, 32), EIGHT)
+
+
+def test_what_is_planned_has_the_size_of_what_is_chosen() -> None:
+    size = weight_bytes(CONFIG, RULES) + 60_000
+    planned = within_budget(RECIPE, CONFIG, guessed_costs(grids_to_try(CONFIG, RULES, size=True)), size=size)
+    assert size - 1_000 < planned.nbytes <= size
 
 
 def test_a_longer_search_is_kept_for_less_than_eight_bits() -> None:

@@ -10,11 +10,12 @@ import pytest
 from numpy.typing import NDArray
 
 from headrace.bundle.grid import Grid, dequantize
-from headrace.bundle.recipe import load_recipe
+from headrace.bundle.recipe import Rule
 from headrace.checkpoint import open_checkpoint
-from headrace.model.weights import quantized_weights
+from headrace.model.weights import linears
 from headrace.quantize.exact import keep_grid
 from headrace.quantize.pipeline import QuantizedLayer, quantize_layers
+from headrace.quantize.sensitivity import measure_sensitivity
 from tests.tiny import write_gguf
 
 Kind = gguf.GGMLQuantizationType
@@ -59,12 +60,19 @@ def test_a_larger_block_is_refused() -> None:
     assert keep_grid(stored_as(Kind.Q8_0), Grid(8, None)) is None
 
 
-def test_export_keeps_what_it_can(tmp_path: Path) -> None:
-    checkpoint = write_gguf(tmp_path / "model.gguf", type="Q4_0")
-    source = open_checkpoint(checkpoint)
-    rules = load_recipe("w4b32").with_linears(lpbq=False).resolve(quantized_weights(source.config))
+def test_one_block_of_many_is_enough_to_be_refused() -> None:
+    weight = stored_as(Kind.Q5_0, (2000, 96))
+    assert keep_grid(weight, Grid(5, 32)) is not None
+    weight[-1, -1] += np.float32(1e-3)
+    assert keep_grid(weight, Grid(5, 32)) is None
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("Q4_0", 4), ("Q5_0", 5)])
+def test_export_keeps_what_it_can(tmp_path: Path, kind: str, bits: int) -> None:
+    source = open_checkpoint(write_gguf(tmp_path / "model.gguf", type=kind))
     windows = np.random.default_rng(0).integers(0, source.config.vocab_size, (1, 8))
-    for keep in (True, False):
+    for kept_bits, keep in ((bits, True), (9 - bits, True), (bits, False)):
+        rules = {name: Rule("proj", kept_bits, 32, "gptq") for name in linears(source.config)}
         layers: list[QuantizedLayer] = []
         quantize_layers(source, rules, windows, layers.append, keep=keep, jobs=1)
         exact = all(
@@ -72,4 +80,15 @@ def test_export_keeps_what_it_can(tmp_path: Path) -> None:
             for layer in layers
             for name, linear in layer.linears.items()
         )
-        assert exact is keep
+        # What has 4 bits lies on a grid of 5 as well.
+        assert exact is (keep and kept_bits >= bits)
+
+
+def test_a_kept_grid_costs_nothing(tmp_path: Path) -> None:
+    source = open_checkpoint(write_gguf(tmp_path / "model.gguf", type="Q5_0", layers=1))
+    windows = np.random.default_rng(0).integers(0, source.config.vocab_size, (1, 8))
+    rules = {name: Rule("proj", 4, 32, "gptq") for name in linears(source.config)}
+    grids = (Grid(4, 32), Grid(5, 32), Grid(6, 32), Grid(8))
+    costs = measure_sensitivity(source, rules, windows, grids=dict.fromkeys(rules, grids), keep=True)
+    for by_grid in costs.values():
+        assert [kl == 0 for kl in by_grid.values()] == [False, True, True, False]

@@ -22,7 +22,7 @@ from headrace.exporter.settings import ExportSettings
 from headrace.forecast.fit import PHONE_MEMORY
 from headrace.forecast.model import plan_model
 from headrace.model.weights import input_groups, linears, quantized_weights
-from headrace.quantize.budget import grids_to_try, within_budget
+from headrace.quantize.budget import guessed_costs
 from headrace.quantize.descent import SWEEPS
 from headrace.quantize.gptq import ROW_STRIP
 from headrace.quantize.gradients import GRADIENT_TOKENS, TOGETHER
@@ -92,8 +92,6 @@ def plan_export(settings: ExportSettings, phone_memory: int = PHONE_MEMORY) -> d
     """
     options, config = settings.options, settings.config
     tokens = options.windows * options.window_length
-    budget = options.bits is not None or options.size is not None
-    tried = grids_to_try(config, settings.rules, size=options.size is not None, keep=options.keep_grid)
     report = plan_model(
         config,
         _forecast_recipe(settings),
@@ -109,7 +107,7 @@ def plan_export(settings: ExportSettings, phone_memory: int = PHONE_MEMORY) -> d
         settings.rules,
         tokens,
         ranked=RANKING_WINDOWS * options.window_length,
-        tried=tried if budget else {},
+        tried=settings.tried,
         ranged=ranged,
         jobs=options.jobs,
     )
@@ -148,13 +146,8 @@ def estimate_disk(settings: ExportSettings) -> int:
 
 
 def _forecast_recipe(settings: ExportSettings) -> Recipe:
-    """With a budget, the export measures which linears get 8 bits; any choice that fills the budget has its size."""
-    options, config = settings.options, settings.config
-    if options.bits is None and options.size is None:
-        return settings.recipe
-    return within_budget(
-        settings.recipe, config, None, bits=options.bits, size=options.size, parts=settings.parts
-    ).recipe
+    """With a budget, the export measures which grids are chosen; any choice that fills the budget has its size."""
+    return settings.within_budget(guessed_costs(settings.tried)).recipe if settings.has_budget else settings.recipe
 
 
 def estimate_export(

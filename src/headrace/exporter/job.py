@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from headrace.graph.device_folder import OWN_FOLDER, bundle_device_graphs
 from headrace.graph.emit_host import HostWeights, emit_host
 from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD, layer_weights
 from headrace.progress import Progress, silent
-from headrace.quantize.budget import Costs, grids_to_try, within_budget
+from headrace.quantize.budget import Costs
 from headrace.quantize.device_encodings import device_encodings
 from headrace.quantize.gradients import gradient_energy
 from headrace.quantize.methods import find_method
@@ -132,8 +131,7 @@ def _within_budget(
     settings: ExportSettings, work: Workspace, windows: NDArray[np.int64], jobs: int, progress: Progress
 ) -> ExportSettings:
     """The settings with a recipe that spends the budget where it gains most; measured once an export."""
-    bits, size, keep = settings.options.bits, settings.options.size, settings.options.keep_grid
-    if bits is None and size is None:
+    if not settings.has_budget:
         return settings
     costs: Costs | None = work.costs(settings.grids)
     if costs is None:
@@ -142,13 +140,12 @@ def _within_budget(
                 settings.model,
                 settings.rules,
                 windows,
-                grids=grids_to_try(settings.config, settings.rules, size=size is not None, keep=keep),
-                keep=keep,
+                grids=settings.tried,
+                keep=settings.options.keep_grid,
                 progress=lambda done, total: progress("measuring sensitivity", done, total),
             )
         work.keep_costs(costs)
-    chosen = within_budget(settings.recipe, settings.config, costs, bits=bits, size=size, parts=settings.parts)
-    return replace(settings, recipe=chosen.recipe)
+    return settings.within_budget(costs)
 
 
 def _quantize(

@@ -170,7 +170,7 @@ class ExportOptions:
         default=None,
         metadata=_described(
             read_size,
-            "Budget: bytes of all weights, such as 105MB; blocks of scales are chosen for it too.",
+            "Budget: bytes of all weights, such as 105MB; 5 and 6 bits and blocks are chosen for it too.",
             "BYTES",
         ),
     )
@@ -208,7 +208,11 @@ class ExportOptions:
     )
     keep_grid: bool = field(
         default=False,
-        metadata=_described(_truth, "Keep weights that already lie on their rule's grid: a GGUF's Q4_0 at --block 32."),
+        metadata=_described(
+            _truth,
+            "Keep weights that already lie on their rule's grid: a GGUF's Q4_0 at --block 32; --size finds its Q5_0 "
+            "and Q8_0 too.",
+        ),
     )
     jobs: int = field(
         default=2, metadata=_described(_count(1), "Cores to use; the result does not depend on it.", "N", decides=False)

@@ -25,7 +25,7 @@ from headrace.exporter.vocabulary import check_vocabulary
 from headrace.graph.device_folder import refuse_blocks
 from headrace.model.weights import EMBEDDING, HEAD, quantized_weights, weight_table
 from headrace.plan import Part, plan_parts
-from headrace.quantize.budget import within_budget
+from headrace.quantize.budget import Costs, grids_to_try, guessed_costs, within_budget
 from headrace.quantize.methods import find_method
 from headrace.quantize.pipeline import Source
 from headrace.quantize.rotation import Rotated
@@ -78,6 +78,31 @@ class ExportSettings:
     def grids(self) -> dict[str, Grid]:
         """Each weight's grid, by canonical name."""
         return {name: rule.grid for name, rule in self.rules.items()}
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether grids are chosen within a budget."""
+        return self.options.bits is not None or self.options.size is not None
+
+    @property
+    def tried(self) -> dict[str, tuple[Grid, ...]]:
+        """The grids that a budget chooses from, by canonical name; none without a budget."""
+        asked = self.options
+        if not self.has_budget:
+            return {}
+        return grids_to_try(
+            self.config, self.rules, size=asked.size is not None, keep=asked.keep_grid, device=asked.for_device
+        )
+
+    def within_budget(self, costs: Costs) -> ExportSettings:
+        """The same with a recipe that spends the budget where it gains most.
+
+        Raises:
+            RecipeError: the budget cannot be met.
+        """
+        asked = self.options
+        chosen = within_budget(self.recipe, self.config, costs, bits=asked.bits, size=asked.size, parts=self.parts)
+        return replace(self, recipe=chosen.recipe)
 
     @property
     def has_encodings(self) -> bool:
@@ -167,8 +192,8 @@ def _check(settings: ExportSettings) -> None:
     for rule in rules.values():
         find_method(rule.method)
     layouts(settings.config, settings.parts, settings.grids)  # refuses blocks that do not divide
-    if options.bits is not None or options.size is not None:
-        within_budget(recipe, settings.config, None, bits=options.bits, size=options.size, parts=settings.parts)
+    if settings.has_budget:
+        settings.within_budget(guessed_costs(settings.tried))
     if options.keep_grid and recipe.rotate:
         raise RecipeError("--keep-grid keeps weights as they are and --rotate changes them; expected one of them")
     for target in options.targets:

@@ -24,7 +24,7 @@ from headrace.errors import RecipeError
 from headrace.model.weights import Role, linears, quantized_weights, weight_table
 from headrace.plan import Part, plan_parts
 
-__all__ = ["BudgetedRecipe", "Costs", "average_bits", "grids_to_try", "weight_bytes", "within_budget"]
+__all__ = ["BudgetedRecipe", "Costs", "average_bits", "grids_to_try", "guessed_costs", "weight_bytes", "within_budget"]
 
 Costs = Mapping[str, Mapping[Grid, float]]
 """Canonical name → grid → the KL that the linear costs on it, from `measure_sensitivity`."""
@@ -69,7 +69,7 @@ def weight_bytes(config: ModelConfig, rules: Mapping[str, Rule], parts: Sequence
 
 
 def grids_to_try(
-    config: ModelConfig, rules: Mapping[str, Rule], *, size: bool, keep: bool = False
+    config: ModelConfig, rules: Mapping[str, Rule], *, size: bool, keep: bool = False, device: bool = False
 ) -> dict[str, tuple[Grid, ...]]:
     """The grids that a budget can give each linear of less than 8 bits: its rule's and 8 bits.
 
@@ -79,6 +79,7 @@ def grids_to_try(
         size: the budget is one of bytes: a linear whose rule has blocks can get others, and more bits in blocks, with
             the same kind of scales.
         keep: weights that lie on a grid are kept: 8 bits in blocks as well, since checkpoints have them (GGUF's Q8_0).
+        device: the bundle is for a device, where 5 and 6 bits take as many bytes as 8.
     """
     found: dict[str, tuple[Grid, ...]] = {}
     for name, linear in linears(config).items():
@@ -91,7 +92,7 @@ def grids_to_try(
                 replace(grid, bits=bits, block=block)
                 for bits, blocks in _BLOCKS.items()
                 for block in blocks
-                if bits >= grid.bits and columns % block == 0
+                if bits >= grid.bits and columns % block == 0 and not (device and bits > 4)
             ]
             if keep and columns % 32 == 0:
                 more.append(Grid(8, 32))
@@ -99,10 +100,15 @@ def grids_to_try(
     return found
 
 
+def guessed_costs(grids: Mapping[str, Sequence[Grid]]) -> Costs:
+    """Costs before any are measured, for a budget that is only looked at: a bit more halves the error."""
+    return {name: {grid: 4.0**-grid.bits for grid in tried} for name, tried in grids.items()}
+
+
 def within_budget(
     recipe: Recipe,
     config: ModelConfig,
-    costs: Costs | None,
+    costs: Costs,
     *,
     bits: float | None = None,
     size: int | None = None,
@@ -113,8 +119,7 @@ def within_budget(
     Args:
         recipe: what every weight gets otherwise; linears it already gives 8 bits keep them.
         config: the geometry.
-        costs: what was measured, of the linears that `grids_to_try` names: a linear gets one of these grids; None
-            before anything is: guessed from the bits.
+        costs: what was measured, or guessed: a weight that is named gets one of these grids.
         bits: most code bits averaged over the linears.
         size: most bytes of all weights files; either this or `bits`.
         parts: how files are split, for their headers.
@@ -126,21 +131,18 @@ def within_budget(
         raise RecipeError("give either --bits or --size, not both and not neither")
     rules = recipe.resolve(quantized_weights(config))
     table = weight_table(config)
-    tried = grids_to_try(config, rules, size=size is not None)
-    if costs is not None:
-        tried = {name: tuple(costs[name]) for name in tried}
 
     def nbytes(name: str, grid: Grid) -> int:
         rows, columns = table[name].matrix
         return grid.nbytes(rows, columns) if size is not None else rows * columns * grid.bits // 8
 
     def kl(name: str, grid: Grid) -> float:
-        return costs[name][grid] if costs is not None else 4.0**-grid.bits  # a bit more halves errors
+        return costs[name][grid]
 
     least: dict[str, Grid] = {}
     steps: list[_Step] = []
-    for name, grids in tried.items():
-        hull = _hull(grids, name, nbytes, kl)
+    for name, tried in costs.items():
+        hull = _hull(tried, name, nbytes, kl)
         least[name] = hull[0]
         for before, after in pairwise(hull):
             more = nbytes(name, after) - nbytes(name, before)
@@ -186,7 +188,7 @@ def _spent(least: Mapping[str, Grid], steps: Iterable[_Step], left: float) -> di
 
 
 def _hull(
-    grids: Sequence[Grid], name: str, nbytes: Callable[[str, Grid], int], kl: Callable[[str, Grid], float]
+    grids: Iterable[Grid], name: str, nbytes: Callable[[str, Grid], int], kl: Callable[[str, Grid], float]
 ) -> list[Grid]:
     """The grids on the lower convex hull of KL over bytes, from the fewest bytes on; each costs less KL than the one
     before, and gains less per byte."""

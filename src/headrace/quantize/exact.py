@@ -14,6 +14,8 @@ from headrace.bundle.grid import Grid, QuantizedTensor
 
 __all__ = ["keep_grid"]
 
+_AT_ONCE = 1024  # blocks
+
 
 def keep_grid(weight: NDArray[np.float32], grid: Grid, name: str = "a weight") -> QuantizedTensor | None:
     """Codes and scales that give back the weight (N, K) bit for bit, or None when the grid cannot hold it, as one of
@@ -26,6 +28,19 @@ def keep_grid(weight: NDArray[np.float32], grid: Grid, name: str = "a weight") -
         return None
     rows, columns = weight.shape
     blocks = weight.reshape(-1, columns // grid.blocks(columns, name))  # (N · blocks, block)
+    found: list[tuple[NDArray[np.int8], NDArray[np.float16]]] = []
+    # A few at a time: the first that does not lie on the grid is nearly always among the first.
+    for start in range(0, len(blocks), _AT_ONCE):
+        kept = _solve(blocks[start : start + _AT_ONCE], grid)
+        if kept is None:
+            return None
+        found.append(kept)
+    codes, scales = (np.concatenate(each) for each in zip(*found, strict=True))
+    return QuantizedTensor(codes.reshape(rows, columns), scales.reshape(rows, -1), grid)
+
+
+def _solve(blocks: NDArray[np.float32], grid: Grid) -> tuple[NDArray[np.int8], NDArray[np.float16]] | None:
+    """Codes (blocks, columns) and scales (blocks,) that give back the blocks, or None."""
     peak = np.abs(blocks).max(1)
     scales = np.full(len(blocks), np.finfo(np.float16).smallest_subnormal, np.float16)
     codes = np.zeros(blocks.shape, np.int8)
@@ -45,6 +60,4 @@ def keep_grid(weight: NDArray[np.float32], grid: Grid, name: str = "a weight") -
         scales[unsolved[whole]] = scale[whole]
         codes[unsolved[whole]] = tried[whole].astype(np.int8)
         unsolved = unsolved[~whole]
-    if len(unsolved):
-        return None
-    return QuantizedTensor(codes.reshape(rows, columns), scales.reshape(rows, -1), grid)
+    return None if len(unsolved) else (codes, scales)
