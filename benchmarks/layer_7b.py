@@ -51,7 +51,7 @@ def main() -> None:
     method = sys.argv[1] if len(sys.argv) > 1 else "descent"
     count, length = (int(a) for a in (sys.argv[2:4] if len(sys.argv) > 3 else ("64", "512")))
     source = RandomLayer()
-    recipe = load_recipe("w4a16").with_linears(method=method)
+    recipe = load_recipe("w4a16").with_linears(linears(source.config), method=method)
     rules = recipe.resolve(quantized_weights(source.config))
     windows = np.random.default_rng(0).integers(0, source.config.vocab_size, (count, length))
     started, worked = time.perf_counter(), time.process_time()

@@ -36,18 +36,19 @@ def test_a_rule_that_matches_nothing(rules: tuple[Rule, ...]) -> None:
     assert f"rule {number} of recipe 'r', {rules[number - 1].match!r}" in str(error.value)
 
 
-def test_other_blocks_and_methods_are_for_less_than_eight_bits() -> None:
-    recipe = Recipe("r", (TABLES, DOWN, LINEARS))
-    changed = recipe.with_linears(block=64, method="nearest")
+def test_other_blocks_and_methods_are_for_linears_of_less_than_eight_bits() -> None:
+    linears, recipe = NAMES[1:3], Recipe("r", (TABLES, DOWN, LINEARS))
+    changed = recipe.with_linears(linears, block=64, method="nearest")
     assert changed.rules == (TABLES, DOWN, Rule("_proj", 4, 64, "nearest", lpbq=True))
-    assert changed.with_linears(block=None).rules[2].block is None
-    assert recipe.with_linears() == recipe
+    assert changed.with_linears(linears, block=None).rules[2].block is None
+    assert recipe.with_linears(linears) == recipe
     six = Recipe("r", (TABLES, DOWN, Rule("_proj", 6, 32, "gptq")))
-    assert six.with_linears(block=64, method="best").rules[2] == Rule("_proj", 6, 64, "best", lpbq=True)
-    tables = Recipe("r", (Rule("embed_tokens|lm_head", 6, 32, "nearest"), LINEARS))
-    assert tables.with_linears(block=64, method="best").rules[0] == tables.rules[0], "tables are no linears"
+    assert six.with_linears(linears, block=64, method="best").rules[2] == Rule("_proj", 6, 64, "best", lpbq=True)
     with pytest.raises(RecipeError, match="6 bits are for blocks; expected a block, such as 32, or 4 or 8 bits"):
-        six.with_linears(block=None)
+        six.with_linears(linears, block=None)
+    # Tables of less than 8 bits keep their rule, and what comes after it is the linears' even where it fits tables too.
+    tables = Recipe("r", (Rule("embed_tokens|lm_head", 6, 32, "nearest"), Rule(".", 4, None, "gptq")))
+    assert tables.with_linears(linears, block=64).rules == (tables.rules[0], Rule(".", 4, 64, "gptq", lpbq=True))
 
 
 def test_json_and_back() -> None:

@@ -16,7 +16,7 @@ from headrace.exporter.options import ExportOptions
 from headrace.exporter.settings import settle
 from headrace.forecast.model import plan_model
 from headrace.forecast.roofline import chips, published
-from headrace.model.weights import quantized_weights
+from headrace.model.weights import linears, quantized_weights
 from headrace.plan import plan_parts
 from headrace.quantize.budget import grids_to_try
 from headrace.quantize.methods import METHODS
@@ -56,8 +56,8 @@ def test_bytes_of_every_part() -> None:
 
 @pytest.mark.parametrize(("bits", "a_block"), [(5, 10), (6, 12)])  # 16 codes of so many bits
 def test_five_and_six_bits_are_as_many_on_disk_and_eight_on_a_phone(bits: int, a_block: int) -> None:
-    tables, linears = load_recipe("w4a16").rules
-    recipe = Recipe("r", (tables, replace(linears, bits=bits, block=16, lpbq=True)))
+    tables, own = load_recipe("w4a16").rules
+    recipe = Recipe("r", (tables, replace(own, bits=bits, block=16, lpbq=True)))
     weights, beside = 4 * H * H + 3 * H * F, 2 * (4 * H + 2 * F + H) + 2 * 4 * H  # codes, scales of rows and norms
     layer, on_phone = weights // 16 * a_block + weights // 32 + beside, weights + beside  # a factor has half a byte
     plan = planned(recipe=recipe)
@@ -65,7 +65,7 @@ def test_five_and_six_bits_are_as_many_on_disk_and_eight_on_a_phone(bits: int, a
     largest, memory = plan["fits"]
     assert memory["needed"] == pytest.approx(2 * TABLE + 32 * on_phone + (1 << 30), rel=HEADER)
     assert largest["needed"] == pytest.approx(TABLE + 8 * on_phone, rel=HEADER)
-    eight = planned(recipe=Recipe("r", (tables, replace(linears, bits=8))))
+    eight = planned(recipe=Recipe("r", (tables, replace(own, bits=8))))
     assert [phone["tok_s"] for phone in plan["phones"]] == [phone["tok_s"] for phone in eight["phones"]]
 
 
@@ -130,7 +130,7 @@ def speed(monkeypatch: pytest.MonkeyPatch) -> float:
 
 
 def rules(method: str) -> dict[str, Rule]:
-    return load_recipe("w4a16").with_linears(method=method).resolve(quantized_weights(BAICHUAN2))
+    return load_recipe("w4a16").with_linears(linears(BAICHUAN2), method=method).resolve(quantized_weights(BAICHUAN2))
 
 
 MOMENTS = 32768 * (4 * H**2 + F**2)  # T·K² for five moments
@@ -157,7 +157,7 @@ def test_methods_and_budgets_cost_what_they_do(speed: float) -> None:
     gptq = (32 * (MOMENTS + LINEARS) + PROOF) / _PASSING + 32 * (FACTORS + ROWS) / _SOLVING_SHARE
     assert seconds["gptq"] == pytest.approx(gptq / speed + ROUNDED)
     assert sorted(seconds, key=seconds.__getitem__) == ["nearest", "awq", "gptq", "descent", "best"]
-    blocks = load_recipe("w4b32").with_linears(method="gptq").resolve(quantized_weights(BAICHUAN2))
+    blocks = load_recipe("w4b32").with_linears(linears(BAICHUAN2), method="gptq").resolve(quantized_weights(BAICHUAN2))
     none, two, all_of_them = (
         estimate_export(BAICHUAN2, blocks, 32768, ranked=2048, tried=tried)
         for tried in ({}, *(grids_to_try(BAICHUAN2, blocks, size=size) for size in (False, True)))

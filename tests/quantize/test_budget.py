@@ -55,7 +55,7 @@ def test_bits_are_spent_and_not_passed() -> None:
 
 @pytest.mark.parametrize("lpbq", [False, True])
 def test_bytes_are_spent_and_not_passed(lpbq: bool) -> None:
-    parts, recipe = plan_parts(CONFIG, 5), RECIPE.with_linears(lpbq=lpbq)
+    parts, recipe = plan_parts(CONFIG, 5), RECIPE.with_linears(linears(CONFIG), lpbq=lpbq)
     rules = recipe.resolve(quantized_weights(CONFIG))
     tried = grids_to_try(CONFIG, rules, size=True)
     costs = {name: dict(zip(grids, COSTS[name].values(), strict=True)) for name, grids in tried.items()}
@@ -107,7 +107,7 @@ def test_more_bits_that_cost_more_are_not_bought() -> None:
 def test_what_cannot_be_met_says_what_can() -> None:
     with pytest.raises(RecipeError, match=r"--bits 3.5 cannot be met: recipe 'plain' needs 4 at least"):
         within_budget(RECIPE, CONFIG, TWO, bits=3.5)
-    widest = RECIPE.with_linears(block=64, lpbq=False).resolve(quantized_weights(CONFIG))
+    widest = RECIPE.with_linears(linears(CONFIG), block=64, lpbq=False).resolve(quantized_weights(CONFIG))
     down = {name: replace(rule, block=32) for name, rule in widest.items() if TABLE[name].matrix[1] == 96}
     least = weight_bytes(CONFIG, widest | down)
     with pytest.raises(RecipeError, match=rf"--size 1000 bytes cannot be met: recipe 'plain' needs {least} bytes"):
@@ -165,11 +165,11 @@ def test_bytes_buy_bits_and_blocks_and_bits_buy_eight() -> None:
     assert set(tried(RECIPE, ROWS_OF_96, size=True)) == of_96
     assert set(tried(RECIPE, ROWS_OF_64, size=True, keep=True)) == of_64 | {Grid(8, 32)}
     assert tried(RECIPE, ROWS_OF_64, size=False, keep=True) == (Grid(4, 32), EIGHT)
-    factors = RECIPE.with_linears(block=16)
+    factors = RECIPE.with_linears(linears(CONFIG), block=16)
     assert set(tried(factors, ROWS_OF_64, size=True)) == {replace(g, lpbq=g != EIGHT) for g in of_64}
     phone = {Grid(4, block, lpbq=True) for block in (64, 32, 16)} | {EIGHT}
     assert set(tried(factors, ROWS_OF_64, size=True, device=True)) == phone
-    rows = RECIPE.with_linears(block=None)
+    rows = RECIPE.with_linears(linears(CONFIG), block=None)
     assert tried(rows, ROWS_OF_64, size=True) == (Grid(4), EIGHT)
     five = replace(RECIPE, rules=(RECIPE.rules[0], Rule("q_proj", 5, 32, "gptq"), RECIPE.rules[1]))
     assert set(tried(five, ROWS_OF_64, size=True)) == more
@@ -183,7 +183,7 @@ def test_what_is_planned_has_the_size_of_what_is_chosen() -> None:
 
 
 def test_a_longer_search_is_kept_for_less_than_eight_bits() -> None:
-    recipe = RECIPE.with_linears(method="descent")
+    recipe = RECIPE.with_linears(linears(CONFIG), method="descent")
     size = weight_bytes(CONFIG, recipe.resolve(quantized_weights(CONFIG))) + 60_000
     rules = within_budget(recipe, CONFIG, COSTS, size=size).recipe.resolve(quantized_weights(CONFIG))
     assert {(rules[name].bits == 8, rules[name].method) for name in COSTS} == {(False, "descent"), (True, "gptq")}

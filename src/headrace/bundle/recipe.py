@@ -21,7 +21,6 @@ from typing import Any
 from headrace.bundle.grid import Grid
 from headrace.errors import RecipeError, did_you_mean, shown
 from headrace.files import read_json
-from headrace.model.weights import EMBEDDING, HEAD
 from headrace.patterns import Pattern, PatternError
 
 __all__ = ["Recipe", "Rule", "load_recipe", "parse_block", "shipped_recipes"]
@@ -92,16 +91,13 @@ class Recipe:
         Raises:
             RecipeError: a name has no rule, or a rule has no name left.
         """
+        numbers = {name: self._first(name) for name in names}
         chosen: dict[str, Rule] = {}
-        used: set[int] = set()
-        for name in names:
-            for number, rule in enumerate(self.rules):
-                if rule.pattern.found_in(name):
-                    chosen[name] = rule
-                    used.add(number)
-                    break
-            else:
+        for name, number in numbers.items():
+            if number is None:
                 raise RecipeError(f"recipe {self.name!r} has no rule for {name}; add one whose match fits it")
+            chosen[name] = self.rules[number]
+        used = set(numbers.values())
         for number, rule in enumerate(self.rules):
             if number not in used:
                 raise RecipeError(
@@ -110,14 +106,24 @@ class Recipe:
                 )
         return chosen
 
+    def _first(self, name: str) -> int | None:
+        """The number of the first rule that matches a name."""
+        return next((number for number, rule in enumerate(self.rules) if rule.pattern.found_in(name)), None)
+
     def with_linears(
-        self, *, block: int | str | None = "keep", method: str | None = None, lpbq: bool | None = None
+        self,
+        linears: Iterable[str],
+        *,
+        block: int | str | None = "keep",
+        method: str | None = None,
+        lpbq: bool | None = None,
     ) -> Recipe:
-        """The same recipe with another block or method for its rules of less than 8 bits that are neither the
-        embedding's nor the head's; a block given here has LPBQ scales, unless `lpbq` says otherwise."""
+        """The same recipe with another block or method for rules of less than 8 bits that any of the `linears` has; a
+        block given here has LPBQ scales, unless `lpbq` says otherwise."""
+        theirs = {self._first(name) for name in linears}
         rules = []
-        for rule in self.rules:
-            if rule.bits < 8 and not any(rule.pattern.found_in(table) for table in (EMBEDDING, HEAD)):
+        for number, rule in enumerate(self.rules):
+            if number in theirs and rule.bits < 8:
                 given = rule if isinstance(block, str) else replace(rule, block=block, lpbq=block is not None)
                 rule = replace(given, method=method or rule.method, lpbq=given.lpbq if lpbq is None else lpbq)
             rules.append(rule)

@@ -23,7 +23,7 @@ from headrace.errors import CalibrationError, CheckpointError, ConfigError, Reci
 from headrace.exporter.options import ExportOptions
 from headrace.exporter.vocabulary import check_vocabulary
 from headrace.graph.device_folder import refuse_blocks
-from headrace.model.weights import EMBEDDING, HEAD, quantized_weights, weight_table
+from headrace.model.weights import EMBEDDING, HEAD, linears, quantized_weights, weight_table
 from headrace.plan import Part, plan_parts
 from headrace.quantize.budget import Costs, grids_to_try, guessed_costs, within_budget
 from headrace.quantize.methods import find_method
@@ -161,6 +161,7 @@ def settle(checkpoint: Path, options: ExportOptions) -> ExportSettings:
     if options.method is not None:
         find_method(options.method)
     recipe = replace(asked, kv=options.kv or asked.kv).with_linears(
+        linears(source.config),
         block="keep" if options.block is None else parse_block(options.block),
         method=options.method,
         lpbq=False if options.keep_grid else None,  # a checkpoint's own blocks have float16 scales
