@@ -98,10 +98,10 @@ API int hk_program_array(void* p, const char* name, const void* data, uint64_t b
   return guarded([&] { program(p).array(name, data, bytes, dtype, rows, columns); });
 }
 
-// factors: empty where scales have none, and then block is not asked for.
-API int hk_program_weight(void* p, const char* name, int bits, const char* packed, const char* scale, const char* factors,
-                          int block, const char* bias) {
-  return guarded([&] { program(p).weight(name, bits, packed, scale, factors, block, bias); });
+// high: empty where codes have no planes. factors: empty where scales have none, and then block is not asked for.
+API int hk_program_weight(void* p, const char* name, int bits, const char* packed, const char* high, const char* scale,
+                          const char* factors, int block, const char* bias) {
+  return guarded([&] { program(p).weight(name, bits, packed, high, scale, factors, block, bias); });
 }
 
 API int hk_program_register(void* p, int width) {

@@ -33,6 +33,7 @@ Engine::Engine(std::unique_ptr<Program> program, int slots, int context, int thr
   for (const Step& step : steps_)
     for (const Weight& w : step.linear.weights) {
       weights.emplace_back(w.packed, size_t(w.n) * w.row_bytes());
+      if (w.high) weights.emplace_back(w.high, w.n * w.high_bytes());
       weights.emplace_back(reinterpret_cast<const uint8_t*>(w.scale), size_t(w.n) * w.scales() * sizeof *w.scale);
       if (w.factors) weights.emplace_back(w.factors, w.n * w.factor_bytes());
     }

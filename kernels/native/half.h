@@ -1,4 +1,4 @@
-// float16 to float32, exactly, in integers: for machines without the instruction and for single values. Scales of weights.
+// float16 to float32, exactly, in integers: for machines without the instruction and for single values. Single codes and scales of weights.
 #pragma once
 #include <cstring>
 
@@ -17,6 +17,15 @@ static inline float half_to_float(uint16_t h) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
+}
+
+static inline int code_of(const Weight& w, int n, int k) {
+  const uint8_t* row = w.packed + n * w.row_bytes();
+  if (w.bits == 8) return row[k] - 128;
+  int code = row[k / 2] >> k % 2 * 4 & 15;
+  for (int plane = 0; plane < w.bits - 4; plane++)
+    code |= (w.high[n * w.high_bytes() + size_t(plane) * w.k / 8 + k / 8] >> k % 8 & 1) << (4 + plane);
+  return code - (1 << (w.bits - 1));
 }
 
 static inline float scale_of(const Weight& w, int n, int block) {

@@ -21,16 +21,20 @@ constexpr int kPad = 128;       // rows of activations are padded with zeros to 
 
 constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
-// A weight (n, k) as it lies in the file. Code = unsigned code - zero point (8 or 128). Scales of blocks have two forms: float16
-// each, or, of 4 bits, float16 a row times a whole factor 1 … 16 a block.
+// A weight (n, k) as it lies in the file. Code = unsigned code - zero point, 1 << (bits - 1). Of 5 and 6 bits those above the low four lie
+// in planes; such weights have blocks. Scales of blocks have two forms: float16 each, or, of less than 8 bits, float16 a row times a whole
+// factor 1 … 1 << (8 - bits) a block.
 struct Weight {
   int n, k, bits;
   int block;               // columns that share a scale; 0: the whole row
-  const uint8_t* packed;   // (n, k * bits / 8), low nibble first
+  const uint8_t* packed;   // (n, row_bytes()): bytes, or the low four bits of codes, low nibble first
+  const uint8_t* high;     // (n, high_bytes()), of 5 and 6 bits: bits - 4 planes of a bit a column; null: there are none
   const uint16_t* scale;   // float16 (n, scales())
   const uint8_t* factors;  // (n, factor_bytes()), less 1, low nibble first; null: scales have none
   const float* bias;       // (n) or null
-  size_t row_bytes() const { return size_t(k) * bits / 8; }
+  size_t row_bytes() const { return bits == 8 ? k : size_t(k) / 2; }
+  size_t high_bytes() const { return high ? size_t(k) / 8 * (bits - 4) : 0; }
+  size_t code_bytes() const { return row_bytes() + high_bytes(); }
   int blocks() const { return block ? k / block : 1; }
   int scales() const { return factors ? 1 : blocks(); }
   size_t factor_bytes() const { return (blocks() + 1) / 2; }

@@ -92,15 +92,15 @@ HEADRACE_APART void many_block_scales(const uint8_t* p, size_t stride, int there
   for (int b = 0; b < V::lanes; b++) V::storef(out + b * V::lanes, factors.of(b));
 }
 
-// Scaled products of step s of G times 2^Level rows from p on by T tokens, merged: G vectors of sums over 2^Level lanes of each row.
+// Scaled products of step s of G times 2^Level rows from `row` on by T tokens, merged: G vectors of sums over 2^Level lanes of each row.
 template <class V, int Bits, int T, int G, bool Whole, int Level>
-__attribute__((always_inline)) inline void merged_products(const Fine* x, int s, const uint8_t* p, size_t row_bytes, size_t ahead,
-                                                           int there, Sum<V, Bits> (&sum)[T][G]) {
+__attribute__((always_inline)) inline void merged_products(const Fine* x, int s, const CodeRows<V, Bits, true>& rows, size_t row,
+                                                           Sum<V, Bits> (&sum)[T][G]) {
   using S = Steps<V, Bits>;
   using I = typename V::I;
   if constexpr (Level <= V::together) {
     constexpr int R = G << Level, N = vectors_of<V, Bits>(R), each = N / G;
-    const Columns<V, Bits, R, Whole> columns(p, row_bytes, ahead, there);
+    const Columns<V, Bits, R, Whole> columns(rows, row, s);
     HEADRACE_UNROLL for (int t = 0; t < T; t++) {
       const I start = V::load(S::of(x[t]).steps + s * V::lanes);
       I product[R];
@@ -117,8 +117,8 @@ __attribute__((always_inline)) inline void merged_products(const Fine* x, int s,
   } else {
     static_assert(G == 1);
     Sum<V, Bits> first[T][1], second[T][1];
-    merged_products<V, Bits, T, 1, Whole, Level - 1>(x, s, p, row_bytes, ahead, there, first);
-    merged_products<V, Bits, T, 1, Whole, Level - 1>(x, s, p + (row_bytes << (Level - 1)), row_bytes, ahead, there, second);
+    merged_products<V, Bits, T, 1, Whole, Level - 1>(x, s, rows, row, first);
+    merged_products<V, Bits, T, 1, Whole, Level - 1>(x, s, rows, row + (1 << (Level - 1)), second);
     HEADRACE_UNROLL for (int t = 0; t < T; t++) sum[t][0] = V::template merge<Level - 1>(first[t][0], second[t][0]);
   }
 }
@@ -136,10 +136,9 @@ HEADRACE_APART void block_rows(const Weight& w, const Scale* all, size_t per_row
   constexpr int N = V::lanes / Parts, level = log2_of(N);
   constexpr bool factors = sizeof(Scale) == 1;
   constexpr int each = factors ? 2 : 1;  // blocks
-  const size_t row_bytes = row_stride * w.row_bytes(), stride = row_stride * per_row;
+  const size_t stride = row_stride * per_row;
   const size_t behind = w.n - 1 - (n + row_stride * (V::lanes - 1));
-  const size_t ahead = round_up(kAhead, V::lanes * w.row_bytes());
-  const uint8_t* rows = w.packed + n * w.row_bytes();
+  const CodeRows<V, Bits, true> rows(w, n, row_stride, columns_ahead(w, V::lanes));
   const Scale* scales = all + n * per_row;
   // What a last step lacks can be read as well, being the next rows', where it is multiplied with zeros; so can its scales.
   const bool more = behind * w.row_bytes() >= V::bytes;
@@ -154,8 +153,7 @@ HEADRACE_APART void block_rows(const Weight& w, const Scale* all, size_t per_row
     const auto add = [&](auto is_whole, int flush) __attribute__((always_inline)) {
       if (Parts == 1 && flush % V::lanes == 0) many_block_scales<V>(scales + flush / each, stride, blocks - flush, many);
       const auto products = [&](int s, Sum<V, Bits>(&of)[T][G]) __attribute__((always_inline)) {
-        merged_products<V, Bits, T, G, decltype(is_whole)::value, level>(
-            x, s, rows + g * N * row_bytes + size_t(s) * V::bytes, row_bytes, ahead, int(w.row_bytes()) - s * V::bytes, of);
+        merged_products<V, Bits, T, G, decltype(is_whole)::value, level>(x, s, rows, g * N, of);
       };
       Sum<V, Bits> sum[T][G];
       products(flush * per_flush, sum);

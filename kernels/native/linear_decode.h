@@ -12,6 +12,7 @@ namespace {
 template <class V, int Bits>
 inline int parts_of(const Weight& w) {
   const int columns = Steps<V, Bits>::columns;
+  if (has_planes(Bits) && w.factors) return 0;  // they are folded into the codes
   return !w.block ? 0 : w.block >= columns ? 1 : columns / w.block;
 }
 
@@ -33,8 +34,12 @@ inline void decode_bits(const Weight& w, const Fine* x, int m, int begin, int en
 
 template <class V>
 void decode(const Weight& w, const Fine* x, int m, int begin, int end, const Out& out, int column) {
-  if (w.bits == 4) decode_bits<V, 4>(w, x, m, begin, end, out, column);
-  else decode_bits<V, 8>(w, x, m, begin, end, out, column);
+  switch (w.bits) {
+    case 4: return decode_bits<V, 4>(w, x, m, begin, end, out, column);
+    case 5: return decode_bits<V, 5>(w, x, m, begin, end, out, column);
+    case 6: return decode_bits<V, 6>(w, x, m, begin, end, out, column);
+    default: return decode_bits<V, 8>(w, x, m, begin, end, out, column);
+  }
 }
 
 }  // namespace

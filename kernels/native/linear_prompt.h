@@ -3,7 +3,7 @@
 // columns that shares a scale, float from group to group. Where scales of blocks are factors, codes are multiplied by them as they are
 // unpacked and the panel is one of bytes with one scale a row, unless bytes take longer by more than blocks do.
 #pragma once
-#include "factors.h"
+#include "rows.h"
 
 namespace headrace {
 namespace {
@@ -73,27 +73,25 @@ struct Folds {
 };
 
 // Codes of up to panels * lanes channels from n on, columns from `from` on: scratch[4 columns][panel][lane][4]; `Folded`: times their
-// factors, as bytes.
+// factors, as bytes, which those with planes always are.
 template <class V, int Bits, bool Folded>
 HEADRACE_APART void unpack(const Weight& w, int n, int end, int from, int columns, uint8_t* scratch) {
   using I = typename V::I;
   constexpr int width = Bits == 4 ? 2 * V::bytes : V::bytes;  // columns of a load
   constexpr size_t step = V::panels * V::bytes;
   const int last = w.k - from < columns ? w.k - from : columns;
+  const CodeRows<V, Bits, !Folded> rows(w, n, 1, kColumns);  // to the second level: rows share sets
   for (int p = 0; p < V::panels; p++)
     for (int c = 0; c < last; c += width) {
-      const int there = int((size_t(last - c) * Bits) / 8);
       I codes[V::lanes];
       for (int r = 0; r < V::lanes; r++) {
-        const int channel = n + p * V::lanes + r;
-        const uint8_t* at = w.packed + channel * w.row_bytes() + size_t(from + c) * Bits / 8;
-        codes[r] = channel >= end ? V::zero() : there >= V::bytes ? V::load(at) : V::load_part(at, there);
-        if (channel < end) __builtin_prefetch(at + kColumns * Bits / 8, 0, 2);  // to the second level: rows share sets
-        if constexpr (Bits == 8) codes[r] = V::evens_first(codes[r]);
+        const int row = p * V::lanes + r, at = (from + c) / width;
+        codes[r] = n + row >= end ? V::zero() : last - c >= width ? rows.template load<true>(row, at) : rows.template load<false>(row, at);
+        if constexpr (Bits != 4) codes[r] = V::evens_first(codes[r]);
       }
       V::transpose(codes);
       uint8_t* to = scratch + size_t(c / 4) * step + p * V::bytes;
-      if constexpr (Folded) {
+      if constexpr (Bits == 4 && Folded) {
         if (n + p * V::lanes >= end) continue;
         const Folds<V> folds(w, n + p * V::lanes, end, from + c, width);
         const int each = w.block / 8;
@@ -229,7 +227,7 @@ HEADRACE_APART void prompt_panel(const Weight& w, const Coarse& x, int n, int en
   float* sums = scales + (kColumns / 16) * width;
   for (int from = 0; from < w.k; from += kColumns) {
     const int columns = w.k - from < kColumns ? w.k - from : kColumns, parts = (columns + Part - 1) / Part;
-    unpack<V, Stored, (Stored < Bits)>(w, n, end, from, parts * Part, scratch);
+    unpack<V, Stored, (Stored < Bits && !Blocks)>(w, n, end, from, parts * Part, scratch);
     if constexpr (Blocks) part_scales<V, Part>(w, n, end, from, parts, scales);
     const auto run = [&](auto number, int t) {
       multiply<V, Bits, Blocks, Part, decltype(number)::value>(x, from, parts, t, scratch, scales, sums + (t - first) * width);
@@ -256,17 +254,23 @@ HEADRACE_APART void prompt_panel(const Weight& w, const Coarse& x, int n, int en
 
 template <class V, int Stored>
 inline auto panel_for(const Weight& w, const Coarse& x) {
-  if constexpr (Stored == 4 && V::pairs == 0)
-    if (w.factors) return x.group == 32 ? prompt_panel<V, 4, 8, false, 32> : prompt_panel<V, 4, 8, false, 64>;
-  if (!w.block) return x.group == 32 ? prompt_panel<V, Stored, Stored, false, 32> : prompt_panel<V, Stored, Stored, false, 64>;
-  if (w.block == 16) return prompt_panel<V, Stored, Stored, true, 16>;
-  return x.group == 32 ? prompt_panel<V, Stored, Stored, true, 32> : prompt_panel<V, Stored, Stored, true, 64>;
+  constexpr bool planes = has_planes(Stored);
+  constexpr int Bits = planes ? 8 : Stored;
+  if constexpr (planes || (Stored == 4 && V::pairs == 0))
+    if (w.factors) return x.group == 32 ? prompt_panel<V, Stored, 8, false, 32> : prompt_panel<V, Stored, 8, false, 64>;
+  if constexpr (!planes)
+    if (!w.block) return x.group == 32 ? prompt_panel<V, Stored, Bits, false, 32> : prompt_panel<V, Stored, Bits, false, 64>;
+  if (w.block == 16) return prompt_panel<V, Stored, Bits, true, 16>;
+  return x.group == 32 ? prompt_panel<V, Stored, Bits, true, 32> : prompt_panel<V, Stored, Bits, true, 64>;
 }
 
 template <class V>
 void prompt(const Weight& w, const Coarse& x, int begin, int end, int first, int last, const Out& out, int column,
             void* scratch) {
-  const auto run = w.bits == 4 ? panel_for<V, 4>(w, x) : panel_for<V, 8>(w, x);
+  const auto run = w.bits == 4   ? panel_for<V, 4>(w, x)
+                   : w.bits == 5 ? panel_for<V, 5>(w, x)
+                   : w.bits == 6 ? panel_for<V, 6>(w, x)
+                                 : panel_for<V, 8>(w, x);
   for (int n = begin; n < end; n += V::panels * V::lanes)
     run(w, x, n, end, first, last, out, column + n - begin, static_cast<uint8_t*>(scratch));
 }

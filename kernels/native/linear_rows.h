@@ -18,16 +18,15 @@ constexpr int rows_at_once(int tokens, bool long_rows) {
   return 4;
 }
 
-// R rows by T tokens over the columns of a segment from step `from` to `to` - 1; sums, those of two rows to a vector, lie in
+// R rows from `row` on by T tokens over the columns of a segment from step `from` to `to` - 1, of a row's whole `steps`; sums, those of two rows to a vector, lie in
 // out[t][vector][lane] and begin anew with the first. Products of two steps that share scales are added first.
 template <class V, int Bits, int R, int T>
-HEADRACE_APART void add_steps(const Weight& w, const uint8_t* rows, size_t row_bytes, const Fine* x, int from, int to, size_t ahead,
-                              float* out) {
+HEADRACE_APART void add_steps(const CodeRows<V, Bits, false>& rows, int row, const Fine* x, int from, int to, int steps, float* out) {
   using S = Steps<V, Bits>;
   using I = typename V::I;
   using F = typename V::F;
   constexpr int N = vectors_of<V, Bits>(R), pairs = R / 2;
-  const int whole = std::min(to, w.k / S::columns);
+  const int whole = std::min(to, steps);
   Sum<V, Bits> sum[T][N];
   HEADRACE_UNROLL for (int t = 0; t < T; t++) HEADRACE_UNROLL for (int i = 0; i < N; i++) {
     if constexpr (Bits == 4) sum[t][i] = V::load(x[t].four.segments + from / (kSegment / S::columns) * V::lanes);
@@ -36,7 +35,7 @@ HEADRACE_APART void add_steps(const Weight& w, const uint8_t* rows, size_t row_b
   const auto add = [&](int s, const auto& first, auto has_second, const auto& second) __attribute__((always_inline)) {
     HEADRACE_UNROLL for (int t = 0; t < T; t++) {
       I start = V::zero(), product[R];
-      if constexpr (Bits == 8) start = V::load(x[t].eight.pairs + s * V::lanes);
+      if constexpr (Bits != 4) start = V::load(x[t].eight.pairs + s * V::lanes);
       HEADRACE_UNROLL for (int r = 0; r < R; r++) product[r] = start;
       first.dot(S::of(x[t]).codes + s * S::columns, product);
       if constexpr (decltype(has_second)::value) second.dot(S::of(x[t]).codes + (s + S::apart) * S::columns, product);
@@ -44,15 +43,14 @@ HEADRACE_APART void add_steps(const Weight& w, const uint8_t* rows, size_t row_b
     }
   };
   using Whole = Columns<V, Bits, R, true>;
-  const auto at = [&](int s) { return rows + size_t(s) * V::bytes; };
   const auto with_columns = [&](int s, auto&& use) __attribute__((always_inline)) {
-    if (s < whole) use(Whole(at(s), row_bytes, ahead, 0));
-    else use(Columns<V, Bits, R, false>(at(s), row_bytes, ahead, int(w.row_bytes()) - s * V::bytes));
+    if (s < whole) use(Whole(rows, row, s));
+    else use(Columns<V, Bits, R, false>(rows, row, s));
   };
   int unit = from;
   for (; unit + 2 * S::apart <= whole; unit += 2 * S::apart)
     HEADRACE_UNROLL for (int s = unit; s < unit + S::apart; s++)
-        add(s, Whole(at(s), row_bytes, ahead, 0), Number<1>(), Whole(at(s + S::apart), row_bytes, ahead, 0));
+        add(s, Whole(rows, row, s), Number<1>(), Whole(rows, row, s + S::apart));
   for (int s = unit; s < to && s < unit + S::apart; s++)
     with_columns(s, [&](const auto& first) __attribute__((always_inline)) {
       if (s + S::apart >= to) return add(s, first, Number<0>(), first);
@@ -85,8 +83,6 @@ inline void decode_rows(const Weight& w, const Fine* x, int m, int begin, int en
   constexpr int size = V::lanes * V::lanes, vectors = V::lanes / 2;
   alignas(64) float lanes[kMostTokens * size];
   vectors_of_rows<V>(begin, end, [&](int n, int stride) {
-    const size_t row_bytes = stride * w.row_bytes();
-    const uint8_t* rows = w.packed + n * w.row_bytes();
     for (int first = 0; first < m; first += kMostTokens) {
       const int tokens = std::min(m - first, kMostTokens);
       // Rows from … to - 1 over one segment.
@@ -96,9 +92,9 @@ inline void decode_rows(const Weight& w, const Fine* x, int m, int begin, int en
           constexpr int T = decltype(number)::value;
           const auto run = [&](auto at_once) {
             constexpr int R = decltype(at_once)::value;
-            const size_t ahead = round_up(kAhead, (T == 1 ? R : V::lanes) * w.row_bytes());  // where later rows lie
+            const CodeRows<V, Bits, false> rows(w, n, stride, columns_ahead(w, T == 1 ? R : V::lanes));
             for (int r = from; r < to; r += R)
-              add_steps<V, Bits, R, T>(w, rows + r * row_bytes, row_bytes, x + first + t, segment / S::columns, last / S::columns, ahead,
+              add_steps<V, Bits, R, T>(rows, r, x + first + t, segment / S::columns, last / S::columns, w.k / S::columns,
                                        lanes + t * size + r / 2 * V::lanes);
           };
           if (w.k > kLong) run(Number<rows_at_once<V>(T, true)>());

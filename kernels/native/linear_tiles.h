@@ -5,7 +5,7 @@
 // with one scale a token, as a high and a low byte that are multiplied apart. Twice the products, nothing else in between,
 // and prompts are more exact than decoding. Other weights with blocks go the way of linear_prompt.h.
 #pragma once
-#include "factors.h"
+#include "rows.h"
 #include "tiles.h"
 
 namespace headrace {
@@ -71,18 +71,19 @@ inline Fold<V> fold_of_row(const Weight& w, int row, int from) {
 // Codes of 32 channels, columns from … from + kDepth, as tiles [64 columns][2][16 channels][64]; `Folded`: times their factors, as bytes.
 template <class V, int Bits, bool Folded>
 inline void unpack_tiles(const Weight& w, int n, int end, int from, int columns, uint8_t* scratch) {
+  const CodeRows<V, Bits, !Folded> rows(w, n, 1, kDepth);
   for (int c = 0; c < columns; c += 128)
     for (int r = 0; r < 32; r++) {
       uint8_t* to = scratch + size_t(c / 64) * 2 * kTileBytes + r / 16 * kTileBytes + r % 16 * 64;
-      const int left = w.k - from - c, there = left * Bits / 8;
+      const int left = w.k - from - c;
       if (n + r >= end) {
         V::store(to, V::zero()), V::store(to + 2 * kTileBytes, V::zero());
         continue;
       }
-      const uint8_t* at = w.packed + (n + r) * w.row_bytes() + size_t(from + c) * Bits / 8;
+      constexpr int width = Bits == 4 ? 2 * V::bytes : V::bytes;  // columns of a load
       const auto load = [&](int i) {
-        const int bytes = there - i * V::bytes;
-        return bytes >= V::bytes ? V::load(at + i * V::bytes) : bytes > 0 ? V::load_part(at + i * V::bytes, bytes) : V::zero();
+        const int there = left - i * width, step = (from + c) / width + i;
+        return there >= width ? rows.template load<true>(r, step) : there > 0 ? rows.template load<false>(r, step) : V::zero();
       };
       if constexpr (Bits == 4) {
         const auto codes = load(0);
@@ -153,7 +154,11 @@ void prompt_tiles(const Weight& w, const Coarse& x, int begin, int end, int firs
   if ((w.block && !w.factors) || w.k > kMostColumns) return avx512vnni_kernels.prompt(w, x, begin, end, first, last, out, column, scratch);
   Tiles::begin();
   for (int n = begin; n < end; n += 32) {
-    const auto panel = w.factors ? tiles_panel<V, Tiles, 4, 8> : w.bits == 4 ? tiles_panel<V, Tiles, 4, 4> : tiles_panel<V, Tiles, 8, 8>;
+    const auto panel = w.bits == 5             ? tiles_panel<V, Tiles, 5, 8>
+                       : w.bits == 6           ? tiles_panel<V, Tiles, 6, 8>
+                       : w.bits == 8           ? tiles_panel<V, Tiles, 8, 8>
+                       : w.factors != nullptr ? tiles_panel<V, Tiles, 4, 8>
+                                               : tiles_panel<V, Tiles, 4, 4>;
     panel(w, x, n, end, first, last, out, column + n - begin, static_cast<uint8_t*>(scratch));
   }
   Tiles::end();

@@ -61,12 +61,6 @@ void fine(const float* x, int k, unsigned kinds, Fine& out) {
   if (kinds & kAllOf8) scaled_codes(x, k, out.eight);
 }
 
-int code(const Weight& w, int n, int k) {
-  const uint8_t* row = w.packed + n * w.row_bytes();
-  if (w.bits == 8) return row[k] - 128;
-  return (k % 2 ? row[k / 2] >> 4 : row[k / 2] & 15) - 8;
-}
-
 double value(const Fine& x, int k, int bits) {
   if (bits == 4) return double(x.four.codes[k]) * x.four.factors[k / 8] * x.four.scale;
   return double(x.eight.codes[k]) * x.eight.scales[k / 4];
@@ -79,7 +73,7 @@ void decode(const Weight& w, const Fine* x, int m, int begin, int end, const Out
       double total = 0;
       for (int b = 0; b < w.blocks(); b++) {
         double sum = 0;
-        for (int k = b * block; k < (b + 1) * block; k++) sum += code(w, n, k) * value(x[i], k, w.bits);
+        for (int k = b * block; k < (b + 1) * block; k++) sum += code_of(w, n, k) * value(x[i], k, w.bits);
         total += sum * scale_of(w, n, b);
       }
       out.y[out.rows[i] * out.stride + column + n - begin] = float(total) + (w.bias ? w.bias[n] : 0);
@@ -109,7 +103,7 @@ void prompt(const Weight& w, const Coarse& x, int begin, int end, int first, int
       for (int from = 0; from < w.k; from += group) {
         const int8_t* codes = x.codes + size_t(from / kColumns) * x.m * kColumns + size_t(i) * kColumns;
         int sum = 0;
-        for (int k = from; k < from + group && k < w.k; k++) sum += code(w, n, k) * codes[place(k % kColumns)];
+        for (int k = from; k < from + group && k < w.k; k++) sum += code_of(w, n, k) * codes[place(k % kColumns)];
         total += double(sum) * x.scales[i * x.groups() + from / x.group] * scale_of(w, n, from / block);
       }
       out.y[out.rows[i] * out.stride + column + n - begin] = float(total) + (w.bias ? w.bias[n] : 0);

@@ -1,23 +1,29 @@
 // What linear_rows.h and linear_blocks.h are made of: products of a step of some rows by some tokens, scaled, merged and written.
 #pragma once
 #include "fine.h"
+#include "rows.h"
 
 namespace headrace {
 namespace {
 
 constexpr int log2_of(int n) { return n > 1 ? 1 + log2_of(n / 2) : 0; }
 
-// Codes of a step of R rows, of which the first lies at p; `there` bytes of it exist when it is not whole.
+// How many columns are read ahead: those of whole rows, some multiple of `together`.
+inline size_t columns_ahead(const Weight& w, int together) {
+  return round_up(kAhead, together * w.code_bytes()) / w.code_bytes() * w.k;
+}
+
+// Codes of a step of R rows from one on; Whole: all of it exists.
 template <class V, int Bits, int R, bool Whole>
 struct Columns {
   using S = Steps<V, Bits>;
   using I = typename V::I;
   I codes[R][S::vectors];
 
-  __attribute__((always_inline)) Columns(const uint8_t* p, size_t row_bytes, size_t ahead, int there) {
+  template <class Rows>
+  __attribute__((always_inline)) Columns(const Rows& rows, size_t row, int step) {
     HEADRACE_UNROLL for (int r = 0; r < R; r++) {
-      const I loaded = Whole ? V::kept(V::load(p + r * row_bytes)) : V::load_part(p + r * row_bytes, there);
-      __builtin_prefetch(p + r * row_bytes + ahead, 0, 2);
+      const I loaded = rows.template load<Whole>(row + r, step);
       codes[r][0] = Bits == 4 ? V::kept(V::low_nibbles(loaded)) : loaded;
       if constexpr (Bits == 4) codes[r][1] = V::kept(V::high_nibbles(loaded));
     }
@@ -25,7 +31,7 @@ struct Columns {
   // Adds products with a token's codes of that step.
   __attribute__((always_inline)) void dot(const int8_t* own, I (&product)[R]) const {
     const I first = V::load(own);
-    if constexpr (Bits == 8) {
+    if constexpr (Bits != 4) {
       HEADRACE_UNROLL for (int r = 0; r < R; r++) product[r] = V::template dot8<8>(product[r], codes[r][0], first);
     } else {
       const I second = V::load(own + V::bytes);
@@ -35,9 +41,9 @@ struct Columns {
   }
 };
 
-// Sums of rows, still spread over lanes: of 4 bits int32, two rows to a vector; of 8 bits float, one.
-template <class V, int Bits> struct SumOf { using type = typename V::I; };
-template <class V> struct SumOf<V, 8> { using type = typename V::F; };
+// Sums of rows, still spread over lanes: of 4 bits int32, two rows to a vector; of bytes float, one.
+template <class V, int Bits> struct SumOf { using type = typename V::F; };
+template <class V> struct SumOf<V, 4> { using type = typename V::I; };
 template <class V, int Bits> using Sum = typename SumOf<V, Bits>::type;
 template <class V, int Bits>
 constexpr int vectors_of(int rows) { return Bits == 4 ? rows / 2 : rows; }

@@ -75,32 +75,44 @@ const float* Program::floats(const std::string& name, int64_t rows, int64_t colu
   return reinterpret_cast<const float*>(t.data);
 }
 
-void Program::weight(const std::string& name, int bits, const std::string& packed, const std::string& scale,
-                     const std::string& factors, int block, const std::string& bias) {
-  require<ProgramError>(bits == 4 || bits == 8, "weight ", name, ": ", bits, " bits; expected 4 or 8");
+void Program::weight(const std::string& name, int bits, const std::string& packed, const std::string& high,
+                     const std::string& scale, const std::string& factors, int block, const std::string& bias) {
+  require<ProgramError>(bits == 4 || bits == 5 || bits == 6 || bits == 8, "weight ", name, ": ", bits, " bits; expected 4, 5, 6 or 8");
   const Tensor &p = tensor_named(packed), &s = tensor_named(scale);
   require<ProgramError>(p.dtype == Dtype::kU8 && s.dtype == Dtype::kF16, "weight ", name,
                         ": codes are U8 and scales F16");
   Weight w{};
-  w.n = int(p.rows), w.k = int(p.columns * 8 / bits), w.bits = bits;
-  require<ProgramError>(p.columns * 8 / bits <= 1 << 24, "weight ", name, ": rows of more than 16777216");
+  const int64_t columns = bits == 8 ? p.columns : p.columns * 2;
+  w.n = int(p.rows), w.k = int(columns), w.bits = bits;
+  require<ProgramError>(columns <= 1 << 24, "weight ", name, ": rows of more than 16777216");
   require<ProgramError>(s.rows == p.rows && w.k % s.columns == 0, "weight ", name, ": scales are ", s.rows, " x ",
                         s.columns, " for codes of ", w.n, " x ", w.k);
-  w.block = !factors.empty() ? block : s.columns == 1 ? 0 : int(w.k / s.columns);
+  const bool planes = bits == 5 || bits == 6;
+  w.block = !factors.empty() ? block : s.columns == 1 && !planes ? 0 : int(w.k / s.columns);
   const bool one_a_row = w.block == 0 && factors.empty();
   require<ProgramError>(one_a_row || w.block == 16 || w.block == 32 || w.block == 64 || w.block == 128 || w.block == 256,
-                        "weight ", name, ": blocks of ", w.block, "; expected 16, 32, 64, 128, 256 or one scale a row");
+                        "weight ", name, ": blocks of ", w.block, "; expected 16, 32, 64, 128, 256",
+                        planes ? "" : " or one scale a row");
   w.packed = p.data;
   w.scale = reinterpret_cast<const uint16_t*>(s.data);
   if (!factors.empty()) {
     const Tensor& f = tensor_named(factors);
-    require<ProgramError>(bits == 4 && s.columns == 1, "weight ", name, ": factors over ", s.columns, " scales a row and codes of ",
-                          bits, " bits; expected one scale and 4 bits");
+    require<ProgramError>(bits < 8 && s.columns == 1, "weight ", name, ": factors over ", s.columns, " scales a row and codes of ",
+                          bits, " bits; expected one scale and less than 8 bits");
     require<ProgramError>(w.k % block == 0, "weight ", name, ": rows of ", w.k, " are no whole blocks of ", block);
     require<ProgramError>(f.dtype == Dtype::kU8, "weight ", name, ": factors are U8");
     require<ProgramError>(f.rows == w.n && f.columns == int64_t(w.factor_bytes()), "weight ", name, ": factors are ", f.rows, " x ",
                           f.columns, "; expected ", w.n, " x ", w.factor_bytes(), " for blocks of ", block);
     w.factors = f.data;
+  }
+  require<ProgramError>(planes == !high.empty(), "weight ", name, ": codes of ", bits, planes ? " bits without planes" : " bits with planes",
+                        "; expected them for 5 and 6 bits");
+  if (planes) {
+    const Tensor& h = tensor_named(high);
+    w.high = h.data;
+    require<ProgramError>(h.dtype == Dtype::kU8, "weight ", name, ": planes are U8");
+    require<ProgramError>(h.rows == w.n && h.columns == int64_t(w.high_bytes()), "weight ", name, ": planes are ", h.rows, " x ",
+                          h.columns, "; expected ", w.n, " x ", w.high_bytes());
   }
   w.bias = bias.empty() ? nullptr : floats(bias, 1, w.n);
   require<ProgramError>(weights_.emplace(name, w).second, "weight ", name, " is named twice");

@@ -41,8 +41,8 @@ class Program {
   void file(const std::string& path);
   void stored(const std::string& name, int file, uint64_t offset, int dtype, int64_t rows, int64_t columns);
   void array(const std::string& name, const void* data, uint64_t bytes, int dtype, int64_t rows, int64_t columns);
-  void weight(const std::string& name, int bits, const std::string& packed, const std::string& scale,
-              const std::string& factors, int block, const std::string& bias);
+  void weight(const std::string& name, int bits, const std::string& packed, const std::string& high,
+              const std::string& scale, const std::string& factors, int block, const std::string& bias);
   void add_register(int width);
   void cache(bool int8, const float* scales, int count);
   void instruction(const std::string& op, int layer, int group, std::vector<int> registers, std::vector<std::string> names);

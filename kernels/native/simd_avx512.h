@@ -38,6 +38,15 @@ struct Avx512 {
 
   static I low_nibbles(I w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); }
   static I high_nibbles(I w) { return _mm512_and_si512(_mm512_srli_epi16(w, 4), _mm512_set1_epi8(15)); }
+  static I nibbles(const uint8_t* p) {  // those of 32 bytes, in their order
+    const I words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_and_si512(_mm512_or_si512(words, _mm512_slli_epi16(words, 4)), _mm512_set1_epi8(15));
+  }
+  template <int Value> static I add_plane(I v, const uint8_t* bits) {  // to bytes whose bit is set
+    uint64_t mask;
+    std::memcpy(&mask, bits, 8);
+    return _mm512_mask_add_epi8(v, mask, v, _mm512_set1_epi8(Value));
+  }
   // In every eight bytes the even ones first.
   static I evens_first(I w) {
     return _mm512_shuffle_epi8(w, _mm512_broadcast_i32x4(_mm_set_epi8(15, 13, 11, 9, 14, 12, 10, 8, 7, 5, 3, 1, 6, 4, 2, 0)));
@@ -161,6 +170,10 @@ struct Avx512 {
   static F factors(I words, I bit) {  // 1 + the four bits of each lane from `bit` on
     const F table = _mm512_set_ps(16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1);
     return _mm512_permutexvar_ps(_mm512_srlv_epi32(words, bit), table);
+  }
+  static I factor_words(I words, I bit) {  // the same twice, as int16
+    const I table = _mm512_mullo_epi32(_mm512_set_epi32(16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1), _mm512_set1_epi32(0x10001));
+    return _mm512_permutexvar_epi32(_mm512_srlv_epi32(words, bit), table);
   }
   static F permuted(F v, const int* from) { return _mm512_permutexvar_ps(load(from), v); }
 

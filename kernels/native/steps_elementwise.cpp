@@ -9,15 +9,11 @@ namespace headrace {
 void Engine::embed(const Step& step) {
   const Weight& w = step.table;
   for (int i; (i = pool_.take()) < int(batch_.ids.size());) {
-    const uint8_t* codes = w.packed + batch_.ids[i] * w.row_bytes();
     float* out = row(step.instruction.registers[0], i);
     const int block = w.block ? w.block : w.k;
     for (int b = 0; b < w.blocks(); b++) {
       const float scale = scale_of(w, batch_.ids[i], b);
-      for (int k = b * block; k < (b + 1) * block; k++) {
-        const int code = w.bits == 8 ? codes[k] - 128 : (k % 2 ? codes[k / 2] >> 4 : codes[k / 2] & 15) - 8;
-        out[k] = float(code) * scale;
-      }
+      for (int k = b * block; k < (b + 1) * block; k++) out[k] = float(code_of(w, batch_.ids[i], k)) * scale;
     }
   }
 }

@@ -21,7 +21,7 @@ void Engine::linear(const LinearStep& step, Scratch& mine) {
   const int k = step.weights[0].k, fine = int(rows.fine.size()), coarse = int(rows.coarse.size());
   if (!rows.count()) return;
   unsigned kinds = 0;
-  for (const Weight& w : step.weights) kinds |= w.bits == 8 ? kAllOf8 : w.block ? kBlocksOf4 : kRowsOf4;
+  for (const Weight& w : step.weights) kinds |= w.bits != 4 ? kAllOf8 : w.block ? kBlocksOf4 : kRowsOf4;
   const auto input = [&](int i) {
     const float* x = row(step.in, step.gather ? batch_.wanted[i] : i);
     if (!step.norm) return x;
@@ -53,10 +53,10 @@ void Engine::linear(const LinearStep& step, Scratch& mine) {
   const bool pairs = step.gated >= 0;
   const int count = pairs ? 1 : int(step.weights.size()), threads = pool_.threads();
   size_t bytes = 0;  // that a thread takes at once: enough to read in a stream, few enough to end together
-  for (const Weight& w : step.weights) bytes += w.n * w.row_bytes();
+  for (const Weight& w : step.weights) bytes += w.n * w.code_bytes();
   bytes = std::min(kMostBytes, std::max(kLeastBytes, bytes / (threads * 32))) / (pairs ? 2 : 1);
   const auto chunk_width = [&](int w) {
-    const size_t channels = round_up(bytes / step.weights[w].row_bytes() + 1, 16);
+    const size_t channels = round_up(bytes / step.weights[w].code_bytes() + 1, 16);
     return coarse ? kernels_.panel : int(std::min<size_t>(kWidest, channels));
   };
   const auto chunks = [&](int w) { return (step.weights[w].n + chunk_width(w) - 1) / chunk_width(w); };

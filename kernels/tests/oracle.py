@@ -26,13 +26,24 @@ class Weight:
 
     @property
     def has_blocks(self) -> bool:
-        return self.factors is not None or self.scale.shape[1] > 1
+        return self.factors is not None or self.scale.shape[1] > 1 or self.bits in (5, 6)
 
     def packed(self) -> NDArray[np.uint8]:
-        unsigned = (self.codes.astype(np.int16) + (8 if self.bits == 4 else 128)).astype(np.uint8)
+        unsigned = self._unsigned()
         if self.bits == 8:
             return unsigned
-        return np.ascontiguousarray(unsigned[:, 0::2] | (unsigned[:, 1::2] << 4))
+        low = unsigned & 15
+        return np.ascontiguousarray(low[:, 0::2] | (low[:, 1::2] << 4))
+
+    def planes(self) -> NDArray[np.uint8] | None:
+        """Of 5 and 6 bits those above the low four, (N, planes · K / 8): bit c % 8 of byte c // 8 is column c's."""
+        if self.bits not in (5, 6):
+            return None
+        bits = [self._unsigned() >> bit & 1 for bit in range(4, self.bits)]
+        return np.concatenate([np.packbits(plane, axis=1, bitorder="little") for plane in bits], axis=1)
+
+    def _unsigned(self) -> NDArray[np.uint8]:
+        return (self.codes.astype(np.int16) + (1 << self.bits - 1)).astype(np.uint8)
 
     def packed_factors(self) -> NDArray[np.uint8]:
         assert self.factors is not None
@@ -45,24 +56,27 @@ class Weight:
 
 
 def random_weight(rng: np.random.Generator, n: int, k: int, bits: int, block: int | None, bias: bool = False) -> Weight:
-    low, high = (-8, 8) if bits == 4 else (-128, 128)
+    low, high = -(1 << bits - 1), 1 << bits - 1
     codes = rng.integers(low, high, (n, k)).astype(np.int8)
     blocks = 1 if block is None else k // block
     scale = rng.uniform(0.5, 1.5, (n, blocks)).astype(np.float16) * np.float16(1 / (high * np.sqrt(k / 4)))
     return Weight(codes, scale.astype(np.float16), bits, rng.normal(size=n).astype(np.float32) if bias else None)
 
 
-def random_factors(rng: np.random.Generator, n: int, k: int, block: int, bias: bool = False) -> Weight:
-    """A weight of 4 bits whose blocks have whole factors of a row's scale."""
-    w = random_weight(rng, n, k, 4, None, bias)
-    scale = (w.scale / np.float16(8)).astype(np.float16)
-    return Weight(w.codes, scale, 4, w.bias, rng.integers(1, 17, (n, k // block)).astype(np.uint8))
+def random_factors(
+    rng: np.random.Generator, n: int, k: int, block: int, bias: bool = False, bits: int = 4
+) -> Weight:
+    """A weight of 4, 5 or 6 bits whose blocks have whole factors of a row's scale."""
+    w = random_weight(rng, n, k, bits, None, bias)
+    most = 1 << 8 - bits
+    scale = (w.scale / np.float16(most / 2)).astype(np.float16)
+    return Weight(w.codes, scale, bits, w.bias, rng.integers(1, most + 1, (n, k // block)).astype(np.uint8))
 
 
 def fine(x: NDArray[np.float32], w: Weight) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """int8 codes of rows (M, K) for a weight, and the scales of each column (M, K), which bring columns to at most 127.
 
-    In every 256 columns (128 for 8 bits) there are 16 scales: the first for 8 (4) neighbours and those half of it
+    In every 256 columns (128 but for 4 bits) there are 16 scales: the first for 8 (4) neighbours and those half of it
     further, and so on; with blocks of 4 bits those half of it further have their own. A scale of 4 bits is a whole
     number of 1024ths of the row's largest.
     """
@@ -70,7 +84,7 @@ def fine(x: NDArray[np.float32], w: Weight) -> tuple[NDArray[np.int64], NDArray[
     padded = np.pad(x, ((0, 0), (0, -x.shape[1] % unit))).reshape(len(x), -1, 2, 16, unit // 32)
     alone = w.bits == 4 and w.has_blocks
     top = np.abs(padded).max(axis=4 if alone else (2, 4), keepdims=True)
-    if w.bits == 8:
+    if w.bits != 4:
         inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 0)
         scales = (top / np.float32(127)).astype(np.float64)
     else:

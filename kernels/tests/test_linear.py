@@ -51,7 +51,9 @@ def check(
         *((bits, None, group) for bits in (4, 8) for group in (32, 64)),
         *((4, block, 32) for block in (16, 32, 64, 128)),
         *((4, block, 64) for block in (64, 128, 256)),
-        *((8, block, 32) for block in (16, 32, 128)),
+        *((bits, block, 32) for bits in (5, 6, 8) for block in (16, 32, 128)),
+        (5, 64, 64),
+        (6, 256, 64),
         (8, 128, 64),
     ],
 )
@@ -67,12 +69,18 @@ def test_shapes(isa: str, n: int, k: int, bits: int, block: int | None, group: i
 
 @pytest.mark.parametrize("n,k", [*SHAPES[:-1], (19, 576), (35, 1152), (50, 288), (37, 4352)])
 @pytest.mark.parametrize(
-    "block,group", [*((block, 32) for block in (16, 32, 64, 128, 256)), *((block, 64) for block in (64, 128, 256))]
+    "bits,block,group",
+    [
+        *((4, block, 32) for block in (16, 32, 64, 128, 256)),
+        *((4, block, 64) for block in (64, 128, 256)),
+        *((bits, block, 32) for bits in (5, 6) for block in (16, 32, 128)),
+        *((bits, 64, 64) for bits in (5, 6)),
+    ],
 )
-def test_blocks_of_whole_factors(isa: str, n: int, k: int, block: int, group: int) -> None:
+def test_blocks_of_whole_factors(isa: str, n: int, k: int, bits: int, block: int, group: int) -> None:
     k = -(-k // block) * block
     rng = np.random.default_rng(n * k + block)
-    table, w = sharp_table(rng, n, k), random_factors(rng, n, k, block, bias=n % 2 == 0)
+    table, w = sharp_table(rng, n, k), random_factors(rng, n, k, block, bias=n % 2 == 0, bits=bits)
     with hk.Engine(*linear_program(table, w, group), slots=9, threads=2, isa=isa) as engine:
         for m, batched in ((1, False), (2, False), (3, True), (8, False), (9, True), (9, False), (13, False)):
             check(engine, table, w, group, m, batched, rng)

@@ -62,7 +62,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "hk_program_file": (c_int, [c_void_p, c_char_p]),
     "hk_program_tensor": (c_int, [c_void_p, c_char_p, c_int, c_uint64, c_int, c_int64, c_int64]),
     "hk_program_array": (c_int, [c_void_p, c_char_p, c_void_p, c_uint64, c_int, c_int64, c_int64]),
-    "hk_program_weight": (c_int, [c_void_p, c_char_p, c_int, c_char_p, c_char_p, c_char_p, c_int, c_char_p]),
+    "hk_program_weight": (c_int, [c_void_p, c_char_p, c_int, c_char_p, c_char_p, c_char_p, c_char_p, c_int, c_char_p]),
     "hk_program_register": (c_int, [c_void_p, c_int]),
     "hk_program_cache": (c_int, [c_void_p, c_int, POINTER(c_float), c_int]),
     "hk_program_instruction": (

@@ -14,7 +14,7 @@ from headrace_kernels.library import ProgramError, checked, load
 
 __all__ = ["build"]
 
-FORMAT = 2
+FORMAT = 3
 
 _GEOMETRY = ("layers", "heads", "kv_heads", "head_dim", "hidden", "vocab", "context")
 _DTYPES = {"U8": 0, "F16": 1, "F32": 2}
@@ -90,17 +90,17 @@ def _fill(handle: ctypes.c_void_p, program: Mapping[str, Any], arrays: Mapping[s
         checked(library.hk_program_array(handle, _text(name, what), array.ctypes.data, array.nbytes, dtype, *shape))
     for name, weight in _mapping(program["weights"], "weights").items():
         what = f"weight {name}"
-        _keys(_mapping(weight, what), ("bits", "packed", "scale"), what, optional=("factors", "block", "bias"))
-        packed, scale, factors, bias = (
-            b"" if key in ("factors", "bias") and weight.get(key) is None else _text(weight[key], f"{what}: {key}")
-            for key in ("packed", "scale", "factors", "bias")
+        _keys(_mapping(weight, what), ("bits", "packed", "scale"), what, optional=("high", "factors", "block", "bias"))
+        packed, high, scale, factors, bias = (
+            b"" if key not in ("packed", "scale") and weight.get(key) is None else _text(weight[key], f"{what}: {key}")
+            for key in ("packed", "high", "scale", "factors", "bias")
         )
         bits = _int(weight["bits"], what)
         block = 0 if weight.get("block") is None else _int(weight["block"], f"{what}: block")
         if bool(factors) != bool(block):
             given = "factors" if factors else f"a block of {block}"
             raise ProgramError(f"{what}: {given} alone; expected factors and their block, both or neither")
-        checked(library.hk_program_weight(handle, _text(name, what), bits, packed, scale, factors, block, bias))
+        checked(library.hk_program_weight(handle, _text(name, what), bits, packed, high, scale, factors, block, bias))
     for width in _sequence(program["registers"], "registers"):
         checked(library.hk_program_register(handle, _int(width, "a register's width")))
     _cache(handle, _mapping(program["cache"], "cache"))

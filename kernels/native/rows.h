@@ -1,0 +1,37 @@
+// Rows of a weight, for any vector V: a vector of codes at a time, as they lie or, of 5 and 6 bits, as bytes.
+#pragma once
+#include <type_traits>
+
+#include "planes.h"
+
+namespace headrace {
+namespace {
+
+// A weight's rows of 4 or 8 bits, `stride` apart from row n on, a vector of codes at a time.
+template <class V>
+class PlainRows {
+ public:
+  PlainRows(const Weight& w, size_t n, size_t stride, size_t ahead)
+      : packed_(w.packed + n * w.row_bytes()), row_bytes_(stride * w.row_bytes()), ahead_(ahead * w.bits / 8),
+        own_(int(w.row_bytes())) {}
+  // Step `step` of a row; codes `ahead` columns further come on their way.
+  template <bool Whole>
+  __attribute__((always_inline)) typename V::I load(size_t row, int step) const {
+    const uint8_t* at = packed_ + row * row_bytes_ + size_t(step) * V::bytes;
+    __builtin_prefetch(at + ahead_, 0, 2);
+    if constexpr (Whole) return V::kept(V::load(at));
+    else return V::load_part(at, own_ - step * V::bytes);
+  }
+
+ private:
+  const uint8_t* packed_;
+  size_t row_bytes_, ahead_;
+  int own_;
+};
+
+// Those of 5 and 6 bits have factors where rows have one scale.
+template <class V, int Bits, bool Blocks>
+using CodeRows = std::conditional_t<has_planes(Bits), PlaneRows<V, Bits, !Blocks>, PlainRows<V>>;
+
+}  // namespace
+}  // namespace headrace
