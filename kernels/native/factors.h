@@ -21,14 +21,14 @@ struct RowFactors {
   typename V::F of(int block) const { return V::factors(V::load(words[block / 8]), V::set32(block % 8 * 4)); }
 };
 
-// What makes unsigned bytes with the zero point 128 of codes with another: a factor in every 16 bits, which no product of a
+// What makes unsigned bytes with the zero point 128 of codes with another, of nibbles with 8: a factor in every 16 bits, which no product of a
 // byte by it leaves, and what their zero points differ by.
-template <class V, int ZeroPoint = 8>
+template <class V, int Zero = 8>
 struct Fold {
   typename V::I factor, shift;
 
-  explicit Fold(typename V::I words) : factor(words), shift(V::sub32(V::set32(int(0x80808080)), V::mul16(words, V::set32(ZeroPoint * 0x01010101)))) {}
-  typename V::I operator()(typename V::I nibbles) const { return V::add32(V::mul16(nibbles, factor), shift); }
+  explicit Fold(typename V::I words) : factor(words), shift(V::sub32(V::set32(int(0x80808080)), V::mul32(words, V::set32(Zero * 0x101)))) {}
+  typename V::I operator()(typename V::I codes) const { return V::add32(V::mul16(codes, factor), shift); }
 };
 
 }  // namespace

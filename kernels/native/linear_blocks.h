@@ -93,8 +93,8 @@ HEADRACE_APART void many_block_scales(const uint8_t* p, size_t stride, int there
 }
 
 // Scaled products of step s of G times 2^Level rows from `row` on by T tokens, merged: G vectors of sums over 2^Level lanes of each row.
-template <class V, int Bits, int T, int G, bool Whole, int Level>
-__attribute__((always_inline)) inline void merged_products(const Fine* x, int s, const CodeRows<V, Bits, true>& rows, size_t row,
+template <class V, int Bits, int T, int G, bool Whole, int Level, class Rows>
+__attribute__((always_inline)) inline void merged_products(const Fine* x, int s, const Rows& rows, size_t row,
                                                            Sum<V, Bits> (&sum)[T][G]) {
   using S = Steps<V, Bits>;
   using I = typename V::I;
@@ -138,7 +138,7 @@ HEADRACE_APART void block_rows(const Weight& w, const Scale* all, size_t per_row
   constexpr int each = factors ? 2 : 1;  // blocks
   const size_t stride = row_stride * per_row;
   const size_t behind = w.n - 1 - (n + row_stride * (V::lanes - 1));
-  const CodeRows<V, Bits, true> rows(w, n, row_stride, columns_ahead(w, V::lanes));
+  const auto rows = rows_of<V, Bits, 0>(w, n, row_stride, columns_ahead(w, V::lanes));
   const Scale* scales = all + n * per_row;
   // What a last step lacks can be read as well, being the next rows', where it is multiplied with zeros; so can its scales.
   const bool more = behind * w.row_bytes() >= V::bytes;

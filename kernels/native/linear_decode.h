@@ -2,7 +2,7 @@
 // token are the same bits whatever other tokens are computed with it.
 #pragma once
 #include "linear_blocks.h"
-#include "linear_rows.h"
+#include "linear_planes.h"
 
 namespace headrace {
 namespace {
@@ -24,7 +24,9 @@ inline void decode_bits(const Weight& w, const Fine* x, int m, int begin, int en
     if constexpr (Parts <= most) decode_blocks<V, Bits, Parts>(w, x, m, begin, end, out, column);
   };
   switch (parts_of<V, Bits>(w)) {
-    case 0: return decode_rows<V, Bits>(w, x, m, begin, end, out, column);
+    case 0:
+      if constexpr (!has_planes(Bits)) return decode_rows<V, Bits>(w, x, m, begin, end, out, column);
+      else return with_block<Bits, true>(w, [&](auto block) { decode_planes<V, Bits, decltype(block)::value>(w, x, m, begin, end, out, column); });
     case 1: return run(Number<1>());
     case 2: return run(Number<2>());
     case 4: return run(Number<4>());

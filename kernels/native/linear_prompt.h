@@ -74,13 +74,12 @@ struct Folds {
 
 // Codes of up to panels * lanes channels from n on, columns from `from` on: scratch[4 columns][panel][lane][4]; `Folded`: times their
 // factors, as bytes, which those with planes always are.
-template <class V, int Bits, bool Folded>
-HEADRACE_APART void unpack(const Weight& w, int n, int end, int from, int columns, uint8_t* scratch) {
+template <class V, int Bits, bool Folded, class Rows>
+HEADRACE_APART void unpack_rows(const Weight& w, const Rows& rows, int n, int end, int from, int columns, uint8_t* scratch) {
   using I = typename V::I;
   constexpr int width = Bits == 4 ? 2 * V::bytes : V::bytes;  // columns of a load
   constexpr size_t step = V::panels * V::bytes;
   const int last = w.k - from < columns ? w.k - from : columns;
-  const CodeRows<V, Bits, !Folded> rows(w, n, 1, kColumns);  // to the second level: rows share sets
   for (int p = 0; p < V::panels; p++)
     for (int c = 0; c < last; c += width) {
       I codes[V::lanes];
@@ -113,6 +112,14 @@ HEADRACE_APART void unpack(const Weight& w, int n, int end, int from, int column
         }
       }
     }
+}
+
+template <class V, int Bits, bool Folded>
+inline void unpack(const Weight& w, int n, int end, int from, int columns, uint8_t* scratch) {
+  with_block<Bits, Folded>(w, [&](auto block) {
+    const auto rows = rows_of<V, Bits, decltype(block)::value>(w, n, 1, kColumns);  // ahead to the second level: rows share sets
+    unpack_rows<V, Bits, Folded>(w, rows, n, end, from, columns, scratch);
+  });
 }
 
 // Products of Part columns, added to the sums of T tokens by a panel. A variant without products of four bytes multiplies pairs

@@ -20,8 +20,8 @@ constexpr int rows_at_once(int tokens, bool long_rows) {
 
 // R rows from `row` on by T tokens over the columns of a segment from step `from` to `to` - 1, of a row's whole `steps`; sums, those of two rows to a vector, lie in
 // out[t][vector][lane] and begin anew with the first. Products of two steps that share scales are added first.
-template <class V, int Bits, int R, int T>
-HEADRACE_APART void add_steps(const CodeRows<V, Bits, false>& rows, int row, const Fine* x, int from, int to, int steps, float* out) {
+template <class V, int Bits, int R, int T, class Rows>
+HEADRACE_APART void add_steps(const Rows& rows, int row, const Fine* x, int from, int to, int steps, float* out) {
   using S = Steps<V, Bits>;
   using I = typename V::I;
   using F = typename V::F;
@@ -75,12 +75,22 @@ inline typename V::F row_sums(const float* p) {
 
 constexpr int kMostTokens = 8;  // whose sums are kept
 
+// Results of V::lanes rows from n on for some tokens, from `first` on, whose sums are `lanes`.
+template <class V, int Bits>
+inline void write_sums(const Weight& w, int n, int stride, const Fine* x, int first, int tokens, const float* lanes, const Out& out, int column) {
+  const auto scales = row_scales<V>(w, n, stride);
+  for (int t = 0; t < tokens; t++) {
+    const auto total = V::mul(row_sums<V, V::lanes / 2>(lanes + t * V::lanes * V::lanes), scales);
+    write_rows<V, Bits>(w, n, stride ? V::lanes : 1, total, x[first + t], out.y + out.rows[first + t] * out.stride + column);
+  }
+}
+
 // All go over a segment of some rows one after the other, so that the rows' codes and the tokens' activations stay in the first
 // level of the cache; a single token reads some rows from end to end, in a stream.
 template <class V, int Bits>
 inline void decode_rows(const Weight& w, const Fine* x, int m, int begin, int end, const Out& out, int column) {
   using S = Steps<V, Bits>;
-  constexpr int size = V::lanes * V::lanes, vectors = V::lanes / 2;
+  constexpr int size = V::lanes * V::lanes;
   alignas(64) float lanes[kMostTokens * size];
   vectors_of_rows<V>(begin, end, [&](int n, int stride) {
     for (int first = 0; first < m; first += kMostTokens) {
@@ -92,7 +102,7 @@ inline void decode_rows(const Weight& w, const Fine* x, int m, int begin, int en
           constexpr int T = decltype(number)::value;
           const auto run = [&](auto at_once) {
             constexpr int R = decltype(at_once)::value;
-            const CodeRows<V, Bits, false> rows(w, n, stride, columns_ahead(w, T == 1 ? R : V::lanes));
+            const PlainRows<V> rows(w, n, stride, columns_ahead(w, T == 1 ? R : V::lanes));
             for (int r = from; r < to; r += R)
               add_steps<V, Bits, R, T>(rows, r, x + first + t, segment / S::columns, last / S::columns, w.k / S::columns,
                                        lanes + t * size + r / 2 * V::lanes);
@@ -104,12 +114,7 @@ inline void decode_rows(const Weight& w, const Fine* x, int m, int begin, int en
       const int together = tokens > 1 ? V::lanes : rows_at_once<V>(1, w.k > kLong);
       for (int r = 0; r < V::lanes; r += together)
         for (int segment = 0; segment < w.k; segment += kSegment) add(segment, r, r + together);
-      const auto scales = row_scales<V>(w, n, stride);
-      for (int t = 0; t < tokens; t++) {
-        const auto total = V::mul(row_sums<V, vectors>(lanes + t * size), scales);
-        write_rows<V, Bits>(w, n, stride ? V::lanes : 1, total, x[first + t],
-                            out.y + out.rows[first + t] * out.stride + column + n - begin);
-      }
+      write_sums<V, Bits>(w, n, stride, x, first, tokens, lanes, out, column + n - begin);
     }
   });
 }

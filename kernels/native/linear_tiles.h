@@ -69,9 +69,8 @@ inline Fold<V> fold_of_row(const Weight& w, int row, int from) {
 }
 
 // Codes of 32 channels, columns from … from + kDepth, as tiles [64 columns][2][16 channels][64]; `Folded`: times their factors, as bytes.
-template <class V, int Bits, bool Folded>
-inline void unpack_tiles(const Weight& w, int n, int end, int from, int columns, uint8_t* scratch) {
-  const CodeRows<V, Bits, !Folded> rows(w, n, 1, kDepth);
+template <class V, int Bits, bool Folded, class Rows>
+inline void unpack_tiles(const Weight& w, const Rows& rows, int n, int end, int from, int columns, uint8_t* scratch) {
   for (int c = 0; c < columns; c += 128)
     for (int r = 0; r < 32; r++) {
       uint8_t* to = scratch + size_t(c / 64) * 2 * kTileBytes + r / 16 * kTileBytes + r % 16 * 64;
@@ -110,7 +109,9 @@ inline void tiles_panel(const Weight& w, const Coarse& x, int n, int end, int fi
   const int from_tile = first / kTokens, to_tile = (last + kTokens - 1) / kTokens;
   for (int from = 0; from < w.k; from += kDepth) {
     const int columns = int(round_up(w.k - from < kDepth ? w.k - from : kDepth, kPad));
-    unpack_tiles<V, Stored, (Stored < Bits)>(w, n, end, from, columns, scratch);
+    with_block<Stored, (Stored < Bits)>(w, [&](auto block) {
+      unpack_tiles<V, Stored, (Stored < Bits)>(w, rows_of<V, Stored, decltype(block)::value>(w, n, 1, kDepth), n, end, from, columns, scratch);
+    });
     for (int t = from_tile; t < to_tile; t++) {
       int32_t *high = sums + (t - from_tile) * 2 * half, *low = high + half;
       if (from) {

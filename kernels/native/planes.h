@@ -9,73 +9,92 @@ namespace {
 
 constexpr bool has_planes(int bits) { return bits == 5 || bits == 6; }
 
-// Where the nibble of a lane's block lies among those of V::bytes columns: from which bit on.
-template <class V>
+// From which bit of a vector's nibbles on that of a lane's block lies.
+template <class V, int Block>
 struct BlockBits {
-  alignas(64) int of[3][V::lanes];  // blocks of 16 columns, of 32, of more
+  alignas(64) int of[V::lanes];
   constexpr BlockBits() : of() {
-    for (int i = 0; i < 3; i++)
-      for (int lane = 0; lane < V::lanes; lane++) of[i][lane] = i == 2 ? 0 : 4 * lane / (16 << i) * 4;
+    for (int lane = 0; lane < V::lanes; lane++) of[lane] = 4 * (4 * lane / Block);
   }
 };
 
-// Rows `stride` apart, from row n on.
-template <class V, int Bits, bool Folded>
-class PlaneRows {
-  static constexpr BlockBits<V> kBlockBits{};
+// For factors 1 … 16, of which a vector has one: it in every 16 bits, and what is left to 128 of a zero point times it in every byte.
+template <class V, int Zero>
+struct FoldTable {
+  alignas(64) uint32_t factor[16][V::lanes], shift[16][V::lanes];
+  constexpr FoldTable() : factor(), shift() {
+    for (uint32_t i = 0; i < 16; i++)
+      for (int lane = 0; lane < V::lanes; lane++)
+        factor[i][lane] = (i + 1) * 0x10001, shift[i][lane] = ((128 - Zero * (i + 1)) & 255) * 0x1010101;
+  }
+};
+
+// A row of such codes. Block: columns that share a factor, where 64 are that or more; 0: codes have no factors.
+template <class V, int Bits, int Block>
+struct PlaneRow {
   static constexpr int kZeroPoint = 1 << (Bits - 1), kPlanes = Bits - 4;
+  static constexpr BlockBits<V, Block ? Block : 64> kBlockBits{};
+  static constexpr FoldTable<V, kZeroPoint> kFolds{};
   using I = typename V::I;
 
- public:
-  PlaneRows(const Weight& w, size_t n, size_t stride, size_t ahead)
-      : packed_(w.packed + n * w.row_bytes()), high_(w.high + n * w.high_bytes()), row_bytes_(stride * w.row_bytes()),
-        high_bytes_(stride * w.high_bytes()), ahead_(ahead / 2), high_ahead_(ahead / 8 * kPlanes),
-        plane_(size_t(w.k) / 8), columns_(w.k) {
-    if constexpr (Folded) {
-      factors_ = w.factors + n * w.factor_bytes(), factor_bytes_ = stride * w.factor_bytes(), last_ = w.factor_bytes() - 1;
-      while (16 << block_ < w.block) block_++;
-    }
-  }
+  const uint8_t *low, *high, *factors;
+  size_t columns, factor_bytes, ahead, high_ahead;
+  int shift;  // logarithm of the columns of a block
 
-  // Step `step` of a row, V::bytes columns; Whole: all of them exist. Others, `ahead` columns further, come on their way.
+  PlaneRow(const Weight& w, size_t n, size_t ahead)
+      : low(w.packed + n * w.row_bytes()), high(w.high + n * w.high_bytes()), factors(w.factors + n * w.factor_bytes()),
+        columns(w.k), factor_bytes(w.factor_bytes()), ahead(ahead / 2), high_ahead(ahead / 8 * kPlanes),
+        shift(__builtin_ctz(w.block)) {}
+
+  // V::bytes columns from `column` on, a multiple of that; Whole: all of them exist. Codes `ahead` columns further come on their way.
   template <bool Whole>
-  __attribute__((always_inline)) I load(size_t row, int step) const {
-    const size_t column = size_t(step) * V::bytes;
-    const uint8_t *low = packed_ + row * row_bytes_ + column / 2, *high = high_ + row * high_bytes_ + column / 8;
-    __builtin_prefetch(low + ahead_, 0, 2), __builtin_prefetch(high + high_ahead_, 0, 2);
+  __attribute__((always_inline)) I load(int column) const {
     I codes;
+    __builtin_prefetch(low + column / 2 + ahead, 0, 2), __builtin_prefetch(high + column / 8 * kPlanes + high_ahead, 0, 2);
     if constexpr (Whole) {
-      codes = with_planes(V::nibbles(low), high, plane_);
+      codes = with_planes(V::nibbles(low + column / 2), high + column / 8, columns / 8);
     } else {
       uint8_t nibbles[V::bytes / 2] = {}, bits[kPlanes * V::bytes / 8] = {};
-      const size_t there = columns_ - column < V::bytes ? columns_ - column : V::bytes;
-      __builtin_memcpy(nibbles, low, there / 2);
-      for (int i = 0; i < kPlanes; i++) __builtin_memcpy(bits + i * V::bytes / 8, high + i * plane_, there / 8);
+      const size_t there = columns - column < V::bytes ? columns - column : V::bytes;
+      __builtin_memcpy(nibbles, low + column / 2, there / 2);
+      for (int i = 0; i < kPlanes; i++) __builtin_memcpy(bits + i * V::bytes / 8, high + column / 8 + i * columns / 8, there / 8);
       codes = with_planes(V::nibbles(nibbles), bits, V::bytes / 8);
     }
-    if constexpr (Folded) return fold(row, column)(codes);
-    else return V::add32(codes, V::set8(128 - kZeroPoint));  // no byte carries
+    if constexpr (Block == 0) {
+      return V::add32(codes, V::set8(128 - kZeroPoint));  // no byte carries
+    } else if constexpr (Block < V::bytes) {
+      uint32_t nibbles = 0;
+      constexpr size_t bytes = V::bytes / Block / 2;
+      const size_t first = size_t(column) / (2 * Block), there = Whole || first + bytes <= factor_bytes ? bytes : factor_bytes - first;
+      __builtin_memcpy(&nibbles, factors + first, Whole ? bytes : there);
+      I factor, rest;
+      V::template fold<kZeroPoint>(V::set32(int(nibbles)), V::load(kBlockBits.of), factor, rest);
+      return V::add32(V::mul16(codes, factor), rest);
+    } else {
+      const size_t block = size_t(column) >> (Block < 64 ? __builtin_ctz(Block) : shift);
+      const int factor = factors[block / 2] >> block % 2 * 4 & 15;
+      return V::add32(V::mul16(codes, V::load(kFolds.factor[factor])), V::load(kFolds.shift[factor]));
+    }
   }
-
+  __attribute__((always_inline)) I at(int column) const {
+    return column + V::bytes <= int(columns) ? load<true>(column) : load<false>(column);
+  }
  private:
-  __attribute__((always_inline)) static I with_planes(I codes, const uint8_t* high, size_t plane) {
+  static I with_planes(I codes, const uint8_t* high, size_t plane) {
     codes = V::template add_plane<16>(codes, high);
     if constexpr (Bits == 6) codes = V::template add_plane<32>(codes, high + plane);
     return codes;
   }
-  __attribute__((always_inline)) Fold<V, kZeroPoint> fold(size_t row, size_t column) const {
-    const size_t first = column >> (4 + block_);  // block
-    const uint8_t* own = factors_ + row * factor_bytes_ + first / 2;
-    uint32_t nibbles = own[0];
-    if (V::bytes == 64 && block_ == 0 && first / 2 < last_) nibbles |= uint32_t(own[1]) << 8;
-    nibbles >>= first % 2 * 4;
-    return Fold<V, kZeroPoint>(V::factor_words(V::set32(int(nibbles)), V::load(kBlockBits.of[block_ < 2 ? block_ : 2])));
-  }
-
-  const uint8_t *packed_, *high_, *factors_ = nullptr;
-  size_t row_bytes_, high_bytes_, ahead_, high_ahead_, plane_, columns_, factor_bytes_ = 0, last_ = 0;
-  int block_ = 0;  // 16 << block_ columns
 };
+
+// `run` with the Block of a weight's rows, 0 where they have no planes either; Folded: they have factors.
+template <int Bits, bool Folded, class Run>
+inline void with_block(const Weight& w, const Run& run) {
+  if constexpr (!has_planes(Bits) || !Folded) run(Number<0>());
+  else if (w.block == 16) run(Number<16>());
+  else if (w.block == 32) run(Number<32>());
+  else run(Number<64>());
+}
 
 }  // namespace
 }  // namespace headrace

@@ -1,7 +1,5 @@
 // Rows of a weight, for any vector V: a vector of codes at a time, as they lie or, of 5 and 6 bits, as bytes.
 #pragma once
-#include <type_traits>
-
 #include "planes.h"
 
 namespace headrace {
@@ -29,9 +27,23 @@ class PlainRows {
   int own_;
 };
 
-// Those of 5 and 6 bits have factors where rows have one scale.
-template <class V, int Bits, bool Blocks>
-using CodeRows = std::conditional_t<has_planes(Bits), PlaneRows<V, Bits, !Blocks>, PlainRows<V>>;
+// The same of rows with planes.
+template <class V, int Bits, int Block>
+struct PlaneRows {
+  const Weight& w;
+  size_t n, stride, ahead;
+  template <bool Whole>
+  __attribute__((always_inline)) typename V::I load(size_t row, int step) const {
+    return PlaneRow<V, Bits, Block>(w, n + row * stride, ahead).template load<Whole>(step * V::bytes);
+  }
+};
+
+// Rows from n on; Block: of those with planes.
+template <class V, int Bits, int Block>
+inline auto rows_of(const Weight& w, size_t n, size_t stride, size_t ahead) {
+  if constexpr (has_planes(Bits)) return PlaneRows<V, Bits, Block>{w, n, stride, ahead};
+  else return PlainRows<V>(w, n, stride, ahead);
+}
 
 }  // namespace
 }  // namespace headrace

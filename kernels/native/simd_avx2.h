@@ -178,9 +178,6 @@ struct Avx2 {
   static F factors(I words, I bit) {  // 1 + the four bits of each lane from `bit` on
     return to_float(add32(and_bits(_mm256_srlv_epi32(words, bit), set32(15)), set32(1)));
   }
-  static I factor_words(I words, I bit) {  // the same twice, as int16
-    return mul32(add32(and_bits(_mm256_srlv_epi32(words, bit), set32(15)), set32(1)), set32(0x10001));
-  }
   static I nibbles(const uint8_t* p) {  // those of 16 bytes, in their order
     const I words = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return and_bits(_mm256_or_si256(words, _mm256_slli_epi16(words, 4)), set8(15));
@@ -189,6 +186,12 @@ struct Avx2 {
     const I own = _mm256_shuffle_epi8(broadcast32(bits), _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0));
     const I one = _mm256_set1_epi64x(int64_t(0x8040201008040201));
     return _mm256_add_epi8(v, and_bits(_mm256_cmpeq_epi8(and_bits(own, one), one), set8(Value)));
+  }
+  // Of 1 + the four bits of each lane from `bit` on, a factor: that factor in every 16 bits, and what is left to 128 of a zero point times it
+  // in every byte.
+  template <int Zero> static void fold(I words, I bit, I& factor, I& shift) {
+    const I one = add32(and_bits(_mm256_srlv_epi32(words, bit), set32(15)), set32(1));
+    factor = _mm256_or_si256(one, _mm256_slli_epi32(one, 16)), shift = sub32(set8(-128), mul16(factor, set32(Zero * 0x1010101)));
   }
   static F permuted(F v, const int* from) { return _mm256_permutevar8x32_ps(v, load(from)); }
 

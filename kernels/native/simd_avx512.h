@@ -8,6 +8,15 @@
 namespace headrace {
 namespace {
 
+// For factors 1 … 16 of bytes: each in both halves of a lane, and what is left to 128 of a zero point times it in every byte.
+template <int Zero>
+struct Factors {
+  alignas(64) uint32_t words[16] = {}, shifts[16] = {};
+  constexpr Factors() {
+    for (uint32_t i = 0; i < 16; i++) words[i] = (i + 1) * 0x10001, shifts[i] = ((128 - Zero * (i + 1)) & 255) * 0x1010101;
+  }
+};
+
 struct Avx512 {
   using I = __m512i;
   using F = __m512;
@@ -171,9 +180,12 @@ struct Avx512 {
     const F table = _mm512_set_ps(16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1);
     return _mm512_permutexvar_ps(_mm512_srlv_epi32(words, bit), table);
   }
-  static I factor_words(I words, I bit) {  // the same twice, as int16
-    const I table = _mm512_mullo_epi32(_mm512_set_epi32(16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1), _mm512_set1_epi32(0x10001));
-    return _mm512_permutexvar_epi32(_mm512_srlv_epi32(words, bit), table);
+  // Of 1 + the four bits of each lane from `bit` on, a factor: that factor in every 16 bits, and what is left to 128 of a zero point times it
+  // in every byte.
+  template <int Zero> static void fold(I words, I bit, I& factor, I& shift) {
+    static constexpr Factors<Zero> table;
+    const I of = _mm512_srlv_epi32(words, bit);
+    factor = _mm512_permutexvar_epi32(of, load(table.words)), shift = _mm512_permutexvar_epi32(of, load(table.shifts));
   }
   static F permuted(F v, const int* from) { return _mm512_permutexvar_ps(load(from), v); }
 

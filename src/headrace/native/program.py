@@ -25,7 +25,7 @@ from headrace.model.weights import Role, weight_table
 
 __all__ = ["COSINES", "READ", "SINES", "WRITTEN", "Instruction", "Program", "record_program"]
 
-FORMAT = 2
+FORMAT = 3
 GROUPS, FINE = (32, 64), 0
 """Columns of a prompt that share a scale of int8 activations: 32 where weights have blocks as small, since sums are
 scaled there anyway; elsewhere 64, which is faster. `FINE`: none, activations are as in decoding. The
@@ -121,6 +121,7 @@ class Program:
                 name: {
                     "bits": grid.bits,
                     "packed": f"{name}_packed",
+                    **({"high": f"{name}_high"} if grid.planes else {}),
                     "scale": f"{name}_scale",
                     **({"factors": f"{name}_factors", "block": grid.block} if grid.lpbq else {}),
                     "bias": weight_table(c)[name].bias,
@@ -246,8 +247,9 @@ class _Recorder(Ops[Result]):
 def _tensors(config: ModelConfig, name: str, grid: Grid) -> list[str]:
     """The stored tensors of a quantized weight."""
     bias = weight_table(config)[name].bias
+    high = [f"{name}_high"] if grid.planes else []
     factors = [f"{name}_factors"] if grid.lpbq else []
-    return [f"{name}_packed", f"{name}_scale", *factors, *([] if bias is None else [bias])]
+    return [f"{name}_packed", *high, f"{name}_scale", *factors, *([] if bias is None else [bias])]
 
 
 def _with_registers(recorded: Sequence[Instruction]) -> tuple[tuple[int, ...], tuple[Instruction, ...]]:
