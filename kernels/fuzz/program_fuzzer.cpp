@@ -22,7 +22,7 @@ void hk_program_free(void*);
 int hk_program_file(void*, const char*);
 int hk_program_tensor(void*, const char*, int, uint64_t, int, int64_t, int64_t);
 int hk_program_array(void*, const char*, const void*, uint64_t, int, int64_t, int64_t);
-int hk_program_weight(void*, const char*, int, const char*, const char*, const char*, int, const char*);
+int hk_program_weight(void*, const char*, int, const char*, const char*, const char*, const char*, int, const char*);
 int hk_program_register(void*, int);
 int hk_program_cache(void*, int, const float*, int);
 int hk_program_instruction(void*, const char*, int, int, int, const int*, int, const char* const*);
@@ -84,7 +84,7 @@ struct Block {
 enum Form { kRow, kBlocks, kFactors };  // of weights' scales: one a row, one a block, or one a row and a factor a block
 
 struct Model {
-  int hidden, feed, head_dim, form, block, group, table_bits;
+  int hidden, feed, head_dim, form, block, group, bits, table_bits;
   bool bias;
 };
 Model any_model(FuzzedDataProvider& data) {
@@ -96,7 +96,7 @@ Model any_model(FuzzedDataProvider& data) {
   m.block = data.PickValueInArray({16, 32, 64, 128, 256});
   m.group = data.PickValueInArray({0, 32, 64});
   if (m.form != kRow && m.block < m.group) m.group = m.block / 32 * 32;
-  m.table_bits = data.PickValueInArray({4, 8});
+  m.bits = data.PickValueInArray({4, 5, 6}), m.table_bits = data.PickValueInArray({4, 5, 6, 8});
   m.bias = data.ConsumeBool();
   return m;
 }
@@ -104,9 +104,9 @@ Model any_model(FuzzedDataProvider& data) {
 constexpr int kVocab = 16, kContext = 24;
 struct Shape { const char* name; int n, k, bits; };
 std::vector<Shape> shapes_of(const Model& m) {
-  return {{"embed", kVocab, m.hidden, m.table_bits}, {"q", 2 * m.head_dim, m.hidden, 4}, {"k", m.head_dim, m.hidden, 4},
-          {"v", m.head_dim, m.hidden, 8}, {"o", m.hidden, 2 * m.head_dim, 4}, {"gate", m.feed, m.hidden, 4},
-          {"up", m.feed, m.hidden, 4}, {"down", m.hidden, m.feed, 4}};
+  return {{"embed", kVocab, m.hidden, m.table_bits}, {"q", 2 * m.head_dim, m.hidden, m.bits}, {"k", m.head_dim, m.hidden, 4},
+          {"v", m.head_dim, m.hidden, 8}, {"o", m.hidden, 2 * m.head_dim, 4}, {"gate", m.feed, m.hidden, m.bits},
+          {"up", m.feed, m.hidden, m.bits}, {"down", m.hidden, m.feed, m.bits}};
 }
 std::vector<int> widths_of(const Model& m) {
   const int h = m.hidden, d = m.head_dim, f = m.feed;
@@ -154,13 +154,15 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* bytes, size_t size) {
   array("n0", 2, 4, 1, m.hidden);
   for (const Shape& w : shapes_of(m)) {
     const std::string name = w.name;
-    const bool fits = m.form != kRow && w.k % m.block == 0, factors = fits && m.form == kFactors && w.bits == 4;
+    const bool fits = m.form != kRow && w.k % m.block == 0, factors = fits && m.form == kFactors && w.bits < 8;
     const int scales = fits && !factors ? w.k / m.block : 1;
-    array(name + ".p", 0, 1, w.n, w.k * w.bits / 8);
+    const int bits = fits || w.bits == 8 ? w.bits : 4, planes = bits == 5 || bits == 6 ? bits - 4 : 0;
+    array(name + ".p", 0, 1, w.n, bits == 8 ? w.k : w.k / 2);
+    if (planes) array(name + ".h", 0, 1, w.n, planes * w.k / 8);
     array(name + ".s", 1, 2, w.n, scales);
     if (factors) array(name + ".f", 0, 1, w.n, (w.k / m.block + 1) / 2);
-    check(hk_program_weight(program, w.name, c.near(w.bits), c.name((name + ".p").c_str()), c.name((name + ".s").c_str()),
-                            c.name(factors ? (name + ".f").c_str() : ""), c.near(factors ? m.block : 0),
+    check(hk_program_weight(program, w.name, c.near(bits), c.name((name + ".p").c_str()),
+                            c.name(planes ? (name + ".h").c_str() : ""), c.name((name + ".s").c_str()), c.name(factors ? (name + ".f").c_str() : ""), c.near(factors ? m.block : 0),
                             (m.bias && w.n == m.hidden) || c.rarely() ? "n0" : ""));
   }
   if (c.rarely()) check(hk_program_tensor(program, "t", c.near(0), c.data.ConsumeIntegral<uint64_t>(), 0, 1, c.near(1)));

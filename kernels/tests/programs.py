@@ -108,8 +108,8 @@ def decoder(
         shapes |= {"gate": (feed_forward, hidden), "up": (feed_forward, hidden), "down": (hidden, feed_forward)}
         for name, (n, k) in shapes.items():
             wide = 8 if name == "v" else bits  # a group of mixed widths
-            if factors and block and wide == 4:
-                weights[f"{i}.{name}"] = random_factors(rng, n, k, block, bias and name in "qkv")
+            if factors and block and wide < 8:
+                weights[f"{i}.{name}"] = random_factors(rng, n, k, block, bias and name in "qkv", wide)
             else:
                 weights[f"{i}.{name}"] = random_weight(rng, n, k, wide, block, bias and name in "qkv")
         if i == 0:

@@ -51,7 +51,16 @@ def test_decoder_against_oracle(isa: str, heads: int, kv_heads: int, head_dim: i
 
 @pytest.mark.parametrize(
     "options",
-    [{"block": 32}, {"block": 32, "factors": True}, {"block": 16, "bits": 8}, {"bias": True}, {"bits": 8}],
+    [
+        {"block": 32},
+        {"block": 32, "factors": True},
+        {"block": 16, "bits": 8},
+        {"bias": True},
+        {"bits": 8},
+        {"bits": 5, "block": 32},
+        {"bits": 5, "block": 32, "factors": True},
+        {"bits": 6, "block": 16, "factors": True, "bias": True},
+    ],
     ids=str,
 )
 def test_weights_of_other_kinds(isa: str, options: dict[str, Any]) -> None:
@@ -76,7 +85,16 @@ def test_long_past_is_merged_from_parts(isa: str) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"block": 32}, {"bits": 8}, {"bias": True}, {"block": 32, "bias": True}, {"block": 32, "factors": True}],
+    [
+        {},
+        {"block": 32},
+        {"bits": 8},
+        {"bias": True},
+        {"block": 32, "bias": True},
+        {"block": 32, "factors": True},
+        {"bits": 5, "block": 16, "factors": True},
+        {"bits": 6, "block": 32},
+    ],
     ids=str,
 )
 def test_same_bits_in_any_company(isa: str, options: dict[str, Any]) -> None:

@@ -51,7 +51,7 @@ BROKEN: list[Change] = [
     _set("geometry", "vocab", to=132),
     _set("geometry", "context", to=321),
     _set("geometry", "layers", to=1),
-    _set("format", to=3),
+    _set("format", to=2),
     _set("more", to=1),
     _set("cache", to={"dtype": "int4"}),
     _set("cache", to={"dtype": "int8"}),
@@ -63,7 +63,7 @@ BROKEN: list[Change] = [
     _set("tensors", to={"t": {"file": 0, "offset": 0, "dtype": "U8", "shape": [1]}}),
     _set("tensors", to={"t": {"file": 0, "offset": 0, "dtype": "U8"}}),
     _set("weights", "0.q", "bits", to=8),
-    _set("weights", "0.q", "bits", to=5),
+    *(_set("weights", "0.q", "bits", to=bits) for bits in (3, 5, 6, 7, 16)),
     _set("weights", "0.q", "packed", to="nothing"),
     _set("weights", "0.q", "scale", to="embed_packed"),
     _set("weights", "0.q", "scale", to="embed_scale"),
@@ -145,7 +145,7 @@ FACTORS = decoder(0, block=32, factors=True)
         (_set("weights", "0.q", "factors", to="nothing"), "there is no tensor nothing"),
         (_set("weights", "0.q", "factors", to="0.q_scale"), "factors are U8"),
         (_set("weights", "0.q", "factors", to="0.k_factors"), "factors are 128 x 2; expected 384 x 2"),
-        (_set("weights", "0.q", "bits", to=8), "codes of 8 bits; expected one scale and 4 bits"),
+        (_set("weights", "0.q", "bits", to=8), "codes of 8 bits; expected one scale and less than 8 bits"),
         (lambda _, a: a.update({"0.q_scale": np.ones((384, 3), np.float16)}), "factors over 3 scales a row"),
         (lambda _, a: a.update({"0.q_factors": a["0.q_factors"][:-1]}), "factors are 383 x 2"),
         (lambda _, a: a.update({"0.q_factors": np.zeros((384, 3), np.uint8)}), "factors are 384 x 3"),
@@ -157,6 +157,39 @@ def test_broken_factors_are_an_error(change: Change, message: str) -> None:
     change(program, arrays)
     with pytest.raises(hk.ProgramError, match=message):
         hk.Engine(program, arrays)
+
+
+PLANES = decoder(bits=6, block=32, factors=True)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (_set("weights", "0.q", "high", to=None), "6 bits without planes; expected them for 5 and 6 bits"),
+        (_set("weights", "0.v", "high", to="0.q_high"), "8 bits with planes; expected them for 5 and 6 bits"),
+        (_set("weights", "0.q", "bits", to=4), "4 bits with planes"),
+        (_set("weights", "0.q", "bits", to=5), "planes are 384 x 24; expected 384 x 12"),
+        (_set("weights", "0.q", "high", to=7), "expected a name"),
+        (_set("weights", "0.q", "high", to="nothing"), "there is no tensor nothing"),
+        (_set("weights", "0.q", "high", to="0.q_scale"), "planes are U8"),
+        (_set("weights", "0.q", "high", to="0.k_high"), "planes are 128 x 24; expected 384 x 24"),
+        (lambda _, a: a.update({"0.q_high": a["0.q_high"][:-1]}), "planes are 383 x 24"),
+        (lambda p, _: [p["weights"]["0.q"].pop(key) for key in ("factors", "block")], "blocks of 96; expected 16"),
+    ],
+)
+def test_broken_planes_are_an_error(change: Change, message: str) -> None:
+    program, arrays = copy.deepcopy(PLANES.program), dict(PLANES.arrays)
+    change(program, arrays)
+    with pytest.raises(hk.ProgramError, match=message):
+        hk.Engine(program, arrays)
+
+
+def test_factors_that_leave_a_byte_are_no_memory_fault(isa: str) -> None:
+    arrays = dict(PLANES.arrays)
+    arrays["0.q_factors"] = np.full_like(arrays["0.q_factors"], 0xFF)
+    with hk.Engine(PLANES.program, arrays, threads=1, isa=isa) as engine:
+        for m in (1, 12):
+            assert np.isfinite(engine.run([(0, 0, range(m), range(m))])).all()
 
 
 def test_groups_of_64_columns_over_blocks_of_32_are_an_error() -> None:

@@ -106,16 +106,17 @@ def test_whole_factors_are_the_scales_they_multiply_to(isa: str, block: int) -> 
             np.testing.assert_allclose(one.run(spans), other.run(spans), rtol=0, atol=ROUNDING * size)
 
 
-def test_table_of_whole_factors(isa: str) -> None:
+@pytest.mark.parametrize("bits", [4, 5, 6])
+def test_table_of_whole_factors(isa: str, bits: int) -> None:
     rng = np.random.default_rng(0)
-    table, w = random_factors(rng, 33, 144, 16), random_weight(rng, 33, 144, 4, 16)
+    table, w = random_factors(rng, 33, 144, 16, bits=bits), random_weight(rng, 33, 144, bits, 16)
     with hk.Engine(*linear_program(table, w, 32), slots=9, threads=1, isa=isa) as engine:
         for m, batched in ((3, True), (13, False)):
             check(engine, table, w, 32, m, batched, rng)
 
 
 @pytest.mark.parametrize(
-    "bits,block,group", [(4, None, 0), (4, None, 32), (4, None, 64), (8, None, 64), (4, 16, 32), (4, 64, 64)]
+    "bits,block,group", [(4, None, 0), (4, None, 32), (4, None, 64), (8, None, 64), (4, 16, 32), (4, 64, 64), (5, 16, 32)]
 )
 @pytest.mark.parametrize("batched", [False, True])
 def test_every_number_of_tokens(isa: str, bits: int, block: int | None, group: int, batched: bool) -> None:
