@@ -63,9 +63,7 @@ def random_weight(rng: np.random.Generator, n: int, k: int, bits: int, block: in
     return Weight(codes, scale.astype(np.float16), bits, rng.normal(size=n).astype(np.float32) if bias else None)
 
 
-def random_factors(
-    rng: np.random.Generator, n: int, k: int, block: int, bias: bool = False, bits: int = 4
-) -> Weight:
+def random_factors(rng: np.random.Generator, n: int, k: int, block: int, bias: bool = False, bits: int = 4) -> Weight:
     """A weight of 4, 5 or 6 bits whose blocks have whole factors of a row's scale."""
     w = random_weight(rng, n, k, bits, None, bias)
     most = 1 << 8 - bits

@@ -116,7 +116,8 @@ def test_table_of_whole_factors(isa: str, bits: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "bits,block,group", [(4, None, 0), (4, None, 32), (4, None, 64), (8, None, 64), (4, 16, 32), (4, 64, 64), (5, 16, 32)]
+    "bits,block,group",
+    [(4, None, 0), (4, None, 32), (4, None, 64), (8, None, 64), (4, 16, 32), (4, 64, 64), (5, 16, 32)],
 )
 @pytest.mark.parametrize("batched", [False, True])
 def test_every_number_of_tokens(isa: str, bits: int, block: int | None, group: int, batched: bool) -> None:
