@@ -73,8 +73,13 @@ class Interpreter:
         entry = self.program["weights"][name]
         packed, scale = self.tensor(entry["packed"]), self.tensor(entry["scale"]).astype(np.float32)
         codes = packed.astype(np.int32) - 128
-        if entry["bits"] == 4:
-            codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1).astype(np.int32) - 8
+        if entry["bits"] < 8:
+            codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1).astype(np.int32)
+            if "high" in entry:
+                planes = self.tensor(entry["high"]).reshape(len(packed), entry["bits"] - 4, -1)
+                for plane in range(planes.shape[1]):
+                    codes += np.unpackbits(planes[:, plane], axis=1, bitorder="little").astype(np.int32) << (4 + plane)
+            codes -= 1 << (entry["bits"] - 1)
         if "factors" in entry:
             factors = self.tensor(entry["factors"])
             factors = np.stack([factors & 15, factors >> 4], axis=-1).reshape(len(factors), -1)

@@ -33,12 +33,16 @@ def interpreter(program: Program) -> Interpreter:
         ("tied", {}),
         ("wide", {"parts": 1}),
         ("qwen2", {}),
+        ("gqa", {"recipe": "lpbq"}),
+        ("gqa", {"recipe": "float16"}),
     ],
-    ids=["gqa", "blocks", "mha", "tied", "one-part", "biases"],
+    ids=["gqa", "blocks", "mha", "tied", "one-part", "biases", "five-and-six", "five-and-six-float16"],
 )  # fmt: skip
 def bundle(request: pytest.FixtureRequest, exports: Exports) -> Bundle:
     kind, options = request.param
     options_of_kind: dict[str, Any] = {"kv": "float32", **options}
+    if (recipe := options.get("recipe")) in ("lpbq", "float16"):
+        options_of_kind["recipe"] = exports.mixed(recipe)
     return open_bundle(exports.bundle(kind, **options_of_kind))
 
 

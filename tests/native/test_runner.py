@@ -70,10 +70,12 @@ def calm(exports: Exports) -> Bundle:
 
 
 @pytest.mark.parametrize("kv", ["int8", "float32"])
-@pytest.mark.parametrize("recipe", ["w4a16", "w4b32", "eight"])
+@pytest.mark.parametrize("recipe", ["w4a16", "w4b32", "eight", "lpbq", "float16"])
 @pytest.mark.parametrize("kind", ["gqa", "mha", "tied", "wide", "qwen2"])
 def test_numbers_of_the_oracle(exports: Exports, eight: str, kind: str, recipe: str, kv: str) -> None:
-    path = exports.bundle(kind, recipe=eight if recipe == "eight" else recipe, kv=kv, parts=3)
+    """Of 5 and 6 bits beside 4 and 8 too, with either kind of scales."""
+    own = {"eight": eight} | {scales: exports.mixed(scales, kind) for scales in ("lpbq", "float16")}
+    path = exports.bundle(kind, recipe=own.get(recipe, recipe), kv=kv, parts=3)
     expected = forward(path, IDS, int8_cache=kv == "int8").logits
     bundle = open_bundle(path)
     native, host = NativeRunner(bundle), HostRunner(bundle)
