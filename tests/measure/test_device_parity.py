@@ -42,9 +42,10 @@ def test_the_device_graphs_of_a_sound_model(exports: Exports, kind: str) -> None
 
 
 @pytest.mark.qnn
-@pytest.mark.parametrize("block", [None, 16])
-def test_the_whole_chain(exports: Exports, block: int | None, capfd: pytest.CaptureFixture[str]) -> None:
-    path = exports.bundle("phone", **PHONE, **({"block": block} if block else {}))
+@pytest.mark.parametrize("form", ["channel", "block of 16", "every width"])
+def test_the_whole_chain(exports: Exports, form: str, capfd: pytest.CaptureFixture[str]) -> None:
+    own = {"channel": {}, "block of 16": {"block": 16}, "every width": {"recipe": exports.mixed("lpbq", "phone")}}
+    path = exports.bundle("phone", **PHONE, **own[form])
     status = _run(["verify", str(path), "--through", "genie", "--json"])
     report = json.loads(capfd.readouterr().out.splitlines()[-1])
     links = {link["name"]: link for link in report["links"]}
