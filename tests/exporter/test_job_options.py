@@ -18,7 +18,7 @@ from headrace.checkpoint import open_checkpoint
 from headrace.errors import CheckpointError, ConfigError, UserError
 from headrace.exporter.job import export
 from headrace.exporter.options import read_size
-from headrace.model.weights import linears
+from headrace.model.weights import linears, quantized_weights
 from tests.checkpoint.test_lora import ALPHA, RANK, merge, write_adapter
 from tests.exports import CONTEXT, LAYERS, PHONE, SMALL, VOCAB, Exports, contents, opened_store, write_checkpoint
 from tests.tiny import MAX_POSITIONS, rewrite_as_baichuan, write_mistral
@@ -147,9 +147,10 @@ def test_weights_on_their_grid_are_kept_under_a_budget_and_for_other_tools(expor
 
 
 def test_a_budget_of_bytes_finds_the_grids_that_weights_lie_on(exports: Exports, tmp_path: Path) -> None:
-    """Each linear as a GGUF's quantizer would have left it, one kind on no grid; what is kept is given back exactly."""
+    """Each weight as a GGUF's quantizer would have left it, one kind on no grid; what is kept is given back exactly."""
     folder = write_checkpoint(tmp_path / "c")
     kinds = {"q_proj": "Q5_0", "k_proj": "Q5_0", "v_proj": "Q8_0", "o_proj": "Q5_0", "gate": "Q4_0", "up": "Q8_0"}
+    kinds |= {"embed_tokens": "Q5_0", "lm_head": "Q8_0"}
     grids = {"Q4_0": Grid(4, 32), "Q5_0": Grid(5, 32), "Q8_0": Grid(8, 32)}
     tensors = load_file(folder / "model.safetensors")
     expected = {}
@@ -157,15 +158,16 @@ def test_a_budget_of_bytes_finds_the_grids_that_weights_lie_on(exports: Exports,
         if kind := next((kind for part, kind in kinds.items() if part in name), None):
             of = gguf.GGMLQuantizationType[kind]
             tensors[name] = np.asarray(gguf.quants.dequantize(gguf.quants.quantize(tensor, of), of), np.float32)
-            expected[name.removeprefix("model.")] = grids[kind]
+            expected[name.removeprefix("model.")] = name, grids[kind]
     save_file(tensors, folder / "model.safetensors")
     options = {**SMALL, "calibration": [exports.text], "method": "gptq", "recipe": "w4b32", "keep_grid": True}
     bundle = open_bundle(export(folder, tmp_path / "out", **options, size=10**9))
     store = opened_store(bundle)
-    for name in linears(bundle.config):
+    for name in quantized_weights(bundle.config):
         if name in expected:
-            assert store.grids[name] == expected[name]
-            np.testing.assert_array_equal(store.read(name), tensors[f"model.{name}"])
+            theirs, grid = expected[name]
+            assert store.grids[name] == grid
+            np.testing.assert_array_equal(store.read(name), tensors[theirs])
         else:
             assert store.grids[name].bits == 8
 

@@ -12,7 +12,7 @@ from headrace.bundle.grid import Grid
 from headrace.bundle.recipe import Recipe, Rule
 from headrace.config import ModelConfig
 from headrace.errors import RecipeError
-from headrace.model.weights import linears, quantized_weights, weight_table
+from headrace.model.weights import EMBEDDING, HEAD, linears, quantized_weights, weight_table
 from headrace.plan import plan_parts
 from headrace.quantize.budget import Costs, average_bits, grids_to_try, guessed_costs, weight_bytes, within_budget
 
@@ -26,9 +26,10 @@ EIGHT = Grid(8)
 COSTS: Costs = {
     name: {grid: 256 * 4.0**-grid.bits * (grid.block or 512) ** 0.4 / (number + 1) for grid in grids}
     for number, (name, grids) in enumerate(grids_to_try(CONFIG, RULES, size=True).items())
+    if TABLE[name].layer is not None
 }
 TWO: Costs = {name: {grid: COSTS[name][grid] for grid in (Grid(4, 32), EIGHT)} for name in COSTS}
-HEADER = 640  # bytes: four linears whose high bits have a name, a shape and a place each
+HEADER = 512  # bytes: of four linears' sizes and of the file's, each to the next multiple of 64, and of longer numbers
 NOISE = 1e-12  # of float64 sums in another order
 
 
@@ -58,7 +59,7 @@ def test_bytes_are_spent_and_not_passed(lpbq: bool) -> None:
     parts, recipe = plan_parts(CONFIG, 5), RECIPE.with_linears(linears(CONFIG), lpbq=lpbq)
     rules = recipe.resolve(quantized_weights(CONFIG))
     tried = grids_to_try(CONFIG, rules, size=True)
-    costs = {name: dict(zip(grids, COSTS[name].values(), strict=True)) for name, grids in tried.items()}
+    costs = {name: dict(zip(tried[name], COSTS[name].values(), strict=True)) for name in COSTS}
     plain = weight_bytes(CONFIG, rules, parts)
     kinds = set()
     for size in (plain, plain + 20_000, plain + 60_000, plain + 100_000):
@@ -122,20 +123,25 @@ def test_no_choice_of_grids_for_as_many_bytes_costs_less(seed: int) -> None:
     """Against every combination of grids for a few linears, the others free of cost.
 
     Where a budget is used up by what gains most for a byte, which are the corners of the lower hull of all
-    combinations' costs over bytes, nothing is better. There is room for further tensors' names in the file's header.
+    combinations' costs over bytes, nothing is better; there is room for what rounds a file's header up.
     """
+    # So large that the header's rounding does not decide between grids.
+    config = replace(CONFIG, hidden_size=256, intermediate_size=384, head_dim=64, num_layers=2)
+    rules = RECIPE.resolve(quantized_weights(config))
     rng = np.random.default_rng(seed)
-    few = [name for name in COSTS if name.startswith("layers.3.")][::2]
-    free: Costs = {name: dict.fromkeys(grids, 0.0) for name, grids in COSTS.items()}
-    costs = {
-        name: {grid: kl * rng.uniform(0.3, 3) for grid, kl in COSTS[name].items()} if name in few else free[name]
-        for name in free
-    }
-    least = within_budget(RECIPE, CONFIG, free, size=10**9).nbytes
+    costs, few = {}, [name for name in linears(config) if name.startswith("layers.1.")][::2]
+    for name, grids in grids_to_try(config, rules, size=True).items():
+        noise = rng.uniform(0.3, 3, len(grids)) if name in few else np.zeros(len(grids))
+        costs[name] = {
+            grid: float(4.0**-grid.bits * (grid.block or 512) ** 0.4 * more)
+            for grid, more in zip(grids, noise, strict=True)
+        }
+    free: Costs = {name: dict.fromkeys(grids, 0.0) for name, grids in costs.items()}
+    least = within_budget(RECIPE, config, free, size=10**9).nbytes
     ways = [
-        [(grid.nbytes(*TABLE[name].matrix), kl) for grid, kl in costs[name].items()]
+        [(weight_bytes(config, rules | {name: rules[name].on(grid)}), kl) for grid, kl in costs[name].items()]
         for name in few
-    ]  # fmt: skip
+    ]
     smallest = sum(min(size for size, _ in way) for way in ways)
     best: dict[int, float] = {}
     for choice in itertools.product(*ways):
@@ -149,7 +155,7 @@ def test_no_choice_of_grids_for_as_many_bytes_costs_less(seed: int) -> None:
         )
     assert len(corners) > 8
     for corner in corners:
-        spent = within_budget(RECIPE, CONFIG, costs, size=least + corner + HEADER)
+        spent = within_budget(RECIPE, config, costs, size=least + corner + HEADER)
         within = min(kl for size, kl in best.items() if size <= corner + HEADER)
         assert within - NOISE <= spent.cost <= best[corner] + NOISE
 
@@ -174,6 +180,36 @@ def test_bytes_buy_bits_and_blocks_and_bits_buy_eight() -> None:
     five = replace(RECIPE, rules=(RECIPE.rules[0], Rule("q_proj", 5, 32, "gptq"), RECIPE.rules[1]))
     assert set(tried(five, ROWS_OF_64, size=True)) == more
     assert tried(five, ROWS_OF_64, size=False) == (Grid(5, 32), EIGHT)
+
+
+def test_the_embedding_and_the_head_have_fewer_bits_where_that_gains_most() -> None:
+    """Bytes to the last one, and rules that give every weight what was chosen."""
+    untied = replace(CONFIG, tied_head=False)
+    for config in (CONFIG, untied):
+        tables = [name for name, weight in quantized_weights(config).items() if weight.layer is None]
+        rules = RECIPE.with_linears(linears(CONFIG), lpbq=True).resolve(quantized_weights(config))
+        recipe = RECIPE.with_linears(linears(CONFIG), lpbq=True)
+        tried = grids_to_try(config, rules, size=True)
+        assert set(tables) < set(tried)
+        assert {grid.bits for grid in tried[HEAD if config is untied else EMBEDDING]} == {6, 8}
+        costs = {name: {grid: 4.0**-grid.bits for grid in grids} for name, grids in tried.items()}
+        least = within_budget(recipe, config, costs, size=10**9).nbytes - 1_500
+        kinds = set()
+        for cheap in tables:
+            others = {name: {grid: 1e3 * kl for grid, kl in costs[name].items()} for name in costs if name != cheap}
+            spent = within_budget(recipe, config, {**others, cheap: costs[cheap]}, size=least)
+            resolved = spent.recipe.resolve(quantized_weights(config))
+            assert spent.nbytes == weight_bytes(config, resolved) <= least
+            assert {name for name, rule in resolved.items() if rule.bits < 8} == {cheap}
+            assert resolved[cheap].method == "nearest"
+            kinds.add(resolved[cheap].grid)
+        assert all(grid.bits in (5, 6) and grid.lpbq for grid in kinds)
+    for nothing in ({"size": False}, {"size": True, "device": True}):
+        assert not {EMBEDDING, HEAD} & set(grids_to_try(untied, rules, **nothing))
+    rows = RECIPE.with_linears(linears(CONFIG), block=None).resolve(quantized_weights(untied))
+    assert not {EMBEDDING, HEAD} & set(grids_to_try(untied, rows, size=True))
+    kept = grids_to_try(untied, rules, size=True, keep=True)
+    assert {Grid(8, 32), Grid(5, 32, lpbq=True)} <= set(kept[HEAD])
 
 
 def test_what_is_planned_has_the_size_of_what_is_chosen() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from headrace.model.decoder import Residual, head
 from headrace.model.fidelity import FidelityMeter, log_softmax, no_target
 from headrace.model.ops import Eager
 from headrace.model.reference import eager_logits
-from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD, layer_weights, linears
+from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD, linears, quantized_weights, weight_table
 from headrace.quantize.gradients import fisher_gradient
 from headrace.quantize.sensitivity import measure_sensitivity
 from tests.tiny import write_llama
@@ -31,6 +33,19 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return open_checkpoint(write_llama(tmp_path_factory.mktemp("model"), layers=2))
 
 
+def divergence(source: Checkpoint, windows: np.ndarray, changed: Mapping[str, np.ndarray]) -> float:
+    """The KL from the float model of one with other weights, by a plain forward pass."""
+    config = source.config
+    weights = {name: source.tensor(name).load() for name in weight_table(config)}
+    reference, logits = (
+        eager_logits(config, {**weights, **other}.__getitem__, windows).reshape(-1, config.vocab_size)
+        for other in ({}, changed)
+    )
+    meter = FidelityMeter()
+    meter.add(reference, logits, np.full(len(logits), no_target))
+    return meter.result().kl
+
+
 def test_proxy_predicts_the_divergence_of_one_linear_alone(source: Checkpoint) -> None:
     config = source.config
     windows = np.random.default_rng(1).integers(0, config.vocab_size, (6, 64))
@@ -39,17 +54,26 @@ def test_proxy_predicts_the_divergence_of_one_linear_alone(source: Checkpoint) -
     steps: list[tuple[int, int]] = []
     costs = measure_sensitivity(source, rules, windows, progress=lambda done, total: steps.append((done, total)))
     assert set(costs) == set(names) and steps[-1] == (4, 4)
-    weights = {n: source.tensor(n).load() for n in [EMBEDDING, FINAL_NORM, HEAD, *names]}
-    weights |= {n: source.tensor(n).load() for layer in range(2) for n in layer_weights(config, layer)}
-    reference = eager_logits(config, weights.__getitem__, windows)
     for name in ("layers.0.self_attn.v_proj.weight", "layers.1.mlp.down_proj.weight", "layers.0.mlp.gate_proj.weight"):
-        changed = {**weights, name: dequantize(quantize_nearest(weights[name], rules[name].grid))}
-        logits = eager_logits(config, changed.__getitem__, windows)
-        meter = FidelityMeter()
-        flat = logits.reshape(-1, config.vocab_size)
-        meter.add(reference.reshape(flat.shape), flat, np.full(len(flat), no_target))
-        real = meter.result().kl
+        rounded = dequantize(quantize_nearest(source.tensor(name).load(), rules[name].grid))
+        real = divergence(source, windows, {name: rounded})
         assert real / PROXY_FACTOR < costs[name][Grid(8)] < real * PROXY_FACTOR, name
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_proxy_predicts_what_tables_cost(tmp_path: Path, tied: bool) -> None:
+    source = open_checkpoint(write_llama(tmp_path / "model", layers=2, tied=tied))
+    windows = np.random.default_rng(1).integers(0, source.config.vocab_size, (4, 64))
+    rules = {name: Rule(".", 8, None, "nearest") for name in quantized_weights(source.config)}
+    grids = (Grid(8), Grid(6, 16, lpbq=True), Grid(5, 32))
+    tables = [EMBEDDING] if tied else [EMBEDDING, HEAD]
+    costs = measure_sensitivity(source, rules, windows, grids=dict.fromkeys(tables, grids))
+    assert list(costs) == tables
+    for name in tables:
+        for grid in grids:
+            rounded = dequantize(quantize_nearest(source.tensor(name).load(), grid))
+            real = divergence(source, windows, dict.fromkeys([EMBEDDING, HEAD] if tied else [name], rounded))
+            assert real / PROXY_FACTOR < costs[name][grid] < real * PROXY_FACTOR, (name, grid)
 
 
 class UnlikeKeys:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -149,6 +150,10 @@ class QuantizedTensor:
     def nbytes(self) -> int:
         """Bytes on disk."""
         return self.grid.nbytes(*self.codes.shape) + (0 if self.bias is None else self.bias.nbytes)
+
+    def rows(self, at: slice | NDArray[np.integer[Any]]) -> QuantizedTensor:
+        """Some rows of a weight without bias."""
+        return replace(self, codes=self.codes[at], scales=self.scales[at])
 
     def scaled(self, factors: NDArray[np.floating]) -> QuantizedTensor:
         """The linear whose results are `factors` (N,) > 0 times as large: scales and bias change, codes stay.

@@ -8,7 +8,7 @@ rounds weights.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from headrace.config import ModelConfig
 from headrace.exporter.settings import ExportSettings
 from headrace.forecast.fit import PHONE_MEMORY
 from headrace.forecast.model import plan_model
-from headrace.model.weights import input_groups, linears, quantized_weights
+from headrace.model.weights import EMBEDDING, HEAD, input_groups, linears, quantized_weights
 from headrace.quantize.budget import guessed_costs
 from headrace.quantize.descent import SWEEPS
 from headrace.quantize.gptq import ROW_STRIP
@@ -183,7 +183,16 @@ def estimate_export(
     tried = tried or {}
     ranked = ranked if tried else 0
     solving = searching = 0.0
+
+    def search(size: int, grids: Iterable[Grid]) -> float:
+        return rounding * size * sum(_BLOCK_SEARCH if grid.block else 1 for grid in grids)
+
     passing = 2.0 * table * (2 * SAMPLE_TOKENS + min(ranged, HEAD_TOKENS) + _GRADIENT_HEAD_PASSES * (walked + ranked))
+    for name, grids in tried.items():
+        if name in (EMBEDDING, HEAD):
+            places = 2 if config.tied_head else 1
+            searching += places * search(table, grids)
+            passing += 2.0 * table * ranked * len(grids) * (name == HEAD or config.tied_head)
     for layer in range(config.num_layers):
         for number, group in enumerate(input_groups(config, layer)):
             shapes = {linear.name: linear.matrix for linear in group}
@@ -198,15 +207,12 @@ def estimate_export(
                 walks = 2 if methods[name].uses_reference else 1  # the float model's beside
                 passed = walks * tokens + _GRADIENT_PASSES * walked + 2 * SAMPLE_TOKENS + ranged
                 grids = tried.get(name, ())
-                trials = len(grids)
-                passed += (_RANKING_PASSES + _TRIAL_PASSES * trials) * ranked
+                passed += (_RANKING_PASSES + _TRIAL_PASSES * len(grids)) * ranked
                 passing += 2 * n * k * passed
                 solving += _SOLVING[rules[name].method] * n * k**2 + methods[name].calibrated * k**3 / 3
-                solving += trials * (n * k**2 + k**3 / 3)
+                solving += len(grids) * (n * k**2 + k**3 / 3)
                 weights += n * k
-                searching += sum(
-                    rounding * n * k * (_BLOCK_SEARCH if grid.block else 1) + _COLUMN * k for grid in grids
-                )
+                searching += search(n * k, grids) + _COLUMN * k * len(grids)
     products = (passing / _PASSING + solving / _SOLVING_SHARE) / speed
     reading = _READINGS * _READING * rounding * weights  # by one core
     rounded = rounding * weights + searching
@@ -248,7 +254,7 @@ def _peak_bytes(
 
 def _ranking_bytes(config: ModelConfig, ranked: int, tried: Mapping[str, Sequence[Grid]]) -> int:
     """What ranking takes: every layer's input, a layer's weights twice, their codes and scales on each grid that is
-    tried, and the second moment of the widest input, that damped, and its factor."""
+    tried, and the second moment of the widest input, that damped, and its factor; or the head and its codes."""
     if not tried:
         return 0
     inputs = (config.num_layers + 1) * ranked * config.hidden_size
@@ -258,7 +264,10 @@ def _ranking_bytes(config: ModelConfig, ranked: int, tried: Mapping[str, Sequenc
         for layer in range(config.num_layers)
     )
     widest = max(config.intermediate_size, config.query_size, config.hidden_size)
-    return 4 * (inputs + 2 * weights + 3 * widest**2) + 9 * codes // 8 + _WORKING
+    layer = 4 * (inputs + 2 * weights + 3 * widest**2) + 9 * codes // 8
+    table = config.vocab_size * config.hidden_size
+    head = 4 * (inputs + table) + 9 * table * len(tried.get(EMBEDDING if config.tied_head else HEAD, ())) // 8
+    return max(layer, head) + _WORKING
 
 
 def _core_speed() -> tuple[float, float]:

@@ -1,11 +1,11 @@
-"""The grid of each linear under a budget: greedily by KL gained per byte. The choice is written as recipe rules.
+"""The grid of each weight under a budget: greedily by KL gained per byte. The choice is written as recipe rules.
 
 A linear can have 8 bits instead of 4. Under a budget of bytes one whose scales are for blocks can also have 5 or 6
-bits, and other blocks: smaller ones are truer and take more scales. Of a linear's choices only those on the lower
-convex hull of KL over bytes can be part of a best choice; steps along all hulls are taken in the order of KL gained per
-byte.
+bits, and other blocks: smaller ones are truer and take more scales; the embedding and the head can then have less than
+8 bits. Of a weight's choices only those on the lower convex hull of KL over bytes can be part of a best choice; steps
+along all hulls are taken in the order of KL gained per byte.
 
-Knows no weights and no text: only geometry, a recipe, and what each linear costs on each grid.
+Knows no weights and no text: only geometry, a recipe, and what each weight costs on each grid.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from headrace.bundle.recipe import Recipe, Rule
 from headrace.bundle.weights import layouts
 from headrace.config import ModelConfig
 from headrace.errors import RecipeError
-from headrace.model.weights import Role, linears, quantized_weights, weight_table
+from headrace.model.weights import HEAD, Role, linears, quantized_weights, weight_table
 from headrace.plan import Part, plan_parts
 
 __all__ = ["BudgetedRecipe", "Costs", "average_bits", "grids_to_try", "guessed_costs", "weight_bytes", "within_budget"]
 
 Costs = Mapping[str, Mapping[Grid, float]]
-"""Canonical name → grid → the KL that the linear costs on it, from `measure_sensitivity`."""
+"""Canonical name → grid → the KL that the weight costs on it, from `measure_sensitivity`."""
 
 _EIGHT = Grid(8)
 # By bits: the blocks that are tried beside the rule's own. Larger ones were never worth choosing (docs/LOG.md).
 _BLOCKS = {4: (64, 32, 16), 5: (32, 16), 6: (32, 16)}
-_Step = tuple[float, int, str, Grid]  # KL gained per byte, bytes, and what becomes of which linear
+_Step = tuple[float, int, str, Grid]  # KL gained per byte, bytes, and what becomes of which weight
+_HEADER = 76  # bytes that a file's header has of each tensor beside its weight's name
 _ROUNDING = 1e-3  # bytes: a budget that fits exactly must not fail by float arithmetic
 
 
@@ -41,10 +42,10 @@ class BudgetedRecipe:
     """A recipe that keeps within a budget, and what it comes to.
 
     Attributes:
-        recipe: the recipe with rules in front for the linears that got other grids.
+        recipe: the recipe with rules in front for the weights that got other grids.
         bits: code bits averaged over the linears.
         nbytes: of all weights files.
-        cost: the KL that the linears of a choice are predicted to cost together.
+        cost: the KL that the weights are predicted to cost together, those without a choice left out.
     """
 
     recipe: Recipe
@@ -71,32 +72,41 @@ def weight_bytes(config: ModelConfig, rules: Mapping[str, Rule], parts: Sequence
 def grids_to_try(
     config: ModelConfig, rules: Mapping[str, Rule], *, size: bool, keep: bool = False, device: bool = False
 ) -> dict[str, tuple[Grid, ...]]:
-    """The grids that a budget can give each linear of less than 8 bits: its rule's and 8 bits.
+    """The grids that a budget can give each weight: a linear of less than 8 bits its rule's and 8 bits.
 
     Args:
         config: the geometry.
         rules: canonical name → rule.
         size: the budget is one of bytes: a linear whose rule has blocks can get others, and more bits in blocks, with
-            the same kind of scales.
+            the same kind of scales. Where linears have blocks, the embedding and the head can have fewer bits as well.
         keep: weights that lie on a grid are kept: 8 bits in blocks as well, since checkpoints have them (GGUF's Q8_0).
         device: the bundle is for a device, where 5 and 6 bits take as many bytes as 8.
     """
+    in_blocks = [rules[name].lpbq for name in linears(config) if rules[name].block is not None]
+    head = weight_table(config)[HEAD].stored_as
     found: dict[str, tuple[Grid, ...]] = {}
-    for name, linear in linears(config).items():
-        grid, columns = rules[name].grid, linear.matrix[1]
-        if grid.bits == 8:
-            continue
-        found[name] = (grid, _EIGHT)
-        if size and grid.block is not None:
-            more = [
-                replace(grid, bits=bits, block=block)
+    for name, weight in quantized_weights(config).items():
+        grid, columns = rules[name].grid, weight.matrix[1]
+        if weight.layer is None:
+            if not (size and in_blocks) or device:
+                continue
+            # 5 bits cost a head several times what 6 do, unless its weights lie on that grid.
+            more, least, lpbq = True, 6 if name == head and not keep else 5, in_blocks[0]
+        else:
+            if grid.bits == 8:
+                continue
+            more, least, lpbq = size and grid.block is not None, grid.bits, grid.lpbq
+        tried = [grid, _EIGHT]
+        if more:
+            tried += [
+                Grid(bits, block, lpbq)
                 for bits, blocks in _BLOCKS.items()
                 for block in blocks
-                if bits >= grid.bits and columns % block == 0 and not (device and bits > 4)
+                if bits >= least and columns % block == 0 and not (device and bits > 4)
             ]
             if keep and columns % 32 == 0:
-                more.append(Grid(8, 32))
-            found[name] = tuple(dict.fromkeys((grid, *more, _EIGHT)))
+                tried.append(Grid(8, 32))
+        found[name] = tuple(dict.fromkeys(tried))
     return found
 
 
@@ -114,7 +124,7 @@ def within_budget(
     size: int | None = None,
     parts: Sequence[Part] | None = None,
 ) -> BudgetedRecipe:
-    """Give each linear the grid that is worth its bytes.
+    """Give each weight the grid that is worth its bytes.
 
     Args:
         recipe: what every weight gets otherwise; linears it already gives 8 bits keep them.
@@ -134,7 +144,10 @@ def within_budget(
 
     def nbytes(name: str, grid: Grid) -> int:
         rows, columns = table[name].matrix
-        return grid.nbytes(rows, columns) if size is not None else rows * columns * grid.bits // 8
+        if size is None:
+            return rows * columns * grid.bits // 8
+        tensors = 2 + (grid.planes > 0) + grid.lpbq  # codes and scales, high bits, factors
+        return grid.nbytes(rows, columns) + tensors * (len(name) + _HEADER)
 
     def kl(name: str, grid: Grid) -> float:
         return costs[name][grid]
@@ -168,19 +181,19 @@ def within_budget(
         total = weight_bytes(config, final, parts)
         if size is None or total <= size:
             break
-        left -= total - size  # a file's header names more tensors now
+        left -= total - size  # numbers in a header were longer
     return BudgetedRecipe(
         mixed, average_bits(config, final), total, sum(kl(name, grid) for name, grid in chosen.items())
     )
 
 
 def _spent(least: Mapping[str, Grid], steps: Iterable[_Step], left: float) -> dict[str, Grid]:
-    """The grids of linears after those steps, taken in their order, for which so many bytes are enough."""
+    """The grids of weights after those steps, taken in their order, for which so many bytes are enough."""
     chosen = dict(least)
     full: set[str] = set()
     for _, more, name, grid in steps:
         if name in full or more > left:
-            full.add(name)  # a later step of a linear stands on the earlier ones
+            full.add(name)  # a later step of a weight stands on the earlier ones
             continue
         left -= more
         chosen[name] = grid
@@ -207,17 +220,24 @@ def _hull(
 
 
 def _with_grids(recipe: Recipe, config: ModelConfig, rules: Mapping[str, Rule], grids: Mapping[str, Grid]) -> Recipe:
-    """Rules in front of the recipe's for linears that get another grid, one for each kind and grid; rules that then
+    """Rules in front of the recipe's for weights that get another grid, one for each kind and grid; rules that then
     match no weight are dropped, since a recipe refuses them."""
     table = weight_table(config)
     changed = {name: grid for name, grid in grids.items() if grid != rules[name].grid}
     kinds: dict[tuple[Role, Grid, str], list[int]] = defaultdict(list)
     for name, grid in changed.items():
         # Rounding to 8 bits costs so little that a longer search does not pay, but the correction of `best` still does.
-        method = rules[name].method if grid.bits < 8 or rules[name].method == "best" else "gptq"
-        kinds[table[name].role, grid, method].append(table[name].layer or 0)
+        layer, method = table[name].layer, rules[name].method
+        if layer is not None and grid.bits == 8 and method != "best":
+            method = "gptq"
+        kinds[table[name].role, grid, method] += [] if layer is None else [layer]
     front = [
-        Rule(rf"layers\.({'|'.join(map(str, sorted(layers)))})\.{re.escape(role.value)}", 8, None, method).on(grid)
+        Rule(
+            (rf"layers\.({'|'.join(map(str, sorted(layers)))})\." if layers else "^") + re.escape(role.value),
+            8,
+            None,
+            method,
+        ).on(grid)
         for (role, grid, method), layers in kinds.items()
     ]
     left = {rule for name, rule in rules.items() if name not in changed}

@@ -74,7 +74,9 @@ def walk_back(
     generator: np.random.Generator,
     at_layer: Callable[[int, Mapping[str, Array], Array], AtLinear],
     progress: Callable[[int, int], Any] | None = None,
-) -> None:
+    *,
+    at_head: Callable[[], AtLinear] | None = None,
+) -> Array:
     """Forward through the float model, and back.
 
     Args:
@@ -84,6 +86,10 @@ def walk_back(
         at_layer: called with each layer's number, weights and input (W, S, H), the last layer first; what it returns is
             called for each of its linears and each window, from several threads.
         progress: called with (layers walked, all); forward and back count one each.
+        at_head: called before the way back; what it returns is called for the head and each window.
+
+    Returns:
+        The gradients at the embedding's output, (W, S, H) float32.
     """
     config = source.config
     report = progress or (lambda done, total: None)
@@ -94,7 +100,7 @@ def walk_back(
         report(number, 2 * config.num_layers)
         inputs.append(inputs[-1].copy())
         LayerWalk(config, load_layer(source, number), number, inputs[-1], at).finish()
-    grads = fisher_gradient(source, inputs.pop(), generator)
+    grads = fisher_gradient(source, inputs.pop(), generator, None if at_head is None else at_head())
     for number in range(config.num_layers - 1, -1, -1):
         report(2 * config.num_layers - 1 - number, 2 * config.num_layers)
         weights, x = load_layer(source, number), inputs.pop()
@@ -117,18 +123,26 @@ def walk_back(
 
         parallel_map(back, range(len(windows)))
     report(2 * config.num_layers, 2 * config.num_layers)
+    return grads
 
 
-def fisher_gradient(source: Source, stream: Array, generator: np.random.Generator) -> Array:
+def fisher_gradient(
+    source: Source, stream: Array, generator: np.random.Generator, at_head: AtLinear | None = None
+) -> Array:
     """The gradient of v·logits at the last hidden states (W, S, H), with v of covariance diag(p) − p pᵀ.
 
-    v = √p ∘ r − p (√p · r) for normal r.
+    v = √p ∘ r − p (√p · r) for normal r. `at_head` is called for each window, with v as the gradient of its output.
     """
     weights = {FINAL_NORM: source.tensor(FINAL_NORM).load(), HEAD: source.tensor(HEAD).load()}
 
-    def gradient(window: tuple[Array, np.random.Generator]) -> Array:
-        x, draws = window
-        tape, node = Tape(source.config, weights.__getitem__), Node(x[None])
+    def gradient(window: tuple[int, Array, np.random.Generator]) -> Array:
+        number, x, draws = window
+
+        def at_linear(name: str, inputs: Array, g: Array) -> None:
+            if at_head is not None:
+                at_head(number, name, inputs[0], g[0])
+
+        tape, node = Tape(source.config, weights.__getitem__, at_linear), Node(x[None])
         logits = head(tape, Residual(node))
         share = logits.value
         share = share - share.max(-1, keepdims=True)
@@ -142,4 +156,5 @@ def fisher_gradient(source: Source, stream: Array, generator: np.random.Generato
         tape.backward(logits, v)
         return np.asarray(cast(Array, node.grad)[0])
 
-    return np.stack(parallel_map(gradient, zip(stream, generator.spawn(len(stream)), strict=True)))
+    windows = zip(range(len(stream)), stream, generator.spawn(len(stream)), strict=True)
+    return np.stack(parallel_map(gradient, windows))

@@ -107,7 +107,7 @@ def embed_windows(
         states = np.empty(shape, np.float32)
     tokens, places = np.unique(windows, return_inverse=True)
     if isinstance(table, QuantizedTensor):
-        rows = dequantize(replace(table, codes=table.codes[tokens], scales=table.scales[tokens]))
+        rows = dequantize(table.rows(tokens))
     else:
         rows = table.select(tokens) if isinstance(table, LazyTensor) else table[tokens]
     ops = LeanEager(config, {EMBEDDING: rows})
