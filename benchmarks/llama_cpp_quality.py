@@ -27,7 +27,7 @@ from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.measure.text_score import first_windows, read_text
 from headrace.model.fidelity import FidelityMeter, no_target
 from headrace.model.weights import EMBEDDING, Role, weight_table
-from headrace.quantize.pipeline import load_layer
+from headrace.quantize.source import load_layer
 from headrace.quantize.windows import LayerWalk, causal_positions, cut_windows, embed_windows
 from headrace.text.tokenizer_folder import load_tokenizer, save_tokenizer
 

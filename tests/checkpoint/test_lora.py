@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.checkpoint.lora import adapted
 from headrace.errors import CheckpointError, ConfigError, UserError
-from headrace.quantize.pipeline import load_weight
+from headrace.quantize.source import load_weight
 from tests.tiny import DTYPES, write_baichuan, write_gguf, write_llama, write_qwen2, write_torch
 
 Array = NDArray[np.float32]

@@ -107,6 +107,7 @@ def test_finished_layers_are_not_quantized_again(run: Any, monkeypatch: pytest.M
 def test_finished_layers_are_not_computed_again(
     run: Any, exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
+    from headrace.quantize import layer as quantized_layer
     from headrace.quantize import pipeline
 
     with pytest.raises(Stop):
@@ -118,7 +119,8 @@ def test_finished_layers_are_not_computed_again(
         walked.append(layer)
         return real(config, weights, layer, *rest)
 
-    monkeypatch.setattr(pipeline, "LayerWalk", counted)
+    for module in (pipeline, quantized_layer):
+        monkeypatch.setattr(module, "LayerWalk", counted)
     run(method=method, resume=True)
     assert set(walked) == {3}
     assert contents(tmp_path / "out") == contents(exports.bundle(method=method))

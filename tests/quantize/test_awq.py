@@ -12,10 +12,11 @@ from headrace.bundle.recipe import Rule
 from headrace.checkpoint import Checkpoint, open_checkpoint
 from headrace.model.reference import eager_logits
 from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD, layer_weights, linears
-from headrace.quantize import awq, methods, pipeline
+from headrace.quantize import awq, methods
 from headrace.quantize.awq import find_scale
 from headrace.quantize.gptq import rounding_loss
-from headrace.quantize.pipeline import QuantizedLayer, quantize_layers
+from headrace.quantize.layer import QuantizedLayer
+from headrace.quantize.pipeline import quantize_layers
 from headrace.quantize.statistics import InputStatistics
 from tests.tiny import write_baichuan, write_llama
 
@@ -60,7 +61,7 @@ def _run(source: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> list[QuantizedL
         return tensor.codes * tensor.scales.astype(np.float32)
 
     monkeypatch.setattr(methods, "METHODS", {"awq": methods.Method(keep, calibrated=True, scaled=True)})
-    monkeypatch.setattr(pipeline, "dequantize", give)
+    monkeypatch.setattr("headrace.quantize.layer.dequantize", give)
     monkeypatch.setattr(awq, "_POWERS", [1.0])  # always scale
     layers: list[QuantizedLayer] = []
     rules = {name: Rule("proj", 4, 16, "awq") for name in linears(source.config)}

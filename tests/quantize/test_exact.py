@@ -14,7 +14,8 @@ from headrace.bundle.recipe import Rule
 from headrace.checkpoint import open_checkpoint
 from headrace.model.weights import linears
 from headrace.quantize.exact import keep_grid
-from headrace.quantize.pipeline import QuantizedLayer, quantize_layers
+from headrace.quantize.layer import QuantizedLayer
+from headrace.quantize.pipeline import quantize_layers
 from headrace.quantize.sensitivity import measure_sensitivity
 from tests.tiny import write_gguf
 

@@ -14,7 +14,8 @@ from headrace.model.reference import eager_logits
 from headrace.model.weights import linears, weight_table
 from headrace.quantize import gradients
 from headrace.quantize.gradients import gradient_energy
-from headrace.quantize.pipeline import QuantizedLayer, quantize_layers
+from headrace.quantize.layer import QuantizedLayer
+from headrace.quantize.pipeline import quantize_layers
 from headrace.quantize.token_weights import with_gradients
 from tests.tiny import write_llama
 

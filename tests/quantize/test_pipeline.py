@@ -17,7 +17,8 @@ from headrace.model.decoder import Residual, block, embed
 from headrace.model.ops import Eager
 from headrace.model.weights import EMBEDDING, input_groups, layer_weights, linears
 from headrace.quantize import windows as windows_module
-from headrace.quantize.pipeline import QuantizedLayer, quantize_layers, quantize_table
+from headrace.quantize.layer import QuantizedLayer
+from headrace.quantize.pipeline import quantize_layers, quantize_table
 from headrace.quantize.windows import (
     LayerWalk,
     LeanEager,

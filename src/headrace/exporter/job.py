@@ -36,11 +36,13 @@ from headrace.progress import Progress, silent
 from headrace.quantize.budget import Costs
 from headrace.quantize.device_encodings import device_encodings
 from headrace.quantize.gradients import gradient_energy
+from headrace.quantize.layer import QuantizedLayer
 from headrace.quantize.methods import find_method
 from headrace.quantize.parallel import cores
-from headrace.quantize.pipeline import QuantizedLayer, load_weight, quantize_layers, quantize_table
+from headrace.quantize.pipeline import quantize_layers, quantize_table
 from headrace.quantize.ranges import RANGE_WINDOWS, collect_ranges
 from headrace.quantize.sensitivity import measure_sensitivity
+from headrace.quantize.source import load_weight
 from headrace.quantize.windows import evenly_spaced
 from headrace.text.sample import sample_ids
 from headrace.text.turns import turn_format

@@ -27,8 +27,8 @@ from headrace.model.weights import EMBEDDING, HEAD, linears, quantized_weights, 
 from headrace.plan import Part, plan_parts
 from headrace.quantize.budget import Costs, grids_to_try, guessed_costs, within_budget
 from headrace.quantize.methods import find_method
-from headrace.quantize.pipeline import Source
 from headrace.quantize.rotation import Rotated
+from headrace.quantize.source import Source
 from headrace.targets.qualcomm.compile_cost import estimate_compile
 from headrace.targets.qualcomm.genie_bundle import refuse_contexts
 from headrace.targets.qualcomm.soc import find_soc

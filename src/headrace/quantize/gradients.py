@@ -21,7 +21,7 @@ from headrace.model.decoder import Residual, block, head
 from headrace.model.ops import Array
 from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD, linears
 from headrace.quantize.parallel import parallel_map
-from headrace.quantize.pipeline import Source, load_layer
+from headrace.quantize.source import Source, load_layer
 from headrace.quantize.tape import Node, Tape
 from headrace.quantize.windows import LayerWalk, causal_positions, embed_windows, evenly_spaced
 

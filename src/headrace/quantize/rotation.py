@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from headrace.checkpoint.tensor import LazyTensor
 from headrace.config import ModelConfig
 from headrace.model.weights import FINAL_NORM, Role, Weight, weight_table
-from headrace.quantize.pipeline import Source
+from headrace.quantize.source import Source
 
 __all__ = ["Rotated", "orthogonal", "turned"]
 

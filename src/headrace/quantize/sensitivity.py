@@ -21,7 +21,9 @@ from headrace.bundle.recipe import Rule
 from headrace.model.ops import Array
 from headrace.model.weights import EMBEDDING, HEAD, linears, weight_table
 from headrace.quantize.gradients import AtLinear, walk_back
-from headrace.quantize.pipeline import Source, quantize_table, try_grids
+from headrace.quantize.layer import try_grids
+from headrace.quantize.pipeline import quantize_table
+from headrace.quantize.source import Source
 from headrace.quantize.windows import causal_positions, evenly_spaced
 
 __all__ = ["RANKING_WINDOWS", "measure_sensitivity"]
