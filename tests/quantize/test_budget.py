@@ -15,6 +15,7 @@ from headrace.errors import RecipeError
 from headrace.model.weights import EMBEDDING, HEAD, linears, quantized_weights, weight_table
 from headrace.plan import plan_parts
 from headrace.quantize.budget import Costs, average_bits, grids_to_try, guessed_costs, weight_bytes, within_budget
+from headrace.quantize.tables import HEAD_METHOD
 
 CONFIG = ModelConfig("llama", 160, 64, 96, 12, 4, 2, 16, 1e-5, 1e4, 512, True)
 RECIPE = Recipe("plain", (Rule("embed_tokens|lm_head", 8, None, "nearest"), Rule("_proj", 4, 32, "gptq")))
@@ -191,7 +192,7 @@ def test_the_embedding_and_the_head_have_fewer_bits_where_that_gains_most() -> N
         recipe = RECIPE.with_linears(linears(CONFIG), lpbq=True)
         tried = grids_to_try(config, rules, size=True)
         assert set(tables) < set(tried)
-        assert {grid.bits for grid in tried[HEAD if config is untied else EMBEDDING]} == {6, 8}
+        assert all({grid.bits for grid in tried[name]} == {5, 6, 8} for name in tables)
         costs = {name: {grid: 4.0**-grid.bits for grid in grids} for name, grids in tried.items()}
         least = within_budget(recipe, config, costs, size=10**9).nbytes - 1_500
         kinds = set()
@@ -201,7 +202,8 @@ def test_the_embedding_and_the_head_have_fewer_bits_where_that_gains_most() -> N
             resolved = spent.recipe.resolve(quantized_weights(config))
             assert spent.nbytes == weight_bytes(config, resolved) <= least
             assert {name for name, rule in resolved.items() if rule.bits < 8} == {cheap}
-            assert resolved[cheap].method == "nearest"
+            is_head = cheap == weight_table(config)[HEAD].stored_as
+            assert resolved[cheap].method == (HEAD_METHOD if is_head else "nearest")
             kinds.add(resolved[cheap].grid)
         assert all(grid.bits in (5, 6) and grid.lpbq for grid in kinds)
     for nothing in ({"size": False}, {"size": True, "device": True}):

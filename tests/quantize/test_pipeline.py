@@ -18,7 +18,8 @@ from headrace.model.ops import Eager
 from headrace.model.weights import EMBEDDING, input_groups, layer_weights, linears
 from headrace.quantize import windows as windows_module
 from headrace.quantize.layer import QuantizedLayer
-from headrace.quantize.pipeline import quantize_layers, quantize_table
+from headrace.quantize.pipeline import quantize_layers
+from headrace.quantize.tables import quantize_table
 from headrace.quantize.windows import (
     LayerWalk,
     LeanEager,
@@ -204,7 +205,7 @@ def test_table_is_rounded(source: Checkpoint) -> None:
 def test_a_table_in_strips_is_the_table(source: Checkpoint, keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     rule = Rule("embed", 8, None, "nearest")
     whole = quantize_table(source, EMBEDDING, rule, keep=keep)
-    monkeypatch.setattr("headrace.quantize.pipeline._ROWS", 7)
+    monkeypatch.setattr("headrace.quantize.tables._ROWS", 7)
     strips = quantize_table(source, EMBEDDING, rule, keep=keep)
     np.testing.assert_array_equal(strips.codes, whole.codes)
     np.testing.assert_array_equal(strips.scales, whole.scales)

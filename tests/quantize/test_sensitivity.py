@@ -20,6 +20,7 @@ from headrace.model.reference import eager_logits
 from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD, linears, quantized_weights, weight_table
 from headrace.quantize.gradients import fisher_gradient
 from headrace.quantize.sensitivity import measure_sensitivity
+from headrace.quantize.tables import HEAD_METHOD, final_states, head_statistics, quantize_table
 from tests.tiny import write_llama
 
 # One random draw a token over a few hundred tokens: a third of the value is noise, and KL is not quite quadratic.
@@ -69,11 +70,23 @@ def test_proxy_predicts_what_tables_cost(tmp_path: Path, tied: bool) -> None:
     tables = [EMBEDDING] if tied else [EMBEDDING, HEAD]
     costs = measure_sensitivity(source, rules, windows, grids=dict.fromkeys(tables, grids))
     assert list(costs) == tables
+    statistics = head_statistics(source, final_states(source, windows))
     for name in tables:
         for grid in grids:
-            rounded = dequantize(quantize_nearest(source.tensor(name).load(), grid))
+            rule = Rule(".", 8, None, HEAD_METHOD).on(grid)
+            of_input = statistics if tied or name == HEAD else None
+            rounded = dequantize(quantize_table(source, name, rule, statistics=of_input))
             real = divergence(source, windows, dict.fromkeys([EMBEDDING, HEAD] if tied else [name], rounded))
             assert real / PROXY_FACTOR < costs[name][grid] < real * PROXY_FACTOR, (name, grid)
+
+
+def test_a_head_that_looks_at_its_input_loses_less(source: Checkpoint) -> None:
+    windows, others = np.random.default_rng(1).integers(0, source.config.vocab_size, (2, 4, 64))
+    statistics = head_statistics(source, final_states(source, windows))
+    rule = Rule(".", 6, 16, HEAD_METHOD, lpbq=True)
+    tables = [dequantize(quantize_table(source, HEAD, rule, statistics=each)) for each in (statistics, None)]
+    calibrated, rounded = (divergence(source, others, {HEAD: table}) for table in tables)
+    assert calibrated < rounded
 
 
 class UnlikeKeys:

@@ -30,6 +30,7 @@ from headrace.quantize.methods import find_method
 from headrace.quantize.parallel import cores
 from headrace.quantize.ranges import HEAD_TOKENS, range_tokens
 from headrace.quantize.sensitivity import RANKING_WINDOWS
+from headrace.quantize.tables import HEAD_WINDOWS
 from headrace.targets.qualcomm.compile_cost import estimate_compile
 from headrace.text.sample import SAMPLE_TOKENS
 
@@ -188,11 +189,13 @@ def estimate_export(
         return rounding * size * sum(_BLOCK_SEARCH if grid.block else 1 for grid in grids)
 
     passing = 2.0 * table * (2 * SAMPLE_TOKENS + min(ranged, HEAD_TOKENS) + _GRADIENT_HEAD_PASSES * (walked + ranked))
-    for name, grids in tried.items():
-        if name in (EMBEDDING, HEAD):
-            places = 2 if config.tied_head else 1
-            searching += places * search(table, grids)
-            passing += 2.0 * table * ranked * len(grids) * (name == HEAD or config.tied_head)
+    head = EMBEDDING if config.tied_head else HEAD
+    walked_for_head = min(tokens, HEAD_WINDOWS * ranked // RANKING_WINDOWS) if head in tried else 0
+    for name in {EMBEDDING, HEAD} & set(tried):
+        searching += search(table, tried[name])
+        if name == head:
+            passing += 2.0 * table * ranked * len(tried[name])
+            solving += table * config.hidden_size * (len(tried[name]) + 1)
     for layer in range(config.num_layers):
         for number, group in enumerate(input_groups(config, layer)):
             shapes = {linear.name: linear.matrix for linear in group}
@@ -207,7 +210,7 @@ def estimate_export(
                 walks = 2 if methods[name].uses_reference else 1  # the float model's beside
                 passed = walks * tokens + _GRADIENT_PASSES * walked + 2 * SAMPLE_TOKENS + ranged
                 grids = tried.get(name, ())
-                passed += (_RANKING_PASSES + _TRIAL_PASSES * len(grids)) * ranked
+                passed += walked_for_head + (_RANKING_PASSES + _TRIAL_PASSES * len(grids)) * ranked
                 passing += 2 * n * k * passed
                 solving += _SOLVING[rules[name].method] * n * k**2 + methods[name].calibrated * k**3 / 3
                 solving += len(grids) * (n * k**2 + k**3 / 3)

@@ -31,7 +31,7 @@ from headrace.exporter.workspace import Workspace, output_folder, refuse_full_di
 from headrace.files import full_disk
 from headrace.graph.device_folder import OWN_FOLDER, bundle_device_graphs
 from headrace.graph.emit_host import HostWeights, emit_host
-from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD, layer_weights
+from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD, layer_weights, weight_table
 from headrace.progress import Progress, silent
 from headrace.quantize.budget import Costs
 from headrace.quantize.device_encodings import device_encodings
@@ -39,10 +39,12 @@ from headrace.quantize.gradients import gradient_energy
 from headrace.quantize.layer import QuantizedLayer
 from headrace.quantize.methods import find_method
 from headrace.quantize.parallel import cores
-from headrace.quantize.pipeline import quantize_layers, quantize_table
+from headrace.quantize.pipeline import quantize_layers
 from headrace.quantize.ranges import RANGE_WINDOWS, collect_ranges
 from headrace.quantize.sensitivity import measure_sensitivity
 from headrace.quantize.source import load_weight
+from headrace.quantize.statistics import InputStatistics
+from headrace.quantize.tables import final_states, head_statistics, quantize_table
 from headrace.quantize.windows import evenly_spaced
 from headrace.text.sample import sample_ids
 from headrace.text.turns import turn_format
@@ -157,15 +159,17 @@ def _quantize(
     source, config, rules = settings.model, settings.config, settings.rules
     store = WeightStore(work.bundle, config, settings.parts, settings.grids, create=not work.layers)
     progress("embedding and head", 0, 1)
-    if work.layers:  # an earlier run wrote them before its first layer
-        embedding = store.read_codes(EMBEDDING)
-    else:
+    if not work.layers:  # else an earlier run wrote them before its first layer
         with cores(jobs):
-            embedding = quantize_table(source, EMBEDDING, rules[EMBEDDING], keep=settings.options.keep_grid)
-            store.write(EMBEDDING, embedding)
+            head, keep = weight_table(config)[HEAD].stored_as, settings.options.keep_grid
+            statistics = dict[str, InputStatistics]()
+            if find_method(rules[head].method).calibrated:
+                statistics[head] = head_statistics(source, final_states(source, windows))
+            for name in dict.fromkeys((EMBEDDING, head)):
+                table = quantize_table(source, name, rules[name], statistics=statistics.get(name), keep=keep)
+                store.write(name, table)
             store.write(FINAL_NORM, load_weight(source, FINAL_NORM))
-            if not config.tied_head:
-                store.write(HEAD, quantize_table(source, HEAD, rules[HEAD], keep=settings.options.keep_grid))
+    embedding = store.read_codes(EMBEDDING)
     progress("embedding and head", 1, 1)
 
     def emit(layer: QuantizedLayer) -> None:

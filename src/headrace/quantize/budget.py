@@ -23,6 +23,7 @@ from headrace.config import ModelConfig
 from headrace.errors import RecipeError
 from headrace.model.weights import HEAD, Role, linears, quantized_weights, weight_table
 from headrace.plan import Part, plan_parts
+from headrace.quantize.tables import HEAD_METHOD
 
 __all__ = ["BudgetedRecipe", "Costs", "average_bits", "grids_to_try", "guessed_costs", "weight_bytes", "within_budget"]
 
@@ -78,20 +79,18 @@ def grids_to_try(
         config: the geometry.
         rules: canonical name → rule.
         size: the budget is one of bytes: a linear whose rule has blocks can get others, and more bits in blocks, with
-            the same kind of scales. Where linears have blocks, the embedding and the head can have fewer bits as well.
+            the same kind of scales. Where linears have blocks, the embedding and the head can have 5 or 6 bits.
         keep: weights that lie on a grid are kept: 8 bits in blocks as well, since checkpoints have them (GGUF's Q8_0).
         device: the bundle is for a device, where 5 and 6 bits take as many bytes as 8.
     """
     in_blocks = [rules[name].lpbq for name in linears(config) if rules[name].block is not None]
-    head = weight_table(config)[HEAD].stored_as
     found: dict[str, tuple[Grid, ...]] = {}
     for name, weight in quantized_weights(config).items():
         grid, columns = rules[name].grid, weight.matrix[1]
         if weight.layer is None:
             if not (size and in_blocks) or device:
                 continue
-            # 5 bits cost a head several times what 6 do, unless its weights lie on that grid.
-            more, least, lpbq = True, 6 if name == head and not keep else 5, in_blocks[0]
+            more, least, lpbq = True, 5, in_blocks[0]
         else:
             if grid.bits == 8:
                 continue
@@ -223,12 +222,15 @@ def _with_grids(recipe: Recipe, config: ModelConfig, rules: Mapping[str, Rule], 
     """Rules in front of the recipe's for weights that get another grid, one for each kind and grid; rules that then
     match no weight are dropped, since a recipe refuses them."""
     table = weight_table(config)
-    changed = {name: grid for name, grid in grids.items() if grid != rules[name].grid}
+    head = table[HEAD].stored_as
+    changed = {name: grid for name, grid in grids.items() if grid != rules[name].grid or name == head}
     kinds: dict[tuple[Role, Grid, str], list[int]] = defaultdict(list)
     for name, grid in changed.items():
         # Rounding to 8 bits costs so little that a longer search does not pay, but the correction of `best` still does.
         layer, method = table[name].layer, rules[name].method
-        if layer is not None and grid.bits == 8 and method != "best":
+        if name == head:
+            method = HEAD_METHOD
+        elif layer is not None and grid.bits == 8 and method != "best":
             method = "gptq"
         kinds[table[name].role, grid, method] += [] if layer is None else [layer]
     front = [

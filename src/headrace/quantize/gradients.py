@@ -75,7 +75,7 @@ def walk_back(
     at_layer: Callable[[int, Mapping[str, Array], Array], AtLinear],
     progress: Callable[[int, int], Any] | None = None,
     *,
-    at_head: Callable[[], AtLinear] | None = None,
+    at_head: Callable[[Array], AtLinear] | None = None,
 ) -> Array:
     """Forward through the float model, and back.
 
@@ -86,7 +86,8 @@ def walk_back(
         at_layer: called with each layer's number, weights and input (W, S, H), the last layer first; what it returns is
             called for each of its linears and each window, from several threads.
         progress: called with (layers walked, all); forward and back count one each.
-        at_head: called before the way back; what it returns is called for the head and each window.
+        at_head: called with the hidden states after the last layer (W, S, H), before the way back; what it returns is
+            called for the head and each window.
 
     Returns:
         The gradients at the embedding's output, (W, S, H) float32.
@@ -100,7 +101,8 @@ def walk_back(
         report(number, 2 * config.num_layers)
         inputs.append(inputs[-1].copy())
         LayerWalk(config, load_layer(source, number), number, inputs[-1], at).finish()
-    grads = fisher_gradient(source, inputs.pop(), generator, None if at_head is None else at_head())
+    states = inputs.pop()
+    grads = fisher_gradient(source, states, generator, None if at_head is None else at_head(states))
     for number in range(config.num_layers - 1, -1, -1):
         report(2 * config.num_layers - 1 - number, 2 * config.num_layers)
         weights, x = load_layer(source, number), inputs.pop()

@@ -11,26 +11,22 @@ This file does not know where layers go, nor how one is quantized (layer.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import takewhile
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.bundle.grid import QuantizedTensor, quantize_nearest, stacked
+from headrace.bundle.grid import QuantizedTensor
 from headrace.bundle.recipe import Rule
 from headrace.model.ops import Array
 from headrace.model.weights import EMBEDDING, linears
-from headrace.quantize.exact import keep_grid
 from headrace.quantize.layer import QuantizedLayer, quantize_layer
 from headrace.quantize.methods import find_method
-from headrace.quantize.parallel import cores, parallel_map
-from headrace.quantize.source import Source, load_layer, load_rows
+from headrace.quantize.parallel import cores
+from headrace.quantize.source import Source, load_layer
 from headrace.quantize.windows import LayerWalk, causal_positions, embed_windows
 
-__all__ = ["LayerStage", "quantize_layers", "quantize_table"]
-
-_ROWS = 8192  # of a table that are in memory at once
+__all__ = ["LayerStage", "quantize_layers"]
 
 
 class LayerStage(Protocol):
@@ -41,22 +37,6 @@ class LayerStage(Protocol):
 
     def write(self, layers: int, states: Sequence[Array]) -> None:
         """Keep the states after so many layers, in place of those kept before."""
-
-
-def quantize_table(source: Source, name: str, rule: Rule, *, keep: bool = False) -> QuantizedTensor:
-    """The embedding's or the head's table, rounded to nearest; `keep`: as it is, if it lies on the rule's grid."""
-
-    def read(start: int) -> Array:
-        return load_rows(source, name, start, start + _ROWS)
-
-    # The table in float32, twice for a while, would be most of the memory that an export takes.
-    starts = range(0, source.tensor(name).shape[0], _ROWS)
-    if keep:
-        kept = list(takewhile(lambda strip: strip is not None, (keep_grid(read(at), rule.grid, name) for at in starts)))
-        if len(kept) == len(starts):
-            return stacked([strip for strip in kept if strip is not None])
-    parts = parallel_map(lambda at: quantize_nearest(read(at), rule.grid), starts)
-    return stacked(parts)
 
 
 def quantize_layers(

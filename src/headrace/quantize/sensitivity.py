@@ -22,8 +22,8 @@ from headrace.model.ops import Array
 from headrace.model.weights import EMBEDDING, HEAD, linears, weight_table
 from headrace.quantize.gradients import AtLinear, walk_back
 from headrace.quantize.layer import try_grids
-from headrace.quantize.pipeline import quantize_table
 from headrace.quantize.source import Source
+from headrace.quantize.tables import HEAD_METHOD, head_statistics, quantize_table
 from headrace.quantize.windows import causal_positions, evenly_spaced
 
 __all__ = ["RANKING_WINDOWS", "measure_sensitivity"]
@@ -60,14 +60,20 @@ def measure_sensitivity(
     tried = {name: (rules[name].grid,) for name in linears(config)} if grids is None else grids
     head = weight_table(config)[HEAD].stored_as
     at = causal_positions(config, windows.shape[1])
+    tokens, places = np.unique(windows, return_inverse=True)
     # By window, since these come from several threads. A tied head has costs in two places, which add up.
     found = [defaultdict[tuple[str, Grid], float](float) for _ in windows]
 
-    def on_grid(name: str, grid: Grid) -> QuantizedTensor:
-        return quantize_table(source, name, rules[name].on(grid), keep=keep)
+    embedding: dict[Grid, QuantizedTensor] = {}  # only the rows of these tokens
 
-    def at_head() -> AtLinear:
-        trials = {grid: on_grid(head, grid) for grid in tried.get(head, ())}
+    def at_head(states: Array) -> AtLinear:
+        trials: dict[Grid, QuantizedTensor] = {}
+        if head in tried:
+            statistics, rule = head_statistics(source, states), replace(rules[head], method=HEAD_METHOD)
+            for grid in tried[head]:
+                trials[grid] = quantize_table(source, head, rule.on(grid), statistics=statistics, keep=keep)
+                if head == EMBEDDING:
+                    embedding[grid] = trials[grid].rows(tokens)
 
         def at_linear(window: int, name: str, inputs: Array, g: Array) -> None:
             effects = {grid: np.zeros(len(inputs), np.float32) for grid in trials}
@@ -94,9 +100,11 @@ def measure_sensitivity(
         return at_linear
 
     at_embedding = walk_back(source, windows, np.random.default_rng(seed), at_layer, progress, at_head=at_head)
-    tokens, places = np.unique(windows, return_inverse=True)
     for grid in tried.get(EMBEDDING, ()):
-        error = source.tensor(EMBEDDING).select(tokens) - dequantize(on_grid(EMBEDDING, grid).rows(tokens))
+        if head != EMBEDDING:
+            rule = rules[EMBEDDING].on(grid)
+            embedding[grid] = quantize_table(source, EMBEDDING, rule, keep=keep).rows(tokens)
+        error = source.tensor(EMBEDDING).select(tokens) - dequantize(embedding[grid])
         for own, at_window, g in zip(found, places.reshape(windows.shape), at_embedding, strict=True):
             own[EMBEDDING, grid] += _half_square(np.einsum("sh,sh->s", error[at_window], g))
     return {
