@@ -53,6 +53,8 @@ inline void decode_planes(const Weight& w, const Fine* x, int m, int begin, int 
       for (int r = 0; r < V::lanes; r += together)
         for (int from = 0; from < w.k; from += kSegment) {
           const int to = std::min(from + kSegment, w.k), begin_step = from / S::columns, end_step = int(round_up(to, S::columns)) / S::columns;
+          for (int i = 0; from == 0 && i < together; i++)
+            __builtin_prefetch(w.factors + (n + (r + i) * stride + ahead / w.k) * w.factor_bytes(), 0, 2);
           if (tokens == 1) {
             for (int i = r; i < r + together; i += 2) {
               const TwoRows<V, Bits, Block> two{{Row(w, n + i * stride, ahead), Row(w, n + (i + 1) * stride, ahead)}};
