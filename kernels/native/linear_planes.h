@@ -6,15 +6,32 @@
 namespace headrace {
 namespace {
 
-// Two rows, for a single token.
+// A row by a single token from step `from` to `to` - 1, its sums spread over lanes: the same that add_steps has.
 template <class V, int Bits, int Block>
-struct TwoRows {
-  PlaneRow<V, Bits, Block> rows[2];
-  template <bool Whole>
-  __attribute__((always_inline)) typename V::I load(size_t row, int step) const {
-    return rows[row].template load<Whole>(step * V::bytes);
+HEADRACE_APART typename V::F single_row(const PlaneRow<V, Bits, Block>& given, const ScaledCodes& codes, size_t from, size_t to) {
+  using S = Steps<V, 8>;
+  constexpr size_t apart = S::apart, lanes = V::lanes, bytes = V::bytes;
+  const auto row = given;
+  const auto x = codes;
+  auto sum = V::zerof();
+  const auto add = [&](size_t s, auto has_second, const auto& load) __attribute__((always_inline)) {
+    auto product = V::load(x.pairs + s * lanes);
+    product = V::template dot8<8>(product, load(s), V::load(x.codes + s * bytes));
+    if constexpr (decltype(has_second)::value)
+      product = V::template dot8<8>(product, load(s + apart), V::load(x.codes + (s + apart) * bytes));
+    sum = V::fma(V::to_float(product), V::loadf(x.scales + s * lanes), sum);
+  };
+  const auto whole = [&](size_t s) __attribute__((always_inline)) { return row.template load<true>(s * bytes); };
+  const auto any = [&](size_t s) { return row.at(s * bytes); };
+  size_t unit = from;
+  for (const size_t last = std::min(to, row.whole / bytes); unit + 2 * apart <= last; unit += 2 * apart)
+    HEADRACE_UNROLL for (size_t s = unit; s < unit + apart; s++) add(s, Number<1>(), whole);
+  for (size_t s = unit; s < to && s < unit + apart; s++) {
+    if (s + apart < to) add(s, Number<1>(), any);
+    else add(s, Number<0>(), any);
   }
-};
+  return sum;
+}
 
 // Rows as bytes, from `row` on, their columns from step `step` on.
 template <class V>
@@ -30,13 +47,13 @@ struct UnpackedRows {
 
 // Columns from … to - 1 of a row, `from` a multiple of V::bytes, to whole vectors of bytes.
 template <class V, int Bits, int Block>
-HEADRACE_APART void unpack_row(const PlaneRow<V, Bits, Block>& given, int from, int to, uint8_t* out) {
+HEADRACE_APART void unpack_row(const PlaneRow<V, Bits, Block>& given, size_t from, size_t to, uint8_t* out) {
   const auto row = given;
-  const int whole = int(row.columns) / V::bytes * V::bytes;
-  int column = from;
-  for (const int end = to < whole ? to : whole; column + V::bytes <= end; column += V::bytes, out += V::bytes)
-    V::store(out, row.template load<true>(column));
-  for (; column < to; column += V::bytes, out += V::bytes) V::store(out, row.at(column));
+  constexpr size_t bytes = V::bytes;
+  size_t column = from;
+  for (const size_t last = std::min(to, row.whole); column + bytes <= last; column += bytes)
+    V::store(out + column - from, row.template load<true>(column));
+  for (; column < to; column += bytes) V::store(out + column - from, row.at(column));
 }
 
 template <class V, int Bits, int Block>
@@ -57,8 +74,10 @@ inline void decode_planes(const Weight& w, const Fine* x, int m, int begin, int 
             __builtin_prefetch(w.factors + (n + (r + i) * stride + ahead / w.k) * w.factor_bytes(), 0, 2);
           if (tokens == 1) {
             for (int i = r; i < r + together; i += 2) {
-              const TwoRows<V, Bits, Block> two{{Row(w, n + i * stride, ahead), Row(w, n + (i + 1) * stride, ahead)}};
-              add_steps<V, 8, 2, 1>(two, 0, x + first, begin_step, end_step, w.k / S::columns, lanes + i / 2 * V::lanes);
+              const auto sum = [&](int r) { return single_row(Row(w, n + r * stride, ahead), x[first].eight, begin_step, end_step); };
+              const auto one = sum(i), two = V::template merge<0>(one, sum(i + 1));
+              float* at = lanes + i / 2 * V::lanes;
+              V::storef(at, from ? V::add(V::loadf(at), two) : two);
             }
             continue;
           }

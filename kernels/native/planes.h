@@ -38,17 +38,17 @@ struct PlaneRow {
   using I = typename V::I;
 
   const uint8_t *low, *high, *factors;
-  size_t columns, factor_bytes, ahead, high_ahead;
+  size_t columns, whole, factor_bytes, ahead, high_ahead;  // whole: columns for which load<true> is
   int shift;  // logarithm of the columns of a block
 
   PlaneRow(const Weight& w, size_t n, size_t ahead)
       : low(w.packed + n * w.row_bytes()), high(w.high + n * w.high_bytes()), factors(w.factors + n * w.factor_bytes()),
-        columns(w.k), factor_bytes(w.factor_bytes()), ahead(ahead / 2), high_ahead(ahead / 8 * kPlanes),
+        columns(w.k), whole(n + 1 < size_t(w.n) || !Block ? w.k / V::bytes * V::bytes : 0), factor_bytes(w.factor_bytes()), ahead(ahead / 2), high_ahead(ahead / 8 * kPlanes),
         shift(__builtin_ctz(w.block)) {}
 
-  // V::bytes columns from `column` on, a multiple of that; Whole: all of them exist. Codes `ahead` columns further come on their way.
+  // V::bytes columns from `column` on, a multiple of that; Whole: all of them exist, and so do some bytes behind their factors. Codes `ahead` columns further come on their way.
   template <bool Whole>
-  __attribute__((always_inline)) I load(int column) const {
+  __attribute__((always_inline)) I load(size_t column) const {
     I codes;
     __builtin_prefetch(low + column / 2 + ahead, 0, 2), __builtin_prefetch(high + column / 8 * kPlanes + high_ahead, 0, 2);
     if constexpr (Whole) {
@@ -63,21 +63,21 @@ struct PlaneRow {
     if constexpr (Block == 0) {
       return V::add32(codes, V::set8(128 - kZeroPoint));  // no byte carries
     } else if constexpr (Block < V::bytes) {
-      uint32_t nibbles = 0;
-      constexpr size_t bytes = V::bytes / Block / 2;
-      const size_t first = size_t(column) / (2 * Block), there = Whole || first + bytes <= factor_bytes ? bytes : factor_bytes - first;
-      __builtin_memcpy(&nibbles, factors + first, Whole ? bytes : there);
+      uint32_t few = 0;
+      const size_t first = column / (2 * Block);
+      if (!Whole)
+        for (size_t i = first; i < factor_bytes && i < first + 4; i++) few |= uint32_t(factors[i]) << 8 * (i - first);
       I factor, rest;
-      V::template fold<kZeroPoint>(V::set32(int(nibbles)), V::load(kBlockBits.of), factor, rest);
+      V::template fold<kZeroPoint>(Whole ? V::broadcast32(factors + first) : V::set32(int(few)), V::load(kBlockBits.of), factor, rest);
       return V::add32(V::mul16(codes, factor), rest);
     } else {
-      const size_t block = size_t(column) >> (Block < 64 ? __builtin_ctz(Block) : shift);
+      const size_t block = column >> (Block < 64 ? __builtin_ctz(Block) : shift);
       const int factor = factors[block / 2] >> block % 2 * 4 & 15;
       return V::add32(V::mul16(codes, V::load(kFolds.factor[factor])), V::load(kFolds.shift[factor]));
     }
   }
-  __attribute__((always_inline)) I at(int column) const {
-    return column + V::bytes <= int(columns) ? load<true>(column) : load<false>(column);
+  __attribute__((always_inline)) I at(size_t column) const {
+    return column + V::bytes <= whole ? load<true>(column) : load<false>(column);
   }
  private:
   static I with_planes(I codes, const uint8_t* high, size_t plane) {

@@ -34,7 +34,7 @@ struct PlaneRows {
   size_t n, stride, ahead;
   template <bool Whole>
   __attribute__((always_inline)) typename V::I load(size_t row, int step) const {
-    return PlaneRow<V, Bits, Block>(w, n + row * stride, ahead).template load<Whole>(step * V::bytes);
+    return PlaneRow<V, Bits, Block>(w, n + row * stride, ahead).template load<Whole>(size_t(step) * V::bytes);
   }
 };
 

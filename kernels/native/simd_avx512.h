@@ -49,12 +49,13 @@ struct Avx512 {
   static I high_nibbles(I w) { return _mm512_and_si512(_mm512_srli_epi16(w, 4), _mm512_set1_epi8(15)); }
   static I nibbles(const uint8_t* p) {  // those of 32 bytes, in their order
     const I words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    return _mm512_and_si512(_mm512_or_si512(words, _mm512_slli_epi16(words, 4)), _mm512_set1_epi8(15));
+    return _mm512_ternarylogic_epi32(words, _mm512_slli_epi16(words, 4), _mm512_set1_epi8(15), 0xa8);  // (a | b) & c
   }
   template <int Value> static I add_plane(I v, const uint8_t* bits) {  // to bytes whose bit is set
     uint64_t mask;
     std::memcpy(&mask, bits, 8);
-    return _mm512_mask_add_epi8(v, mask, v, _mm512_set1_epi8(Value));
+    asm("vpaddb %2, %0, %0%{%1%}" : "+v"(v) : "Yk"(__mmask64(mask)), "v"(_mm512_set1_epi8(Value)));  // gcc would copy v first
+    return v;
   }
   // In every eight bytes the even ones first.
   static I evens_first(I w) {
