@@ -38,15 +38,17 @@ struct PlaneRow {
   using I = typename V::I;
 
   const uint8_t *low, *high, *factors;
-  size_t columns, whole, factor_bytes, ahead, high_ahead;  // whole: columns for which load<true> is
+  size_t columns, whole;  // whole: those that load<true> can read
+  size_t factor_bytes, ahead, high_ahead;
   int shift;  // logarithm of the columns of a block
 
   PlaneRow(const Weight& w, size_t n, size_t ahead)
       : low(w.packed + n * w.row_bytes()), high(w.high + n * w.high_bytes()), factors(w.factors + n * w.factor_bytes()),
-        columns(w.k), whole(n + 1 < size_t(w.n) || !Block ? w.k / V::bytes * V::bytes : 0), factor_bytes(w.factor_bytes()), ahead(ahead / 2), high_ahead(ahead / 8 * kPlanes),
-        shift(__builtin_ctz(w.block)) {}
+        columns(w.k), whole(n + 1 < size_t(w.n) || Block == 0 ? w.k / V::bytes * V::bytes : 0), factor_bytes(w.factor_bytes()),
+        ahead(ahead / 2), high_ahead(ahead / 8 * kPlanes), shift(__builtin_ctz(w.block)) {}
 
-  // V::bytes columns from `column` on, a multiple of that; Whole: all of them exist, and so do some bytes behind their factors. Codes `ahead` columns further come on their way.
+  // V::bytes columns from `column` on, a multiple of that; Whole: all of them exist, and so do four bytes from their first factor's on, as
+  // in every row but a weight's last. Codes `ahead` columns further come on their way.
   template <bool Whole>
   __attribute__((always_inline)) I load(size_t column) const {
     I codes;
@@ -79,6 +81,7 @@ struct PlaneRow {
   __attribute__((always_inline)) I at(size_t column) const {
     return column + V::bytes <= whole ? load<true>(column) : load<false>(column);
   }
+
  private:
   static I with_planes(I codes, const uint8_t* high, size_t plane) {
     codes = V::template add_plane<16>(codes, high);

@@ -34,7 +34,9 @@ struct PlaneRows {
   size_t n, stride, ahead;
   template <bool Whole>
   __attribute__((always_inline)) typename V::I load(size_t row, int step) const {
-    return PlaneRow<V, Bits, Block>(w, n + row * stride, ahead).template load<Whole>(size_t(step) * V::bytes);
+    const PlaneRow<V, Bits, Block> own(w, n + row * stride, ahead);
+    if constexpr (Whole) return own.at(size_t(step) * V::bytes);
+    else return own.template load<false>(size_t(step) * V::bytes);
   }
 };
 
