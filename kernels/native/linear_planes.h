@@ -23,10 +23,11 @@ __attribute__((always_inline)) inline typename V::F row_sum(const Row& row, cons
   size_t unit = from;
   for (const size_t last = std::min(to, row.whole / bytes); unit + 2 * apart <= last; unit += 2 * apart)
     HEADRACE_UNROLL for (size_t s = unit; s < unit + apart; s++) add(s, Number<1>(), whole);
-  for (size_t s = unit; s < to && s < unit + apart; s++) {
-    if (s + apart < to) add(s, Number<1>(), any);
-    else add(s, Number<0>(), any);
-  }
+  for (; unit < to; unit += 2 * apart)
+    for (size_t s = unit; s < to && s < unit + apart; s++) {
+      if (s + apart < to) add(s, Number<1>(), any);
+      else add(s, Number<0>(), any);
+    }
   return sum;
 }
 
