@@ -108,3 +108,13 @@ def _columns(bundle: Path, weight: str) -> int:
     if weight.endswith("o_proj.weight"):
         return int(g["num_heads"] * g["head_dim"])
     return int(g["hidden_size"])
+
+
+def is_kept(name: str, made: NDArray[np.float32], weight: NDArray[np.float32]) -> bool:
+    """Bit for bit; rows of q_proj and k_proj are scaled against each other by powers of two."""
+    power = np.ones(len(weight), np.float32)
+    if name.endswith(("q_proj.weight", "k_proj.weight")):
+        power = np.abs(made).max(1) / np.abs(weight).max(1)
+        if not (np.frexp(power)[0] == 0.5).all():
+            return False
+    return np.array_equal(made, weight * power[:, None])

@@ -107,7 +107,15 @@ def _quantize_layers(
         known = finished(number)
         if known is None:
             layer = quantize_layer(
-                source, rules, number, states, at, reference, energy=energy, keep=keep, equalize=not keep
+                source,
+                rules,
+                number,
+                states,
+                at,
+                reference,
+                energy=energy,
+                keep=keep,
+                equalize=True,  # kept codes stay
             )
             emit(layer)
         else:
