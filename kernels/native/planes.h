@@ -43,7 +43,7 @@ struct PlaneRow {
   int shift;  // logarithm of the columns of a block
 
   PlaneRow(const Weight& w, size_t n, size_t ahead)
-      : low(w.packed + n * w.row_bytes()), high(w.high + n * w.high_bytes()), factors(w.factors + n * w.factor_bytes()),
+      : low(w.packed + n * w.row_bytes()), high(w.high + n * w.high_bytes()), factors(w.factors ? w.factors + n * w.factor_bytes() : nullptr),
         columns(w.k), whole(n + 1 < size_t(w.n) || Block == 0 ? w.k / V::bytes * V::bytes : 0), factor_bytes(w.factor_bytes()),
         ahead(ahead / 2), high_ahead(ahead / 8 * kPlanes), shift(__builtin_ctz(w.block)) {}
 
