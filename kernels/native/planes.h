@@ -33,6 +33,7 @@ struct FoldTable {
 template <class V, int Bits, int Block>
 struct PlaneRow {
   static constexpr int kZeroPoint = 1 << (Bits - 1), kPlanes = Bits - 4;
+  static constexpr bool few_factors = Block == 0 || Block >= V::bytes;  // one a vector or none; otherwise four bytes of them are read at once
   static constexpr BlockBits<V, Block ? Block : 64> kBlockBits{};
   static constexpr FoldTable<V, kZeroPoint> kFolds{};
   using I = typename V::I;
@@ -44,11 +45,12 @@ struct PlaneRow {
 
   PlaneRow(const Weight& w, size_t n, size_t ahead)
       : low(w.packed + n * w.row_bytes()), high(w.high + n * w.high_bytes()), factors(w.factors ? w.factors + n * w.factor_bytes() : nullptr),
-        columns(w.k), whole(n + 1 < size_t(w.n) || Block == 0 ? w.k / V::bytes * V::bytes : 0), factor_bytes(w.factor_bytes()),
+        columns(w.k), whole(few_factors || (w.n - 1 - n) * w.factor_bytes() >= 3 ? w.k / V::bytes * V::bytes : 0),
+        factor_bytes(w.factor_bytes()),
         ahead(ahead / 2), high_ahead(ahead / 8 * kPlanes), shift(__builtin_ctz(w.block)) {}
 
-  // V::bytes columns from `column` on, a multiple of that; Whole: all of them exist, and so do four bytes from their first factor's on, as
-  // in every row but a weight's last. Codes `ahead` columns further come on their way.
+  // V::bytes columns from `column` on, a multiple of that; Whole: all of them exist, and so do four bytes from their first factor's on,
+  // which the last rows of a weight need not have. Codes `ahead` columns further come on their way.
   template <bool Whole>
   __attribute__((always_inline)) I load(size_t column) const {
     I codes;
@@ -64,7 +66,7 @@ struct PlaneRow {
     }
     if constexpr (Block == 0) {
       return V::add32(codes, V::set8(128 - kZeroPoint));  // no byte carries
-    } else if constexpr (Block < V::bytes) {
+    } else if constexpr (!few_factors) {
       uint32_t few = 0;
       const size_t first = column / (2 * Block);
       if (!Whole)

@@ -190,12 +190,11 @@ def quantize_layer(
     *,
     energy: Mapping[str, Array] | None = None,
     keep: bool = False,
-    equalize: bool = False,
 ) -> QuantizedLayer:
     """Quantize one layer for its input `states` (W, S, H), which is overwritten by the layer's output.
 
-    `reference` is the float model at the same layer; it is computed to the end of it. With `equalize` q_proj and
-    k_proj are scaled against each other at the end, so they no longer approximate the checkpoint's one by one.
+    `reference` is the float model at the same layer; it is computed to the end of it. At the end q_proj and k_proj are
+    scaled against each other, so they no longer approximate the checkpoint's one by one; their codes stay.
     """
     config = source.config
     work = _layer_quantizer(source, rules, number, states, at, energy, keep)
@@ -212,11 +211,9 @@ def quantize_layer(
     values = steps.value_peaks
     if work.value_scale is not None:
         values = values / work.value_scale.reshape(values.shape)
-    key_peak = float(steps.key_peaks.max())
-    if equalize:
-        work.quantized[query], work.quantized[key], key_peak = equalize_keys(
-            work.quantized[query], work.quantized[key], steps.key_peaks
-        )
+    work.quantized[query], work.quantized[key], key_peak = equalize_keys(
+        work.quantized[query], work.quantized[key], steps.key_peaks
+    )
     return QuantizedLayer(number, work.quantized, norms, key_peak, float(values.max()))
 
 

@@ -106,17 +106,7 @@ def _quantize_layers(
             del weights
         known = finished(number)
         if known is None:
-            layer = quantize_layer(
-                source,
-                rules,
-                number,
-                states,
-                at,
-                reference,
-                energy=energy,
-                keep=keep,
-                equalize=True,  # kept codes stay
-            )
+            layer = quantize_layer(source, rules, number, states, at, reference, energy=energy, keep=keep)
             emit(layer)
         else:
             LayerWalk(config, known.weights(config), number, states, at).finish()
