@@ -19,6 +19,7 @@ struct BlockBits {
 };
 
 // For factors 1 … 16, of which a vector has one: it in every 16 bits, and what is left to 128 of a zero point times it in every byte.
+// A table, since making them takes AVX2 a sixth of a token's time.
 template <class V, int Zero>
 struct FoldTable {
   alignas(64) uint32_t factor[16][V::lanes], shift[16][V::lanes];
