@@ -3,5 +3,5 @@
 #include "linear_tiles.h"
 
 namespace headrace {
-const Kernels amx_kernels = with_tiles<Avx512, AmxTiles>("amx");
+constexpr TileKernels amx_tiles = tile_kernels<Avx512, AmxTiles>("amx");
 }

@@ -3,5 +3,5 @@
 #include "linear_tiles.h"
 
 namespace headrace {
-const Kernels amx_emulated_kernels = with_tiles<Avx512, EmulatedTiles>("amx-emulated");
+constexpr TileKernels amx_emulated_tiles = tile_kernels<Avx512, EmulatedTiles>("amx-emulated");
 }

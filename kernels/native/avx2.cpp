@@ -3,5 +3,5 @@
 #include "table.h"
 
 namespace headrace {
-const Kernels avx2_kernels = table<Avx2>("avx2");
+constexpr Kernels avx2_kernels = table<Avx2>("avx2");
 }

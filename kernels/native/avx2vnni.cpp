@@ -4,5 +4,5 @@
 #include "table.h"
 
 namespace headrace {
-const Kernels avx2vnni_kernels = table<Avx2>("avx2vnni");
+constexpr Kernels avx2vnni_kernels = table<Avx2>("avx2vnni");
 }

@@ -3,5 +3,5 @@
 #include "table.h"
 
 namespace headrace {
-const Kernels avx512vnni_kernels = table<Avx512>("avx512vnni");
+constexpr Kernels avx512vnni_kernels = table<Avx512>("avx512vnni");
 }

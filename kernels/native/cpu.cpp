@@ -30,6 +30,19 @@ bool tiles() {
 #endif
 
 #if defined(__x86_64__)
+// Made here, in a file that is compiled for every machine.
+Kernels with_tiles(const TileKernels& tiles) {
+  Kernels table = avx512vnni_kernels;
+  table.name = tiles.name;
+  table.coarse = tiles.coarse;
+  table.prompt = tiles.prompt;
+  table.prompt_scratch = tiles.prompt_scratch;
+  table.tokens = tiles.tokens;
+  return table;
+}
+
+const Kernels amx_kernels = with_tiles(amx_tiles), amx_emulated_kernels = with_tiles(amx_emulated_tiles);
+
 // Conversions of float16; clang before 17 cannot be asked by name. They need no more of the system than AVX2 does.
 bool f16c() {
   unsigned a = 0, b = 0, c = 0, d = 0;

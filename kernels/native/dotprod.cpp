@@ -4,5 +4,5 @@
 #include "table.h"
 
 namespace headrace {
-const Kernels dotprod_kernels = table<Neon>("dotprod");
+constexpr Kernels dotprod_kernels = table<Neon>("dotprod");
 }

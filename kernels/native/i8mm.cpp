@@ -5,5 +5,5 @@
 #include "table.h"
 
 namespace headrace {
-const Kernels i8mm_kernels = table<Neon>("i8mm");
+constexpr Kernels i8mm_kernels = table<Neon>("i8mm");
 }

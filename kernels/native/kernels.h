@@ -138,9 +138,20 @@ struct Kernels {
   void (*attend_float)(const Attend& a, const float* q, const float* keys, const float* values);
 };
 
+// What a variant with tiles has of its own; all else is avx512vnni's.
+struct TileKernels {
+  const char* name;
+  decltype(Kernels::coarse) coarse;
+  decltype(Kernels::prompt) prompt;
+  decltype(Kernels::prompt_scratch) prompt_scratch;
+  int tokens;
+};
+
+// Each is defined as constexpr: a table that were made when the library is loaded would be made with instructions that this machine may lack.
 extern const Kernels plain_kernels;
 #if defined(__x86_64__)
-extern const Kernels avx2_kernels, avx2vnni_kernels, avx512vnni_kernels, amx_kernels, amx_emulated_kernels;
+extern const Kernels avx2_kernels, avx2vnni_kernels, avx512vnni_kernels;
+extern const TileKernels amx_tiles, amx_emulated_tiles;
 #elif defined(__aarch64__)
 extern const Kernels i8mm_kernels, dotprod_kernels, neon_kernels;
 #endif

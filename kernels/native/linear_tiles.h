@@ -172,16 +172,9 @@ size_t tiles_scratch(int m) {
   return tiles > panels ? tiles : panels;
 }
 
-// What tiles do not do is avx512vnni's, and compiled there alone.
 template <class V, class Tiles>
-Kernels with_tiles(const char* name) {
-  Kernels table = avx512vnni_kernels;
-  table.name = name;
-  table.coarse = coarse_or_tiles<V>;
-  table.prompt = prompt_tiles<V, Tiles>;
-  table.prompt_scratch = tiles_scratch<V>;
-  table.tokens = kTokens;
-  return table;
+constexpr TileKernels tile_kernels(const char* name) {
+  return {name, coarse_or_tiles<V>, prompt_tiles<V, Tiles>, tiles_scratch<V>, kTokens};
 }
 
 }  // namespace

@@ -3,5 +3,5 @@
 #include "table.h"
 
 namespace headrace {
-const Kernels neon_kernels = table<Neon>("neon");
+constexpr Kernels neon_kernels = table<Neon>("neon");
 }

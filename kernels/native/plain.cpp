@@ -188,7 +188,7 @@ void attend(const Attend& a) {
 
 }  // namespace
 
-const Kernels plain_kernels = {"plain", quantize, fine,     decode, coarse,   prompt, prompt_scratch, 16, 1,
+constexpr Kernels plain_kernels = {"plain", quantize, fine,     decode, coarse,   prompt, prompt_scratch, 16, 1,
                                rms_norm, add,     silu_mul, rope,   cache_codes, attend, attend_float};
 
 }  // namespace headrace
