@@ -20,6 +20,9 @@ constexpr size_t kAhead = 8192;  // bytes, at least, that are on their way from 
 
 template <int N> struct Number { static constexpr int value = N; };
 
+// Whether factors of blocks stay apart from codes of 5 and 6 bits: where products of bytes are made in steps, whole bytes take more of them.
+template <class V> constexpr bool factors_apart = V::pairs != 0;
+
 // 2^x: the whole part by the exponent, the rest by a polynomial (Taylor of 2^r on -0.5 … 0.5, error below 2e-7).
 template <class V>
 inline typename V::F exp2(typename V::F x) {

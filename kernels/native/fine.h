@@ -43,10 +43,12 @@ inline typename V::I largest_of_neighbours(const typename V::F (&x)[N]) {
 
 template <class V, int Bits>
 inline typename V::I start_of(const int8_t* codes) {
-  const auto zero_point = V::set8(Bits == 4 ? 8 : -128);  // 128 as an unsigned byte
   auto sum = V::zero();
-  HEADRACE_UNROLL for (int v = 0; v < Steps<V, Bits>::vectors; v++)
-      sum = V::template dot8<8>(sum, zero_point, V::load(codes + v * V::bytes));
+  if constexpr (Bits == 4) {
+    HEADRACE_UNROLL for (int v = 0; v < Steps<V, 4>::vectors; v++) sum = V::dot8(sum, V::set8(8), V::load(codes + v * V::bytes));
+  } else if constexpr (!V::signed_bytes) {
+    sum = V::dot_bytes(sum, V::set8(-128), V::load(codes));  // 128 as an unsigned byte
+  }
   return V::sub32(V::zero(), sum);
 }
 
@@ -122,6 +124,9 @@ inline void scaled_codes(const float* x, int k, const ScaledCodes& out) {
       const auto start = start_of<V, 8>(out.codes + from + c), second = start_of<V, 8>(out.codes + from + half + c);
       V::store(out.steps + s * V::lanes, start), V::store(out.steps + other * V::lanes, second);
       V::store(out.pairs + s * V::lanes, V::add32(start, second));
+      if constexpr (factors_apart<V>)
+        for (int bits : {5, 6})
+          for (int of : {s, other}) V::store(out.planes[bits - 5] + of * 2 * V::lanes, V::pair_start(V::load(out.codes + of * V::bytes), 1 << (bits - 1)));
       for (int l = 0; l < V::lanes; l++)
         out.scales[s * V::lanes + l] = out.scales[other * V::lanes + l] = scales[c + l * S::per_lane];
     }

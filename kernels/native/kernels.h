@@ -57,9 +57,10 @@ struct FactorCodes {
 // 8 bits: a scale is float32, for 8 columns.
 struct ScaledCodes {
   int8_t* codes;
-  float* scales;   // a lane at a time
-  int32_t* steps;  // starts of a step, a lane at a time
-  int32_t* pairs;  // the same of two steps that share scales
+  float* scales;       // a lane at a time
+  int32_t* steps;      // starts of a step, a lane at a time
+  int32_t* pairs;      // the same of two steps that share scales
+  int16_t* planes[2];  // where factors stay apart (planes.h), starts of two columns of 5 and of 6 bits
 };
 struct Fine {
   FactorCodes four;

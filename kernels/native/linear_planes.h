@@ -6,67 +6,83 @@
 namespace headrace {
 namespace {
 
-// A row by a single token from step `from` to `to` - 1; sums, spread over lanes, are those that add_steps has.
+// A row by a single token from step `from` to `to` - 1; sums, spread over lanes, are those that add_steps has. starts: x.planes of the row's bits.
 template <class V, class Row>
-__attribute__((always_inline)) inline typename V::F row_sum(const Row& row, const ScaledCodes& x, size_t from, size_t to) {
+__attribute__((always_inline)) inline typename V::F row_sum(const Row& row, const ScaledCodes& x, const int16_t* starts, size_t from,
+                                                            size_t to) {
   constexpr size_t apart = Steps<V, 8>::apart, lanes = V::lanes, bytes = V::bytes;
   auto sum = V::zerof();
-  const auto add = [&](size_t s, auto has_second, const auto& load) __attribute__((always_inline)) {
-    auto product = V::load(x.pairs + s * lanes);
-    product = V::template dot8<8>(product, load(s), V::load(x.codes + s * bytes));
-    if constexpr (decltype(has_second)::value)
-      product = V::template dot8<8>(product, load(s + apart), V::load(x.codes + (s + apart) * bytes));
-    sum = V::fma(V::to_float(product), V::loadf(x.scales + s * lanes), sum);
+  const auto dot = [&](auto product, size_t unit, int step, auto whole) __attribute__((always_inline)) {
+    const auto codes = row.template load<decltype(whole)::value>(unit * bytes, step), own = V::load(x.codes + (unit + step) * bytes);
+    if constexpr (Row::apart)
+      return V::dot_factors(product, codes, own, V::load(starts + (unit + step) * 2 * lanes), V::load(row.factors_of(unit * bytes, step)));
+    else return V::dot_bytes(product, codes, own);
   };
-  const auto whole = [&](size_t s) __attribute__((always_inline)) { return row.template load<true>(s * bytes); };
-  const auto any = [&](size_t s) { return row.at(s * bytes); };
+  const auto add = [&](size_t unit, int step, bool has_second, auto whole) __attribute__((always_inline)) {
+    auto product = dot(start_of_pairs<V, Row::apart>(x, unit + step), unit, step, whole);
+    if (has_second) product = dot(product, unit, step + apart, whole);
+    sum = V::fma(V::to_float(product), V::loadf(x.scales + (unit + step) * lanes), sum);
+  };
+  const size_t whole = std::min(to, row.whole() / bytes);
   size_t unit = from;
-  for (const size_t last = std::min(to, row.whole / bytes); unit + 2 * apart <= last; unit += 2 * apart)
-    HEADRACE_UNROLL for (size_t s = unit; s < unit + apart; s++) add(s, Number<1>(), whole);
-  for (; unit < to; unit += 2 * apart)
-    for (size_t s = unit; s < to && s < unit + apart; s++) {
-      if (s + apart < to) add(s, Number<1>(), any);
-      else add(s, Number<0>(), any);
-    }
+  for (; unit + 2 * apart <= whole; unit += 2 * apart) {
+    row.read_ahead(unit * bytes);
+    HEADRACE_UNROLL for (int step = 0; step < int(apart); step++) add(unit, step, true, Number<1>());
+  }
+  if (unit + apart == whole && to == whole) {
+    HEADRACE_UNROLL for (int step = 0; step < int(apart); step++) add(unit, step, false, Number<1>());
+  } else {
+    for (; unit < to; unit += 2 * apart)
+      for (int step = 0; step < int(apart) && unit + step < to; step++) add(unit, step, unit + step + apart < to, Number<0>());
+  }
   return sum;
 }
 
 // V::lanes rows, `stride` apart, by a single token; sums of two rows lie in a vector.
 template <class V, int Bits, int Block>
-HEADRACE_APART void single_rows(const Weight& w, size_t n, size_t stride, size_t ahead, const ScaledCodes& codes, size_t from, size_t to,
+HEADRACE_APART void single_rows(const PlaneRow<V, Bits, Block>& first, size_t stride, const ScaledCodes& codes, size_t from, size_t to,
                                 float* lanes) {
-  using Row = PlaneRow<V, Bits, Block>;
   const auto x = codes;
+  const auto* starts = x.planes[Bits - 5];
   for (size_t r = 0; r < V::lanes; r += 2, lanes += V::lanes) {
-    __builtin_prefetch(w.factors + (n + r * stride + ahead / w.k) * w.factor_bytes(), 0, 2);
-    const auto one = row_sum<V>(Row(w, n + r * stride, ahead), x, from, to), other = row_sum<V>(Row(w, n + (r + 1) * stride, ahead), x, from, to);
+    const auto row = first.further(r * stride);
+    __builtin_prefetch(row.factors + row.factors_ahead, 0, 2);
+    const auto one = row_sum<V>(row, x, starts, from, to), other = row_sum<V>(row.further(stride), x, starts, from, to);
     const auto two = V::template merge<0>(one, other);
     V::storef(lanes, from ? V::add(V::loadf(lanes), two) : two);
   }
 }
 
-// Rows as bytes, from `row` on, their columns from step `step` on.
-template <class V>
+// Rows as bytes, their columns from step `step` on; `row` is the first of them.
+template <class V, int Bits, int Block>
 struct UnpackedRows {
-  const uint8_t* bytes;
+  static constexpr int apart = PlaneRow<V, Bits, Block>::apart ? Bits : 0;
+  PlaneRow<V, Bits, Block> first;
   size_t stride;
+  const uint8_t* bytes;
   int row, step;
   template <bool>
   __attribute__((always_inline)) typename V::I load(size_t of, int at) const {
-    return V::kept(V::load(bytes + (of - row) * stride + size_t(at - step) * V::bytes));
+    return V::kept(V::load(bytes + (of - row) * kSegment + size_t(at - step) * V::bytes));
+  }
+  __attribute__((always_inline)) const int16_t* factors(size_t of, int at) const {
+    return first.further((of - row) * stride).factors_of(size_t(at) * V::bytes);
   }
 };
 
 // Columns from … to - 1 of some rows, `from` a multiple of V::bytes, to rows of `out` in whole vectors.
 template <class V, int Bits, int Block>
-HEADRACE_APART void unpack_rows(const Weight& w, size_t n, size_t stride, int rows, size_t ahead, size_t from, size_t to, uint8_t* out) {
+HEADRACE_APART void unpack_rows(const PlaneRow<V, Bits, Block>& first, size_t stride, int rows, size_t from, size_t to, uint8_t* out) {
   constexpr size_t bytes = V::bytes;
   for (int r = 0; r < rows; r++, out += kSegment) {
-    const PlaneRow<V, Bits, Block> row(w, n + r * stride, ahead);
-    __builtin_prefetch(row.factors + ahead / w.k * w.factor_bytes(), 0, 2);
+    const auto row = first.further(r * stride);
+    __builtin_prefetch(row.factors + row.factors_ahead, 0, 2);
     size_t column = from;
-    for (const size_t last = std::min(to, row.whole); column + bytes <= last; column += bytes)
-      V::store(out + column - from, row.template load<true>(column));
+    for (const size_t last = std::min(to, row.whole()); column + 128 <= last; column += 128) {
+      row.read_ahead(column);
+      HEADRACE_UNROLL for (int step = 0; step < int(128 / bytes); step++)
+          V::store(out + column - from + step * bytes, row.template load<true>(column, step));
+    }
     for (; column < to; column += bytes) V::store(out + column - from, row.at(column));
   }
 }
@@ -78,19 +94,22 @@ inline void decode_planes(const Weight& w, const Fine* x, int m, int begin, int 
   alignas(64) float lanes[kMostTokens * size];
   alignas(64) uint8_t bytes[together * kSegment];
   const size_t ahead = columns_ahead(w, m == 1 ? 2 : together);
+  const PlaneRow<V, Bits, Block> top(w, begin, ahead);
   vectors_of_rows<V>(begin, end, [&](int n, int stride) {
+    const auto own = top.further(n - begin);
     for (int first = 0; first < m; first += kMostTokens) {
       const int tokens = std::min(m - first, kMostTokens);
       for (int from = 0; from < w.k; from += kSegment) {
         const int to = std::min(from + kSegment, w.k), step = from / S::columns, end_step = int(round_up(to, S::columns)) / S::columns;
         if (tokens == 1) {
-          single_rows<V, Bits, Block>(w, n, stride, ahead, x[first].eight, step, end_step, lanes);
+          single_rows<V, Bits, Block>(own, stride, x[first].eight, step, end_step, lanes);
           continue;
         }
         for (int r = 0; r < V::lanes; r += together) {
-          unpack_rows<V, Bits, Block>(w, n + r * stride, stride, together, ahead, from, to, bytes);
-          const UnpackedRows<V> rows{bytes, kSegment, r, step};
-          few_at_a_time<4>(tokens, [&](auto number, int t) {
+          const auto some = own.further(r * stride);
+          unpack_rows<V, Bits, Block>(some, stride, together, from, to, bytes);
+          const UnpackedRows<V, Bits, Block> rows{some, size_t(stride), bytes, r, step};
+          few_at_a_time<decltype(rows)::apart ? 2 : 4>(tokens, [&](auto number, int t) {
             constexpr int T = decltype(number)::value, R = rows_at_once<V>(T, false) < together ? rows_at_once<V>(T, false) : together;
             for (int i = r; i < r + together; i += R)
               add_steps<V, 8, R, T>(rows, i, x + first + t, step, end_step, end_step, lanes + t * size + i / 2 * V::lanes);

@@ -1,7 +1,8 @@
 // Linears of many tokens, for any vector V: a panel of channels by kColumns columns is unpacked once into scratch memory,
 // four columns of a channel to a lane, and every token runs over it with int8 activations. Sums are int32 within a group of
 // columns that shares a scale, float from group to group. Where scales of blocks are factors, codes are multiplied by them as they are
-// unpacked and the panel is one of bytes with one scale a row, unless bytes take longer by more than blocks do.
+// unpacked and the panel is one of bytes with one scale a row, unless bytes take longer by more than blocks do: then factors of 5 and 6 bits
+// multiply sums of 16 columns.
 #pragma once
 #include "rows.h"
 
@@ -35,7 +36,7 @@ inline void coarse_groups(const float* x, int8_t* codes, float* scales, int32_t*
       four[i] = V::to_int(V::mul(values[4 * j + i], inverse[(4 * j + i) * Groups / vectors]));
     const auto ordered = V::evens_first(V::pack8(four));
     V::store(codes + j * V::bytes, ordered);
-    V::store(fours + j * V::lanes, V::template dot8<4>(V::zero(), V::set8(1), ordered));
+    V::store(fours + j * V::lanes, V::dot8(V::zero(), V::set8(1), ordered));
   }
   HEADRACE_UNROLL for (int s = 0; s < 4; s++)
     sums16[s] = fours[4 * s] + fours[4 * s + 1] + fours[4 * s + 2] + fours[4 * s + 3];
@@ -135,7 +136,7 @@ inline void add_products(const uint8_t* scratch, const int8_t* codes, typename V
       HEADRACE_UNROLL for (int p = 0; p < P; p++) columns[p] = columns_of(s, p);
       HEADRACE_UNROLL for (int t = 0; t < T; t++) {
         const I one = V::broadcast32(codes + t * kColumns + 4 * s);
-        HEADRACE_UNROLL for (int p = 0; p < P; p++) sum[t][p] = V::template dot8<Bits>(sum[t][p], columns[p], one);
+        HEADRACE_UNROLL for (int p = 0; p < P; p++) sum[t][p] = Bits == 4 ? V::dot8(sum[t][p], columns[p], one) : V::dot_bytes(sum[t][p], columns[p], one);
       }
     }
   } else {
@@ -165,14 +166,46 @@ inline void add_products(const uint8_t* scratch, const int8_t* codes, typename V
   }
 }
 
+// The same of codes of 5 and 6 bits whose factors stay apart, one for every 16 columns: [16 columns][panel][channel]. sums16: of the tokens'
+// codes, `stride` from token to token. Products of two columns fit an int16 and so do a few of them.
+template <class V, int Bits, int Part, int T>
+inline void add_with_factors(const uint8_t* scratch, const int8_t* codes, const int32_t* sums16, size_t stride, const float* factors,
+                             typename V::I (&sum)[T][V::panels]) {
+  using I = typename V::I;
+  constexpr int P = V::panels, together = 128 >> Bits, zero_point = 1 << (Bits - 1);
+  for (int b = 0; b < Part / 16; b++, factors += P * V::lanes) {
+    HEADRACE_UNROLL for (int t = 0; t < T; t++) {
+      const int start = -zero_point * sums16[t * stride + b], half = start / 2;  // as two numbers that fit an int16
+      const I both = V::set32((half & 0xffff) | int(unsigned(start - half) << 16));
+      HEADRACE_UNROLL for (int p = 0; p < P; p++) sum[t][p] = V::dot16(sum[t][p], both, V::load(factors + p * V::lanes));
+    }
+    HEADRACE_UNROLL for (int first = 0; first < 4; first += together) {
+      I pairs[T][P];
+      HEADRACE_UNROLL for (int s = first; s < first + together; s++) {
+        I columns[P];
+        HEADRACE_UNROLL for (int p = 0; p < P; p++) columns[p] = V::load(scratch + ((4 * b + s) * P + p) * V::bytes);
+        HEADRACE_UNROLL for (int t = 0; t < T; t++) {
+          const I one = V::broadcast32(codes + t * kColumns + 4 * (4 * b + s));
+          HEADRACE_UNROLL for (int p = 0; p < P; p++) {
+            const I product = V::pair_products(columns[p], one);
+            pairs[t][p] = s > first ? V::add16(pairs[t][p], product) : product;
+          }
+        }
+      }
+      HEADRACE_UNROLL for (int t = 0; t < T; t++) HEADRACE_UNROLL for (int p = 0; p < P; p++)
+          sum[t][p] = V::dot16(sum[t][p], pairs[t][p], V::load(factors + p * V::lanes));
+    }
+  }
+}
+
 // T tokens by a panel, one piece of kColumns. Part: columns of an int32 sum; scales: [part][channel], with blocks; sums:
-// [token][channel].
+// [token][channel]. With codes of 5 or 6 bits scales are factors for add_with_factors.
 template <class V, int Bits, bool Blocks, int Part, int T>
 HEADRACE_APART void multiply(const Coarse& x, int from, int parts, int token, const uint8_t* scratch, const float* scales,
                              float* sums) {
   using I = typename V::I;
   using F = typename V::F;
-  constexpr int P = V::panels, zero_point = Bits == 4 ? 8 : 128, group = group_of(Part);
+  constexpr int P = V::panels, zero_point = Bits == 4 ? 8 : V::signed_bytes && V::pairs == 0 ? 0 : 128, group = group_of(Part);
   const size_t padded = round_up(x.k, kColumns);
   const int8_t* codes = x.codes + size_t(from / kColumns) * x.m * kColumns + size_t(token) * kColumns;
   const int32_t* sums16 = x.sums16 + (token * padded + from) / 16;
@@ -185,9 +218,10 @@ HEADRACE_APART void multiply(const Coarse& x, int from, int parts, int token, co
     HEADRACE_UNROLL for (int t = 0; t < T; t++) {
       int total = 0;
       HEADRACE_UNROLL for (int s = 0; s < Part / 16; s++) total += sums16[t * (padded / 16) + s];
-      HEADRACE_UNROLL for (int p = 0; p < P; p++) sum[t][p] = V::set32(-zero_point * total);
+      HEADRACE_UNROLL for (int p = 0; p < P; p++) sum[t][p] = V::set32(has_planes(Bits) ? 0 : -zero_point * total);
     }
-    add_products<V, Bits, Part, T>(scratch, codes, sum);
+    if constexpr (has_planes(Bits)) add_with_factors<V, Bits, Part, T>(scratch, codes, sums16, padded / 16, scales, sum);
+    else add_products<V, Bits, Part, T>(scratch, codes, sum);
     scratch += Part / 4 * P * V::bytes, codes += Part;
     HEADRACE_UNROLL for (int p = 0; p < P; p++) {
       F scale;
@@ -197,7 +231,7 @@ HEADRACE_APART void multiply(const Coarse& x, int from, int parts, int token, co
         f[t][p] = V::fma(Blocks ? V::mul(total, scale) : total, one, f[t][p]);
       }
     }
-    scales += P * V::lanes, sums16 += Part / 16;
+    scales += P * V::lanes * (has_planes(Bits) ? Part / 16 : 1), sums16 += Part / 16;
     ones += Part == group || part % 2 == 1;
   }
   HEADRACE_UNROLL for (int t = 0; t < T; t++) HEADRACE_UNROLL for (int p = 0; p < P; p++)
@@ -226,6 +260,20 @@ HEADRACE_APART void part_scales(const Weight& w, int n, int end, int from, int p
   }
 }
 
+// Factors of blocks of 16 columns of such channels, as add_with_factors takes them. Columns behind a row have any.
+template <class V>
+HEADRACE_APART void block_factors(const Weight& w, int n, int end, int from, int columns, float* factors) {
+  constexpr int width = V::panels * V::lanes;
+  const int first = from / w.block, count = end - n < width ? end - n : width;
+  const int last = ((from + columns < w.k ? from + columns : w.k) - 1) / w.block;
+  for (int c = 0; c < count; c += V::lanes) {
+    const uint8_t* own = w.factors + (n + c) * w.factor_bytes() + first / 2;
+    const RowFactors<V> of(own, w.factor_bytes(), count - c < V::lanes ? count - c : V::lanes, last / 2 - first / 2 + 1);
+    for (int b = 0; b < columns / 16; b++)
+      V::store(factors + b * width + c, V::mul32(V::to_int(of.of(first % 2 + b * 16 / w.block)), V::set32(0x10001)));
+  }
+}
+
 template <class V, int Stored, int Bits, bool Blocks, int Part>
 HEADRACE_APART void prompt_panel(const Weight& w, const Coarse& x, int n, int end, int first, int last, const Out& out,
                                  int column, uint8_t* scratch) {
@@ -234,8 +282,9 @@ HEADRACE_APART void prompt_panel(const Weight& w, const Coarse& x, int n, int en
   float* sums = scales + (kColumns / 16) * width;
   for (int from = 0; from < w.k; from += kColumns) {
     const int columns = w.k - from < kColumns ? w.k - from : kColumns, parts = (columns + Part - 1) / Part;
-    unpack<V, Stored, (Stored < Bits && !Blocks)>(w, n, end, from, parts * Part, scratch);
-    if constexpr (Blocks) part_scales<V, Part>(w, n, end, from, parts, scales);
+    unpack<V, Stored, (Stored < Bits && !Blocks) || has_planes(Bits)>(w, n, end, from, parts * Part, scratch);
+    if constexpr (has_planes(Bits)) block_factors<V>(w, n, end, from, parts * Part, scales);
+    else if constexpr (Blocks) part_scales<V, Part>(w, n, end, from, parts, scales);
     const auto run = [&](auto number, int t) {
       multiply<V, Bits, Blocks, Part, decltype(number)::value>(x, from, parts, t, scratch, scales, sums + (t - first) * width);
     };
@@ -263,7 +312,9 @@ template <class V, int Stored>
 inline auto panel_for(const Weight& w, const Coarse& x) {
   constexpr bool planes = has_planes(Stored);
   constexpr int Bits = planes ? 8 : Stored;
-  if constexpr (planes || (Stored == 4 && V::pairs == 0))
+  if constexpr (planes && factors_apart<V>)
+    if (w.factors) return x.group == 32 ? prompt_panel<V, Stored, Stored, false, 32> : prompt_panel<V, Stored, Stored, false, 64>;
+  if constexpr ((planes && !factors_apart<V>) || (Stored == 4 && V::pairs == 0))
     if (w.factors) return x.group == 32 ? prompt_panel<V, Stored, 8, false, 32> : prompt_panel<V, Stored, 8, false, 64>;
   if constexpr (!planes)
     if (!w.block) return x.group == 32 ? prompt_panel<V, Stored, Bits, false, 32> : prompt_panel<V, Stored, Bits, false, 64>;

@@ -1,6 +1,7 @@
 // Weights of 5 and 6 bits, for any vector V: the four low bits of a code lie as codes of 4 bits do, those above them in planes of a bit a
 // column. They become bytes with the zero point 128, in the order of the columns, times the factors of their blocks where scales have such:
-// a factor is 1 … 8 for 5 bits and 1 … 4 for 6, so that products fit. From there on they are weights of 8 bits.
+// a factor is 1 … 8 for 5 bits and 1 … 4 for 6, so that products fit. From there on they are weights of 8 bits. Where factors stay apart,
+// the codes become bytes as they are and their products by two columns are multiplied with factors.
 #pragma once
 #include "factors.h"
 
@@ -30,62 +31,103 @@ struct FoldTable {
   }
 };
 
+// For bytes of two factors, of which a vector's halves have one each: they in every 16 bits. A table, since nothing is faster than to load it.
+template <class V>
+struct FactorTable {
+  alignas(64) int16_t of[256][V::bytes / 2];
+  constexpr FactorTable() : of() {
+    for (int byte = 0; byte < 256; byte++)
+      for (int i = 0; i < V::bytes / 2; i++) of[byte][i] = int16_t((i < V::bytes / 4 ? byte & 15 : byte >> 4) + 1);
+  }
+};
+template <class V> constexpr FactorTable<V> kFactorTable{};
+
 // A row of such codes. Block: columns that share a factor, where 64 are that or more; 0: codes have no factors.
 template <class V, int Bits, int Block>
 struct PlaneRow {
   static constexpr int kZeroPoint = 1 << (Bits - 1), kPlanes = Bits - 4;
+  static constexpr bool apart = Block && factors_apart<V>;
   static constexpr bool few_factors = Block == 0 || Block >= V::bytes;  // one a vector or none; otherwise four bytes of them are read at once
   static constexpr BlockBits<V, Block ? Block : 64> kBlockBits{};
   static constexpr FoldTable<V, kZeroPoint> kFolds{};
   using I = typename V::I;
 
   const uint8_t *low, *high, *factors;
-  size_t columns, whole;  // whole: those that load<true> can read
-  size_t factor_bytes, ahead, high_ahead;
+  size_t columns, factor_bytes, behind;  // behind: bytes of factors of the rows that follow
+  size_t ahead, high_ahead, factors_ahead;
   int shift;  // logarithm of the columns of a block
 
+  // ahead: columns that are read ahead, those of whole rows.
   PlaneRow(const Weight& w, size_t n, size_t ahead)
-      : low(w.packed + n * w.row_bytes()), high(w.high + n * w.high_bytes()), factors(w.factors ? w.factors + n * w.factor_bytes() : nullptr),
-        columns(w.k), whole(few_factors || (w.n - 1 - n) * w.factor_bytes() >= 3 ? w.k / V::bytes * V::bytes : 0),
-        factor_bytes(w.factor_bytes()),
-        ahead(ahead / 2), high_ahead(ahead / 8 * kPlanes), shift(__builtin_ctz(w.block)) {}
+      : low(w.packed + n * w.row_bytes()), high(w.high + n * w.high_bytes()), factors(nullptr), columns(w.k), factor_bytes(w.factor_bytes()),
+        behind((w.n - 1 - n) * factor_bytes), ahead(ahead / 2), high_ahead(ahead / 8 * kPlanes), factors_ahead(ahead / w.k * factor_bytes),
+        shift(__builtin_ctz(w.block)) {
+    if (w.factors) factors = w.factors + n * factor_bytes;
+  }
+  // The row so many further on; quicker than another from the weight, whose blocks are a division.
+  PlaneRow further(size_t rows) const {
+    PlaneRow row = *this;
+    row.low += rows * (columns / 2), row.high += rows * (columns / 8 * kPlanes), row.factors += rows * factor_bytes;
+    row.behind -= rows * factor_bytes;
+    return row;
+  }
+  // How many columns load<true> can read.
+  size_t whole() const { return apart || few_factors || behind >= 3 ? columns / V::bytes * V::bytes : 0; }
 
-  // V::bytes columns from `column` on, a multiple of that; Whole: all of them exist, and so do four bytes from their first factor's on,
-  // which the last rows of a weight need not have. Codes `ahead` columns further come on their way.
+  // V::bytes codes from the vector `step` behind `column` on, which is a multiple of them; Whole: all of them exist.
   template <bool Whole>
-  __attribute__((always_inline)) I load(size_t column) const {
-    I codes;
-    __builtin_prefetch(low + column / 2 + ahead, 0, 2), __builtin_prefetch(high + column / 8 * kPlanes + high_ahead, 0, 2);
+  __attribute__((always_inline)) I codes(size_t column, int step = 0) const {
+    const uint8_t *own = low + column / 2 + step * (V::bytes / 2), *planes = high + column / 8 + step * (V::bytes / 8);
     if constexpr (Whole) {
-      codes = with_planes(V::nibbles(low + column / 2), high + column / 8, columns / 8);
+      return with_planes(V::nibbles(own), planes, columns / 8);
     } else {
       uint8_t nibbles[V::bytes / 2] = {}, bits[kPlanes * V::bytes / 8] = {};
-      const size_t there = columns - column < V::bytes ? columns - column : V::bytes;
-      __builtin_memcpy(nibbles, low + column / 2, there / 2);
-      for (int i = 0; i < kPlanes; i++) __builtin_memcpy(bits + i * V::bytes / 8, high + column / 8 + i * columns / 8, there / 8);
-      codes = with_planes(V::nibbles(nibbles), bits, V::bytes / 8);
+      const size_t left = columns - column - step * V::bytes, there = left < V::bytes ? left : V::bytes;
+      __builtin_memcpy(nibbles, own, there / 2);
+      for (int i = 0; i < kPlanes; i++) __builtin_memcpy(bits + i * V::bytes / 8, planes + i * columns / 8, there / 8);
+      return with_planes(V::nibbles(nibbles), bits, V::bytes / 8);
     }
-    if constexpr (Block == 0) {
+  }
+  // The factors of such codes, where they stay apart: one for every two columns.
+  __attribute__((always_inline)) const int16_t* factors_of(size_t column, int step = 0) const {
+    if constexpr (2 * Block == V::bytes) return kFactorTable<V>.of[factors[column / V::bytes + step]];
+    else return reinterpret_cast<const int16_t*>(kFolds.factor[factor_of(column + step * V::bytes)]);
+  }
+  // The same codes as bytes, times their factors where these do not stay apart. Whole: also, four bytes exist from their first factor's on,
+  // which the last rows of a weight need not have.
+  template <bool Whole>
+  __attribute__((always_inline)) I load(size_t column, int step = 0) const {
+    const I codes = this->codes<Whole>(column, step);
+    if constexpr (apart) {
+      return codes;
+    } else if constexpr (Block == 0) {
       return V::add32(codes, V::set8(128 - kZeroPoint));  // no byte carries
     } else if constexpr (!few_factors) {
       uint32_t few = 0;
-      const size_t first = column / (2 * Block);
+      const size_t first = column / (2 * Block) + step * (V::bytes / (2 * Block));
       if (!Whole)
         for (size_t i = first; i < factor_bytes && i < first + 4; i++) few |= uint32_t(factors[i]) << 8 * (i - first);
       I factor, rest;
       V::template fold<kZeroPoint>(Whole ? V::broadcast32(factors + first) : V::set32(int(few)), V::load(kBlockBits.of), factor, rest);
       return V::add32(V::mul16(codes, factor), rest);
     } else {
-      const size_t block = column >> (Block < 64 ? __builtin_ctz(Block) : shift);
-      const int factor = factors[block / 2] >> block % 2 * 4 & 15;
+      const int factor = factor_of(column + step * V::bytes);
       return V::add32(V::mul16(codes, V::load(kFolds.factor[factor])), V::load(kFolds.shift[factor]));
     }
   }
   __attribute__((always_inline)) I at(size_t column) const {
-    return column + V::bytes <= whole ? load<true>(column) : load<false>(column);
+    return column + V::bytes <= whole() ? load<true>(column) : load<false>(column);
+  }
+  // Codes `ahead` columns further come on their way: those of 128 columns from `column` on, a line of memory.
+  __attribute__((always_inline)) void read_ahead(size_t column) const {
+    __builtin_prefetch(low + column / 2 + ahead, 0, 2), __builtin_prefetch(high + column / 8 * kPlanes + high_ahead, 0, 2);
   }
 
  private:
+  __attribute__((always_inline)) int factor_of(size_t column) const {
+    const size_t block = column >> (Block < 64 ? __builtin_ctz(Block) : shift);
+    return factors[block / 2] >> block % 2 * 4 & 15;
+  }
   static I with_planes(I codes, const uint8_t* high, size_t plane) {
     codes = V::template add_plane<16>(codes, high);
     if constexpr (Bits == 6) codes = V::template add_plane<32>(codes, high + plane);

@@ -9,6 +9,7 @@ namespace {
 template <class V>
 class PlainRows {
  public:
+  static constexpr int apart = 0;
   PlainRows(const Weight& w, size_t n, size_t stride, size_t ahead)
       : packed_(w.packed + n * w.row_bytes()), row_bytes_(stride * w.row_bytes()), ahead_(ahead * w.bits / 8),
         own_(int(w.row_bytes())) {}
@@ -30,11 +31,13 @@ class PlainRows {
 // The same of rows with planes.
 template <class V, int Bits, int Block>
 struct PlaneRows {
-  const Weight& w;
-  size_t n, stride, ahead;
+  static constexpr int apart = 0;
+  PlaneRow<V, Bits, Block> first;
+  size_t stride;
   template <bool Whole>
   __attribute__((always_inline)) typename V::I load(size_t row, int step) const {
-    const PlaneRow<V, Bits, Block> own(w, n + row * stride, ahead);
+    const auto own = first.further(row * stride);
+    own.read_ahead(size_t(step) * V::bytes);
     if constexpr (Whole) return own.at(size_t(step) * V::bytes);
     else return own.template load<false>(size_t(step) * V::bytes);
   }
@@ -43,7 +46,7 @@ struct PlaneRows {
 // Rows from n on; Block: of those with planes.
 template <class V, int Bits, int Block>
 inline auto rows_of(const Weight& w, size_t n, size_t stride, size_t ahead) {
-  if constexpr (has_planes(Bits)) return PlaneRows<V, Bits, Block>{w, n, stride, ahead};
+  if constexpr (has_planes(Bits)) return PlaneRows<V, Bits, Block>{{w, n, ahead}, stride};
   else return PlainRows<V>(w, n, stride, ahead);
 }
 

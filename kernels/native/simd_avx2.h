@@ -55,28 +55,33 @@ struct Avx2 {
     store(p + bytes, _mm256_permute4x64_epi64(odds, 0xd8));
   }
 
-  // Sums of products of neighbours: two int16, or four of a byte (unsigned, of Bits) by a byte (signed), to each int32.
+  // Sums of products of neighbours: two int16, or four of a byte of up to 7 bits (unsigned) by a byte (signed), to each int32; of four
+  // whole bytes, of which the first are unsigned or, where signed_bytes says so, become signed: their zero point, 128, is taken off.
 #if defined(HEADRACE_VNNI)
+  static constexpr bool signed_bytes = false;
   static I dot16(I sum, I a, I b) {
     asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
     return sum;
   }
-  template <int Bits> static I dot8(I sum, I a, I b) {
+  static I dot8(I sum, I a, I b) {
     asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
     return sum;
   }
-  static I dot_nibbles(I sum, I even, I first, I odd, I second) { return dot8<4>(dot8<4>(sum, even, first), odd, second); }
+  static I dot_bytes(I sum, I a, I b) { return dot8(sum, a, b); }
+  static I dot_nibbles(I sum, I even, I first, I odd, I second) { return dot8(dot8(sum, even, first), odd, second); }
   static constexpr int pairs = 0;
 #else
+  static constexpr bool signed_bytes = true;
   static I dot16(I sum, I a, I b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
-  template <int Bits> static I dot8(I sum, I a, I b) {
-    const I ones = _mm256_set1_epi16(1);
-    if constexpr (Bits == 4) return add32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), ones));
-    // Products of whole bytes would saturate in 16 bits: high and low halves apart.
-    const I high = _mm256_madd_epi16(_mm256_maddubs_epi16(high_nibbles(a), b), _mm256_set1_epi16(16));
-    return add32(add32(sum, high), _mm256_madd_epi16(_mm256_maddubs_epi16(low_nibbles(a), b), ones));
+  static I dot8(I sum, I a, I b) { return add_pairs(sum, _mm256_maddubs_epi16(a, b), 1); }
+  static I dot_bytes(I sum, I a, I b) {  // two products of magnitudes up to 128 by 127 fit an int16
+    const I whole = _mm256_xor_si256(a, set8(-128));
+    return add_pairs(sum, _mm256_maddubs_epi16(_mm256_abs_epi8(whole), _mm256_sign_epi8(b, whole)), 1);
   }
   static constexpr int pairs = 8;  // sums of two products of 4 bits by 8 that fit an int16: 8 * 2 * 15 * 127 = 30480
+  // Products of codes of up to 6 bits, from a start for every two, times a factor for every two.
+  static I dot_factors(I sum, I a, I b, I start, I factors) { return dot16(sum, add16(pair_products(a, b), start), factors); }
+  static I pair_start(I b, int zero_point) { return _mm256_sub_epi16(zero(), pair_products(set8(zero_point), b)); }
   static I pair_products(I a, I b) { return _mm256_maddubs_epi16(a, b); }
   static I add16(I a, I b) { return _mm256_add_epi16(a, b); }
   static I add_pairs(I sum, I of, int factor) { return add32(sum, _mm256_madd_epi16(of, _mm256_set1_epi16(short(factor)))); }

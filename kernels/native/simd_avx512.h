@@ -85,16 +85,18 @@ struct Avx512 {
   }
 
   // Sums of products of neighbours: two int16, or four of a byte (unsigned) by a byte (signed), to each int32.
+  static constexpr bool signed_bytes = false;
   // In assembly because gcc 12 copies sums to other registers and back around the intrinsics.
   static I dot16(I sum, I a, I b) {
     asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
     return sum;
   }
-  template <int Bits> static I dot8(I sum, I a, I b) {
+  static I dot8(I sum, I a, I b) {
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
     return sum;
   }
-  static I dot_nibbles(I sum, I even, I first, I odd, I second) { return dot8<4>(dot8<4>(sum, even, first), odd, second); }
+  static I dot_bytes(I sum, I a, I b) { return dot8(sum, a, b); }
+  static I dot_nibbles(I sum, I even, I first, I odd, I second) { return dot8(dot8(sum, even, first), odd, second); }
   // Keeps a value in its register: gcc would load it again for every use.
   static I kept(I v) {
     asm("" : "+v"(v));

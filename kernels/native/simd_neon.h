@@ -59,22 +59,20 @@ struct Neon {
     vst1q_s8(p + bytes, vuzp2q_s8(s8(a), s8(b)));
   }
 
-  // Sums of products of neighbours: two int16, or four of a byte (unsigned, of Bits) by a byte (signed), to each int32.
+  // Sums of products of neighbours: two int16, or four of a byte of up to 7 bits (unsigned) by a byte (signed), to each int32; of four
+  // whole bytes, of which the first are unsigned or, where signed_bytes says so, become signed: their zero point, 128, is taken off.
   static I dot16(I sum, I a, I b) {
     const I low = vmull_s16(vget_low_s16(s16(a)), vget_low_s16(s16(b))), high = vmull_high_s16(s16(a), s16(b));
     return vaddq_s32(sum, vpaddq_s32(low, high));
   }
-  template <int Bits> static I dot8(I sum, I a, I b) {
 #if defined(HEADRACE_I8MM)
-    return vusdotq_s32(sum, u8(a), s8(b));
+  static constexpr bool signed_bytes = false;
+  static I dot_bytes(I sum, I a, I b) { return vusdotq_s32(sum, u8(a), s8(b)); }
 #else
-    if constexpr (Bits == 4) return signed_dot8(sum, a, b);
-    // Where both must be signed, 128 is taken from the unsigned byte, and its share of the sum added again.
-    const I shifted = vreinterpretq_s32_u8(veorq_u8(u8(a), vdupq_n_u8(128)));
-    return signed_dot8(vaddq_s32(sum, vshlq_n_s32(signed_dot8(zero(), set8(1), b), 7)), shifted, b);
+  static constexpr bool signed_bytes = true;
+  static I dot_bytes(I sum, I a, I b) { return dot8(sum, vreinterpretq_s32_u8(veorq_u8(u8(a), vdupq_n_u8(128))), b); }
 #endif
-  }
-  static I signed_dot8(I sum, I a, I b) {
+  static I dot8(I sum, I a, I b) {
 #if defined(HEADRACE_DOTPROD)
     return vdotq_s32(sum, s8(a), s8(b));
 #else
@@ -82,7 +80,7 @@ struct Neon {
     return vaddq_s32(sum, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
 #endif
   }
-  static I dot_nibbles(I sum, I even, I first, I odd, I second) { return dot8<4>(dot8<4>(sum, even, first), odd, second); }
+  static I dot_nibbles(I sum, I even, I first, I odd, I second) { return dot8(dot8(sum, even, first), odd, second); }
   static I kept(I v) { return v; }
   static I widen(const int8_t* p) { return vreinterpretq_s32_s16(vmovl_s8(vld1_s8(p))); }
 
