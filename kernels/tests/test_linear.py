@@ -149,13 +149,19 @@ def test_columns_of_4_bits_that_are_no_multiple_of_16(isa: str, k: int, group: i
             check(engine, table, w, group, m, batched, rng)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    "bits,block", [(4, None), (8, None), *((bits, block) for bits in (4, 5, 6) for block in (16, 64))]
+)
 @pytest.mark.parametrize("group", [32, 64])
-def test_extreme_codes_do_not_overflow(isa: str, bits: int, group: int) -> None:
+def test_extreme_codes_do_not_overflow(isa: str, bits: int, block: int | None, group: int) -> None:
+    """Sums in 16 and 32 bits at their largest: the lowest and highest codes, the largest factors, inputs of 127."""
+    if block == 16 and group == 64:
+        group = 32  # blocks of 16 have no larger ones
     k = 16384
-    low, high = (-8, 7) if bits == 4 else (-128, 127)
+    low, high = -(1 << bits - 1), (1 << bits - 1) - 1
     codes = np.array([np.full(k, low), np.full(k, high)], np.int8)
-    w = Weight(codes, np.full((2, 1), 2.0**-12, np.float16), bits)
+    factors = None if block is None else np.full((2, k // block), 1 << 8 - bits, np.uint8)
+    w = Weight(codes, np.full((2, 1), 2.0**-12, np.float16), bits, factors=factors)
     table = Weight(np.array([np.full(k, 127), np.full(k, -127)], np.int8), np.full((2, 1), 2.0**-7, np.float16), 8)
     rng = np.random.default_rng(0)
     with hk.Engine(*linear_program(table, w, group), slots=9, threads=1, isa=isa) as engine:

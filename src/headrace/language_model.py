@@ -35,6 +35,7 @@ from headrace.text.turns import Message, RawTurns, TurnFormat, turn_format
 
 __all__ = ["LanguageModel", "load"]
 
+ReadTokenizer = Callable[[Path], Tokenizer]
 SLOTS = 4
 LOOKUP = "lookup"
 
@@ -46,6 +47,7 @@ class LanguageModel:
         bundle: an opened bundle.
         answerer: continues token ids: an Engine over a runner, or Genie.
         runner: the runner's name, for saved conversations.
+        read_tokenizer: gives the vocabulary in a folder.
 
     Attributes:
         runner: as given.
@@ -55,10 +57,12 @@ class LanguageModel:
         notes: what of the bundle's settings cannot be used and is ignored, one line each.
     """
 
-    def __init__(self, bundle: Bundle, answerer: Answerer, runner: str = "") -> None:
+    def __init__(
+        self, bundle: Bundle, answerer: Answerer, runner: str = "", read_tokenizer: ReadTokenizer = load_tokenizer
+    ) -> None:
         self.bundle = bundle
         self.runner = runner
-        self.tokenizer: Tokenizer = load_tokenizer(bundle.root)
+        self.tokenizer = read_tokenizer(bundle.root)
         self._settings: Mapping[str, Any] = bundle.read_json("generation_config.json")
         self.sampling = SamplingOptions.from_generation_config(self._settings)
         self.notes = usable_settings(self._settings)[1]
@@ -254,6 +258,7 @@ class LanguageModel:
 
     def close(self) -> None:
         """Give back memory and processes."""
+        self.tokenizer.close()
         self._answerer.close()
 
     def __enter__(self) -> Self:
@@ -272,6 +277,7 @@ def load(
     slots: int = SLOTS,
     prefix_bytes: int = PREFIX_BYTES,
     speculate: str | os.PathLike[str] | None = None,
+    read_tokenizer: ReadTokenizer = load_tokenizer,
     progress: Progress = silent,
 ) -> LanguageModel:
     """Open a bundle and make it ready to run.
@@ -288,6 +294,7 @@ def load(
         prefix_bytes: most bytes of caches kept of conversations whose slots were needed; see `Engine`.
         speculate: guess ahead; it changes no answer, only its speed. "lookup" guesses that the text repeats itself; a
             bundle of the same vocabulary guesses by its own model; None does not guess.
+        read_tokenizer: gives the vocabulary in the bundle's folder.
         progress: told what is being made before the first use (emulation binaries).
 
     Raises:
@@ -301,14 +308,14 @@ def load(
     if not isinstance(made, Runner):
         if speculate is not None:
             raise TargetError(f"runner {name!r} chooses tokens by itself and cannot speculate; expected another runner")
-        return _of_one_bundle(LanguageModel(opened, made, name))
+        return _of_one_bundle(LanguageModel(opened, made, name, read_tokenizer))
     guesses: Callable[[], Speculation] | None = None
     if speculate == LOOKUP:
         guesses = prompt_lookup()
     elif speculate is not None:
         guesses = draft_model(_draft_engine(Path(speculate), opened, opener, Options(threads=threads, slots=slots)))
     engine = Engine(made, prefix_bytes=prefix_bytes, speculation=guesses)
-    return _of_one_bundle(LanguageModel(opened, engine, name))
+    return _of_one_bundle(LanguageModel(opened, engine, name, read_tokenizer))
 
 
 def _of_one_bundle(model: LanguageModel) -> LanguageModel:

@@ -64,7 +64,9 @@ def chat(
     """Talk with a bundle."""
     if session is not None:
         refuse_place("--session", session)
-    with _open_model(bundle, runner, limit_threads(threads), huge_pages, speculate) as model:
+    # A grammar looks at every piece, and a conversation has time to read the vocabulary in.
+    beside = prompt is not None and schema is None and regex is None and lark is None
+    with _open_model(bundle, runner, limit_threads(threads), huge_pages, speculate, beside) as model:
         options = model.sampling_options(
             temperature=0.0 if greedy else temperature,
             top_k=top_k,
@@ -166,8 +168,16 @@ def _grammar(model: LanguageModel, schema: Path | None, regex: str | None, lark:
 
 
 def _open_model(
-    bundle: Path, runner: str | None, threads: int | None, huge_pages: bool | None, speculate: str | None
+    bundle: Path, runner: str | None, threads: int | None, huge_pages: bool | None, speculate: str | None, beside: bool
 ) -> LanguageModel:
+    """The bundle's model; `beside`: another process reads the vocabulary meanwhile."""
+    from headrace.text.tokenizer_folder import load_tokenizer
+
+    read_tokenizer = load_tokenizer
+    if beside and "numpy" not in sys.modules:
+        from headrace.text.tokenizer_process import Reading
+
+        read_tokenizer = Reading(bundle).done
     if "numpy" not in sys.modules:
         # Its linear algebra starts threads that look for work for a while, and so takes a processor from the engine's.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -175,5 +185,11 @@ def _open_model(
 
     with progress_bars() as progress:
         return load(
-            bundle, runner=runner, threads=threads, huge_pages=huge_pages, speculate=speculate, progress=progress
+            bundle,
+            runner=runner,
+            threads=threads,
+            huge_pages=huge_pages,
+            speculate=speculate,
+            read_tokenizer=read_tokenizer,
+            progress=progress,
         )

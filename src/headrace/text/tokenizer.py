@@ -76,6 +76,9 @@ class Tokenizer(ABC):
             TokenizerError: the id is negative.
         """
 
+    def close(self) -> None:  # noqa: B027
+        """Give back what is held beside memory: nothing, but for a vocabulary in another process."""
+
     def decode(self, ids: Iterable[int], *, continues: bool = False) -> str:
         """The text of `ids`; special tokens have none.
 
