@@ -189,8 +189,10 @@ struct Avx2 {
   }
   template <int Value> static I add_plane(I v, const uint8_t* bits) {  // to bytes whose bit is set
     const I own = _mm256_shuffle_epi8(broadcast32(bits), _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0));
-    const I one = _mm256_set1_epi64x(int64_t(0x8040201008040201));
-    return _mm256_add_epi8(v, and_bits(_mm256_cmpeq_epi8(and_bits(own, one), one), set8(Value)));
+    const I one = and_bits(own, _mm256_set1_epi64x(int64_t(0x8040201008040201)));
+    // The sign of each byte times the value: that of an eighth bit is the only negative one.
+    constexpr uint64_t seven = uint64_t(Value) * 0x0001010101010101, values = seven | uint64_t(256 - Value) << 56;
+    return _mm256_add_epi8(v, _mm256_sign_epi8(_mm256_set1_epi64x(int64_t(values)), one));
   }
   // Of 1 + the four bits of each lane from `bit` on, a factor: that factor in every 16 bits, and what is left to 128 of a zero point times it
   // in every byte.
