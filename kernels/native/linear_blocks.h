@@ -105,7 +105,7 @@ __attribute__((always_inline)) inline void merged_products(const Fine* x, int s,
       const I start = V::load(S::of(x[t]).steps + s * V::lanes);
       I product[R];
       HEADRACE_UNROLL for (int r = 0; r < R; r++) product[r] = start;
-      columns.dot(x[t], s, product);
+      columns.dot(S::of(x[t]).codes + s * S::columns, product);
       Sum<V, Bits> scaled[N] = {};
       add_scaled<V, Bits, R>(x[t], s, product, scaled);
       HEADRACE_UNROLL for (int g = 0; g < G; g++) {

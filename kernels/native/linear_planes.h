@@ -19,7 +19,7 @@ __attribute__((always_inline)) inline typename V::F row_sum(const Row& row, cons
     else return V::dot_bytes(product, codes, own);
   };
   const auto add = [&](size_t unit, int step, bool has_second, auto whole) __attribute__((always_inline)) {
-    auto product = dot(start_of_pairs<V, Row::apart>(x, unit + step), unit, step, whole);
+    auto product = dot(Row::apart ? V::zero() : start_of_pairs<V>(x, unit + step), unit, step, whole);
     if (has_second) product = dot(product, unit, step + apart, whole);
     sum = V::fma(V::to_float(product), V::loadf(x.scales + (unit + step) * lanes), sum);
   };
@@ -53,22 +53,53 @@ HEADRACE_APART void single_rows(const PlaneRow<V, Bits, Block>& first, size_t st
   }
 }
 
-// Rows as bytes, their columns from step `step` on; `row` is the first of them.
-template <class V, int Bits, int Block>
+// Rows as bytes, from `row` on, their columns from step `step` on.
+template <class V>
 struct UnpackedRows {
-  static constexpr int apart = PlaneRow<V, Bits, Block>::apart ? Bits : 0;
-  PlaneRow<V, Bits, Block> first;
-  size_t stride;
   const uint8_t* bytes;
   int row, step;
   template <bool>
   __attribute__((always_inline)) typename V::I load(size_t of, int at) const {
     return V::kept(V::load(bytes + (of - row) * kSegment + size_t(at - step) * V::bytes));
   }
-  __attribute__((always_inline)) const int16_t* factors(size_t of, int at) const {
-    return first.further((of - row) * stride).factors_of(size_t(at) * V::bytes);
-  }
 };
+
+// Two such rows whose factors stay apart, `first` and the one `stride` further, by T tokens: add_steps, with the sums that row_sum has. One row
+// after the other, so that sums and products of all tokens stay in registers.
+template <class V, int T, class Row>
+HEADRACE_APART void add_apart(const Row& first, size_t stride, const uint8_t* bytes, const Fine* x, size_t from, size_t to, float* out) {
+  constexpr size_t apart = Steps<V, 8>::apart, lanes = V::lanes;
+  typename V::F sum[2][T];
+  HEADRACE_UNROLL for (int r = 0; r < 2; r++) {
+    const Row row = first.further(r * stride);
+    const uint8_t* codes = bytes + r * kSegment;
+    HEADRACE_UNROLL for (int t = 0; t < T; t++) sum[r][t] = V::zerof();
+    const auto add = [&](size_t unit, int step, bool has_second) __attribute__((always_inline)) {
+      typename V::I product[T];
+      HEADRACE_UNROLL for (int t = 0; t < T; t++) product[t] = V::zero();
+      HEADRACE_UNROLL for (int h = 0; h < 2; h++) {
+        if (h && !has_second) break;
+        const size_t at = unit + step + h * apart;
+        const auto own = V::kept(V::load(codes + (at - from) * V::bytes)), factors = V::load(row.factors_of(unit * V::bytes, step + h * apart));
+        HEADRACE_UNROLL for (int t = 0; t < T; t++) {
+          const ScaledCodes& one = x[t].eight;
+          product[t] = V::dot_factors(product[t], own, V::load(one.codes + at * V::bytes), V::load(one.planes[Row::kBits - 5] + at * 2 * lanes), factors);
+        }
+      }
+      HEADRACE_UNROLL for (int t = 0; t < T; t++)
+          sum[r][t] = V::fma(V::to_float(product[t]), V::loadf(x[t].eight.scales + (unit + step) * lanes), sum[r][t]);
+    };
+    size_t unit = from;
+    for (; unit + 2 * apart <= to; unit += 2 * apart)
+      HEADRACE_UNROLL for (int step = 0; step < int(apart); step++) add(unit, step, true);
+    for (int step = 0; step < int(apart) && unit + step < to; step++) add(unit, step, unit + step + apart < to);
+  }
+  HEADRACE_UNROLL for (int t = 0; t < T; t++) {
+    float* at = out + t * lanes * lanes;
+    const auto two = V::template merge<0>(sum[0][t], sum[1][t]);
+    V::storef(at, from ? V::add(V::loadf(at), two) : two);
+  }
+}
 
 // Columns from … to - 1 of some rows, `from` a multiple of V::bytes, to rows of `out` in whole vectors.
 template <class V, int Bits, int Block>
@@ -108,8 +139,16 @@ inline void decode_planes(const Weight& w, const Fine* x, int m, int begin, int 
         for (int r = 0; r < V::lanes; r += together) {
           const auto some = own.further(r * stride);
           unpack_rows<V, Bits, Block>(some, stride, together, from, to, bytes);
-          const UnpackedRows<V, Bits, Block> rows{some, size_t(stride), bytes, r, step};
-          few_at_a_time<decltype(rows)::apart ? 2 : 4>(tokens, [&](auto number, int t) {
+          if constexpr (PlaneRow<V, Bits, Block>::apart) {
+            few_at_a_time<4>(tokens, [&](auto number, int t) {
+              for (int i = 0; i < together; i += 2)
+                add_apart<V, decltype(number)::value>(some.further(i * stride), stride, bytes + i * kSegment, x + first + t, step, end_step,
+                                                      lanes + t * size + (r + i) / 2 * V::lanes);
+            });
+            continue;
+          }
+          const UnpackedRows<V> rows{bytes, r, step};
+          few_at_a_time<4>(tokens, [&](auto number, int t) {
             constexpr int T = decltype(number)::value, R = rows_at_once<V>(T, false) < together ? rows_at_once<V>(T, false) : together;
             for (int i = r; i < r + together; i += R)
               add_steps<V, 8, R, T>(rows, i, x + first + t, step, end_step, end_step, lanes + t * size + i / 2 * V::lanes);

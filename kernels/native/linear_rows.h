@@ -35,17 +35,17 @@ HEADRACE_APART void add_steps(const Rows& rows, int row, const Fine* x, int from
   const auto add = [&](int s, const auto& first, auto has_second, const auto& second) __attribute__((always_inline)) {
     HEADRACE_UNROLL for (int t = 0; t < T; t++) {
       I start = V::zero(), product[R];
-      if constexpr (Bits != 4) start = start_of_pairs<V, Rows::apart != 0>(x[t].eight, s);
+      if constexpr (Bits != 4) start = start_of_pairs<V>(x[t].eight, s);
       HEADRACE_UNROLL for (int r = 0; r < R; r++) product[r] = start;
-      first.dot(x[t], s, product);
-      if constexpr (decltype(has_second)::value) second.dot(x[t], s + S::apart, product);
+      first.dot(S::of(x[t]).codes + s * S::columns, product);
+      if constexpr (decltype(has_second)::value) second.dot(S::of(x[t]).codes + (s + S::apart) * S::columns, product);
       add_scaled<V, Bits, R>(x[t], s, product, sum[t]);
     }
   };
-  using Whole = Columns<V, Bits, R, true, Rows::apart>;
+  using Whole = Columns<V, Bits, R, true>;
   const auto with_columns = [&](int s, auto&& use) __attribute__((always_inline)) {
     if (s < whole) use(Whole(rows, row, s));
-    else use(Columns<V, Bits, R, false, Rows::apart>(rows, row, s));
+    else use(Columns<V, Bits, R, false>(rows, row, s));
   };
   int unit = from;
   for (; unit + 2 * S::apart <= whole; unit += 2 * S::apart)

@@ -45,7 +45,7 @@ template <class V> constexpr FactorTable<V> kFactorTable{};
 // A row of such codes. Block: columns that share a factor, where 64 are that or more; 0: codes have no factors.
 template <class V, int Bits, int Block>
 struct PlaneRow {
-  static constexpr int kZeroPoint = 1 << (Bits - 1), kPlanes = Bits - 4;
+  static constexpr int kBits = Bits, kZeroPoint = 1 << (Bits - 1), kPlanes = Bits - 4;
   static constexpr bool apart = Block && factors_apart<V>;
   static constexpr bool few_factors = Block == 0 || Block >= V::bytes;  // one a vector or none; otherwise four bytes of them are read at once
   static constexpr BlockBits<V, Block ? Block : 64> kBlockBits{};

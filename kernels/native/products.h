@@ -13,24 +13,22 @@ inline size_t columns_ahead(const Weight& w, int together) {
   return round_up(kAhead, together * w.code_bytes()) / w.code_bytes() * w.k;
 }
 
-// What products of two steps that share scales begin with.
-template <class V, bool Apart>
+// What products of bytes of two steps that share scales begin with.
+template <class V>
 __attribute__((always_inline)) inline typename V::I start_of_pairs(const ScaledCodes& x, size_t step) {
-  if constexpr (Apart || V::signed_bytes) return V::zero();
+  if constexpr (V::signed_bytes) return V::zero();
   else return V::load(x.pairs + step * V::lanes);
 }
 
-// Codes of a step of R rows from one on; Whole: all of it exists. Apart: how many bits codes have whose factors stay apart, or 0.
-template <class V, int Bits, int R, bool Whole, int Apart = 0>
+// Codes of a step of R rows from one on; Whole: all of it exists.
+template <class V, int Bits, int R, bool Whole>
 struct Columns {
   using S = Steps<V, Bits>;
   using I = typename V::I;
   I codes[R][S::vectors];
-  const int16_t* factors[Apart ? R : 1];
 
   template <class Rows>
   __attribute__((always_inline)) Columns(const Rows& rows, size_t row, int step) {
-    if constexpr (Apart) HEADRACE_UNROLL for (int r = 0; r < R; r++) factors[r] = rows.factors(row + r, step);
     HEADRACE_UNROLL for (int r = 0; r < R; r++) {
       const I loaded = rows.template load<Whole>(row + r, step);
       codes[r][0] = Bits == 4 ? V::kept(V::low_nibbles(loaded)) : loaded;
@@ -38,13 +36,9 @@ struct Columns {
     }
   }
   // Adds products with a token's codes of that step.
-  __attribute__((always_inline)) void dot(const Fine& x, int step, I (&product)[R]) const {
-    const int8_t* own = S::of(x).codes + step * S::columns;
+  __attribute__((always_inline)) void dot(const int8_t* own, I (&product)[R]) const {
     const I first = V::load(own);
-    if constexpr (Apart) {
-      const I start = V::load(x.eight.planes[Apart - 5] + step * 2 * V::lanes);
-      HEADRACE_UNROLL for (int r = 0; r < R; r++) product[r] = V::dot_factors(product[r], codes[r][0], first, start, V::load(factors[r]));
-    } else if constexpr (Bits != 4) {
+    if constexpr (Bits != 4) {
       HEADRACE_UNROLL for (int r = 0; r < R; r++) product[r] = V::dot_bytes(product[r], codes[r][0], first);
     } else {
       const I second = V::load(own + V::bytes);

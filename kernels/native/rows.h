@@ -9,7 +9,6 @@ namespace {
 template <class V>
 class PlainRows {
  public:
-  static constexpr int apart = 0;
   PlainRows(const Weight& w, size_t n, size_t stride, size_t ahead)
       : packed_(w.packed + n * w.row_bytes()), row_bytes_(stride * w.row_bytes()), ahead_(ahead * w.bits / 8),
         own_(int(w.row_bytes())) {}
@@ -31,7 +30,6 @@ class PlainRows {
 // The same of rows with planes.
 template <class V, int Bits, int Block>
 struct PlaneRows {
-  static constexpr int apart = 0;
   PlaneRow<V, Bits, Block> first;
   size_t stride;
   template <bool Whole>
