@@ -32,8 +32,10 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
-def _answer(exports: Exports, prompts: Path, out: Path, slots: int, **options: Any) -> list[dict[str, Any]]:
-    with load(exports.bundle("tied"), runner="host", slots=slots) as model:
+def _answer(
+    exports: Exports, prompts: Path, out: Path, slots: int, runner: str = "host", **options: Any
+) -> list[dict[str, Any]]:
+    with load(exports.bundle("tied"), runner=runner, slots=slots) as model:
         sampling = model.sampling_options(**(options or {"temperature": 0}))
         failed = answer_file(model, prompts, out, max_tokens=8, options=sampling)
     rows = [json.loads(row) for row in out.read_text(encoding="utf-8").splitlines()]
@@ -49,9 +51,10 @@ def test_answers_are_in_order_and_as_each_alone(exports: Exports, prompts: Path,
     assert all(row["finish"] and row["usage"]["tokens"] for row in rows if "error" not in row)
 
 
+@pytest.mark.kernels  # for ONNX Runtime a token alone is other arithmetic than among others: a near tie may turn
 def test_seeds_do_not_depend_on_the_neighbours(exports: Exports, prompts: Path, tmp_path: Path) -> None:
-    rows = _answer(exports, prompts, tmp_path / "many.jsonl", 4, temperature=1.5, seed=3)
-    assert rows == _answer(exports, prompts, tmp_path / "one.jsonl", 1, temperature=1.5, seed=3)
+    rows = _answer(exports, prompts, tmp_path / "many.jsonl", 4, "native", temperature=1.5, seed=3)
+    assert rows == _answer(exports, prompts, tmp_path / "one.jsonl", 1, "native", temperature=1.5, seed=3)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 3, 6])

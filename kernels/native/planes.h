@@ -67,8 +67,8 @@ struct PlaneRow {
   // The row so many further on; quicker than another from the weight, whose blocks are a division.
   PlaneRow further(size_t rows) const {
     PlaneRow row = *this;
-    row.low += rows * (columns / 2), row.high += rows * (columns / 8 * kPlanes), row.factors += rows * factor_bytes;
-    row.behind -= rows * factor_bytes;
+    row.low += rows * (columns / 2), row.high += rows * (columns / 8 * kPlanes), row.behind -= rows * factor_bytes;
+    if constexpr (Block != 0) row.factors += rows * factor_bytes;
     return row;
   }
   // How many columns load<true> can read.

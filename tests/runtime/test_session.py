@@ -32,21 +32,25 @@ def begin(model: LanguageModel) -> Chat:
 
 @pytest.mark.parametrize("kind", ["mha", "tied"])
 @pytest.mark.parametrize("busy", [False, True])
-def test_restored_is_never_left(exports: Exports, tmp_path: Path, kind: str, busy: bool) -> None:
-    """The next answer and the logits behind the conversation are the same to the last bit, in another slot too."""
+@pytest.mark.parametrize("runner", [pytest.param("native", marks=pytest.mark.kernels), "host"])
+def test_restored_is_never_left(exports: Exports, tmp_path: Path, kind: str, busy: bool, runner: str) -> None:
+    """The next answer and the logits behind what was saved are the same to the last bit, in another slot too."""
     path = tmp_path / "talk.session"
-    with headrace.load(exports.bundle(kind), runner="host", slots=2) as model:
+    with headrace.load(exports.bundle(kind), runner=runner, slots=2) as model:
         begin(model).save(path)
     with (
-        headrace.load(exports.bundle(kind), runner="host", slots=2) as never,
-        headrace.load(exports.bundle(kind), runner="host", slots=2) as later,
+        headrace.load(exports.bundle(kind), runner=runner, slots=2) as never,
+        headrace.load(exports.bundle(kind), runner=runner, slots=2) as later,
     ):
         if busy:  # other conversations were here, and came between
             list(later.generate("the sea", max_tokens=5))
             list(later.generate("a river", max_tokens=5))
         chats = begin(never), later.chat(session=path)
         assert chats[0].messages == chats[1].messages
-        tokens = [*chats[0]._tokens, 5]
+        # Not all that the one holds: where an answer's text is not its tokens again, the rest was not saved, and
+        # several tokens computed again are other arithmetic than each alone.
+        tokens = [*chats[1]._tokens, 5]
+        assert len(tokens) > 20
         logits = [model.engine.extend(model.engine.open(tokens)) for model in (never, later)]
         np.testing.assert_array_equal(*logits)
         answers = [list(chat.say("And the sea?", max_tokens=12, options=SAMPLED)) for chat in chats]

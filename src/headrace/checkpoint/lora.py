@@ -39,6 +39,7 @@ ADAPTER_FILES: Mapping[str, Callable[[Path], dict[str, LazyTensor]]] = {
     "adapter_model.safetensors": read_safetensors,
     "adapter_model.bin": read_torch,
 }
+PIECE = 512  # rows that are multiplied at once
 FACTOR_LIMIT = 1e6  # of alpha over rank; published adapters have 0.1 to 64
 DEFAULT_RANK, DEFAULT_ALPHA = 8, 8.0  # LoraConfig's
 # base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight; an embedding's pair has no ".weight".
@@ -63,10 +64,18 @@ class _Change:
         return (columns, rows) if self.turned else (rows, columns)
 
     def rows(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Rows start … stop−1 of the sum."""
-        if self.turned:
-            return np.float32(self.factor) * (self.a.load()[:, start:stop].T @ self.b.load().T)
-        return np.float32(self.factor) * (self.b.read(start, stop) @ self.a.load())
+        """Rows start … stop−1 of the sum, the same bits whatever is read with them.
+
+        On some processors a product's last bits depend on how many rows it has, so rows are multiplied in pieces that
+        begin and end where they always do.
+        """
+        whole, pieces = (self.b if self.turned else self.a).load(), []
+        for first in range(start - start % PIECE, stop, PIECE):
+            last = min(first + PIECE, self.shape[0])
+            own = self.a.load()[:, first:last].T if self.turned else self.b.read(first, last)
+            product = np.float32(self.factor) * (own @ (whole.T if self.turned else whole))
+            pieces.append(product[max(start - first, 0) : stop - first])
+        return np.concatenate(pieces)
 
 
 def adapted(checkpoint: Checkpoint, folders: Sequence[Path]) -> Checkpoint:
