@@ -32,7 +32,7 @@ setup: .venv/installed kernels
 
 # The native engine is optional: without it ONNX Runtime runs the model.
 kernels: .venv/installed
-	@if command -v $(CXX) > /dev/null; then $(MAKE) --no-print-directory .venv/kernels; \
+	@if command -v $(CXX) > /dev/null; then $(MAKE) --silent .venv/kernels; \
 	else echo "no C++ compiler ($(CXX)): the native engine is not built, ONNX Runtime serves; docs/kernels.md"; fi
 
 .venv/kernels: $(NATIVE)
