@@ -138,7 +138,7 @@ def test_a_pull_that_was_killed_goes_on_where_it_stopped(
     with subprocess.Popen(line, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
         parts = tmp_path / "mine" / ".cache" / "headrace"
         deadline = time.monotonic() + LIMIT
-        while not any(300_000 < p.stat().st_size < size // 2 for p in parts.glob("*.part")):
+        while not any(300_000 < p.stat().st_size < size // 2 for p in parts.glob("[!.]*.part")):
             assert time.monotonic() < deadline
             assert child.poll() is None
             time.sleep(0.02)
