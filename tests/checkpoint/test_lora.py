@@ -124,6 +124,23 @@ def test_several_adapters_are_added(tmp_path: Path) -> None:
     assert_same(adapted(open_checkpoint(base), [tmp_path / "a", tmp_path / "b"]), open_checkpoint(merged))
 
 
+def test_rows_are_the_same_bits_whatever_is_read_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows within a piece, from piece to piece and at its borders."""
+    monkeypatch.setattr("headrace.checkpoint.lora.PIECE", 5)
+    base = write_llama(tmp_path / "base")
+    products = write_adapter(tmp_path / "a", base, [*layers(Q, count=1), "model.embed_tokens"])
+    found = adapted(open_checkpoint(base), [tmp_path / "a"])
+    for module, product in products.items():
+        name = f"{module.removeprefix('model.')}.weight"
+        tensor, stored = found.tensor(name), open_checkpoint(base).tensor(name).load()
+        whole = tensor.load()
+        np.testing.assert_allclose(
+            whole - stored, product * np.float32(ALPHA / RANK), atol=ROUNDING * np.abs(whole).max()
+        )
+        for start, stop in ((0, 1), (0, 5), (3, 5), (3, 12), (4, 6), (5, 10), (len(whole) - 1, len(whole)), (7, 7)):
+            np.testing.assert_array_equal(tensor.read(start, stop), whole[start:stop])
+
+
 @pytest.mark.parametrize("split", [False, True], ids=["folder", "gguf"])
 def test_a_fused_module_is_cut_as_its_weight_is(tmp_path: Path, split: bool) -> None:
     """Baichuan's W_pack, also over a GGUF, which has q, k and v apart."""

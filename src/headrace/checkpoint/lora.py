@@ -69,13 +69,17 @@ class _Change:
         On some processors a product's last bits depend on how many rows it has, so rows are multiplied in pieces that
         begin and end where they always do.
         """
-        whole, pieces = (self.b if self.turned else self.a).load(), []
+        rows, columns = self.shape
+        a, turned_b = self.a.load(), self.b.load().T if self.turned else None
+        out = np.empty((stop - start, columns), np.float32)
         for first in range(start - start % PIECE, stop, PIECE):
-            last = min(first + PIECE, self.shape[0])
-            own = self.a.load()[:, first:last].T if self.turned else self.b.read(first, last)
-            product = np.float32(self.factor) * (own @ (whole.T if self.turned else whole))
-            pieces.append(product[max(start - first, 0) : stop - first])
-        return np.concatenate(pieces)
+            last = min(first + PIECE, rows)
+            product = self.b.read(first, last) @ a if turned_b is None else a[:, first:last].T @ turned_b
+            begin, end = max(first, start), min(last, stop)
+            np.multiply(
+                product[begin - first : end - first], np.float32(self.factor), out=out[begin - start : end - start]
+            )
+        return out
 
 
 def adapted(checkpoint: Checkpoint, folders: Sequence[Path]) -> Checkpoint:

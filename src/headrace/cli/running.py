@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from headrace.cli.command import Argument, Option
 from headrace.cli.console import note, print_answer, print_json, progress_bars, show, table
@@ -66,7 +66,8 @@ def chat(
         refuse_place("--session", session)
     # A grammar looks at every piece, and a conversation has time to read the vocabulary in.
     beside = prompt is not None and schema is None and regex is None and lark is None
-    with _open_model(bundle, runner, limit_threads(threads), huge_pages, speculate, beside) as model:
+    how = {"runner": runner, "threads": limit_threads(threads), "huge_pages": huge_pages, "speculate": speculate}
+    with _open_model(bundle, beside, **how) as model:
         options = model.sampling_options(
             temperature=0.0 if greedy else temperature,
             top_k=top_k,
@@ -167,29 +168,16 @@ def _grammar(model: LanguageModel, schema: Path | None, regex: str | None, lark:
     return model.grammar(*chosen[0]) if chosen else None
 
 
-def _open_model(
-    bundle: Path, runner: str | None, threads: int | None, huge_pages: bool | None, speculate: str | None, beside: bool
-) -> LanguageModel:
-    """The bundle's model; `beside`: another process reads the vocabulary meanwhile."""
-    from headrace.text.tokenizer_folder import load_tokenizer
-
-    read_tokenizer = load_tokenizer
-    if beside and "numpy" not in sys.modules:
-        from headrace.text.tokenizer_process import Reading
-
-        read_tokenizer = Reading(bundle).done
-    if "numpy" not in sys.modules:
+def _open_model(bundle: Path, beside: bool, **how: Any) -> LanguageModel:
+    """The bundle's model, loaded as `load` is told; `beside`: another process reads the vocabulary meanwhile."""
+    if "numpy" not in sys.modules:  # nor any threads
         # Its linear algebra starts threads that look for work for a while, and so takes a processor from the engine's.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+        if beside:
+            from headrace.text.tokenizer_process import Reading
+
+            how["read_tokenizer"] = Reading(bundle).done
     from headrace.language_model import load
 
     with progress_bars() as progress:
-        return load(
-            bundle,
-            runner=runner,
-            threads=threads,
-            huge_pages=huge_pages,
-            speculate=speculate,
-            read_tokenizer=read_tokenizer,
-            progress=progress,
-        )
+        return load(bundle, progress=progress, **how)
