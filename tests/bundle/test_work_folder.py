@@ -14,6 +14,7 @@ import pytest
 
 from headrace.bundle.work_folder import MARK, SCRATCH, clear, scratch_folder, work_folder
 from headrace.errors import BundleError
+from headrace.files import try_lock
 
 HOLD = """
 import sys
@@ -56,7 +57,9 @@ def test_an_empty_one_goes_and_a_filled_one_stays(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b.partial"
     with work_folder(path, "a test"):
         assert {entry.name for entry in path.iterdir()} == {MARK}
-        assert (path / MARK).read_text() == (f"{os.getpid()}\nThe process above made or uses this folder for a test.\n")
+        assert (path / MARK).read_text() == (
+            f"{os.getpid()}\nheadrace makes or uses this folder for a test; above, the process at work.\n"
+        )
     assert not path.exists()
     with work_folder(path, "a test"):
         (path / "result").write_text("kept")
@@ -123,6 +126,31 @@ def test_the_second_waits_for_the_first(tmp_path: Path) -> None:
     with work_folder(path, "a test", waiting=waiting):
         assert (path / "result").exists()
     assert set(seen) == {process.pid}
+
+
+def test_who_has_just_taken_it_is_told_by_name(tmp_path: Path) -> None:
+    """Between taking the lock and writing its id a process has none, or that of the one before."""
+    path = tmp_path / "out.partial"
+    with work_folder(path, "a test"):
+        (path / "result").touch()
+    assert (path / MARK).read_bytes().startswith(b"\nheadrace makes")
+    mark = (path / MARK).open("ab")
+    assert try_lock(mark)
+    mark.truncate(0)
+
+    def name() -> None:
+        mark.write(b"4711\n")
+        mark.flush()
+
+    with mark:
+        timer = threading.Timer(0.3, name)
+        timer.start()
+        with pytest.raises(BundleError, match="in use by process 4711;"), work_folder(path, "a test"):
+            pass
+        timer.join()
+        mark.truncate(0)
+        with pytest.raises(BundleError, match="in use by process 0;"), work_folder(path, "a test"):
+            pass
 
 
 def test_many_at_once_come_one_after_the_other(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ MARK = "made-by-headrace"
 SCRATCH = ".headrace-"  # how the names of scratch folders begin
 _POLL = 0.2  # seconds
 _ATTEMPTS = 1000  # to take a folder that somebody else takes away each time
+_UNNAMED = 5  # polls for the id of a process that has the lock and has yet to write it
 
 
 @contextmanager
@@ -54,6 +55,8 @@ def work_folder(path: Path, purpose: str, *, waiting: Callable[[int], object] | 
     finally:
         if {entry.name for entry in path.iterdir()} == {MARK}:
             _remove(path, mark)
+        else:
+            _sign(mark, "", purpose)  # whoever comes next is not told of this process
         mark.close()
 
 
@@ -114,6 +117,7 @@ def _empty(path: Path) -> None:
 def _take(path: Path, purpose: str, waiting: Callable[[int], object] | None) -> IO[bytes]:
     """Make the folder and lock its mark: the mark, open."""
     gone = 0  # how often the folder was not there although it was just made
+    unnamed = 0  # how often in a row the mark did not say who has it
     while True:
         try:
             _refuse_foreign(path)
@@ -129,19 +133,25 @@ def _take(path: Path, purpose: str, waiting: Callable[[int], object] | None) -> 
             mark.seek(0)
             holder = int(re.match(rb"\d*", mark.read(20))[0] or 0)  # type: ignore[index]
             mark.close()
-            if waiting is None:
-                raise BundleError(
-                    f"{path} is in use by process {holder}; wait until it has ended, or choose another place"
-                )
-            waiting(holder)
+            unnamed = 0 if holder else unnamed + 1
+            if not 0 < unnamed <= _UNNAMED:
+                if waiting is None:
+                    raise BundleError(
+                        f"{path} is in use by process {holder}; wait until it has ended, or choose another place"
+                    )
+                waiting(holder)
             time.sleep(_POLL)
         elif _is_there(path / MARK, mark):
-            mark.truncate(0)
-            mark.write(f"{os.getpid()}\nThe process above made or uses this folder for {purpose}.\n".encode())
-            mark.flush()
+            _sign(mark, str(os.getpid()), purpose)
             return mark
         else:
             mark.close()  # whoever held it took the folder away while this process opened the file
+
+
+def _sign(mark: IO[bytes], holder: str, purpose: str) -> None:
+    mark.truncate(0)
+    mark.write(f"{holder}\nheadrace makes or uses this folder for {purpose}; above, the process at work.\n".encode())
+    mark.flush()
 
 
 def _refuse_foreign(path: Path) -> None:
