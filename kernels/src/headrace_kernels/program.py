@@ -153,7 +153,8 @@ def _instruction(handle: ctypes.c_void_p, instruction: Mapping[str, Any], where:
 
 
 def _keys(given: Mapping[str, Any], wanted: Sequence[str], what: str, optional: Sequence[str] = ()) -> None:
-    _mapping(given, what)
+    if len(_mapping(given, what)) == len(wanted) and all(key in given for key in wanted):
+        return
     missing = [key for key in wanted if key not in given]
     unknown = [key for key in given if key not in wanted and key not in optional]
     if missing or unknown:
@@ -161,7 +162,7 @@ def _keys(given: Mapping[str, Any], wanted: Sequence[str], what: str, optional: 
 
 
 def _mapping(value: object, what: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
+    if not isinstance(value, (dict, Mapping)):  # a dict is known at once
         raise ProgramError(f"{what} is {value!r:.80}; expected an object")
     return value
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -235,6 +234,8 @@ def publish(work: Path, out: Path, manifest: Mapping[str, Any], *, aside: Path) 
     Raises:
         BundleError: `out` exists and is no bundle, or holds files that are not the bundle's.
     """
+    import shutil  # a few milliseconds, which opening can do without
+
     refuse_foreign(out)
     temporary_name(work / MANIFEST).unlink(missing_ok=True)  # of a run that was killed while it wrote the manifest
     files = {}

@@ -11,7 +11,6 @@ import os
 import re
 import signal
 import sys
-import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from types import FrameType
@@ -116,6 +115,8 @@ def _run(arguments: Sequence[str], ctrl_c: CtrlC | None = None) -> int:
 def _report(kind: str, error: BaseException, text: str | None = None, status: int = 2) -> int:
     """One line about an error, whatever its message is made of: the status to exit with."""
     if os.environ.get(TRACEBACK):
+        import traceback
+
         traceback.print_exception(error)
     line = re.sub(r"\s*[\r\n]+\s*", " ", (text or str(error) or type(error).__name__).strip())
     note(f"{kind}: " + "".join(c if c.isprintable() else "\ufffd" for c in line))

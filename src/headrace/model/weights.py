@@ -8,7 +8,7 @@ reads it out of the name. This file knows neither arrays nor files.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -115,10 +115,18 @@ def weight_table(config: ModelConfig) -> Mapping[str, Weight]:
     return {row.name: row for row in rows}
 
 
-@lru_cache(maxsize=256)
 def layer_weights(config: ModelConfig, layer: int) -> Mapping[str, Weight]:
     """The rows of a layer."""
-    return {name: row for name, row in weight_table(config).items() if row.layer == layer}
+    return _by_layer(config)[layer]
+
+
+@lru_cache(maxsize=16)
+def _by_layer(config: ModelConfig) -> Sequence[Mapping[str, Weight]]:
+    layers: list[dict[str, Weight]] = [{} for _ in range(config.num_layers)]
+    for name, row in weight_table(config).items():
+        if row.layer is not None:
+            layers[row.layer][name] = row
+    return layers
 
 
 def find_weight(config: ModelConfig, role: Role, layer: int | None = None) -> Weight:

@@ -21,7 +21,7 @@ from headrace.bundle.weights import StoredTensor
 from headrace.config import ModelConfig
 from headrace.model import decoder
 from headrace.model.ops import Ops, Positions
-from headrace.model.weights import Role, weight_table
+from headrace.model.weights import Role, Weight, weight_table
 
 __all__ = ["COSINES", "READ", "SINES", "WRITTEN", "Instruction", "Program", "record_program"]
 
@@ -88,13 +88,14 @@ class Program:
         """Bytes of weights that an instruction reads for one token: all of them, but one row of the embedding."""
         size = 0
         for name in instruction.weights:
-            parts = _tensors(self.config, name, self.weights[name]) if name in self.weights else [name]
+            table = weight_table(self.config)
+            parts = _tensors(table[name], self.weights[name]) if name in self.weights else [name]
             size += sum(self.tensors[part].nbytes for part in parts)
         return size // self.config.vocab_size if instruction.op == "embed" else size
 
     def to_dict(self) -> dict[str, Any]:
         """As docs/kernels.md has it: plain JSON values."""
-        c = self.config
+        c, table = self.config, weight_table(self.config)
         files = sorted({tensor.file for tensor in self.tensors.values()})
         number = {file: i for i, file in enumerate(files)}
         return {
@@ -124,7 +125,7 @@ class Program:
                     **({"high": f"{name}_high"} if grid.planes else {}),
                     "scale": f"{name}_scale",
                     **({"factors": f"{name}_factors", "block": grid.block} if grid.lpbq else {}),
-                    "bias": weight_table(c)[name].bias,
+                    "bias": table[name].bias,
                 }
                 for name, grid in self.weights.items()
             },
@@ -141,7 +142,7 @@ def record_program(bundle: Bundle, context: int | None = None) -> Program:
     _record(ops)
     registers, instructions = _with_registers(ops.instructions)
     weights = {name: store.grids[name] for name in sorted(ops.weights)}
-    tensors = ops.tensors.union(*(_tensors(bundle.config, name, grid) for name, grid in weights.items()))
+    tensors = ops.tensors.union(*(_tensors(ops.table[name], grid) for name, grid in weights.items()))
     return Program(
         root=bundle.root,
         config=bundle.config,
@@ -178,6 +179,7 @@ class _Recorder(Ops[Result]):
 
     def __init__(self, config: ModelConfig, group: int) -> None:
         super().__init__(config)
+        self.table = weight_table(config)
         self.group = group
         self.instructions: list[Instruction] = []
         self.tensors: set[str] = set()
@@ -190,13 +192,13 @@ class _Recorder(Ops[Result]):
         return self.linears(x, [weight])[0]
 
     def linears(self, x: Result, weights: Sequence[str]) -> tuple[Result, ...]:
-        row = weight_table(self.config)[weights[0]]
+        row = self.table[weights[0]]
         if row.role is Role.HEAD:
             fields = {"in": x, "weight": self._weight(row.stored_as), "group": FINE}
             self.instructions.append(Instruction("head", fields))
             return (Result(self.config.vocab_size),)
         names = [self._weight(weight) for weight in weights]
-        made = [Result(weight_table(self.config)[name].shape[0]) for name in names]
+        made = [Result(self.table[name].shape[0]) for name in names]
         self.instructions.append(Instruction("linear", {"in": x, "weights": names, "out": made, "group": self.group}))
         return tuple(made)
 
@@ -244,12 +246,12 @@ class _Recorder(Ops[Result]):
         return name
 
 
-def _tensors(config: ModelConfig, name: str, grid: Grid) -> list[str]:
+def _tensors(weight: Weight, grid: Grid) -> list[str]:
     """The stored tensors of a quantized weight."""
-    bias = weight_table(config)[name].bias
+    name = weight.name
     high = [f"{name}_high"] if grid.planes else []
     factors = [f"{name}_factors"] if grid.lpbq else []
-    return [f"{name}_packed", *high, f"{name}_scale", *factors, *([] if bias is None else [bias])]
+    return [f"{name}_packed", *high, f"{name}_scale", *factors, *([] if weight.bias is None else [weight.bias])]
 
 
 def _with_registers(recorded: Sequence[Instruction]) -> tuple[tuple[int, ...], tuple[Instruction, ...]]:
