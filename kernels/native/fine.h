@@ -124,11 +124,33 @@ inline void scaled_codes(const float* x, int k, const ScaledCodes& out) {
       const auto start = start_of<V, 8>(out.codes + from + c), second = start_of<V, 8>(out.codes + from + half + c);
       V::store(out.steps + s * V::lanes, start), V::store(out.steps + other * V::lanes, second);
       V::store(out.pairs + s * V::lanes, V::add32(start, second));
-      if constexpr (factors_apart<V>)
-        for (int bits : {5, 6})
-          for (int of : {s, other}) V::store(out.planes[bits - 5] + of * 2 * V::lanes, V::pair_start(V::load(out.codes + of * V::bytes), 1 << (bits - 1)));
       for (int l = 0; l < V::lanes; l++)
         out.scales[s * V::lanes + l] = out.scales[other * V::lanes + l] = scales[c + l * S::per_lane];
+    }
+  }
+}
+
+// In steps of 4 bits, whose lanes are eight columns each.
+template <class V>
+inline void apart_codes(const float* x, int k, const ApartCodes& out) {
+  constexpr int lanes = V::lanes, unit = Steps<V, 4>::columns;
+  static_assert(unit == lanes * lanes);
+  for (int from = 0, s = 0; from < k; from += unit, s++) {
+    alignas(64) float copy[unit], scale[lanes];
+    alignas(64) int8_t codes[unit];
+    const float* at = whole_unit(x + from, k - from, copy);
+    HEADRACE_UNROLL for (int l = 0; l < lanes; l++) {
+      const typename V::F own[1] = {V::loadf(at + l * lanes)};
+      const auto top = V::floats(largest_of_neighbours<V, lanes>(own));
+      V::store8(codes + l * lanes, V::to_int(V::mul(own[0], V::div(V::setf(127), V::max(top, V::setf(kLeastTop))))));
+      V::storef(scale, V::div(top, V::setf(127)));
+      out.scales[s * lanes + l] = scale[0];
+    }
+    V::store_apart(out.codes + from, V::load(codes), V::load(codes + V::bytes));
+    const auto even = V::load(out.codes + from), odd = V::load(out.codes + from + V::bytes);
+    for (int bits : {5, 6}) {
+      const int zero_point = 1 << (bits - 1);
+      V::store(out.starts[bits - 5] + s * 2 * lanes, V::add16(V::pair_start(even, zero_point), V::pair_start(odd, zero_point)));
     }
   }
 }
@@ -137,7 +159,9 @@ template <class V>
 void fine(const float* x, int k, unsigned kinds, Fine& out) {
   if (kinds & kRowsOf4) factor_codes<V, true>(x, k, out.four);
   else if (kinds & kBlocksOf4) factor_codes<V, false>(x, k, out.four);
-  if (kinds & kAllOf8) scaled_codes<V>(x, k, out.eight);
+  if (kinds & (factors_apart<V> ? kAllOf8 : kAllOf8 | kFactorsOf6)) scaled_codes<V>(x, k, out.eight);
+  if constexpr (factors_apart<V>)
+    if (kinds & kFactorsOf6) apart_codes<V>(x, k, out.apart);
 }
 
 }  // namespace

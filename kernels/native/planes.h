@@ -31,16 +31,16 @@ struct FoldTable {
   }
 };
 
-// For bytes of two factors, of which a vector's halves have one each: they in every 16 bits. A table, since nothing is faster than to load it.
-template <class V>
+// Bytes of two factors as N numbers, half of them the first. A table, since nothing is faster than to load it.
+template <int N>
 struct FactorTable {
-  alignas(64) int16_t of[256][V::bytes / 2];
+  alignas(64) int16_t of[256][N];
   constexpr FactorTable() : of() {
     for (int byte = 0; byte < 256; byte++)
-      for (int i = 0; i < V::bytes / 2; i++) of[byte][i] = int16_t((i < V::bytes / 4 ? byte & 15 : byte >> 4) + 1);
+      for (int i = 0; i < N; i++) of[byte][i] = int16_t((i < N / 2 ? byte & 15 : byte >> 4) + 1);
   }
 };
-template <class V> constexpr FactorTable<V> kFactorTable{};
+template <int N> constexpr FactorTable<N> kFactorTable{};
 
 // A row of such codes. Block: columns that share a factor, where 64 are that or more; 0: codes have no factors.
 template <class V, int Bits, int Block>
@@ -88,10 +88,36 @@ struct PlaneRow {
       return with_planes(V::nibbles(nibbles), bits, V::bytes / 8);
     }
   }
-  // The factors of such codes, where they stay apart: one for every two columns.
-  __attribute__((always_inline)) const int16_t* factors_of(size_t column, int step = 0) const {
-    if constexpr (2 * Block == V::bytes) return kFactorTable<V>.of[factors[column / V::bytes + step]];
-    else return reinterpret_cast<const int16_t*>(kFolds.factor[factor_of(column + step * V::bytes)]);
+  // Where factors stay apart: codes of a step of 2 * V::bytes columns, the even ones and the odd ones.
+  template <bool Whole>
+  __attribute__((always_inline)) void pair_codes(size_t step, I& even, I& odd) const {
+    constexpr size_t own = V::bytes, bits = V::bytes / 4;
+    const uint8_t *nibbles = low + step * own, *planes = high + step * bits;
+    size_t plane = columns / 8;
+    uint8_t copy[own + kPlanes * bits] = {};
+    if constexpr (!Whole) {
+      const size_t left = columns - step * 2 * own, there = left < 2 * own ? left : 2 * own;
+      __builtin_memcpy(copy, nibbles, there / 2);
+      for (int i = 0; i < kPlanes; i++) __builtin_memcpy(copy + own + i * bits, planes + i * plane, there / 8);
+      nibbles = copy, planes = copy + own, plane = bits;
+    }
+    const I both = V::load(nibbles);
+    even = V::low_nibbles(both), odd = V::high_nibbles(both);
+    V::template add_plane<16>(even, odd, planes);
+    if constexpr (Bits == 6) V::template add_plane<32>(even, odd, planes + plane);
+  }
+  // The factors of such codes: one for every two of the even ones, and of the odd ones.
+  template <bool Whole>
+  __attribute__((always_inline)) I pair_factors(size_t step) const {
+    constexpr int numbers = V::bytes / 2;
+    if constexpr (Block == 16) {
+      const auto of = [&](size_t i) { return kFactorTable<numbers / 2>.of[Whole || i < factor_bytes ? factors[i] : 0]; };
+      return V::load_two(of(2 * step), of(2 * step + 1));
+    } else if constexpr (Block == 32) {
+      return V::load(kFactorTable<numbers>.of[factors[step]]);
+    } else {
+      return V::load(kFolds.factor[factor_of(step * 2 * V::bytes)]);
+    }
   }
   // The same codes as bytes, times their factors where these do not stay apart. Whole: also, four bytes exist from their first factor's on,
   // which the last rows of a weight need not have.

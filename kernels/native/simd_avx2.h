@@ -79,8 +79,6 @@ struct Avx2 {
     return add_pairs(sum, _mm256_maddubs_epi16(_mm256_abs_epi8(whole), _mm256_sign_epi8(b, whole)), 1);
   }
   static constexpr int pairs = 8;  // sums of two products of 4 bits by 8 that fit an int16: 8 * 2 * 15 * 127 = 30480
-  // Products of codes of up to 6 bits, from a start for every two, times a factor for every two.
-  static I dot_factors(I sum, I a, I b, I start, I factors) { return dot16(sum, add16(pair_products(a, b), start), factors); }
   static I pair_start(I b, int zero_point) { return _mm256_sub_epi16(zero(), pair_products(set8(zero_point), b)); }
   static I pair_products(I a, I b) { return _mm256_maddubs_epi16(a, b); }
   static I add16(I a, I b) { return _mm256_add_epi16(a, b); }
@@ -193,6 +191,17 @@ struct Avx2 {
     // The sign of each byte times the value: that of an eighth bit is the only negative one.
     constexpr uint64_t seven = uint64_t(Value) * 0x0001010101010101, values = seven | uint64_t(256 - Value) << 56;
     return _mm256_add_epi8(v, _mm256_sign_epi8(_mm256_set1_epi64x(int64_t(values)), one));
+  }
+  // The same to even and odd columns of 64, whose bits lie as the columns do.
+  template <int Value> static void add_plane(I& even, I& odd, const uint8_t* bits) {
+    const I fours = _mm256_set_epi64x(0x0707070706060606, 0x0505050504040404, 0x0303030302020202, 0x0101010100000000);
+    const I own = _mm256_shuffle_epi8(_mm256_set1_epi64x(part<long long>(bits)), fours);
+    even = _mm256_add_epi8(even, _mm256_sign_epi8(set8(Value), and_bits(own, set32(0x40100401))));
+    odd = _mm256_add_epi8(odd, _mm256_sign_epi8(set32(Value * 0x010101 | (256 - Value) << 24), and_bits(own, set32(int(0x80200802)))));
+  }
+  static I load_two(const void* a, const void* b) {  // 16 bytes of each
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(a))),
+                                   _mm_loadu_si128(static_cast<const __m128i*>(b)), 1);
   }
   // Of 1 + the four bits of each lane from `bit` on, a factor: that factor in every 16 bits, and what is left to 128 of a zero point times it
   // in every byte.
