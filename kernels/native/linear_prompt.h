@@ -78,11 +78,25 @@ struct Folds {
 template <class V, int Bits, bool Folded, class Rows>
 HEADRACE_APART void unpack_rows(const Weight& w, const Rows& rows, int n, int end, int from, int columns, uint8_t* scratch) {
   using I = typename V::I;
-  constexpr int width = Bits == 4 ? 2 * V::bytes : V::bytes;  // columns of a load
+  constexpr int width = Bits == 4 || Rows::apart ? 2 * V::bytes : V::bytes;  // columns of a load
   constexpr size_t step = V::panels * V::bytes;
   const int last = w.k - from < columns ? w.k - from : columns;
   for (int p = 0; p < V::panels; p++)
     for (int c = 0; c < last; c += width) {
+      if constexpr (Rows::apart) {
+        I even[V::lanes], odd[V::lanes];
+        for (int r = 0; r < V::lanes; r++) {
+          const int row = p * V::lanes + r, at = (from + c) / width;
+          if (n + row >= end) even[r] = odd[r] = V::zero();
+          else if (last - c >= width) rows.template pair_codes<true>(row, at, even[r], odd[r]);
+          else rows.template pair_codes<false>(row, at, even[r], odd[r]);
+        }
+        V::transpose(even), V::transpose(odd);
+        uint8_t* to = scratch + size_t(c / 4) * step + p * V::bytes;
+        for (int i = 0; i < V::lanes; i++)
+          V::store(to + size_t(2 * i) * step, even[i]), V::store(to + size_t(2 * i + 1) * step, odd[i]);
+        continue;
+      }
       I codes[V::lanes];
       for (int r = 0; r < V::lanes; r++) {
         const int row = p * V::lanes + r, at = (from + c) / width;
@@ -166,18 +180,17 @@ inline void add_products(const uint8_t* scratch, const int8_t* codes, typename V
   }
 }
 
-// The same of codes of 5 and 6 bits whose factors stay apart, one for every 16 columns: [16 columns][panel][channel]. sums16: of the tokens'
+// The same of codes of 5 and 6 bits whose factors stay apart, one for every 16 columns, as block_factors gives them. sums16: of the tokens'
 // codes, `stride` from token to token. Products of two columns fit an int16 and so do a few of them.
 template <class V, int Bits, int Part, int T>
 inline void add_with_factors(const uint8_t* scratch, const int8_t* codes, const int32_t* sums16, size_t stride, const float* factors,
                              typename V::I (&sum)[T][V::panels]) {
   using I = typename V::I;
-  constexpr int P = V::panels, together = 128 >> Bits, zero_point = 1 << (Bits - 1);
-  for (int b = 0; b < Part / 16; b++, factors += P * V::lanes) {
+  constexpr int P = V::panels, together = 128 >> Bits;
+  for (int b = 0; b < Part / 16; b++, factors += 2 * P * V::lanes) {
     HEADRACE_UNROLL for (int t = 0; t < T; t++) {
-      const int start = -zero_point * sums16[t * stride + b], half = start / 2;  // as two numbers that fit an int16
-      const I both = V::set32((half & 0xffff) | int(unsigned(start - half) << 16));
-      HEADRACE_UNROLL for (int p = 0; p < P; p++) sum[t][p] = V::dot16(sum[t][p], both, V::load(factors + p * V::lanes));
+      const I start = V::broadcast32(sums16 + t * stride + b);
+      HEADRACE_UNROLL for (int p = 0; p < P; p++) sum[t][p] = V::dot16(sum[t][p], start, V::load(factors + (P + p) * V::lanes));
     }
     HEADRACE_UNROLL for (int first = 0; first < 4; first += together) {
       I pairs[T][P];
@@ -231,7 +244,7 @@ HEADRACE_APART void multiply(const Coarse& x, int from, int parts, int token, co
         f[t][p] = V::fma(Blocks ? V::mul(total, scale) : total, one, f[t][p]);
       }
     }
-    scales += P * V::lanes * (has_planes(Bits) ? Part / 16 : 1), sums16 += Part / 16;
+    scales += P * V::lanes * (has_planes(Bits) ? Part / 8 : 1), sums16 += Part / 16;
     ones += Part == group || part % 2 == 1;
   }
   HEADRACE_UNROLL for (int t = 0; t < T; t++) HEADRACE_UNROLL for (int p = 0; p < P; p++)
@@ -260,8 +273,9 @@ HEADRACE_APART void part_scales(const Weight& w, int n, int end, int from, int p
   }
 }
 
-// Factors of blocks of 16 columns of such channels, as add_with_factors takes them. Columns behind a row have any.
-template <class V>
+// Factors of such channels for every 16 columns: [16 columns][2][channel], first for both of two numbers of 16 bits, then, times what a zero
+// point takes, for the lower one, which is a whole sum of codes. Columns behind a row have any.
+template <class V, int Bits>
 HEADRACE_APART void block_factors(const Weight& w, int n, int end, int from, int columns, float* factors) {
   constexpr int width = V::panels * V::lanes;
   const int first = from / w.block, count = end - n < width ? end - n : width;
@@ -269,8 +283,11 @@ HEADRACE_APART void block_factors(const Weight& w, int n, int end, int from, int
   for (int c = 0; c < count; c += V::lanes) {
     const uint8_t* own = w.factors + (n + c) * w.factor_bytes() + first / 2;
     const RowFactors<V> of(own, w.factor_bytes(), count - c < V::lanes ? count - c : V::lanes, last / 2 - first / 2 + 1);
-    for (int b = 0; b < columns / 16; b++)
-      V::store(factors + b * width + c, V::mul32(V::to_int(of.of(first % 2 + b * 16 / w.block)), V::set32(0x10001)));
+    for (int b = 0; b < columns / 16; b++) {
+      const auto own = V::to_int(of.of(first % 2 + b * 16 / w.block));
+      V::store(factors + 2 * b * width + c, V::mul32(own, V::set32(0x10001)));
+      V::store(factors + (2 * b + 1) * width + c, V::and_bits(V::mul32(own, V::set32(-(1 << (Bits - 1)))), V::set32(0xffff)));
+    }
   }
 }
 
@@ -279,11 +296,11 @@ HEADRACE_APART void prompt_panel(const Weight& w, const Coarse& x, int n, int en
                                  int column, uint8_t* scratch) {
   constexpr int width = V::panels * V::lanes;
   float* scales = reinterpret_cast<float*>(scratch + size_t(kColumns / 4) * V::panels * V::bytes);
-  float* sums = scales + (kColumns / 16) * width;
+  float* sums = scales + (kColumns / 8) * width;
   for (int from = 0; from < w.k; from += kColumns) {
     const int columns = w.k - from < kColumns ? w.k - from : kColumns, parts = (columns + Part - 1) / Part;
     unpack<V, Stored, (Stored < Bits && !Blocks) || has_planes(Bits)>(w, n, end, from, parts * Part, scratch);
-    if constexpr (has_planes(Bits)) block_factors<V>(w, n, end, from, parts * Part, scales);
+    if constexpr (has_planes(Bits)) block_factors<V, Bits>(w, n, end, from, parts * Part, scales);
     else if constexpr (Blocks) part_scales<V, Part>(w, n, end, from, parts, scales);
     const auto run = [&](auto number, int t) {
       multiply<V, Bits, Blocks, Part, decltype(number)::value>(x, from, parts, t, scratch, scales, sums + (t - first) * width);
@@ -335,7 +352,7 @@ void prompt(const Weight& w, const Coarse& x, int begin, int end, int first, int
 
 template <class V>
 size_t prompt_scratch(int m) {
-  return size_t(kColumns / 4) * V::panels * V::bytes + (size_t(kColumns / 16) + m) * V::panels * V::lanes * sizeof(float);
+  return size_t(kColumns / 4) * V::panels * V::bytes + (size_t(kColumns / 8) + m) * V::panels * V::lanes * sizeof(float);
 }
 
 }  // namespace

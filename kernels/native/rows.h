@@ -9,6 +9,7 @@ namespace {
 template <class V>
 class PlainRows {
  public:
+  static constexpr bool apart = false;
   PlainRows(const Weight& w, size_t n, size_t stride, size_t ahead)
       : packed_(w.packed + n * w.row_bytes()), row_bytes_(stride * w.row_bytes()), ahead_(ahead * w.bits / 8),
         own_(int(w.row_bytes())) {}
@@ -30,6 +31,7 @@ class PlainRows {
 // The same of rows with planes.
 template <class V, int Bits, int Block>
 struct PlaneRows {
+  static constexpr bool apart = PlaneRow<V, Bits, Block>::apart;
   PlaneRow<V, Bits, Block> first;
   size_t stride;
   template <bool Whole>
@@ -38,6 +40,12 @@ struct PlaneRows {
     own.read_ahead(size_t(step) * V::bytes);
     if constexpr (Whole) return own.at(size_t(step) * V::bytes);
     else return own.template load<false>(size_t(step) * V::bytes);
+  }
+  template <bool Whole>
+  __attribute__((always_inline)) void pair_codes(size_t row, int step, typename V::I& even, typename V::I& odd) const {
+    const auto own = first.further(row * stride);
+    own.read_ahead(size_t(step) * 2 * V::bytes);
+    own.template pair_codes<Whole>(step, even, odd);
   }
 };
 
