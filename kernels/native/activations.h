@@ -22,7 +22,7 @@ class Activations {
   void reserve(int fine_rows, int coarse_rows, int k) {
     const size_t padded = round_up(k, kColumns), lanes4 = padded / 8, lanes8 = padded / 4;
     const size_t segments = (padded / kSegment + 1) * 16;
-    const size_t bytes = round_up(4 * padded + 4 * (3 * lanes4 + segments + 3 * lanes8), 64);
+    const size_t bytes = round_up(4 * padded + 4 * (2 * lanes4 + segments + 4 * lanes8), 64);
     fine_memory_.grow(bytes * fine_rows);
     fine_.resize(fine_rows);
     for (int i = 0; i < fine_rows; i++) {

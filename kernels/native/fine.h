@@ -130,27 +130,22 @@ inline void scaled_codes(const float* x, int k, const ScaledCodes& out) {
   }
 }
 
-// In steps of 4 bits, whose lanes are eight columns each.
+// The same for rows whose factors stay apart.
 template <class V>
-inline void apart_codes(const float* x, int k, const ApartCodes& out) {
-  constexpr int lanes = V::lanes, unit = Steps<V, 4>::columns;
-  static_assert(unit == lanes * lanes);
-  for (int from = 0, s = 0; from < k; from += unit, s++) {
-    alignas(64) float copy[unit], scale[lanes];
-    alignas(64) int8_t codes[unit];
-    const float* at = whole_unit(x + from, k - from, copy);
-    HEADRACE_UNROLL for (int l = 0; l < lanes; l++) {
-      const typename V::F own[1] = {V::loadf(at + l * lanes)};
-      const auto top = V::floats(largest_of_neighbours<V, lanes>(own));
-      V::store8(codes + l * lanes, V::to_int(V::mul(own[0], V::div(V::setf(127), V::max(top, V::setf(kLeastTop))))));
-      V::storef(scale, V::div(top, V::setf(127)));
-      out.scales[s * lanes + l] = scale[0];
-    }
-    V::store_apart(out.codes + from, V::load(codes), V::load(codes + V::bytes));
-    const auto even = V::load(out.codes + from), odd = V::load(out.codes + from + V::bytes);
-    for (int bits : {5, 6}) {
-      const int zero_point = 1 << (bits - 1);
-      V::store(out.starts[bits - 5] + s * 2 * lanes, V::add16(V::pair_start(even, zero_point), V::pair_start(odd, zero_point)));
+inline void apart_codes(const ScaledCodes& of, int k, const ApartCodes& out) {
+  constexpr int unit = unit_of(8), bytes = V::bytes, lanes = V::lanes;
+  static_assert(unit == 4 * bytes);
+  for (int from = 0; from < k; from += unit) {
+    const auto* scales = of.scales + from / 4;
+    const auto first = V::loadf(scales), second = V::loadf(scales + lanes);
+    V::storef(out.scales + from / 8, V::low_halves(first, second)), V::storef(out.scales + from / 8 + lanes, V::high_halves(first, second));
+    for (int c = from; c < from + unit; c += 2 * bytes) {
+      V::store_apart(out.codes + c, V::load(of.codes + c), V::load(of.codes + c + bytes));
+      const auto even = V::load(out.codes + c), odd = V::load(out.codes + c + bytes);
+      for (int bits : {5, 6}) {
+        const int zero_point = 1 << (bits - 1);
+        V::store(out.starts[bits - 5] + c / 4, V::add16(V::pair_start(even, zero_point), V::pair_start(odd, zero_point)));
+      }
     }
   }
 }
@@ -159,9 +154,10 @@ template <class V>
 void fine(const float* x, int k, unsigned kinds, Fine& out) {
   if (kinds & kRowsOf4) factor_codes<V, true>(x, k, out.four);
   else if (kinds & kBlocksOf4) factor_codes<V, false>(x, k, out.four);
-  if (kinds & (factors_apart<V> ? kAllOf8 : kAllOf8 | kFactorsOf6)) scaled_codes<V>(x, k, out.eight);
-  if constexpr (factors_apart<V>)
-    if (kinds & kFactorsOf6) apart_codes<V>(x, k, out.apart);
+  if (kinds & kAllOf8) {
+    scaled_codes<V>(x, k, out.eight);
+    if constexpr (factors_apart<V>) apart_codes<V>(out.eight, k, out.apart);
+  }
 }
 
 }  // namespace

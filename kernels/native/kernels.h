@@ -61,11 +61,11 @@ struct ScaledCodes {
   int32_t* steps;      // starts of a step, a lane at a time
   int32_t* pairs;      // the same of two steps that share scales
 };
-// 5 and 6 bits of a variant that keeps factors and codes apart (planes.h): a scale is float32, for 8 neighbours.
+// The same for 5 and 6 bits of a variant that keeps their factors apart (planes.h).
 struct ApartCodes {
-  int8_t* codes;       // of a step of 4 bits, 2 * V::bytes columns
-  float* scales;       // a lane at a time
-  int16_t* starts[2];  // of 5 and of 6 bits: of four columns, the neighbours of a pair of even ones and a pair of odd ones
+  int8_t* codes;       // of a step, 2 * V::bytes columns, the even ones and then the odd ones
+  float* scales;       // of 8 columns, as sums of a unit lie
+  int16_t* starts[2];  // of 5 and of 6 bits: of two even columns and two odd ones together
 };
 struct Fine {
   FactorCodes four;
@@ -73,9 +73,8 @@ struct Fine {
   ApartCodes apart;
 };
 
-// Which codes of a token are needed: for weights of 4 bits with one scale a row, with blocks, of 8 bits, of 5 and 6 bits with factors, which
-// are for most variants as those of 8 bits.
-enum Kinds : unsigned { kRowsOf4 = 1, kBlocksOf4 = 2, kAllOf8 = 4, kFactorsOf6 = 8 };
+// Which codes of a token are needed: for weights of 4 bits with one scale a row, with blocks, of 8 bits.
+enum Kinds : unsigned { kRowsOf4 = 1, kBlocksOf4 = 2, kAllOf8 = 4 };
 
 constexpr int unit_of(int bits) { return bits == 4 ? 256 : 128; }
 constexpr int kMostFactor = 1024;

@@ -34,34 +34,54 @@ __attribute__((always_inline)) inline typename V::F row_sum(const Row& row, cons
   return sum;
 }
 
-// What a step of such a row whose factors stay apart adds to its sum: four products of two columns fit an int16, where its start is added and
-// from where its factors multiply them into an int32.
+// Sums of four products of a step whose factors stay apart, of two even columns and two odd ones, with their start: they fit an int16.
 template <class V, int Bits>
-__attribute__((always_inline)) inline typename V::F add_pairs(typename V::F sum, typename V::I even, typename V::I odd, typename V::I factors,
-                                                              const ApartCodes& x, size_t step) {
+__attribute__((always_inline)) inline typename V::I four_products(typename V::I even, typename V::I odd, const ApartCodes& x, size_t step) {
   const int8_t* own = x.codes + step * 2 * V::bytes;
   const auto products = V::add16(V::pair_products(even, V::load(own)), V::pair_products(odd, V::load(own + V::bytes)));
-  const auto whole = V::add16(products, V::load(x.starts[Bits - 5] + step * 2 * V::lanes));
-  return V::fma(V::to_float(V::dot16(V::zero(), whole, factors)), V::loadf(x.scales + step * V::lanes), sum);
+  return V::add16(products, V::load(x.starts[Bits - 5] + step * 2 * V::lanes));
+}
+
+// What a unit of such a row, of two steps, adds to its sum: columns half a unit apart share a scale and meet in an int32, times their factors.
+template <class V>
+__attribute__((always_inline)) inline typename V::F add_unit(typename V::F sum, typename V::I first, typename V::I second,
+                                                             const typename V::I (&factors)[2], const ApartCodes& x, size_t unit) {
+  const float* scales = x.scales + unit * 2 * V::lanes;
+  sum = V::fma(V::to_float(V::dot16(V::zero(), V::low_pairs(first, second), factors[0])), V::loadf(scales), sum);
+  return V::fma(V::to_float(V::dot16(V::zero(), V::high_pairs(first, second), factors[1])), V::loadf(scales + V::lanes), sum);
+}
+
+// `run` for the units of a row from `from` to `to` - 1: run(unit, whether all of it exists, how many of its steps exist).
+template <class Row, class Run>
+__attribute__((always_inline)) inline void units_of(const Row& row, size_t from, size_t to, const Run& run) {
+  size_t unit = from;
+  for (const size_t whole = std::min(to, row.columns / unit_of(8)); unit < whole; unit++) run(unit, Number<1>(), Number<2>());
+  if (unit == to) return;
+  if (row.columns - unit * unit_of(8) <= unit_of(8) / 2) run(unit, Number<0>(), Number<1>());
+  else run(unit, Number<0>(), Number<2>());
+}
+
+// Codes of a step of such a row.
+template <class V, bool Whole, class Row>
+__attribute__((always_inline)) inline void load_step(const Row& row, size_t step, typename V::I& even, typename V::I& odd) {
+  if (Whole || (step + 1) * 2 * V::bytes <= row.columns) row.template pair_codes<true>(step, even, odd);
+  else row.template pair_codes<false>(step, even, odd);
 }
 
 template <class V, class Row>
 __attribute__((always_inline)) inline typename V::F row_sum(const Row& row, const ApartCodes& x, size_t from, size_t to) {
   auto sum = V::zerof();
-  const auto add = [&](size_t step, auto whole) __attribute__((always_inline)) {
-    constexpr bool Whole = decltype(whole)::value;
-    typename V::I even, odd;
-    row.template pair_codes<Whole>(step, even, odd);
-    sum = add_pairs<V, Row::kBits>(sum, even, odd, row.template pair_factors<Whole>(step), x, step);
-  };
-  const size_t whole = std::min(to, row.columns / (2 * V::bytes));
-  size_t step = from;
-  for (; step + 2 <= whole; step += 2) {
-    row.read_ahead(step * 2 * V::bytes);
-    HEADRACE_UNROLL for (int i = 0; i < 2; i++) add(step + i, Number<1>());
-  }
-  if (step < whole) add(step++, Number<1>());
-  if (step < to) add(step, Number<0>());
+  units_of(row, from, to, [&](size_t unit, auto whole, auto steps) __attribute__((always_inline)) {
+    typename V::I product[2] = {V::zero(), V::zero()}, factors[2];
+    row.read_ahead(unit * unit_of(8));
+    HEADRACE_UNROLL for (int i = 0; i < decltype(steps)::value; i++) {
+      typename V::I even, odd;
+      load_step<V, decltype(whole)::value>(row, 2 * unit + i, even, odd);
+      product[i] = four_products<V, Row::kBits>(even, odd, x, 2 * unit + i);
+    }
+    row.template unit_factors<decltype(whole)::value>(unit, factors);
+    sum = add_unit<V>(sum, product[0], product[1], factors, x, unit);
+  });
   return sum;
 }
 
@@ -99,15 +119,18 @@ HEADRACE_APART void add_apart(const Row& first, size_t stride, const uint8_t* by
     const Row row = first.further(r * stride);
     const uint8_t* codes = bytes + r * kSegment;
     HEADRACE_UNROLL for (int t = 0; t < T; t++) sum[r][t] = V::zerof();
-    const auto add = [&](size_t step, auto whole) __attribute__((always_inline)) {
-      const auto factors = row.template pair_factors<decltype(whole)::value>(step);
-      const uint8_t* own = codes + (step - from) * 2 * V::bytes;
-      const auto even = V::load(own), odd = V::load(own + V::bytes);
-      HEADRACE_UNROLL for (int t = 0; t < T; t++) sum[r][t] = add_pairs<V, Row::kBits>(sum[r][t], even, odd, factors, x[t].apart, step);
-    };
-    size_t step = from;
-    for (const size_t last = std::min(to, row.columns / (2 * V::bytes)); step < last; step++) add(step, Number<1>());
-    if (step < to) add(step, Number<0>());
+    units_of(row, from, to, [&](size_t unit, auto whole, auto steps) __attribute__((always_inline)) {
+      typename V::I product[T][2], factors[2];
+      row.template unit_factors<decltype(whole)::value>(unit, factors);
+      HEADRACE_UNROLL for (int i = 0; i < 2; i++) {
+        const uint8_t* own = codes + (2 * (unit - from) + i) * 2 * V::bytes;
+        const bool exists = i < decltype(steps)::value;
+        const auto even = V::load(own), odd = V::load(own + V::bytes);
+        HEADRACE_UNROLL for (int t = 0; t < T; t++)
+            product[t][i] = exists ? four_products<V, Row::kBits>(even, odd, x[t].apart, 2 * unit + i) : V::zero();
+      }
+      HEADRACE_UNROLL for (int t = 0; t < T; t++) sum[r][t] = add_unit<V>(sum[r][t], product[t][0], product[t][1], factors, x[t].apart, unit);
+    });
   }
   HEADRACE_UNROLL for (int t = 0; t < T; t++) {
     float* at = out + t * V::lanes * V::lanes;
@@ -124,17 +147,16 @@ HEADRACE_APART void unpack_rows(const PlaneRow<V, Bits, Block>& first, size_t st
     const auto row = first.further(r * stride);
     __builtin_prefetch(row.factors + row.factors_ahead, 0, 2);
     size_t column = from;
-    if constexpr (PlaneRow<V, Bits, Block>::apart) {  // even and odd columns of a step
-      const auto store = [&](auto whole) __attribute__((always_inline)) {
-        typename V::I even, odd;
-        row.template pair_codes<decltype(whole)::value>(column / (2 * bytes), even, odd);
-        V::store(out + column - from, even), V::store(out + column - from + bytes, odd);
-      };
-      for (const size_t last = std::min(to, row.columns / (2 * bytes) * 2 * bytes); column < last; column += 2 * bytes) {
-        if (column % 128 == 0) row.read_ahead(column);
-        store(Number<1>());
-      }
-      if (column < to) store(Number<0>());
+    if constexpr (PlaneRow<V, Bits, Block>::apart) {
+      units_of(row, from / unit_of(8), (to + unit_of(8) - 1) / unit_of(8), [&](size_t unit, auto whole, auto steps) __attribute__((always_inline)) {
+        row.read_ahead(unit * unit_of(8));
+        HEADRACE_UNROLL for (int i = 0; i < decltype(steps)::value; i++) {
+          typename V::I even, odd;
+          load_step<V, decltype(whole)::value>(row, 2 * unit + i, even, odd);
+          uint8_t* at = out + unit * unit_of(8) - from + i * 2 * bytes;
+          V::store(at, even), V::store(at + bytes, odd);
+        }
+      });
       continue;
     }
     for (const size_t last = std::min(to, row.whole()); column + 128 <= last; column += 128) {
@@ -149,7 +171,7 @@ HEADRACE_APART void unpack_rows(const PlaneRow<V, Bits, Block>& first, size_t st
 template <class V, int Bits, int Block>
 inline void decode_planes(const Weight& w, const Fine* x, int m, int begin, int end, const Out& out, int column) {
   constexpr bool apart = PlaneRow<V, Bits, Block>::apart;
-  using S = Steps<V, apart ? 4 : 8>;
+  constexpr int columns = apart ? unit_of(8) : Steps<V, 8>::columns;  // of a step
   constexpr int together = V::lanes < 4 ? V::lanes : 4, size = V::lanes * V::lanes;
   alignas(64) float lanes[kMostTokens * size];
   alignas(64) uint8_t bytes[together * kSegment];
@@ -160,7 +182,7 @@ inline void decode_planes(const Weight& w, const Fine* x, int m, int begin, int 
     for (int first = 0; first < m; first += kMostTokens) {
       const int tokens = std::min(m - first, kMostTokens);
       for (int from = 0; from < w.k; from += kSegment) {
-        const int to = std::min(from + kSegment, w.k), step = from / S::columns, end_step = int(round_up(to, S::columns)) / S::columns;
+        const int to = std::min(from + kSegment, w.k), step = from / columns, end_step = int(round_up(to, columns)) / columns;
         if (tokens == 1) {
           if constexpr (apart) single_rows<V, Bits, Block>(own, stride, x[first].apart, step, end_step, lanes);
           else single_rows<V, Bits, Block>(own, stride, x[first].eight, step, end_step, lanes);

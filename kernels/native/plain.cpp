@@ -58,7 +58,7 @@ void scaled_codes(const float* x, int k, ScaledCodes& out) {
 
 void fine(const float* x, int k, unsigned kinds, Fine& out) {
   if (kinds & (kRowsOf4 | kBlocksOf4)) factor_codes(x, k, kinds & kRowsOf4, out.four);
-  if (kinds & (kAllOf8 | kFactorsOf6)) scaled_codes(x, k, out.eight);
+  if (kinds & kAllOf8) scaled_codes(x, k, out.eight);
 }
 
 double value(const Fine& x, int k, int bits) {

@@ -31,17 +31,6 @@ struct FoldTable {
   }
 };
 
-// Bytes of two factors as N numbers, half of them the first. A table, since nothing is faster than to load it.
-template <int N>
-struct FactorTable {
-  alignas(64) int16_t of[256][N];
-  constexpr FactorTable() : of() {
-    for (int byte = 0; byte < 256; byte++)
-      for (int i = 0; i < N; i++) of[byte][i] = int16_t((i < N / 2 ? byte & 15 : byte >> 4) + 1);
-  }
-};
-template <int N> constexpr FactorTable<N> kFactorTable{};
-
 // A row of such codes. Block: columns that share a factor, where 64 are that or more; 0: codes have no factors.
 template <class V, int Bits, int Block>
 struct PlaneRow {
@@ -106,17 +95,22 @@ struct PlaneRow {
     V::template add_plane<16>(even, odd, planes);
     if constexpr (Bits == 6) V::template add_plane<32>(even, odd, planes + plane);
   }
-  // The factors of such codes: one for every two of the even ones, and of the odd ones.
+  // The factors of a unit, two such steps whose sums of two columns lie in turns: in halves of 16 bytes the first four of both, and the last.
   template <bool Whole>
-  __attribute__((always_inline)) I pair_factors(size_t step) const {
-    constexpr int numbers = V::bytes / 2;
-    if constexpr (Block == 16) {
-      const auto of = [&](size_t i) { return kFactorTable<numbers / 2>.of[Whole || i < factor_bytes ? factors[i] : 0]; };
-      return V::load_two(of(2 * step), of(2 * step + 1));
-    } else if constexpr (Block == 32) {
-      return V::load(kFactorTable<numbers>.of[factors[step]]);
+  __attribute__((always_inline)) void unit_factors(size_t unit, I (&factor)[2]) const {
+    if constexpr (Block >= 64) {
+      const int first = factor_of(unit * unit_of(8)), second = shift == 6 ? factors[unit] >> 4 : first;
+      factor[0] = factor[1] = V::set32((first + 1) | (second + 1) << 16);
     } else {
-      return V::load(kFolds.factor[factor_of(step * 2 * V::bytes)]);
+      constexpr size_t bytes = unit_of(8) / Block / 2;
+      const uint8_t* own = factors + unit * bytes;
+      uint32_t few = 0;
+      const size_t left = factor_bytes - unit * bytes;
+      if (Whole) __builtin_memcpy(&few, own, bytes);
+      else if (left == bytes / 2) __builtin_memcpy(&few, own, bytes / 2);
+      else for (size_t i = 0; i < bytes && i < left; i++) few |= uint32_t(own[i]) << 8 * i;
+      if constexpr (Block == 16) V::factors_of_16(V::set32(int(few)), factor[0], factor[1]);
+      else factor[0] = factor[1] = V::factors_of_32(V::set32(int(few)));
     }
   }
   // The same codes as bytes, times their factors where these do not stay apart. Whole: also, four bytes exist from their first factor's on,

@@ -27,6 +27,7 @@ struct Avx2 {
   static I set8(int v) { return _mm256_set1_epi8(char(v)); }
   static I set32(int v) { return _mm256_set1_epi32(v); }
   static I add32(I a, I b) { return _mm256_add_epi32(a, b); }
+  static I add16(I a, I b) { return _mm256_add_epi16(a, b); }
   static I sub32(I a, I b) { return _mm256_sub_epi32(a, b); }
   // int16 of a and b, in turn four lanes of each.
   static I pack16(I a, I b) { return _mm256_packs_epi32(a, b); }
@@ -81,7 +82,6 @@ struct Avx2 {
   static constexpr int pairs = 8;  // sums of two products of 4 bits by 8 that fit an int16: 8 * 2 * 15 * 127 = 30480
   static I pair_start(I b, int zero_point) { return _mm256_sub_epi16(zero(), pair_products(set8(zero_point), b)); }
   static I pair_products(I a, I b) { return _mm256_maddubs_epi16(a, b); }
-  static I add16(I a, I b) { return _mm256_add_epi16(a, b); }
   static I add_pairs(I sum, I of, int factor) { return add32(sum, _mm256_madd_epi16(of, _mm256_set1_epi16(short(factor)))); }
   static I dot_nibbles(I sum, I even, I first, I odd, I second) {
     return add_pairs(sum, add16(pair_products(even, first), pair_products(odd, second)), 1);
@@ -199,9 +199,20 @@ struct Avx2 {
     even = _mm256_add_epi8(even, _mm256_sign_epi8(set8(Value), and_bits(own, set32(0x40100401))));
     odd = _mm256_add_epi8(odd, _mm256_sign_epi8(set32(Value * 0x010101 | (256 - Value) << 24), and_bits(own, set32(int(0x80200802)))));
   }
-  static I load_two(const void* a, const void* b) {  // 16 bytes of each
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(a))),
-                                   _mm_loadu_si128(static_cast<const __m128i*>(b)), 1);
+  // In halves of 16 bytes the first four numbers of 16 bits of both in turns, and the last four.
+  static I low_pairs(I a, I b) { return _mm256_unpacklo_epi16(a, b); }
+  static I high_pairs(I a, I b) { return _mm256_unpackhi_epi16(a, b); }
+  static F low_halves(F a, F b) { return _mm256_permute2f128_ps(a, b, 0x20); }
+  static F high_halves(F a, F b) { return _mm256_permute2f128_ps(a, b, 0x31); }
+  // Factors of a unit as PlaneRow::unit_factors has them: of eight blocks of 16 columns, four bytes, or of four of 32, two bytes.
+  static void factors_of_16(I words, I& first, I& second) {
+    const I own = _mm256_shuffle_epi8(words, _mm256_set_epi64x(0x8003800180038001, 0x8003800180038001, 0x8002800080028000, 0x8002800080028000));
+    const I more = add16(own, set32(0x110011));  // of 5 and 6 bits, up to 8: it fits
+    first = and_bits(more, set32(0x000f000f)), second = _mm256_srli_epi16(more, 4);
+  }
+  static I factors_of_32(I words) {
+    const I own = _mm256_shuffle_epi8(words, _mm256_set1_epi32(int(0x80018000)));
+    return add16(and_bits(_mm256_srlv_epi32(own, _mm256_set_epi32(4, 4, 4, 4, 0, 0, 0, 0)), set32(0x000f000f)), set32(0x10001));
   }
   // Of 1 + the four bits of each lane from `bit` on, a factor: that factor in every 16 bits, and what is left to 128 of a zero point times it
   // in every byte.

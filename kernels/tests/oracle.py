@@ -71,17 +71,15 @@ def random_factors(rng: np.random.Generator, n: int, k: int, block: int, bias: b
     return Weight(w.codes, scale, bits, w.bias, rng.integers(1, most + 1, (n, k // block)).astype(np.uint8))
 
 
-def fine(x: NDArray[np.float32], w: Weight, isa: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def fine(x: NDArray[np.float32], w: Weight) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """int8 codes of rows (M, K) for a weight, and the scales of each column (M, K), which bring columns to at most 127.
 
     In every 256 columns (128 but for 4 bits) there are 16 scales: the first for 8 (4) neighbours and those half of it
     further, and so on; with blocks of 4 bits those half of it further have their own. A scale of 4 bits is a whole
-    number of 1024ths of the row's largest. Where factors stay apart from codes of 5 and 6 bits, 8 neighbours have one.
+    number of 1024ths of the row's largest.
     """
-    apart = isa == "avx2" and w.bits in (5, 6) and w.factors is not None
-    halves, scales_each, neighbours = (1, 1, 8) if apart else (2, 16, 8 if w.bits == 4 else 4)
-    padded = np.pad(x, ((0, 0), (0, -x.shape[1] % (halves * scales_each * neighbours))))
-    padded = padded.reshape(len(x), -1, halves, scales_each, neighbours)
+    unit = 256 if w.bits == 4 else 128
+    padded = np.pad(x, ((0, 0), (0, -x.shape[1] % unit))).reshape(len(x), -1, 2, 16, unit // 32)
     alone = w.bits == 4 and w.has_blocks
     top = np.abs(padded).max(axis=4 if alone else (2, 4), keepdims=True)
     if w.bits != 4:
@@ -140,9 +138,8 @@ class Decoder:
     weights: dict[str, Weight]
     arrays: dict[str, NDArray[Any]]
 
-    def logits(self, ids: list[int], isa: str = "") -> NDArray[np.float64]:
-        """Logits of every token (T, vocab), computed one instruction after the other, as a variant quantizes inputs."""
-        quantize = partial(fine, isa=isa)
+    def logits(self, ids: list[int], keep: NDArray[np.int64] | None = None) -> NDArray[np.float64]:
+        """Logits of every token (T, vocab), computed one instruction after the other."""
         g = self.program["geometry"]
         registers: dict[int, NDArray[np.float64]] = {}
         cache: dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
@@ -162,7 +159,7 @@ class Decoder:
                     registers[i["out"]] = registers[i["in"]] + registers[i["update"]]
                 case "linear":
                     for name, out in zip(i["weights"], i["out"]):
-                        registers[out] = self._linear(registers[i["in"]], self.weights[name], quantize)
+                        registers[out] = self._linear(registers[i["in"]], self.weights[name])
                 case "rope_cache":
                     q, k = (self._turned(registers[i[name]], i) for name in ("q", "k"))
                     registers[i["q"]] = q.reshape(len(ids), -1)
@@ -176,11 +173,11 @@ class Decoder:
                 case "rows":
                     registers[i["out"]] = registers[i["in"]]
                 case "head":
-                    return self._linear(registers[i["in"]], self.weights[i["weight"]], quantize)
+                    return self._linear(registers[i["in"]], self.weights[i["weight"]])
         raise AssertionError("no head")
 
-    def _linear(self, x: NDArray[np.float64], w: Weight, quantize: Any) -> NDArray[np.float64]:
-        return linear(x.astype(np.float32), w, partial(quantize, w=w))[0]
+    def _linear(self, x: NDArray[np.float64], w: Weight) -> NDArray[np.float64]:
+        return linear(x.astype(np.float32), w, partial(fine, w=w))[0]
 
     def _turned(self, x: NDArray[np.float64], i: dict[str, Any]) -> NDArray[np.float64]:
         d = self.program["geometry"]["head_dim"]

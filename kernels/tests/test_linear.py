@@ -35,7 +35,7 @@ def check(
         logits = engine.run([(0, 0, ids, range(m))])
     quantize: Any = partial(coarse, group=group)
     if group == 0 or batched or m <= 8:
-        quantize = partial(fine, w=w, isa=engine.isa)
+        quantize = partial(fine, w=w)
     elif engine.isa.startswith("amx") and (w.factors is not None or not w.has_blocks):
         quantize = tiles
     expected, size = linear(x, w, quantize)
