@@ -147,24 +147,30 @@ HEADRACE_APART void unpack_rows(const PlaneRow<V, Bits, Block>& first, size_t st
     const auto row = first.further(r * stride);
     __builtin_prefetch(row.factors + row.factors_ahead, 0, 2);
     size_t column = from;
-    if constexpr (PlaneRow<V, Bits, Block>::apart) {
-      units_of(row, from / unit_of(8), (to + unit_of(8) - 1) / unit_of(8), [&](size_t unit, auto whole, auto steps) __attribute__((always_inline)) {
-        row.read_ahead(unit * unit_of(8));
-        HEADRACE_UNROLL for (int i = 0; i < decltype(steps)::value; i++) {
-          typename V::I even, odd;
-          load_step<V, decltype(whole)::value>(row, 2 * unit + i, even, odd);
-          uint8_t* at = out + unit * unit_of(8) - from + i * 2 * bytes;
-          V::store(at, even), V::store(at + bytes, odd);
-        }
-      });
-      continue;
-    }
     for (const size_t last = std::min(to, row.whole()); column + 128 <= last; column += 128) {
       row.read_ahead(column);
       HEADRACE_UNROLL for (int step = 0; step < int(128 / bytes); step++)
           V::store(out + column - from + step * bytes, row.template load<true>(column, step));
     }
     for (; column < to; column += bytes) V::store(out + column - from, row.at(column));
+  }
+}
+
+// The same of rows whose factors stay apart, in steps of even columns and odd ones; what of a last unit does not exist stays as it was.
+template <class V, int Bits, int Block>
+HEADRACE_APART void unpack_steps(const PlaneRow<V, Bits, Block>& first, size_t stride, int rows, size_t from, size_t to, uint8_t* out) {
+  for (int r = 0; r < rows; r++, out += kSegment) {
+    const auto row = first.further(r * stride);
+    __builtin_prefetch(row.factors + row.factors_ahead, 0, 2);
+    units_of(row, from, to, [&](size_t unit, auto whole, auto steps) __attribute__((always_inline)) {
+      row.read_ahead(unit * unit_of(8));
+      HEADRACE_UNROLL for (int i = 0; i < decltype(steps)::value; i++) {
+        typename V::I even, odd;
+        load_step<V, decltype(whole)::value>(row, 2 * unit + i, even, odd);
+        uint8_t* at = out + (2 * (unit - from) + i) * 2 * V::bytes;
+        V::store(at, even), V::store(at + V::bytes, odd);
+      }
+    });
   }
 }
 
@@ -190,21 +196,22 @@ inline void decode_planes(const Weight& w, const Fine* x, int m, int begin, int 
         }
         for (int r = 0; r < V::lanes; r += together) {
           const auto some = own.further(r * stride);
-          unpack_rows<V, Bits, Block>(some, stride, together, from, to, bytes);
           if constexpr (apart) {
+            unpack_steps<V, Bits, Block>(some, stride, together, step, end_step, bytes);
             few_at_a_time<4>(tokens, [&](auto number, int t) {
               for (int i = 0; i < together; i += 2)
                 add_apart<V, decltype(number)::value>(some.further(i * stride), stride, bytes + i * kSegment, x + first + t, step, end_step,
                                                       lanes + t * size + (r + i) / 2 * V::lanes);
             });
-            continue;
+          } else {
+            unpack_rows<V, Bits, Block>(some, stride, together, from, to, bytes);
+            const UnpackedRows<V> rows{bytes, r, step};
+            few_at_a_time<4>(tokens, [&](auto number, int t) {
+              constexpr int T = decltype(number)::value, R = rows_at_once<V>(T, false) < together ? rows_at_once<V>(T, false) : together;
+              for (int i = r; i < r + together; i += R)
+                add_steps<V, 8, R, T>(rows, i, x + first + t, step, end_step, end_step, lanes + t * size + i / 2 * V::lanes);
+            });
           }
-          const UnpackedRows<V> rows{bytes, r, step};
-          few_at_a_time<4>(tokens, [&](auto number, int t) {
-            constexpr int T = decltype(number)::value, R = rows_at_once<V>(T, false) < together ? rows_at_once<V>(T, false) : together;
-            for (int i = r; i < r + together; i += R)
-              add_steps<V, 8, R, T>(rows, i, x + first + t, step, end_step, end_step, lanes + t * size + i / 2 * V::lanes);
-          });
         }
       }
       write_sums<V, 8>(w, n, stride, x, first, tokens, lanes, out, column + n - begin);

@@ -78,25 +78,11 @@ struct Folds {
 template <class V, int Bits, bool Folded, class Rows>
 HEADRACE_APART void unpack_rows(const Weight& w, const Rows& rows, int n, int end, int from, int columns, uint8_t* scratch) {
   using I = typename V::I;
-  constexpr int width = Bits == 4 || Rows::apart ? 2 * V::bytes : V::bytes;  // columns of a load
+  constexpr int width = Bits == 4 ? 2 * V::bytes : V::bytes;  // columns of a load
   constexpr size_t step = V::panels * V::bytes;
   const int last = w.k - from < columns ? w.k - from : columns;
   for (int p = 0; p < V::panels; p++)
     for (int c = 0; c < last; c += width) {
-      if constexpr (Rows::apart) {
-        I even[V::lanes], odd[V::lanes];
-        for (int r = 0; r < V::lanes; r++) {
-          const int row = p * V::lanes + r, at = (from + c) / width;
-          if (n + row >= end) even[r] = odd[r] = V::zero();
-          else if (last - c >= width) rows.template pair_codes<true>(row, at, even[r], odd[r]);
-          else rows.template pair_codes<false>(row, at, even[r], odd[r]);
-        }
-        V::transpose(even), V::transpose(odd);
-        uint8_t* to = scratch + size_t(c / 4) * step + p * V::bytes;
-        for (int i = 0; i < V::lanes; i++)
-          V::store(to + size_t(2 * i) * step, even[i]), V::store(to + size_t(2 * i + 1) * step, odd[i]);
-        continue;
-      }
       I codes[V::lanes];
       for (int r = 0; r < V::lanes; r++) {
         const int row = p * V::lanes + r, at = (from + c) / width;
@@ -129,11 +115,34 @@ HEADRACE_APART void unpack_rows(const Weight& w, const Rows& rows, int n, int en
     }
 }
 
+// The same of rows whose factors stay apart, from codes of even columns and of odd ones.
+template <class V, class Rows>
+HEADRACE_APART void unpack_pairs(const Weight& w, const Rows& rows, int n, int end, int from, int columns, uint8_t* scratch) {
+  constexpr int width = 2 * V::bytes;
+  constexpr size_t step = V::panels * V::bytes;
+  const int last = w.k - from < columns ? w.k - from : columns;
+  for (int p = 0; p < V::panels; p++)
+    for (int c = 0; c < last; c += width) {
+      typename V::I even[V::lanes], odd[V::lanes];
+      for (int r = 0; r < V::lanes; r++) {
+        const int row = p * V::lanes + r, at = (from + c) / width;
+        if (n + row >= end) even[r] = odd[r] = V::zero();
+        else if (last - c >= width) rows.template pair_codes<true>(row, at, even[r], odd[r]);
+        else rows.template pair_codes<false>(row, at, even[r], odd[r]);
+      }
+      V::transpose(even), V::transpose(odd);
+      uint8_t* to = scratch + size_t(c / 4) * step + p * V::bytes;
+      for (int i = 0; i < V::lanes; i++)
+        V::store(to + size_t(2 * i) * step, even[i]), V::store(to + size_t(2 * i + 1) * step, odd[i]);
+    }
+}
+
 template <class V, int Bits, bool Folded>
 inline void unpack(const Weight& w, int n, int end, int from, int columns, uint8_t* scratch) {
   with_block<Bits, Folded>(w, [&](auto block) {
     const auto rows = rows_of<V, Bits, decltype(block)::value>(w, n, 1, kColumns);  // ahead to the second level: rows share sets
-    unpack_rows<V, Bits, Folded>(w, rows, n, end, from, columns, scratch);
+    if constexpr (decltype(rows)::apart) unpack_pairs<V>(w, rows, n, end, from, columns, scratch);
+    else unpack_rows<V, Bits, Folded>(w, rows, n, end, from, columns, scratch);
   });
 }
 

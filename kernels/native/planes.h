@@ -1,7 +1,7 @@
 // Weights of 5 and 6 bits, for any vector V: the four low bits of a code lie as codes of 4 bits do, those above them in planes of a bit a
 // column. They become bytes with the zero point 128, in the order of the columns, times the factors of their blocks where scales have such:
 // a factor is 1 … 8 for 5 bits and 1 … 4 for 6, so that products fit. From there on they are weights of 8 bits. Where factors stay apart,
-// the codes become bytes as they are and their products by two columns are multiplied with factors.
+// codes become bytes as they are, even columns and odd ones, and sums of their products are multiplied with factors.
 #pragma once
 #include "factors.h"
 
@@ -61,7 +61,7 @@ struct PlaneRow {
     return row;
   }
   // How many columns load<true> can read.
-  size_t whole() const { return apart || few_factors || behind >= 3 ? columns / V::bytes * V::bytes : 0; }
+  size_t whole() const { return few_factors || behind >= 3 ? columns / V::bytes * V::bytes : 0; }
 
   // V::bytes codes from the vector `step` behind `column` on, which is a multiple of them; Whole: all of them exist.
   template <bool Whole>
@@ -105,22 +105,18 @@ struct PlaneRow {
       constexpr size_t bytes = unit_of(8) / Block / 2;
       const uint8_t* own = factors + unit * bytes;
       uint32_t few = 0;
-      const size_t left = factor_bytes - unit * bytes;
       if (Whole) __builtin_memcpy(&few, own, bytes);
-      else if (left == bytes / 2) __builtin_memcpy(&few, own, bytes / 2);
-      else for (size_t i = 0; i < bytes && i < left; i++) few |= uint32_t(own[i]) << 8 * i;
+      else for (size_t i = 0; i < bytes && unit * bytes + i < factor_bytes; i++) few |= uint32_t(own[i]) << 8 * i;
       if constexpr (Block == 16) V::factors_of_16(V::set32(int(few)), factor[0], factor[1]);
       else factor[0] = factor[1] = V::factors_of_32(V::set32(int(few)));
     }
   }
-  // The same codes as bytes, times their factors where these do not stay apart. Whole: also, four bytes exist from their first factor's on,
-  // which the last rows of a weight need not have.
+  // Where they do not stay apart: codes as bytes, times their factors. Whole: also, four bytes exist from their first factor's on, which the last
+  // rows of a weight need not have.
   template <bool Whole>
   __attribute__((always_inline)) I load(size_t column, int step = 0) const {
     const I codes = this->codes<Whole>(column, step);
-    if constexpr (apart) {
-      return codes;
-    } else if constexpr (Block == 0) {
+    if constexpr (Block == 0) {
       return V::add32(codes, V::set8(128 - kZeroPoint));  // no byte carries
     } else if constexpr (!few_factors) {
       uint32_t few = 0;

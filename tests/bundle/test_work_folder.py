@@ -149,8 +149,23 @@ def test_who_has_just_taken_it_is_told_by_name(tmp_path: Path) -> None:
             pass
         timer.join()
         mark.truncate(0)
-        with pytest.raises(BundleError, match="in use by process 0;"), work_folder(path, "a test"):
+        with pytest.raises(BundleError, match="in use by another process;"), work_folder(path, "a test"):
             pass
+
+
+def test_a_full_disk_at_the_end_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "out.partial"
+
+    def full(file: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(BundleError, match="the reason"), work_folder(path, "a test"):
+        (path / "result").touch()
+        monkeypatch.setattr(os, "write", full)
+        raise BundleError("the reason")
+    monkeypatch.undo()
+    with work_folder(path, "a test"):
+        assert (path / "result").exists()
 
 
 def test_many_at_once_come_one_after_the_other(tmp_path: Path) -> None:

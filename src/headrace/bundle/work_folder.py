@@ -56,7 +56,8 @@ def work_folder(path: Path, purpose: str, *, waiting: Callable[[int], object] | 
         if {entry.name for entry in path.iterdir()} == {MARK}:
             _remove(path, mark)
         else:
-            _sign(mark, "", purpose)  # whoever comes next is not told of this process
+            with suppress(OSError):  # a full disk, of which something else is told
+                _sign(mark, "", purpose)  # whoever comes next is not told of this process
         mark.close()
 
 
@@ -134,11 +135,10 @@ def _take(path: Path, purpose: str, waiting: Callable[[int], object] | None) -> 
             holder = int(re.match(rb"\d*", mark.read(20))[0] or 0)  # type: ignore[index]
             mark.close()
             unnamed = 0 if holder else unnamed + 1
-            if not 0 < unnamed <= _UNNAMED:
-                if waiting is None:
-                    raise BundleError(
-                        f"{path} is in use by process {holder}; wait until it has ended, or choose another place"
-                    )
+            if waiting is None and (holder or unnamed == _UNNAMED):
+                who = f"process {holder}" if holder else "another process"
+                raise BundleError(f"{path} is in use by {who}; wait until it has ended, or choose another place")
+            if waiting is not None and holder:
                 waiting(holder)
             time.sleep(_POLL)
         elif _is_there(path / MARK, mark):
@@ -150,8 +150,11 @@ def _take(path: Path, purpose: str, waiting: Callable[[int], object] | None) -> 
 
 def _sign(mark: IO[bytes], holder: str, purpose: str) -> None:
     mark.truncate(0)
-    mark.write(f"{holder}\nheadrace makes or uses this folder for {purpose}; above, the process at work.\n".encode())
-    mark.flush()
+    # Past Python's buffer, which would try to write again what a full disk has refused.
+    os.write(
+        mark.fileno(),
+        f"{holder}\nheadrace makes or uses this folder for {purpose}; above, the process at work.\n".encode(),
+    )
 
 
 def _refuse_foreign(path: Path) -> None:

@@ -86,9 +86,8 @@ class Program:
 
     def bytes_read(self, instruction: Instruction) -> int:
         """Bytes of weights that an instruction reads for one token: all of them, but one row of the embedding."""
-        size = 0
+        size, table = 0, weight_table(self.config)
         for name in instruction.weights:
-            table = weight_table(self.config)
             parts = _tensors(table[name], self.weights[name]) if name in self.weights else [name]
             size += sum(self.tensors[part].nbytes for part in parts)
         return size // self.config.vocab_size if instruction.op == "embed" else size
