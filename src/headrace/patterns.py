@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from headrace.errors import shown
 
@@ -31,22 +31,19 @@ class PatternError(ValueError):
     """An expression that is wrong, too large, or would need trying back."""
 
 
-@dataclass(frozen=True)
-class _One:
+class _One(NamedTuple):
     """One character, told by Python's own expression for it: a literal, `.`, a class, an escape."""
 
     fits: re.Pattern[str]
 
 
-@dataclass(frozen=True)
-class _Edge:
+class _Edge(NamedTuple):
     """The text's beginning, or its end."""
 
     begin: bool
 
 
-@dataclass(frozen=True)
-class _Repeated:
+class _Repeated(NamedTuple):
     """A part that stands `least` to `most` times; None: any number of times."""
 
     part: _Node
@@ -54,15 +51,13 @@ class _Repeated:
     most: int | None
 
 
-@dataclass(frozen=True)
-class _Row:
+class _Row(NamedTuple):
     """Parts one behind the other."""
 
     parts: Sequence[_Node]
 
 
-@dataclass(frozen=True)
-class _Either:
+class _Either(NamedTuple):
     """Alternatives."""
 
     ways: Sequence[_Node]

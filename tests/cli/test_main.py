@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 import unicodedata
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -154,6 +156,47 @@ def test_a_prompt_from_a_pipe(exports: Exports) -> None:
     assert done.returncode == again.returncode == 0, done.stderr
     assert done.stdout == again.stdout
     assert done.stderr == ""
+
+
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="not run: no process is copied here")
+
+
+@LINUX
+def test_another_process_reads_the_vocabulary_of_a_prompt(exports: Exports) -> None:
+    command = [sys.executable, "-X", "importtime", *HEADRACE[1:], "chat", str(exports.bundle()), "--raw", "-n", "2"]
+    beside, alone = (
+        subprocess.run([*command, *more], input="The", capture_output=True, text=True, timeout=LIMIT)
+        for more in (["-p", "The"], [])
+    )
+    assert beside.stdout == alone.stdout
+    assert "headrace.text.tokenizer_config" in alone.stderr  # the other process says nothing to anybody
+    assert "headrace.text.tokenizer_config" not in beside.stderr
+
+
+@LINUX
+@pytest.mark.parametrize("more", [[], ["--no-such-option"], ["--regex", "a|b"], ["--session", "/no/such/folder/s"]])
+@pytest.mark.parametrize("there", [True, False])
+def test_no_process_is_left(exports: Exports, tmp_path: Path, there: bool, more: list[str]) -> None:
+    bundle = exports.bundle() if there else tmp_path / "none"
+    command = [*HEADRACE, "chat", str(bundle), "--raw", "-n", "2", "-p", "The", *more]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True) as process:
+        process.communicate(timeout=LIMIT)
+    until = time.monotonic() + LIMIT
+    while left := _running(process.pid):
+        assert time.monotonic() < until, left
+        time.sleep(0.01)
+
+
+def _running(group: int) -> list[str]:
+    """The processes of a group that still run."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it ends meanwhile
+            text = status.read_text(errors="replace")
+            state, _, its = text.rpartition(")")[2].split()[:3]
+            if int(its) == group and state != "Z":
+                found.append(text)
+    return found
 
 
 def test_a_prompt_that_is_too_long(run: Run, exports: Exports) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -114,6 +115,21 @@ def test_its_end_is_one_line(folder: Path) -> None:
         for _ in range(3):  # the first may still be written to the pipe
             read.encode("the sea")
     read.close()
+
+
+def test_no_more_processes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused() -> int:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    files = _open_files()
+    monkeypatch.setattr(os, "fork", refused)
+    read = Reading(folder).done(folder)
+    assert not isinstance(read, TokenizerProcess) and read.encode("the sea")
+    assert _open_files() == files
+
+
+def _open_files() -> set[str]:
+    return {file.name for file in Path("/proc/self/fd").iterdir()}
 
 
 def _soon(holds: Callable[[], bool]) -> bool:

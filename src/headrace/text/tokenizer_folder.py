@@ -19,7 +19,6 @@ from headrace.errors import TokenizerError
 from headrace.files import stands_for, write_file
 from headrace.panics import told_as
 from headrace.text.tokenizer import Tokenizer
-from headrace.text.tokenizer_config import TokenizerConfig
 
 __all__ = ["load_tokenizer", "save_tokenizer"]
 
@@ -34,6 +33,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         TokenizerError: no vocabulary, a damaged one, or a kind that is not supported.
     """
+    from headrace.text.tokenizer_config import TokenizerConfig
+
     config = TokenizerConfig.from_folder(folder)
     name = _vocabulary_file(folder)
     if name == JSON_FILE:
@@ -60,6 +61,8 @@ def save_tokenizer(source: Path, gguf_metadata: Mapping[str, Any] | None, out: P
     Raises:
         TokenizerError: no vocabulary, a damaged one, or a kind that is not supported.
     """
+    from headrace.text.tokenizer_config import TokenizerConfig
+
     if gguf_metadata is not None:
         from headrace.text.tokenizer_gguf import gguf_vocabulary
 

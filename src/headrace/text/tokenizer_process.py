@@ -38,12 +38,17 @@ class Reading:
         self._requests = self._answers = -1
         if not sys.platform.startswith("linux"):
             return  # elsewhere a copy of a process is not to be trusted, or there is none
-        theirs_in, self._requests = os.pipe()
-        self._answers, theirs_out = os.pipe()
-        if os.fork() == 0:
-            os.close(self._requests)
-            os.close(self._answers)
-            _serve(folder, theirs_in, theirs_out)
+        theirs_in, requests = os.pipe()
+        answers, theirs_out = os.pipe()
+        try:
+            if os.fork() == 0:
+                os.close(requests)
+                os.close(answers)
+                _serve(folder, theirs_in, theirs_out)
+            self._requests, self._answers = requests, answers
+        except OSError:  # there are as many processes as this user may have
+            os.close(requests)
+            os.close(answers)
         os.close(theirs_in)
         os.close(theirs_out)
 
