@@ -143,6 +143,7 @@ API void hk_engine_free(void* e) {
   delete handle;
 }
 
+API int hk_engine_threads(void* e) { return static_cast<Handle*>(e)->engine->pool().threads(); }
 API const char* hk_engine_isa(void* e) { return static_cast<Handle*>(e)->engine->kernels().name; }
 
 // starts, counts: six numbers a span: slot, start, tokens, first id, wanted rows, first wanted.

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <system_error>
 
 namespace headrace {
 namespace {
@@ -21,7 +22,10 @@ void map_pages(const uint8_t* from, const uint8_t* to, size_t page) {
 }  // namespace
 
 void Arrival::begin(std::vector<Stretch> stretches) {
-  thread_ = std::thread([this, all = std::move(stretches)] { bring(all); });
+  try {
+    thread_ = std::thread([this, all = std::move(stretches)] { bring(all); });
+  } catch (const std::system_error&) {  // the system starts no more threads; pages then come as they are read
+  }
 }
 
 void Arrival::end() {

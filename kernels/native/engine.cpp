@@ -20,8 +20,10 @@ Engine::Engine(std::unique_ptr<Program> program, int slots, int context, int thr
   // An odd number of cache lines, so that the rows of a column do not all fall into one set of the cache.
   for (const int width : program_->registers) strides_.push_back(round_up(width, 16) | 16);
   for (size_t i = 0; i < strides_.size(); i++) registers_.emplace_back();
-  for (int i = 0; i < threads; i++) scratch_.push_back(std::make_unique<Scratch>());
-  for (int i = 0; i < threads; i++) scratch_[i]->number = i;
+  for (int i = 0; i < pool_.threads(); i++) {
+    scratch_.push_back(std::make_unique<Scratch>());
+    scratch_[i]->number = i;
+  }
   scratch_[0]->leads = true;
   if (settle != Settle::kNever) huge_pages_.look_for(program_->files());
   if (settle == Settle::kAtOnce) {

@@ -1,6 +1,7 @@
 #include "pool.h"
 
 #include <chrono>
+#include <exception>
 #include <utility>
 
 namespace headrace {
@@ -20,8 +21,13 @@ inline void pause() {
 
 }  // namespace
 
-Pool::Pool(int threads, std::function<bool()> aside) : threads_(threads), aside_(std::move(aside)) {
-  for (int i = 1; i < threads; i++) workers_.emplace_back([this, i] { serve(i); });
+Pool::Pool(int threads, std::function<bool()> aside) : aside_(std::move(aside)) {
+  try {
+    workers_.reserve(threads - 1);
+    for (int i = 1; i < threads; i++) workers_.emplace_back([this, i] { serve(i); });
+  } catch (const std::exception&) {  // the system starts no more of them
+  }
+  threads_ = int(workers_.size()) + 1;
 }
 
 Pool::~Pool() {

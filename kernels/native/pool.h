@@ -17,7 +17,7 @@ namespace headrace {
 
 class Pool {
  public:
-  // aside: does a piece of such work and says whether there is more; called by one thread at a time.
+  // threads: at most so many; where the system starts fewer, those do the work. aside: does a piece of such work and says whether there is more; called by one thread at a time.
   Pool(int threads, std::function<bool()> aside);
   ~Pool();
   int threads() const { return threads_; }
@@ -36,7 +36,7 @@ class Pool {
  private:
   void serve(int thread);
 
-  const int threads_;
+  int threads_ = 1;
   const std::function<bool()> aside_;
   alignas(64) std::atomic<int> next_{0};
   alignas(64) std::atomic<int> arrived_{0};

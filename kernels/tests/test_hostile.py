@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -339,3 +340,35 @@ def test_environment_forces_a_variant() -> None:
             env={**os.environ, "HEADRACE_ISA": isa}, capture_output=True, text=True, check=True,
         )  # fmt: skip
         assert done.stdout.strip() == isa
+
+
+@pytest.mark.parametrize("some", [False, True])
+def test_threads_that_are_not_started_are_not_missed(some: bool) -> None:
+    unlimited = resource.RLIM_INFINITY
+    if any(resource.getrlimit(what)[1] != unlimited for what in (resource.RLIMIT_STACK, resource.RLIMIT_AS)):
+        pytest.skip("NOT RUN: memory or stacks are limited here")
+    if "HEADRACE_KERNELS" in os.environ:
+        pytest.skip("NOT RUN: a library with a sanitizer's runtime")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import headrace_kernels as hk; from programs import decoder\n"
+        "m = decoder(0)\n"
+        "with hk.Engine(m.program, m.arrays, threads=16) as engine:\n"
+        "    print(engine.threads, engine.run([(0, 0, range(1, 12), range(11))]).tobytes().hex())"
+    )
+
+    def limit() -> None:  # four stacks at most have room, or not a single one
+        resource.setrlimit(resource.RLIMIT_STACK, (1 << (30 if some else 46), unlimited))
+        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, unlimited))
+
+    few, all_of_them = (
+        subprocess.run(
+            [sys.executable, "-c", code, str(Path(__file__).parent)],
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"}, capture_output=True, text=True, check=True,
+            preexec_fn=before,
+        ).stdout.split()
+        for before in (limit, None)
+    )  # fmt: skip
+    assert all_of_them[0] == "16"
+    assert 1 < int(few[0]) < 16 if some else few[0] == "1"
+    assert few[1] == all_of_them[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import signal
 import subprocess
 import sys
@@ -197,6 +199,37 @@ def _running(group: int) -> list[str]:
             if int(its) == group and state != "Z":
                 found.append(text)
     return found
+
+
+def _threadless(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The program where no thread is started: each would want a stack that no memory has room for."""
+    hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
+    if hard != resource.RLIM_INFINITY:
+        pytest.skip("not run: stacks are limited here")
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_STACK, (1 << 46, hard))
+
+    return child(*arguments, preexec_fn=limit, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"})
+
+
+@LINUX
+def test_where_no_thread_is_started_one_answers(exports: Exports) -> None:
+    arguments = ["chat", exports.bundle(), "--raw", "-n", "8", "--greedy", "-p", "The river", "--runner", "native"]
+    done, expected = _threadless(*arguments), child(*arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (0, expected.stdout, expected.stderr)
+
+
+@LINUX
+def test_where_no_thread_is_started_others_say_so(exports: Exports, tmp_path: Path) -> None:
+    for arguments in (
+        ["chat", exports.bundle(), "--raw", "-p", "The", "--runner", "host", "-t", "2"],
+        ["export", exports.checkpoint(), "-o", tmp_path / "out", *export_arguments(exports)],
+    ):
+        done = _threadless(*arguments)
+        assert done.returncode == 2
+        told = done.stderr.splitlines()[-1]
+        assert told.startswith("error: the system starts no further thread; ") and "ulimit -u" in told
 
 
 def test_a_prompt_that_is_too_long(run: Run, exports: Exports) -> None:

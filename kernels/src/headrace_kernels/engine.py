@@ -40,14 +40,14 @@ class Engine:
         arrays: tensors in memory, by name (uint8, float16 or float32, C-contiguous); the engine keeps them alive.
         slots: how many sequences have a cache.
         context: positions of a slot; None: as many as the program's tables have.
-        threads: 0: one a physical core.
+        threads: 0: one a physical core. Where the system starts fewer, they do the work.
         isa: a name of `available_isas()`; None: HEADRACE_ISA, else the best.
         huge_pages: files whose pages are small are copied into pages of 2 MB: True now, None bit by bit once the engine
             has worked for a second, False never. For nothing where the system has none, or too little memory.
         fuse: False runs one instruction at a time, which gives the same numbers; for tests.
 
     Attributes:
-        slots, context, threads, isa, vocab: as they are.
+        slots, context, threads, isa, vocab: as they are; `threads` that were started, the caller among them.
 
     Raises:
         ProgramError: the program, or what is asked of it, is not possible.
@@ -91,6 +91,7 @@ class Engine:
                 ctypes.byref(self._handle),
             )
         )
+        self.threads = self._library.hk_engine_threads(self._handle)
         self.isa: str = self._library.hk_engine_isa(self._handle).decode()
 
     def run(self, spans: Sequence[Span]) -> NDArray[np.float32]:

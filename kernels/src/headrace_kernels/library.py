@@ -71,6 +71,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     ),
     "hk_engine_new": (c_int, [c_void_p, c_int, c_int, c_int, c_char_p, c_int, c_int, POINTER(c_void_p)]),
     "hk_engine_free": (None, [c_void_p]),
+    "hk_engine_threads": (c_int, [c_void_p]),
     "hk_engine_isa": (c_char_p, [c_void_p]),
     "hk_engine_run": (c_int, [c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_void_p]),
     "hk_engine_cancel": (None, [c_void_p]),

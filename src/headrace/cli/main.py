@@ -27,6 +27,11 @@ TRACEBACK = "HEADRACE_TRACEBACK"  # the environment's name for: show where an er
 COLLECT_EVERY = 100_000
 """New objects between two looks for unused cycles. Python's own 700 make it look again and again while modules and a
 vocabulary are loaded: 9 of the 300 ms until a small model's first token."""
+NO_THREADS = ("can't start new thread", "pthread_create failed")
+"""How Python and ONNX Runtime say that the system starts no more of them; it is told by nothing else."""
+MORE_PROCESSES = (
+    "the system starts no further thread; expected room for some: allow more processes (ulimit -u, a container's limit)"
+)
 VERBS = {  # in the order data flows: verb → the file beside this one that has it
     "pull": "making",
     "inspect": "making",
@@ -109,6 +114,8 @@ def _run(arguments: Sequence[str], ctrl_c: CtrlC | None = None) -> int:
     except BaseException as error:  # a mistake of ours, or of a library; Rust's panics are no Exception
         if ctrl_c is not None and ctrl_c.came:
             return 130  # a library makes another error of it, as numpy does while it is imported
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in NO_THREADS):
+            return _report("error", error, MORE_PROCESSES)
         return _report("error", error, f"unexpected {type(error).__name__}: {error}; {TRACEBACK}=1 shows where")
 
 
