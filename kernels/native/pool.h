@@ -17,7 +17,8 @@ namespace headrace {
 
 class Pool {
  public:
-  // threads: at most so many; where the system starts fewer, those do the work. aside: does a piece of such work and says whether there is more; called by one thread at a time.
+  // threads: at most so many; where the system starts fewer, those do the work.
+  // aside: does a piece of such work and says whether there is more; called by one thread at a time.
   Pool(int threads, std::function<bool()> aside);
   ~Pool();
   int threads() const { return threads_; }
