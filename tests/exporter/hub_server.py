@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -31,7 +30,8 @@ class Hub(BaseHTTPRequestHandler):
     gated = False
     ranges = True  # False: a Range is ignored, as some mirrors do
     cut: dict[str, int]  # file → bytes after which the connection is closed, once
-    pause = 0.0  # seconds between pieces
+    hold: dict[str, int]  # file → bytes after which nothing more comes until `go_on` is set, once
+    go_on: threading.Event
     spoil: str | None = None  # a file whose content comes with another last byte
     sizes = True  # False: a mirror that states neither sizes nor hashes
     card: dict[str, Any]
@@ -111,12 +111,15 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         if not body:
             return
-        stop, place = self.cut.pop(name, len(data)), begin
+        stop, place = min(self.cut.pop(name, len(data)), len(data)), begin
+        hold = self.hold.pop(name, None)
         try:
-            while place < min(stop, len(data)):
-                self.wfile.write(data[place : min(place + PIECE, stop)])
-                place = min(place + PIECE, stop, len(data))
-                time.sleep(self.pause)
+            while place < stop:
+                end = min(place + PIECE, stop)
+                self.wfile.write(data[place:end])
+                place = end
+                if hold is not None and place >= hold:
+                    self.go_on.wait()
         except OSError:
             pass  # whoever asked has gone
         self.served.append((name, begin, place - begin))
@@ -146,7 +149,7 @@ def commit_of(repository: str, branch: str = "main") -> str:
 @contextmanager
 def serve_hub(root: Path) -> Iterator[tuple[str, type[Hub]]]:
     """The address of a hub of the repositories below `root`, and its class, whose attributes say what goes wrong."""
-    fresh = {"root": root, "served": [], "revisions": [], "cut": {}, "card": {}}
+    fresh = {"root": root, "served": [], "revisions": [], "cut": {}, "card": {}, "hold": {}, "go_on": threading.Event()}
     handler = type("TestHub", (Hub,), fresh)
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
@@ -155,6 +158,7 @@ def serve_hub(root: Path) -> Iterator[tuple[str, type[Hub]]]:
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}", handler
     finally:
+        handler.go_on.set()
         server.shutdown()
         thread.join()
         server.server_close()

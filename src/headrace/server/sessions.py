@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,11 @@ class SavedSessions:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Name, bytes and time of each, the newest first."""
-        files = [(path, path.stat()) for path in self._home().glob(f"*{_SUFFIX}") if path.is_file()]
+        files = []
+        for path in self._home().glob(f"*{_SUFFIX}"):
+            with suppress(FileNotFoundError):  # another server or a chat has deleted it since
+                files.append((path, path.stat()))
+        files = [(path, told) for path, told in files if stat.S_ISREG(told.st_mode)]
         for path, told in sorted(files, key=lambda item: item[1].st_mtime, reverse=True):
             yield {
                 "name": path.name.removesuffix(_SUFFIX),
@@ -50,10 +55,15 @@ class SavedSessions:
         if not _NAME.fullmatch(name):
             raise Refused(f"session {name!r} is no name; expected at most 48 letters, digits, _ . and -", field="name")
         path = self._home() / f"{name}{_SUFFIX}"
+        missing = Refused(f"there is no session {name!r}; expected one that was saved here", status=404, field="name")
         if exists and not path.is_file():
-            raise Refused(f"there is no session {name!r}; expected one that was saved here", status=404, field="name")
+            raise missing
         try:
             yield path
+        except FileNotFoundError:  # deleted by another since
+            if not exists:
+                raise
+            raise missing from None
         except UserError as error:
             raise Refused(str(error).replace(str(path), f"session {name!r}"), field="name") from None
 
