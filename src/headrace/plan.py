@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from headrace.config import ModelConfig
 from headrace.errors import ConfigError
@@ -22,8 +23,7 @@ class GraphStyle(Enum):
     DEVICE = "device"
 
 
-@dataclass(frozen=True)
-class Port:
+class Port(NamedTuple):
     """An input or output of a graph. A string in `shape` is a dynamic axis; `dtype` is a NumPy name."""
 
     name: str

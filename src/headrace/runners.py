@@ -6,9 +6,8 @@ A new runner is one function here that imports what it needs when it is called, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from headrace.bundle.folder import Bundle
 from headrace.errors import TargetError, did_you_mean
@@ -19,8 +18,7 @@ from headrace.runtime.runner import Runner
 __all__ = ["RUNNERS", "Opener", "Options", "default_runner", "find_runner", "open_runner"]
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """How a runner is opened; each takes what applies to it.
 
     Attributes:

@@ -18,9 +18,8 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,8 +46,7 @@ def part_weights(config: ModelConfig, part: Part) -> Mapping[str, Weight]:
     return rows | ({FINAL_NORM: table[FINAL_NORM], HEAD: table[HEAD]} if part.heads else {})
 
 
-@dataclass(frozen=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """Where a tensor's bytes are: `file` below the bundle's root, absolute `offset` in it."""
 
     file: str
@@ -62,8 +60,7 @@ class StoredTensor:
         return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """One file: its safetensors header, its tensors by name, its size in bytes."""
 
     file: str

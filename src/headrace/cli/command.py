@@ -19,9 +19,8 @@ import argparse
 import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Union, get_args, get_origin
+from typing import Any, NamedTuple, NoReturn, Union, get_args, get_origin
 
 from headrace.errors import UserError, did_you_mean
 
@@ -82,8 +81,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see: {self.prog} --help")
 
 
-@dataclass(frozen=True)
-class _Value:
+class _Value(NamedTuple):
     """Reads one value; called by argparse."""
 
     given: Option

@@ -330,7 +330,7 @@ def _behind(tensors: Mapping[str, StoredTensor], names: Sequence[str]) -> Stored
     for before, after in pairwise(parts):
         if (before.file, before.offset + before.nbytes) != (after.file, after.offset):
             raise ValueError(f"{names} are not behind each other in one file")
-    return replace(parts[0], shape=(sum(part.shape[0] for part in parts), *parts[0].shape[1:]))
+    return parts[0]._replace(shape=(sum(part.shape[0] for part in parts), *parts[0].shape[1:]))
 
 
 def emit_host(

@@ -14,8 +14,7 @@ their input there and change their weights.
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
-from typing import Generic, TypeVar, cast
+from typing import Generic, NamedTuple, TypeVar, cast
 
 from headrace.model.ops import Ops, Positions
 from headrace.model.weights import EMBEDDING, FINAL_NORM, HEAD, Role, find_weight, input_groups
@@ -25,8 +24,7 @@ __all__ = ["Residual", "block", "embed", "head", "residual_names", "walk"]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Residual(Generic[T]):
+class Residual(NamedTuple, Generic[T]):
     """The residual stream: `x`, and the last update that is not added yet, so that the sum and the norm
     that follows can be one operator."""
 

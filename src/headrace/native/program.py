@@ -11,9 +11,8 @@ neither the engine that runs it, nor slots and spans.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from headrace.bundle.folder import Bundle
 from headrace.bundle.grid import Grid
@@ -38,8 +37,7 @@ WRITTEN = ("sum", "out")
 _IN_PLACE = ("rms_norm", "add_norm", "add", "silu_mul")  # these may write over what they read
 
 
-@dataclass(frozen=True)
-class Instruction:
+class Instruction(NamedTuple):
     """One instruction: its name, and its fields as docs/kernels.md has them; registers are numbers."""
 
     op: str
@@ -60,8 +58,7 @@ class Instruction:
         return found
 
 
-@dataclass(frozen=True)
-class Program:
+class Program(NamedTuple):
     """What `headrace_kernels.Engine` runs.
 
     Attributes:

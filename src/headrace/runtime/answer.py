@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from headrace.runtime.grammar import Grammar
 from headrace.runtime.sampling import SamplingOptions
@@ -40,8 +40,7 @@ class Usage:
     accepted_tokens: int = 0
 
 
-@dataclass(frozen=True)
-class Likelihood:
+class Likelihood(NamedTuple):
     """How likely the model found a token, before any penalty or temperature.
 
     Attributes:
@@ -72,8 +71,7 @@ class Token:
     likelihood: Likelihood | None = None
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
     """Where an answer ends.
 
     Attributes:

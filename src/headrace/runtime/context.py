@@ -14,8 +14,8 @@ engine and no terminal.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from headrace.errors import ContextFull, UserError, did_you_mean
 from headrace.runtime.sequence import common_prefix
@@ -48,8 +48,7 @@ class WhenFull(Enum):
         return cls(name)
 
 
-@dataclass(frozen=True)
-class Fitted:
+class Fitted(NamedTuple):
     """A prompt that fits.
 
     Attributes:

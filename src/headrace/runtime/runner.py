@@ -9,8 +9,7 @@ Each slot holds the keys and values of one sequence. A runner knows no text, no 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +21,7 @@ __all__ = ["Logits", "Runner", "SlotLengths", "Span"]
 Logits: TypeAlias = NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """A stretch of one sequence that is to be computed.
 
     Attributes:
