@@ -33,6 +33,7 @@ _FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "rows": (("in", "out"), ()),
     "head": (("in",), ("weight",)),
 }
+_INT32 = 1 << 31
 _LARGEST = 3e38  # of a float32
 _LAYERED = ("rope_cache", "attention")
 _GROUPED = ("linear", "head")
@@ -153,7 +154,7 @@ def _instruction(handle: ctypes.c_void_p, instruction: Mapping[str, Any], where:
 
 
 def _keys(given: Mapping[str, Any], wanted: Sequence[str], what: str, optional: Sequence[str] = ()) -> None:
-    if len(_mapping(given, what)) == len(wanted) and all(key in given for key in wanted):
+    if len(_mapping(given, what)) == len(wanted) and all(map(given.__contains__, wanted)):
         return
     missing = [key for key in wanted if key not in given]
     unknown = [key for key in given if key not in wanted and key not in optional]
@@ -174,6 +175,8 @@ def _sequence(value: object, what: str) -> Sequence[Any]:
 
 
 def _int(value: object, what: str, bits: int = 31) -> int:
+    if type(value) is int and -_INT32 <= value < _INT32:  # nearly all are known at once
+        return value
     if isinstance(value, bool) or not isinstance(value, int) or not -(1 << bits) <= value < 1 << bits:
         raise ProgramError(f"{what} is {value!r:.80}; expected a whole number of {bits} bits")
     return value

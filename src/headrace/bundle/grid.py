@@ -16,8 +16,8 @@ a scale is a float16 too: a row's scale has so few significant bits that its pro
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -130,8 +130,7 @@ class Grid:
         return rows * columns * self.bits // 8 + rows * scales
 
 
-@dataclass(frozen=True)
-class QuantizedTensor:
+class QuantizedTensor(NamedTuple):
     """A weight on its grid.
 
     Attributes:
@@ -153,7 +152,7 @@ class QuantizedTensor:
 
     def rows(self, at: slice | NDArray[np.integer[Any]]) -> QuantizedTensor:
         """Some rows of a weight without bias."""
-        return replace(self, codes=self.codes[at], scales=self.scales[at])
+        return self._replace(codes=self.codes[at], scales=self.scales[at])
 
     def scaled(self, factors: NDArray[np.floating]) -> QuantizedTensor:
         """The linear whose results are `factors` (N,) > 0 times as large: scales and bias change, codes stay.
@@ -167,7 +166,7 @@ class QuantizedTensor:
             wide = self.scales.astype(np.float32) * factors.astype(np.float32)[:, None]
             scales = np.copysign(storable(np.abs(wide)), wide).astype(np.float16)  # a kept grid can have negative ones
         bias = None if self.bias is None else (self.bias * factors).astype(np.float32)
-        return replace(self, scales=scales, bias=bias)
+        return self._replace(scales=scales, bias=bias)
 
     def as_int8(self) -> QuantizedTensor:
         """The same weight with LPBQ scales as the int8 weight with one scale a row that it is: codes times factors.
@@ -181,7 +180,7 @@ class QuantizedTensor:
             raise ValueError("only LPBQ scales are whole multiples of a row's")
         row, factors = factored(self.scales, self.grid)
         codes = self.codes.reshape(*factors.shape, -1) * factors.astype(np.int8)[:, :, None]
-        return replace(self, codes=codes.reshape(self.codes.shape), scales=row.astype(np.float16), grid=Grid(8))
+        return self._replace(codes=codes.reshape(self.codes.shape), scales=row.astype(np.float16), grid=Grid(8))
 
 
 def stacked(strips: Sequence[QuantizedTensor]) -> QuantizedTensor:

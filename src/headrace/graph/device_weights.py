@@ -13,7 +13,7 @@ int8 weights with one scale a row that they are.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import IO, Any
@@ -188,7 +188,7 @@ def _write_apart(writer: _Writer, name: str, value: QuantizedTensor, channels: l
     writer.add(f"{name}.outliers.scale", scale[:, 0])
     codes = value.codes.copy()
     codes[:, channels] = 0
-    return replace(value, codes=codes)
+    return value._replace(codes=codes)
 
 
 def _write_table(writer: _Writer, table: QuantizedTensor, grid: Encoding, form: EmbeddingForm) -> None:

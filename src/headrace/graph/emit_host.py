@@ -13,7 +13,7 @@ Knows nothing about sessions or threads.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby, pairwise
 
 import numpy as np
@@ -110,7 +110,7 @@ class _HostOps(Recorder):
         return self._matmul(x, (row,), row.module)
 
     def product(self, x: Value, weight: str, name: str) -> Value:
-        return self._matmul(x, (replace(weight_table(self.config)[weight], bias=None),), name)
+        return self._matmul(x, (weight_table(self.config)[weight]._replace(bias=None),), name)
 
     def bias(self, weight: str) -> Value:
         return self._stored(weight)

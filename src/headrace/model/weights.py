@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
 from itertools import groupby
+from typing import NamedTuple
 
 from headrace.config import ModelConfig
 
@@ -62,8 +62,7 @@ class Role(Enum):
         return self in (Role.OUTPUT, Role.DOWN)
 
 
-@dataclass(frozen=True)
-class Weight:
+class Weight(NamedTuple):
     """A row of the table.
 
     Attributes:

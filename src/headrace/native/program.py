@@ -10,7 +10,7 @@ neither the engine that runs it, nor slots and spans.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -252,15 +252,16 @@ def _tensors(weight: Weight, grid: Grid) -> list[str]:
 
 def _with_registers(recorded: Sequence[Instruction]) -> tuple[tuple[int, ...], tuple[Instruction, ...]]:
     """Results become registers: a register is free again after the last instruction that reads its result."""
+    read = [dict.fromkeys(_results(instruction, READ)) for instruction in recorded]
     last: dict[Result, int] = {}
-    for at, instruction in enumerate(recorded):
-        last |= dict.fromkeys(_results(instruction, READ), at)
+    for at, results in enumerate(read):
+        last |= dict.fromkeys(results, at)
     widths: list[int] = []
     free: dict[int, list[int]] = {}
     number: dict[Result, int] = {}
     instructions = []
     for at, instruction in enumerate(recorded):
-        gone = [result for result in dict.fromkeys(_results(instruction, READ)) if last[result] == at]
+        gone = [result for result in read[at] if last[result] == at]
         if instruction.op in _IN_PLACE:
             _give_back(gone, number, free)
         for result in _results(instruction, WRITTEN):
@@ -282,10 +283,12 @@ def _give_back(gone: Sequence[Result], number: Mapping[Result, int], free: dict[
         free.setdefault(result.width, []).append(number[result])
 
 
-def _results(instruction: Instruction, names: Sequence[str]) -> Iterator[Result]:
-    for name in names:
-        value = instruction.fields.get(name, [])
-        yield from value if isinstance(value, list) else [value]
+def _results(instruction: Instruction, names: Sequence[str]) -> list[Result]:
+    found: list[Result] = []
+    for name, value in instruction.fields.items():
+        if name in names:
+            found += value if isinstance(value, list) else [value]
+    return found
 
 
 def _numbered(value: Any, number: Mapping[Result, int]) -> Any:

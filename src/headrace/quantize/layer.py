@@ -7,7 +7,7 @@ what the float ones give. This file does not know what comes before the layer, n
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -112,7 +112,7 @@ class _LayerQuantizer:
         def quantize_linear(name: str) -> QuantizedTensor:
             bias = weight_table(self.config)[name].bias
             linear = self.on_grid(name, self.rules[name].grid, statistics[name], scale)
-            return replace(linear, bias=None if bias is None else self.weights[bias])
+            return linear._replace(bias=None if bias is None else self.weights[bias])
 
         for name, quantized in zip(names, self.map_linears(quantize_linear, names, names), strict=True):
             self.quantized[name] = quantized

@@ -12,7 +12,6 @@ bytes as a runner reads and writes them; knows no runner.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 from headrace.runtime.sequence import common_prefix
 
@@ -21,12 +20,10 @@ __all__ = ["BLOCK", "Prefixes"]
 BLOCK = 64  # tokens; a conversation's last block may be shorter
 
 
-@dataclass(eq=False)
 class _Block:
-    parent: _Block | None
-    ids: tuple[int, ...]
-    content: bytes
-    children: dict[tuple[int, ...], _Block] = field(default_factory=dict)
+    def __init__(self, parent: _Block | None, ids: tuple[int, ...], content: bytes) -> None:
+        self.parent, self.ids, self.content = parent, ids, content
+        self.children: dict[tuple[int, ...], _Block] = {}
 
 
 class Prefixes:
