@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,7 @@ def _double_a_scale(monkeypatch: pytest.MonkeyPatch, _bundle: Path) -> None:
             value = read(name)
             if name == "layers.1.mlp.down_proj.weight":
                 assert isinstance(value, QuantizedTensor)
-                value = replace(value, scales=value.scales * 2)
+                value = value._replace(scales=value.scales * 2)
             return value
 
         return write(config, parts, changed, *rest, **options)
@@ -84,7 +83,7 @@ def _swap_nibbles(monkeypatch: pytest.MonkeyPatch, _bundle: Path) -> None:
             if name == "layers.0.self_attn.o_proj.weight":
                 codes = value.codes.copy()
                 codes[:, 0::2], codes[:, 1::2] = value.codes[:, 1::2], value.codes[:, 0::2]
-                value = replace(value, codes=codes)
+                value = value._replace(codes=codes)
             return value
 
         return write(config, parts, changed, *rest, **options)

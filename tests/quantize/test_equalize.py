@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,7 +21,7 @@ def projections(seed: int, bits: int, spread: float) -> tuple[QuantizedTensor, Q
     key = rng.normal(0, 1, (KV_HEADS * WIDTH, HIDDEN)).astype(np.float32) * both.reshape(-1, 1)
     query = rng.normal(0, 1, (KV_HEADS * GROUP * WIDTH, HIDDEN)).astype(np.float32)
     q, k = (
-        replace(quantize_nearest(weight, Grid(bits)), bias=bias.astype(np.float32))
+        quantize_nearest(weight, Grid(bits))._replace(bias=bias.astype(np.float32))
         for weight, bias in zip((query, key), biases, strict=True)
     )
     return q, k, rng.normal(0, 1, (40, HIDDEN))
@@ -76,7 +74,7 @@ def test_one_scale_holds_all_keys_better() -> None:
 
 def test_a_dead_pair_under_large_queries_stays_finite() -> None:
     q, k, _ = projections(3, 8, 0.0)
-    q, k = replace(q, scales=q.scales * np.float16(1000)), replace(k, scales=k.scales * np.float16(0.01))
+    q, k = q._replace(scales=q.scales * np.float16(1000)), k._replace(scales=k.scales * np.float16(0.01))
     peaks = np.full((KV_HEADS, WIDTH), 1e-9, np.float32)
     peaks[0] = 1
     new_q, new_k, peak = equalize_keys(q, k, peaks)
