@@ -63,7 +63,7 @@ def test_wanted_rows_are_enough_after_the_last_attention(bundle: Bundle) -> None
 
 def test_registers_are_used_again(exports: Exports) -> None:
     program = record_program(open_bundle(exports.bundle("gqa")))
-    results = sum(len(i.registers(("out", "sum"))) for i in program.instructions)
+    results = sum(len(i.operands(("out", "sum"))) for i in program.instructions)
     assert len(program.registers) == 7, "the stream, its norm, q, k, v, gate and up; the mixed values take free ones"
     assert results > 7 * LAYERS
 

@@ -110,7 +110,7 @@ def parser(verb: Verb, name: str) -> Parser:
         name: the program and the verb, for messages.
     """
     parameters = inspect.signature(verb, eval_str=True).parameters.values()
-    # Each argument is looked at by a formatter, and one that has to find its width imports shutil: four milliseconds.
+    # Each argument is looked at by a formatter, and one that has to find its width imports shutil: three milliseconds.
     narrow = partial(argparse.HelpFormatter, width=80)
     made = Parser(prog=name, description=inspect.getdoc(verb), allow_abbrev=False, formatter_class=narrow)
     places = [_add(made, parameter) for parameter in parameters]

@@ -26,8 +26,8 @@ def program_lines(program: Program) -> Iterator[str]:
 
 
 def _line(instruction: Instruction) -> str:
-    made = " ".join(f"r{r}" for r in instruction.registers(WRITTEN))
-    used = " ".join(f"r{r}" for r in instruction.registers(READ)) or "ids"
+    made = " ".join(f"r{r}" for r in instruction.operands(WRITTEN))
+    used = " ".join(f"r{r}" for r in instruction.operands(READ)) or "ids"
     goal = made or {"rope_cache": "cache", "head": "logits"}[instruction.op]
     where = [f"layer {instruction.fields['layer']}"] if "layer" in instruction.fields else []
     if "group" in instruction.fields:

@@ -49,12 +49,13 @@ class Instruction(NamedTuple):
         named = self.fields.get("weights", self.fields.get("weight", []))
         return named if isinstance(named, list) else [named]
 
-    def registers(self, names: Sequence[str]) -> list[int]:
-        """The registers of those fields that it has, in the order of `names`."""
-        found: list[int] = []
+    def operands(self, names: Sequence[str]) -> list[Any]:
+        """The registers of those fields that it has, in the order of `names`; before they are given, the results."""
+        found: list[Any] = []
         for name in names:
-            value = self.fields.get(name, [])
-            found += value if isinstance(value, list) else [value]
+            if name in self.fields:
+                value = self.fields[name]
+                found += value if isinstance(value, list) else [value]
         return found
 
 
@@ -252,7 +253,7 @@ def _tensors(weight: Weight, grid: Grid) -> list[str]:
 
 def _with_registers(recorded: Sequence[Instruction]) -> tuple[tuple[int, ...], tuple[Instruction, ...]]:
     """Results become registers: a register is free again after the last instruction that reads its result."""
-    read = [dict.fromkeys(_results(instruction, READ)) for instruction in recorded]
+    read = [dict.fromkeys(instruction.operands(READ)) for instruction in recorded]
     last: dict[Result, int] = {}
     for at, results in enumerate(read):
         last |= dict.fromkeys(results, at)
@@ -264,7 +265,7 @@ def _with_registers(recorded: Sequence[Instruction]) -> tuple[tuple[int, ...], t
         gone = [result for result in read[at] if last[result] == at]
         if instruction.op in _IN_PLACE:
             _give_back(gone, number, free)
-        for result in _results(instruction, WRITTEN):
+        for result in instruction.operands(WRITTEN):
             if free.get(result.width):
                 number[result] = free[result.width].pop()
             else:
@@ -281,14 +282,6 @@ def _with_registers(recorded: Sequence[Instruction]) -> tuple[tuple[int, ...], t
 def _give_back(gone: Sequence[Result], number: Mapping[Result, int], free: dict[int, list[int]]) -> None:
     for result in reversed(gone):  # the first one read is the first to be taken: a sum stays where it was
         free.setdefault(result.width, []).append(number[result])
-
-
-def _results(instruction: Instruction, names: Sequence[str]) -> list[Result]:
-    found: list[Result] = []
-    for name, value in instruction.fields.items():
-        if name in names:
-            found += value if isinstance(value, list) else [value]
-    return found
 
 
 def _numbered(value: Any, number: Mapping[Result, int]) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -35,9 +34,9 @@ class SavedSessions:
         """Name, bytes and time of each, the newest first."""
         files = []
         for path in self._home().glob(f"*{_SUFFIX}"):
-            with suppress(FileNotFoundError):  # another server or a chat has deleted it since
-                files.append((path, path.stat()))
-        files = [(path, told) for path, told in files if stat.S_ISREG(told.st_mode)]
+            with suppress(FileNotFoundError):  # another process has deleted it since
+                if path.is_file():
+                    files.append((path, path.stat()))
         for path, told in sorted(files, key=lambda item: item[1].st_mtime, reverse=True):
             yield {
                 "name": path.name.removesuffix(_SUFFIX),
