@@ -2,9 +2,10 @@
 //
 //   4 bits: a step is 2 * V::bytes columns; the low halves of a load's bytes are the even ones, the high halves the odd ones,
 //           so the step's activations are the even columns and then the odd ones.
+//   5 and 6 bits: the same.
 //   8 bits: a step is V::bytes columns, as they come.
 //
-// Either way lane l of a step's products covers neighbouring columns, eight or four of them, so that scales of activations and of
+// Either way lane l of a step's products covers neighbouring columns, eight of them or four, so that scales of activations and of
 // small blocks of weights are vectors over lanes.
 #pragma once
 #include "elementwise.h"
@@ -14,13 +15,14 @@ namespace {
 
 template <class V, int Bits>
 struct Steps {
-  static constexpr int columns = Bits == 4 ? 2 * V::bytes : V::bytes;
-  static constexpr int vectors = Bits == 4 ? 2 : 1;
+  static constexpr int vectors = Bits == 8 ? 1 : 2;
+  static constexpr int columns = vectors * V::bytes;
   static constexpr int per_lane = columns / V::lanes;
-  static constexpr int apart = unit_of(Bits) / 2 / columns;  // steps between two that share scales
+  static constexpr int apart = unit_of(Bits) / 2 / columns;  // steps between two that share scales, of 4 and 8 bits
   static const auto& of(const Fine& x) {
     if constexpr (Bits == 4) return x.four;
-    else return x.eight;
+    else if constexpr (Bits == 8) return x.eight;
+    else return x.planes;
   }
 };
 
@@ -47,7 +49,8 @@ inline typename V::I start_of(const int8_t* codes) {
   if constexpr (Bits == 4) {
     HEADRACE_UNROLL for (int v = 0; v < Steps<V, 4>::vectors; v++) sum = V::dot8(sum, V::set8(8), V::load(codes + v * V::bytes));
   } else if constexpr (!V::signed_bytes) {
-    sum = V::dot_bytes(sum, V::set8(-128), V::load(codes));  // 128 as an unsigned byte
+    HEADRACE_UNROLL for (int v = 0; v < Steps<V, Bits>::vectors; v++)
+        sum = V::dot_bytes(sum, V::set8(-128), V::load(codes + v * V::bytes));  // 128 as an unsigned byte
   }
   return V::sub32(V::zero(), sum);
 }
@@ -130,23 +133,31 @@ inline void scaled_codes(const float* x, int k, const ScaledCodes& out) {
   }
 }
 
-// The same for rows whose factors stay apart.
 template <class V>
-inline void apart_codes(const ScaledCodes& of, int k, const ApartCodes& out) {
-  constexpr int unit = unit_of(8), bytes = V::bytes, lanes = V::lanes;
-  static_assert(unit == 4 * bytes);
-  for (int from = 0; from < k; from += unit) {
-    const auto* scales = of.scales + from / 4;
-    const auto first = V::loadf(scales), second = V::loadf(scales + lanes);
-    V::storef(out.scales + from / 8, V::low_halves(first, second)), V::storef(out.scales + from / 8 + lanes, V::high_halves(first, second));
-    for (int c = from; c < from + unit; c += 2 * bytes) {
-      V::store_apart(out.codes + c, V::load(of.codes + c), V::load(of.codes + c + bytes));
-      const auto even = V::load(out.codes + c), odd = V::load(out.codes + c + bytes);
-      for (int bits : {5, 6}) {
-        const int zero_point = 1 << (bits - 1);
-        V::store(out.starts[bits - 5] + c / 4, V::add16(V::pair_start(even, zero_point), V::pair_start(odd, zero_point)));
-      }
+inline void plane_codes(const float* x, int k, const PlaneCodes& out) {
+  using S = Steps<V, 6>;
+  constexpr int columns = S::columns, N = S::per_lane > V::lanes ? S::per_lane / V::lanes : 1;
+  for (int from = 0; from < k; from += columns) {
+    alignas(64) float copy[columns], tops[columns], of_lanes[V::lanes];
+    const float* at = whole_unit(x + from, k - from, copy);
+    alignas(64) int8_t codes[columns];
+    HEADRACE_UNROLL for (int c = 0; c < columns; c += N * V::lanes) {
+      typename V::F values[N];
+      HEADRACE_UNROLL for (int i = 0; i < N; i++) values[i] = V::loadf(at + c + i * V::lanes);
+      const auto top = V::floats(largest_of_neighbours<V, S::per_lane>(values));
+      const auto inverse = V::div(V::setf(127), V::max(top, V::setf(kLeastTop)));
+      V::storef(tops + c, top);
+      HEADRACE_UNROLL for (int i = 0; i < N; i++) V::store8(codes + c + i * V::lanes, V::to_int(V::mul(values[i], inverse)));
     }
+    for (int l = 0; l < V::lanes; l++) of_lanes[l] = tops[l * S::per_lane];
+    V::storef(out.scales + from / S::per_lane, V::div(V::loadf(of_lanes), V::setf(127)));
+    V::store_apart(out.codes + from, V::load(codes), V::load(codes + V::bytes));
+    V::store(out.steps + from / S::per_lane, start_of<V, 6>(out.codes + from));
+    if constexpr (factors_apart<V>)
+      for (int bits : {5, 6}) {
+        const auto start = [&](int i) { return V::pair_start(V::load(out.codes + from + i * V::bytes), 1 << (bits - 1)); };
+        V::store(out.apart[bits - 5] + from / 4, V::add16(start(0), start(1)));
+      }
   }
 }
 
@@ -154,10 +165,8 @@ template <class V>
 void fine(const float* x, int k, unsigned kinds, Fine& out) {
   if (kinds & kRowsOf4) factor_codes<V, true>(x, k, out.four);
   else if (kinds & kBlocksOf4) factor_codes<V, false>(x, k, out.four);
-  if (kinds & kAllOf8) {
-    scaled_codes<V>(x, k, out.eight);
-    if constexpr (factors_apart<V>) apart_codes<V>(out.eight, k, out.apart);
-  }
+  if (kinds & kPlanes) plane_codes<V>(x, k, out.planes);
+  if (kinds & kBytes) scaled_codes<V>(x, k, out.eight);
 }
 
 }  // namespace

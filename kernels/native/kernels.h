@@ -57,24 +57,25 @@ struct FactorCodes {
 // 8 bits: a scale is float32, for 8 columns.
 struct ScaledCodes {
   int8_t* codes;
+  float* scales;   // a lane at a time
+  int32_t* steps;  // starts of a step, a lane at a time
+  int32_t* pairs;  // the same of two steps that share scales
+};
+// 5 and 6 bits: the same, for 8 neighbours.
+struct PlaneCodes {
+  int8_t* codes;
   float* scales;       // a lane at a time
   int32_t* steps;      // starts of a step, a lane at a time
-  int32_t* pairs;      // the same of two steps that share scales
-};
-// The same for 5 and 6 bits of a variant that keeps their factors apart (planes.h).
-struct ApartCodes {
-  int8_t* codes;       // of a step, 2 * V::bytes columns, the even ones and then the odd ones
-  float* scales;       // of 8 columns, as sums of a unit lie
-  int16_t* starts[2];  // of 5 and of 6 bits: of two even columns and two odd ones together
+  int16_t* apart[2];   // of a variant that keeps factors apart: starts for 5 and for 6 bits, of two even columns and two odd ones together
 };
 struct Fine {
   FactorCodes four;
+  PlaneCodes planes;
   ScaledCodes eight;
-  ApartCodes apart;
 };
 
-// Which codes of a token are needed: for weights of 4 bits with one scale a row, with blocks, of 8 bits.
-enum Kinds : unsigned { kRowsOf4 = 1, kBlocksOf4 = 2, kAllOf8 = 4 };
+// Which codes of a token are needed: for weights of 4 bits with one scale a row, with blocks, of 5 and 6 bits, of 8 bits.
+enum Kinds : unsigned { kRowsOf4 = 1, kBlocksOf4 = 2, kPlanes = 4, kBytes = 8 };
 
 constexpr int unit_of(int bits) { return bits == 4 ? 256 : 128; }
 constexpr int kMostFactor = 1024;

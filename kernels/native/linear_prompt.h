@@ -74,7 +74,7 @@ struct Folds {
 };
 
 // Codes of up to panels * lanes channels from n on, columns from `from` on: scratch[4 columns][panel][lane][4]; `Folded`: times their
-// factors, as bytes, which those with planes always are.
+// factors, as bytes.
 template <class V, int Bits, bool Folded, class Rows>
 HEADRACE_APART void unpack_rows(const Weight& w, const Rows& rows, int n, int end, int from, int columns, uint8_t* scratch) {
   using I = typename V::I;
@@ -115,9 +115,9 @@ HEADRACE_APART void unpack_rows(const Weight& w, const Rows& rows, int n, int en
     }
 }
 
-// The same of rows whose factors stay apart, from codes of even columns and of odd ones.
+// The same of rows with planes.
 template <class V, class Rows>
-HEADRACE_APART void unpack_pairs(const Weight& w, const Rows& rows, int n, int end, int from, int columns, uint8_t* scratch) {
+HEADRACE_APART void unpack_planes(const Weight& w, const Rows& rows, int n, int end, int from, int columns, uint8_t* scratch) {
   constexpr int width = 2 * V::bytes;
   constexpr size_t step = V::panels * V::bytes;
   const int last = w.k - from < columns ? w.k - from : columns;
@@ -127,8 +127,7 @@ HEADRACE_APART void unpack_pairs(const Weight& w, const Rows& rows, int n, int e
       for (int r = 0; r < V::lanes; r++) {
         const int row = p * V::lanes + r, at = (from + c) / width;
         if (n + row >= end) even[r] = odd[r] = V::zero();
-        else if (last - c >= width) rows.template pair_codes<true>(row, at, even[r], odd[r]);
-        else rows.template pair_codes<false>(row, at, even[r], odd[r]);
+        else rows.load(row, at, even[r], odd[r]);
       }
       V::transpose(even), V::transpose(odd);
       uint8_t* to = scratch + size_t(c / 4) * step + p * V::bytes;
@@ -141,7 +140,7 @@ template <class V, int Bits, bool Folded>
 inline void unpack(const Weight& w, int n, int end, int from, int columns, uint8_t* scratch) {
   with_block<Bits, Folded>(w, [&](auto block) {
     const auto rows = rows_of<V, Bits, decltype(block)::value>(w, n, 1, kColumns);  // ahead to the second level: rows share sets
-    if constexpr (decltype(rows)::apart) unpack_pairs<V>(w, rows, n, end, from, columns, scratch);
+    if constexpr (has_planes(Bits)) unpack_planes<V>(w, rows, n, end, from, columns, scratch);
     else unpack_rows<V, Bits, Folded>(w, rows, n, end, from, columns, scratch);
   });
 }

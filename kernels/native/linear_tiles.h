@@ -79,23 +79,29 @@ inline void unpack_tiles(const Weight& w, const Rows& rows, int n, int end, int 
         V::store(to, V::zero()), V::store(to + 2 * kTileBytes, V::zero());
         continue;
       }
-      constexpr int width = Bits == 4 ? 2 * V::bytes : V::bytes;  // columns of a load
-      const auto load = [&](int i) {
-        const int there = left - i * width, step = (from + c) / width + i;
-        return there >= width ? rows.template load<true>(r, step) : there > 0 ? rows.template load<false>(r, step) : V::zero();
-      };
-      if constexpr (Bits == 4) {
-        const auto codes = load(0);
-        auto even = V::low_nibbles(codes), odd = V::high_nibbles(codes);
-        if constexpr (Folded) {
-          const auto fold = fold_of_row<V>(w, n + r, from + c);
-          even = fold(even), odd = fold(odd);
-        }
+      if constexpr (has_planes(Bits)) {
+        auto even = V::zero(), odd = V::zero();
+        if (left > 0) rows.load(r, (from + c) / 128, even, odd);
         V::store(to, even), V::store(to + 2 * kTileBytes, odd);
       } else {
-        alignas(64) int8_t apart[128];
-        V::store_apart(apart, load(0), load(1));
-        V::store(to, V::load(apart)), V::store(to + 2 * kTileBytes, V::load(apart + 64));
+        constexpr int width = Bits == 4 ? 2 * V::bytes : V::bytes;  // columns of a load
+        const auto load = [&](int i) {
+          const int there = left - i * width, step = (from + c) / width + i;
+          return there >= width ? rows.template load<true>(r, step) : there > 0 ? rows.template load<false>(r, step) : V::zero();
+        };
+        if constexpr (Bits == 4) {
+          const auto codes = load(0);
+          auto even = V::low_nibbles(codes), odd = V::high_nibbles(codes);
+          if constexpr (Folded) {
+            const auto fold = fold_of_row<V>(w, n + r, from + c);
+            even = fold(even), odd = fold(odd);
+          }
+          V::store(to, even), V::store(to + 2 * kTileBytes, odd);
+        } else {
+          alignas(64) int8_t apart[128];
+          V::store_apart(apart, load(0), load(1));
+          V::store(to, V::load(apart)), V::store(to + 2 * kTileBytes, V::load(apart + 64));
+        }
       }
     }
 }

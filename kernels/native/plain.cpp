@@ -45,7 +45,7 @@ void factor_codes(const float* x, int k, bool shared, FactorCodes& out) {
   }
 }
 
-// The same with a scale for every four.
+// The same with a scale for every four of them and for four half a unit further.
 void scaled_codes(const float* x, int k, ScaledCodes& out) {
   for (int from = 0; from < k; from += 4) {
     const int other = from ^ unit_of(8) / 2;
@@ -56,13 +56,24 @@ void scaled_codes(const float* x, int k, ScaledCodes& out) {
   }
 }
 
+// The same with a scale for every eight neighbours.
+void plane_codes(const float* x, int k, PlaneCodes& out) {
+  for (int from = 0; from < k; from += 8) {
+    const float top = largest(x + from, std::min(8, k - from));
+    out.scales[from / 8] = top / 127;
+    for (int i = from; i < std::min(from + 8, k); i++) out.codes[i] = int8_t(rounded(x[i] * (127 / std::max(top, kLeastTop)), 127));
+  }
+}
+
 void fine(const float* x, int k, unsigned kinds, Fine& out) {
   if (kinds & (kRowsOf4 | kBlocksOf4)) factor_codes(x, k, kinds & kRowsOf4, out.four);
-  if (kinds & kAllOf8) scaled_codes(x, k, out.eight);
+  if (kinds & kPlanes) plane_codes(x, k, out.planes);
+  if (kinds & kBytes) scaled_codes(x, k, out.eight);
 }
 
 double value(const Fine& x, int k, int bits) {
   if (bits == 4) return double(x.four.codes[k]) * x.four.factors[k / 8] * x.four.scale;
+  if (bits != 8) return double(x.planes.codes[k]) * x.planes.scales[k / 8];
   return double(x.eight.codes[k]) * x.eight.scales[k / 4];
 }
 

@@ -30,20 +30,26 @@ struct Columns {
   template <class Rows>
   __attribute__((always_inline)) Columns(const Rows& rows, size_t row, int step) {
     HEADRACE_UNROLL for (int r = 0; r < R; r++) {
-      const I loaded = rows.template load<Whole>(row + r, step);
-      codes[r][0] = Bits == 4 ? V::kept(V::low_nibbles(loaded)) : loaded;
-      if constexpr (Bits == 4) codes[r][1] = V::kept(V::high_nibbles(loaded));
+      if constexpr (has_planes(Bits)) {
+        rows.load(row + r, step, codes[r][0], codes[r][1]);
+      } else {
+        const I loaded = rows.template load<Whole>(row + r, step);
+        codes[r][0] = Bits == 4 ? V::kept(V::low_nibbles(loaded)) : loaded;
+        if constexpr (Bits == 4) codes[r][1] = V::kept(V::high_nibbles(loaded));
+      }
     }
   }
   // Adds products with a token's codes of that step.
   __attribute__((always_inline)) void dot(const int8_t* own, I (&product)[R]) const {
-    const I first = V::load(own);
-    if constexpr (Bits != 4) {
-      HEADRACE_UNROLL for (int r = 0; r < R; r++) product[r] = V::dot_bytes(product[r], codes[r][0], first);
-    } else {
-      const I second = V::load(own + V::bytes);
-      HEADRACE_UNROLL for (int r = 0; r < R; r++)
-          product[r] = V::dot_nibbles(product[r], codes[r][0], first, codes[r][1], second);
+    HEADRACE_UNROLL for (int v = 0; v < S::vectors; v += Bits == 4 ? 2 : 1) {
+      const I first = V::load(own + v * V::bytes);
+      if constexpr (Bits != 4) {
+        HEADRACE_UNROLL for (int r = 0; r < R; r++) product[r] = V::dot_bytes(product[r], codes[r][v], first);
+      } else {
+        const I second = V::load(own + V::bytes);
+        HEADRACE_UNROLL for (int r = 0; r < R; r++)
+            product[r] = V::dot_nibbles(product[r], codes[r][0], first, codes[r][1], second);
+      }
     }
   }
 };
@@ -64,7 +70,7 @@ __attribute__((always_inline)) inline void add_scaled(const Fine& x, int step, c
     const auto factors = V::load(x.four.factors + step * 2 * V::lanes);
     HEADRACE_UNROLL for (int r = 0; r < R; r += 2) sum[r / 2] = V::dot16(sum[r / 2], V::pack16(product[r], product[r + 1]), factors);
   } else {
-    const auto scales = V::loadf(x.eight.scales + step * V::lanes);
+    const auto scales = V::loadf(Steps<V, Bits>::of(x).scales + step * V::lanes);
     HEADRACE_UNROLL for (int r = 0; r < R; r++) sum[r] = V::fma(V::to_float(product[r]), scales, sum[r]);
   }
 }

@@ -1,4 +1,4 @@
-// Rows of a weight, for any vector V: a vector of codes at a time, as they lie or, of 5 and 6 bits, as bytes.
+// Rows of a weight, for any vector V: a vector of codes at a time as they lie or, of 5 and 6 bits, two of bytes.
 #pragma once
 #include "planes.h"
 
@@ -9,7 +9,6 @@ namespace {
 template <class V>
 class PlainRows {
  public:
-  static constexpr bool apart = false;
   PlainRows(const Weight& w, size_t n, size_t stride, size_t ahead)
       : packed_(w.packed + n * w.row_bytes()), row_bytes_(stride * w.row_bytes()), ahead_(ahead * w.bits / 8),
         own_(int(w.row_bytes())) {}
@@ -28,31 +27,23 @@ class PlainRows {
   int own_;
 };
 
-// The same of rows with planes.
+// The same of rows with planes, of which a step is two vectors.
 template <class V, int Bits, int Block>
 struct PlaneRows {
-  static constexpr bool apart = PlaneRow<V, Bits, Block>::apart;
   PlaneRow<V, Bits, Block> first;
   size_t stride;
-  template <bool Whole>
-  __attribute__((always_inline)) typename V::I load(size_t row, int step) const {
+  typename V::PlaneBits bits = {};
+  __attribute__((always_inline)) void load(size_t row, size_t step, typename V::I& even, typename V::I& odd) const {
     const auto own = first.further(row * stride);
-    own.read_ahead(size_t(step) * V::bytes);
-    if constexpr (Whole) return own.at(size_t(step) * V::bytes);
-    else return own.template load<false>(size_t(step) * V::bytes);
-  }
-  template <bool Whole>
-  __attribute__((always_inline)) void pair_codes(size_t row, int step, typename V::I& even, typename V::I& odd) const {
-    const auto own = first.further(row * stride);
-    own.read_ahead(size_t(step) * 2 * V::bytes);
-    own.template pair_codes<Whole>(step, even, odd);
+    own.read_ahead(step);
+    own.at(bits, step, even, odd);
   }
 };
 
 // Rows from n on; Block: of those with planes.
 template <class V, int Bits, int Block>
 inline auto rows_of(const Weight& w, size_t n, size_t stride, size_t ahead) {
-  if constexpr (has_planes(Bits)) return PlaneRows<V, Bits, Block>{{w, n, ahead}, stride};
+  if constexpr (has_planes(Bits)) return PlaneRows<V, Bits, Block>{{w, n, ahead}, stride, {}};
   else return PlainRows<V>(w, n, stride, ahead);
 }
 

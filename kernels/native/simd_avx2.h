@@ -88,6 +88,10 @@ struct Avx2 {
   }
 #endif
   static I kept(I v) { return v; }
+  static I kept_there(I v) {  // gcc cannot tell what it is
+    asm("" : "+x"(v));
+    return v;
+  }
   static I widen(const int8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 
   static F loadf(const float* p) { return _mm256_loadu_ps(p); }
@@ -181,44 +185,26 @@ struct Avx2 {
   static F factors(I words, I bit) {  // 1 + the four bits of each lane from `bit` on
     return to_float(add32(and_bits(_mm256_srlv_epi32(words, bit), set32(15)), set32(1)));
   }
-  static I nibbles(const uint8_t* p) {  // those of 16 bytes, in their order
-    const I words = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return and_bits(_mm256_or_si256(words, _mm256_slli_epi16(words, 4)), set8(15));
+  // What adds planes to codes of 64 columns, even and odd ones: a plane's bits lie as the columns do, and the sign of a byte of them times a
+  // value is added, where that of an eighth bit is the only negative one. Kept in registers, since gcc would make it anew for every row.
+  struct PlaneBits {
+    I fours = kept_there(_mm256_set_epi64x(0x0707070706060606, 0x0505050504040404, 0x0303030302020202, 0x0101010100000000));
+    I even = kept_there(set32(0x40100401)), odd = kept_there(set32(int(0x80200802)));
+    I values[2][2] = {{kept_there(set8(16)), kept_there(set32(int(0xf0101010)))}, {kept_there(set8(32)), kept_there(set32(int(0xe0202020)))}};
+    template <int Plane> __attribute__((always_inline)) void add(I& evens, I& odds, const uint8_t* bits) const {
+      const I own = _mm256_shuffle_epi8(_mm256_set1_epi64x(part<long long>(bits)), fours);
+      evens = _mm256_add_epi8(evens, _mm256_sign_epi8(values[Plane][0], and_bits(own, even)));
+      odds = _mm256_add_epi8(odds, _mm256_sign_epi8(values[Plane][1], and_bits(own, odd)));
+    }
+  };
+  // Of 1 + four bits for each lane, from `bit` on, a factor: that factor in every 16 bits ...
+  static I factor_pairs(uint32_t nibbles, I bit) {
+    const I twice = _mm256_set1_epi16(short(nibbles));  // 64 columns have four at most
+    return add16(and_bits(_mm256_srlv_epi32(twice, bit), set32(0x000f000f)), set32(0x10001));
   }
-  template <int Value> static I add_plane(I v, const uint8_t* bits) {  // to bytes whose bit is set
-    const I own = _mm256_shuffle_epi8(broadcast32(bits), _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0));
-    const I one = and_bits(own, _mm256_set1_epi64x(int64_t(0x8040201008040201)));
-    // The sign of each byte times the value: that of an eighth bit is the only negative one.
-    constexpr uint64_t seven = uint64_t(Value) * 0x0001010101010101, values = seven | uint64_t(256 - Value) << 56;
-    return _mm256_add_epi8(v, _mm256_sign_epi8(_mm256_set1_epi64x(int64_t(values)), one));
-  }
-  // The same to even and odd columns of 64, whose bits lie as the columns do.
-  template <int Value> static void add_plane(I& even, I& odd, const uint8_t* bits) {
-    const I fours = _mm256_set_epi64x(0x0707070706060606, 0x0505050504040404, 0x0303030302020202, 0x0101010100000000);
-    const I own = _mm256_shuffle_epi8(_mm256_set1_epi64x(part<long long>(bits)), fours);
-    even = _mm256_add_epi8(even, _mm256_sign_epi8(set8(Value), and_bits(own, set32(0x40100401))));
-    odd = _mm256_add_epi8(odd, _mm256_sign_epi8(set32(Value * 0x010101 | (256 - Value) << 24), and_bits(own, set32(int(0x80200802)))));
-  }
-  // In halves of 16 bytes the first four numbers of 16 bits of both in turns, and the last four.
-  static I low_pairs(I a, I b) { return _mm256_unpacklo_epi16(a, b); }
-  static I high_pairs(I a, I b) { return _mm256_unpackhi_epi16(a, b); }
-  static F low_halves(F a, F b) { return _mm256_permute2f128_ps(a, b, 0x20); }
-  static F high_halves(F a, F b) { return _mm256_permute2f128_ps(a, b, 0x31); }
-  // Factors of a unit as PlaneRow::unit_factors has them: of eight blocks of 16 columns, four bytes, or of four of 32, two bytes.
-  static void factors_of_16(I words, I& first, I& second) {
-    const I own = _mm256_shuffle_epi8(words, _mm256_set_epi64x(0x8003800180038001, 0x8003800180038001, 0x8002800080028000, 0x8002800080028000));
-    const I more = add16(own, set32(0x110011));  // of 5 and 6 bits, up to 8: it fits
-    first = and_bits(more, set32(0x000f000f)), second = _mm256_srli_epi16(more, 4);
-  }
-  static I factors_of_32(I words) {
-    const I own = _mm256_shuffle_epi8(words, _mm256_set1_epi32(int(0x80018000)));
-    return add16(and_bits(_mm256_srlv_epi32(own, _mm256_set_epi32(4, 4, 4, 4, 0, 0, 0, 0)), set32(0x000f000f)), set32(0x10001));
-  }
-  // Of 1 + the four bits of each lane from `bit` on, a factor: that factor in every 16 bits, and what is left to 128 of a zero point times it
-  // in every byte.
-  template <int Zero> static void fold(I words, I bit, I& factor, I& shift) {
-    const I one = add32(and_bits(_mm256_srlv_epi32(words, bit), set32(15)), set32(1));
-    factor = _mm256_or_si256(one, _mm256_slli_epi32(one, 16)), shift = sub32(set8(-128), mul16(factor, set32(Zero * 0x1010101)));
+  // ... and what is left to 128 of a zero point times it in every byte.
+  template <int Zero> static void fold(uint32_t nibbles, I bit, I& factor, I& shift) {
+    factor = factor_pairs(nibbles, bit), shift = sub32(set8(-128), mul16(factor, set32(Zero * 0x1010101)));
   }
   static F permuted(F v, const int* from) { return _mm256_permutevar8x32_ps(v, load(from)); }
 

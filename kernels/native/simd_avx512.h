@@ -47,16 +47,19 @@ struct Avx512 {
 
   static I low_nibbles(I w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); }
   static I high_nibbles(I w) { return _mm512_and_si512(_mm512_srli_epi16(w, 4), _mm512_set1_epi8(15)); }
-  static I nibbles(const uint8_t* p) {  // those of 32 bytes, in their order
-    const I words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    return _mm512_ternarylogic_epi32(words, _mm512_slli_epi16(words, 4), _mm512_set1_epi8(15), 0xa8);  // (a | b) & c
-  }
-  template <int Value> static I add_plane(I v, const uint8_t* bits) {  // to bytes whose bit is set
-    uint64_t mask;
-    std::memcpy(&mask, bits, 8);
-    asm("vpaddb %2, %0, %0%{%1%}" : "+v"(v) : "Yk"(__mmask64(mask)), "v"(_mm512_set1_epi8(Value)));  // gcc would copy v first
-    return v;
-  }
+  // What adds planes to codes of 128 columns, even and odd ones: a plane's bits lie as the columns do.
+  struct PlaneBits {
+    I fours = _mm512_set_epi32(0x0f0f0f0f, 0x0e0e0e0e, 0x0d0d0d0d, 0x0c0c0c0c, 0x0b0b0b0b, 0x0a0a0a0a, 0x09090909, 0x08080808,
+                               0x07070707, 0x06060606, 0x05050505, 0x04040404, 0x03030303, 0x02020202, 0x01010101, 0);
+    I even = set32(0x40100401), odd = set32(int(0x80200802));
+    template <int Plane> __attribute__((always_inline)) void add(I& evens, I& odds, const uint8_t* bits) const {
+      const I own = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bits))), fours);
+      const auto add = [&](I& v, I those) {  // gcc would copy v first
+        asm("vpaddb %2, %0, %0%{%1%}" : "+v"(v) : "Yk"(_mm512_test_epi8_mask(own, those)), "v"(set8(16 << Plane)));
+      };
+      add(evens, even), add(odds, odd);
+    }
+  };
   // In every eight bytes the even ones first.
   static I evens_first(I w) {
     return _mm512_shuffle_epi8(w, _mm512_broadcast_i32x4(_mm_set_epi8(15, 13, 11, 9, 14, 12, 10, 8, 7, 5, 3, 1, 6, 4, 2, 0)));
@@ -183,11 +186,11 @@ struct Avx512 {
     const F table = _mm512_set_ps(16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1);
     return _mm512_permutexvar_ps(_mm512_srlv_epi32(words, bit), table);
   }
-  // Of 1 + the four bits of each lane from `bit` on, a factor: that factor in every 16 bits, and what is left to 128 of a zero point times it
+  // Of 1 + four bits for each lane, from `bit` on, a factor: that factor in every 16 bits, and what is left to 128 of a zero point times it
   // in every byte.
-  template <int Zero> static void fold(I words, I bit, I& factor, I& shift) {
+  template <int Zero> static void fold(uint32_t nibbles, I bit, I& factor, I& shift) {
     static constexpr Factors<Zero> table;
-    const I of = _mm512_srlv_epi32(words, bit);
+    const I of = _mm512_srlv_epi32(set32(int(nibbles)), bit);
     factor = _mm512_permutexvar_epi32(of, load(table.words)), shift = _mm512_permutexvar_epi32(of, load(table.shifts));
   }
   static F permuted(F v, const int* from) { return _mm512_permutexvar_ps(load(from), v); }

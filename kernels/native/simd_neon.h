@@ -146,18 +146,22 @@ struct Neon {
   static F factors(I words, I bit) {  // 1 + the four bits of each lane from `bit` on
     return to_float(add32(and_bits(vshlq_s32(words, vnegq_s32(bit)), set32(15)), set32(1)));
   }
-  static I nibbles(const uint8_t* p) {  // those of 8 bytes, in their order
-    const uint8x8_t all = vld1_u8(p), low = vand_u8(all, vdup_n_u8(15)), high = vshr_n_u8(all, 4);
-    return vreinterpretq_s32_u8(vcombine_u8(vzip1_u8(low, high), vzip2_u8(low, high)));
-  }
-  template <int Value> static I add_plane(I v, const uint8_t* bits) {  // to bytes whose bit is set
-    const uint8x16_t own = vcombine_u8(vdup_n_u8(bits[0]), vdup_n_u8(bits[1])), one = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
-    return vreinterpretq_s32_u8(vaddq_u8(u8(v), vandq_u8(vtstq_u8(own, one), vdupq_n_u8(Value))));
-  }
-  // Of 1 + the four bits of each lane from `bit` on, a factor: that factor in every 16 bits, and what is left to 128 of a zero point times it
+  // What adds planes to codes of 32 columns, even and odd ones: a plane's bits lie as the columns do.
+  struct PlaneBits {
+    uint8x16_t fours = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
+    I even = set32(0x40100401), odd = set32(int(0x80200802));
+    template <int Plane> __attribute__((always_inline)) void add(I& evens, I& odds, const uint8_t* bits) const {
+      const uint8x16_t own = vqtbl1q_u8(u8(broadcast32(bits)), fours);
+      const auto added = [&](I v, I those) {
+        return vreinterpretq_s32_u8(vaddq_u8(u8(v), vandq_u8(vtstq_u8(own, u8(those)), vdupq_n_u8(16 << Plane))));
+      };
+      evens = added(evens, even), odds = added(odds, odd);
+    }
+  };
+  // Of 1 + four bits for each lane, from `bit` on, a factor: that factor in every 16 bits, and what is left to 128 of a zero point times it
   // in every byte.
-  template <int Zero> static void fold(I words, I bit, I& factor, I& shift) {
-    const I one = add32(and_bits(vshlq_s32(words, vnegq_s32(bit)), set32(15)), set32(1));
+  template <int Zero> static void fold(uint32_t nibbles, I bit, I& factor, I& shift) {
+    const I one = add32(and_bits(vshlq_s32(set32(int(nibbles)), vnegq_s32(bit)), set32(15)), set32(1));
     factor = vorrq_s32(one, vshlq_n_s32(one, 16)), shift = sub32(set8(-128), mul16(factor, set32(Zero * 0x1010101)));
   }
   static F permuted(F v, const int*) { return v; }  // four lanes never need it

@@ -74,13 +74,13 @@ def random_factors(rng: np.random.Generator, n: int, k: int, block: int, bias: b
 def fine(x: NDArray[np.float32], w: Weight) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """int8 codes of rows (M, K) for a weight, and the scales of each column (M, K), which bring columns to at most 127.
 
-    In every 256 columns (128 but for 4 bits) there are 16 scales: the first for 8 (4) neighbours and those half of it
-    further, and so on; with blocks of 4 bits those half of it further have their own. A scale of 4 bits is a whole
-    number of 1024ths of the row's largest.
+    In every 256 columns (128 of 8 bits) there are 16 scales: the first for 8 (4) neighbours and those half of it
+    further, and so on; with blocks of 4 bits, and of 5 and 6 bits, those half of it further have their own. A scale of
+    4 bits is a whole number of 1024ths of the row's largest.
     """
-    unit = 256 if w.bits == 4 else 128
+    unit = 128 if w.bits == 8 else 256
     padded = np.pad(x, ((0, 0), (0, -x.shape[1] % unit))).reshape(len(x), -1, 2, 16, unit // 32)
-    alone = w.bits == 4 and w.has_blocks
+    alone = w.bits in (5, 6) or w.bits == 4 and w.has_blocks
     top = np.abs(padded).max(axis=4 if alone else (2, 4), keepdims=True)
     if w.bits != 4:
         inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 0)
