@@ -13,16 +13,37 @@
 namespace headrace {
 namespace {
 
+// A step of the activations for 5 and 6 bits.
+template <class V>
+struct PlaneStep {
+  int8_t codes[2 * V::bytes];  // even columns, odd columns
+  float scales[V::lanes];      // of 8 columns
+  int32_t start[V::lanes];     // of a variant that keeps factors apart, int16: of two even columns and two odd ones together
+
+  static const PlaneStep* of(const Fine& x, int bits) { return reinterpret_cast<const PlaneStep*>(x.planes[bits - 5]); }
+};
+
 template <class V, int Bits>
 struct Steps {
   static constexpr int vectors = Bits == 8 ? 1 : 2;
   static constexpr int columns = vectors * V::bytes;
   static constexpr int per_lane = columns / V::lanes;
   static constexpr int apart = unit_of(Bits) / 2 / columns;  // steps between two that share scales, of 4 and 8 bits
-  static const auto& of(const Fine& x) {
-    if constexpr (Bits == 4) return x.four;
-    else if constexpr (Bits == 8) return x.eight;
-    else return x.planes;
+  static const int8_t* codes(const Fine& x, size_t step) {
+    if constexpr (Bits == 4) return x.four.codes + step * columns;
+    else if constexpr (Bits == 8) return x.eight.codes + step * columns;
+    else return PlaneStep<V>::of(x, Bits)[step].codes;
+  }
+  static const float* scales(const Fine& x, size_t step) {
+    if constexpr (Bits == 8) return x.eight.scales + step * V::lanes;
+    else return PlaneStep<V>::of(x, Bits)[step].scales;
+  }
+  // What sums of a step begin with.
+  static typename V::I start(const Fine& x, size_t step) {
+    if constexpr (Bits == 4) return V::load(x.four.steps + step * V::lanes);
+    else if constexpr (V::signed_bytes) return V::zero();
+    else if constexpr (Bits == 8) return V::load(x.eight.steps + step * V::lanes);
+    else return V::load(PlaneStep<V>::of(x, Bits)[step].start);
   }
 };
 
@@ -133,11 +154,12 @@ inline void scaled_codes(const float* x, int k, const ScaledCodes& out) {
   }
 }
 
-template <class V>
-inline void plane_codes(const float* x, int k, const PlaneCodes& out) {
-  using S = Steps<V, 6>;
+template <class V, int Bits>
+inline void plane_codes(const float* x, int k, PlaneStep<V>* out) {
+  using S = Steps<V, Bits>;
+  static_assert(sizeof(PlaneStep<V>) <= kPlaneBytes * S::columns);
   constexpr int columns = S::columns, N = S::per_lane > V::lanes ? S::per_lane / V::lanes : 1;
-  for (int from = 0; from < k; from += columns) {
+  for (int from = 0; from < k; from += columns, out++) {
     alignas(64) float copy[columns], tops[columns], of_lanes[V::lanes];
     const float* at = whole_unit(x + from, k - from, copy);
     alignas(64) int8_t codes[columns];
@@ -150,14 +172,14 @@ inline void plane_codes(const float* x, int k, const PlaneCodes& out) {
       HEADRACE_UNROLL for (int i = 0; i < N; i++) V::store8(codes + c + i * V::lanes, V::to_int(V::mul(values[i], inverse)));
     }
     for (int l = 0; l < V::lanes; l++) of_lanes[l] = tops[l * S::per_lane];
-    V::storef(out.scales + from / S::per_lane, V::div(V::loadf(of_lanes), V::setf(127)));
-    V::store_apart(out.codes + from, V::load(codes), V::load(codes + V::bytes));
-    V::store(out.steps + from / S::per_lane, start_of<V, 6>(out.codes + from));
-    if constexpr (factors_apart<V>)
-      for (int bits : {5, 6}) {
-        const auto start = [&](int i) { return V::pair_start(V::load(out.codes + from + i * V::bytes), 1 << (bits - 1)); };
-        V::store(out.apart[bits - 5] + from / 4, V::add16(start(0), start(1)));
-      }
+    V::storef(out->scales, V::div(V::loadf(of_lanes), V::setf(127)));
+    V::store_apart(out->codes, V::load(codes), V::load(codes + V::bytes));
+    if constexpr (factors_apart<V>) {
+      const auto start = [&](int i) { return V::pair_start(V::load(out->codes + i * V::bytes), 1 << (Bits - 1)); };
+      V::store(out->start, V::add16(start(0), start(1)));
+    } else {
+      V::store(out->start, start_of<V, Bits>(out->codes));
+    }
   }
 }
 
@@ -165,8 +187,9 @@ template <class V>
 void fine(const float* x, int k, unsigned kinds, Fine& out) {
   if (kinds & kRowsOf4) factor_codes<V, true>(x, k, out.four);
   else if (kinds & kBlocksOf4) factor_codes<V, false>(x, k, out.four);
-  if (kinds & kPlanes) plane_codes<V>(x, k, out.planes);
-  if (kinds & kBytes) scaled_codes<V>(x, k, out.eight);
+  if (kinds & kAllOf5) plane_codes<V, 5>(x, k, reinterpret_cast<PlaneStep<V>*>(out.planes[0]));
+  if (kinds & kAllOf6) plane_codes<V, 6>(x, k, reinterpret_cast<PlaneStep<V>*>(out.planes[1]));
+  if (kinds & kAllOf8) scaled_codes<V>(x, k, out.eight);
 }
 
 }  // namespace

@@ -61,21 +61,16 @@ struct ScaledCodes {
   int32_t* steps;  // starts of a step, a lane at a time
   int32_t* pairs;  // the same of two steps that share scales
 };
-// 5 and 6 bits: the same, for 8 neighbours.
-struct PlaneCodes {
-  int8_t* codes;
-  float* scales;       // a lane at a time
-  int32_t* steps;      // starts of a step, a lane at a time
-  int16_t* apart[2];   // of a variant that keeps factors apart: starts for 5 and for 6 bits, of two even columns and two odd ones together
-};
+// 5 and 6 bits: the same, for 8 neighbours; step by step, so that one pointer reaches all of a token.
 struct Fine {
   FactorCodes four;
-  PlaneCodes planes;
   ScaledCodes eight;
+  uint8_t* planes[2];  // for 5 and for 6 bits
 };
+constexpr size_t kPlaneBytes = 2;  // of such steps for a column, at most
 
-// Which codes of a token are needed: for weights of 4 bits with one scale a row, with blocks, of 5 and 6 bits, of 8 bits.
-enum Kinds : unsigned { kRowsOf4 = 1, kBlocksOf4 = 2, kPlanes = 4, kBytes = 8 };
+// Which codes of a token are needed: for weights of 4 bits with one scale a row, with blocks, of 5, 6 and 8 bits.
+enum Kinds : unsigned { kRowsOf4 = 1, kBlocksOf4 = 2, kAllOf5 = 4, kAllOf6 = 8, kAllOf8 = 16 };
 
 constexpr int unit_of(int bits) { return bits == 4 ? 256 : 128; }
 constexpr int kMostFactor = 1024;

@@ -102,10 +102,10 @@ __attribute__((always_inline)) inline void merged_products(const Fine* x, int s,
     constexpr int R = G << Level, N = vectors_of<V, Bits>(R), each = N / G;
     const Columns<V, Bits, R, Whole> columns(rows, row, s);
     HEADRACE_UNROLL for (int t = 0; t < T; t++) {
-      const I start = V::load(S::of(x[t]).steps + s * V::lanes);
+      const I start = S::start(x[t], s);
       I product[R];
       HEADRACE_UNROLL for (int r = 0; r < R; r++) product[r] = start;
-      columns.dot(S::of(x[t]).codes + s * S::columns, product);
+      columns.dot(S::codes(x[t], s), product);
       Sum<V, Bits> scaled[N] = {};
       add_scaled<V, Bits, R>(x[t], s, product, scaled);
       HEADRACE_UNROLL for (int g = 0; g < G; g++) {

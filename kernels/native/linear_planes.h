@@ -19,18 +19,17 @@ __attribute__((always_inline)) inline void steps_of(const Row& row, size_t from,
 // fit an int16 with their start.
 template <class V, class Row>
 __attribute__((always_inline)) inline typename V::F add_step(typename V::F sum, typename V::I even, typename V::I odd, typename V::I factors,
-                                                             const PlaneCodes& x, size_t step) {
-  const int8_t* own = x.codes + step * Row::kStep;
-  const auto first = V::load(own), second = V::load(own + V::bytes);
+                                                             const PlaneStep<V>& x) {
+  const auto first = V::load(x.codes), second = V::load(x.codes + V::bytes);
   typename V::I product = V::zero();
   if constexpr (Row::apart) {
     const auto four = V::add16(V::pair_products(even, first), V::pair_products(odd, second));
-    product = V::dot16(product, V::add16(four, V::load(x.apart[Row::kBits - 5] + step * 2 * V::lanes)), factors);
+    product = V::dot16(product, V::add16(four, V::load(x.start)), factors);
   } else {
-    if constexpr (!V::signed_bytes) product = V::load(x.steps + step * V::lanes);
+    if constexpr (!V::signed_bytes) product = V::load(x.start);
     product = V::dot_bytes(V::dot_bytes(product, even, first), odd, second);
   }
-  return V::fma(V::to_float(product), V::loadf(x.scales + step * V::lanes), sum);
+  return V::fma(V::to_float(product), V::loadf(x.scales), sum);
 }
 
 // The factors that add_step takes.
@@ -41,22 +40,21 @@ __attribute__((always_inline)) inline typename V::I factors_for(const Row& row, 
 }
 
 template <class V, class Row>
-__attribute__((always_inline)) inline typename V::F row_sum(const Row& row, const typename V::PlaneBits& bits, const PlaneCodes& x,
+__attribute__((always_inline)) inline typename V::F row_sum(const Row& row, const typename V::PlaneBits& bits, const PlaneStep<V>* x,
                                                             size_t from, size_t to) {
   auto sum = V::zerof();
   steps_of(row, from, to, [&](size_t step, auto whole) __attribute__((always_inline)) {
     constexpr bool all = decltype(whole)::value;
     typename V::I even, odd;
     row.template load<all>(bits, step, even, odd);
-    sum = add_step<V, Row>(sum, even, odd, factors_for<V, all>(row, step), x, step);
+    sum = add_step<V, Row>(sum, even, odd, factors_for<V, all>(row, step), x[step]);
   });
   return sum;
 }
 
 // V::lanes rows, `stride` apart, by a single token; sums of two rows lie in a vector.
 template <class V, class Row>
-HEADRACE_APART void single_rows(const Row& first, size_t stride, const PlaneCodes& codes, size_t from, size_t to, float* lanes) {
-  const auto x = codes;
+HEADRACE_APART void single_rows(const Row& first, size_t stride, const PlaneStep<V>* x, size_t from, size_t to, float* lanes) {
   const typename V::PlaneBits bits;
   for (size_t r = 0; r < V::lanes; r += 2, lanes += V::lanes) {
     const auto row = first.further(r * stride);
@@ -99,7 +97,7 @@ HEADRACE_APART void add_rows(const Row& first, size_t stride, const uint8_t* byt
       HEADRACE_UNROLL for (int i = 0; i < together; i++)
           even[i] = V::kept(V::load(own + i * kSegment)), odd[i] = V::kept(V::load(own + i * kSegment + V::bytes));
       HEADRACE_UNROLL for (int t = 0; t < T; t++) HEADRACE_UNROLL for (int i = 0; i < together; i++)
-          sum[r + i][t] = add_step<V, Row>(sum[r + i][t], even[i], odd[i], factors, x[t].planes, step);
+          sum[r + i][t] = add_step<V, Row>(sum[r + i][t], even[i], odd[i], factors, PlaneStep<V>::of(x[t], Row::kBits)[step]);
     };
     const size_t whole = std::min(to, row.columns / Row::kStep);
     for (size_t step = from; step < whole; step++) add(step, Number<1>());
@@ -126,7 +124,7 @@ inline void decode_planes(const Weight& w, const Fine* x, int m, int begin, int 
       for (int segment = 0; segment < w.k; segment += kSegment) {
         const size_t from = segment / Row::kStep, to = round_up(std::min(segment + kSegment, w.k), Row::kStep) / Row::kStep;
         if (tokens == 1) {
-          single_rows<V>(own, stride, x[first].planes, from, to, lanes);
+          single_rows<V>(own, stride, PlaneStep<V>::of(x[first], Bits), from, to, lanes);
           continue;
         }
         for (int r = 0; r < V::lanes; r += together) {

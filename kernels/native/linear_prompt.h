@@ -115,9 +115,10 @@ HEADRACE_APART void unpack_rows(const Weight& w, const Rows& rows, int n, int en
     }
 }
 
-// The same of rows with planes.
+// The same of rows with planes; a copy of them stays in registers.
 template <class V, class Rows>
-HEADRACE_APART void unpack_planes(const Weight& w, const Rows& rows, int n, int end, int from, int columns, uint8_t* scratch) {
+HEADRACE_APART void unpack_planes(const Weight& w, const Rows& given, int n, int end, int from, int columns, uint8_t* scratch) {
+  const Rows rows = given;
   constexpr int width = 2 * V::bytes;
   constexpr size_t step = V::panels * V::bytes;
   const int last = w.k - from < columns ? w.k - from : columns;

@@ -37,8 +37,8 @@ HEADRACE_APART void add_steps(const Rows& rows, int row, const Fine* x, int from
       I start = V::zero(), product[R];
       if constexpr (Bits != 4) start = start_of_pairs<V>(x[t].eight, s);
       HEADRACE_UNROLL for (int r = 0; r < R; r++) product[r] = start;
-      first.dot(S::of(x[t]).codes + s * S::columns, product);
-      if constexpr (decltype(has_second)::value) second.dot(S::of(x[t]).codes + (s + S::apart) * S::columns, product);
+      first.dot(S::codes(x[t], s), product);
+      if constexpr (decltype(has_second)::value) second.dot(S::codes(x[t], s + S::apart), product);
       add_scaled<V, Bits, R>(x[t], s, product, sum[t]);
     }
   };

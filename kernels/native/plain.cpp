@@ -57,23 +57,34 @@ void scaled_codes(const float* x, int k, ScaledCodes& out) {
 }
 
 // The same with a scale for every eight neighbours.
-void plane_codes(const float* x, int k, PlaneCodes& out) {
-  for (int from = 0; from < k; from += 8) {
-    const float top = largest(x + from, std::min(8, k - from));
-    out.scales[from / 8] = top / 127;
-    for (int i = from; i < std::min(from + 8, k); i++) out.codes[i] = int8_t(rounded(x[i] * (127 / std::max(top, kLeastTop)), 127));
+struct Neighbours {
+  float scale;
+  int8_t codes[8];
+};
+
+void plane_codes(const float* x, int k, Neighbours* out) {
+  static_assert(sizeof(Neighbours) <= 8 * kPlaneBytes);
+  for (int from = 0; from < k; from += 8, out++) {
+    const int n = std::min(8, k - from);
+    const float top = largest(x + from, n);
+    out->scale = top / 127;
+    for (int i = 0; i < n; i++) out->codes[i] = int8_t(rounded(x[from + i] * (127 / std::max(top, kLeastTop)), 127));
   }
 }
 
 void fine(const float* x, int k, unsigned kinds, Fine& out) {
   if (kinds & (kRowsOf4 | kBlocksOf4)) factor_codes(x, k, kinds & kRowsOf4, out.four);
-  if (kinds & kPlanes) plane_codes(x, k, out.planes);
-  if (kinds & kBytes) scaled_codes(x, k, out.eight);
+  if (kinds & kAllOf5) plane_codes(x, k, reinterpret_cast<Neighbours*>(out.planes[0]));
+  if (kinds & kAllOf6) plane_codes(x, k, reinterpret_cast<Neighbours*>(out.planes[1]));
+  if (kinds & kAllOf8) scaled_codes(x, k, out.eight);
 }
 
 double value(const Fine& x, int k, int bits) {
   if (bits == 4) return double(x.four.codes[k]) * x.four.factors[k / 8] * x.four.scale;
-  if (bits != 8) return double(x.planes.codes[k]) * x.planes.scales[k / 8];
+  if (bits != 8) {
+    const Neighbours& own = reinterpret_cast<const Neighbours*>(x.planes[bits - 5])[k / 8];
+    return double(own.codes[k % 8]) * own.scale;
+  }
   return double(x.eight.codes[k]) * x.eight.scales[k / 4];
 }
 

@@ -70,7 +70,7 @@ __attribute__((always_inline)) inline void add_scaled(const Fine& x, int step, c
     const auto factors = V::load(x.four.factors + step * 2 * V::lanes);
     HEADRACE_UNROLL for (int r = 0; r < R; r += 2) sum[r / 2] = V::dot16(sum[r / 2], V::pack16(product[r], product[r + 1]), factors);
   } else {
-    const auto scales = V::loadf(Steps<V, Bits>::of(x).scales + step * V::lanes);
+    const auto scales = V::loadf(Steps<V, Bits>::scales(x, step));
     HEADRACE_UNROLL for (int r = 0; r < R; r++) sum[r] = V::fma(V::to_float(product[r]), scales, sum[r]);
   }
 }

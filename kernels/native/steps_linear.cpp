@@ -21,7 +21,8 @@ void Engine::linear(const LinearStep& step, Scratch& mine) {
   const int k = step.weights[0].k, fine = int(rows.fine.size()), coarse = int(rows.coarse.size());
   if (!rows.count()) return;
   unsigned kinds = 0;
-  for (const Weight& w : step.weights) kinds |= w.bits == 8 ? kBytes : w.bits != 4 ? kPlanes : w.block ? kBlocksOf4 : kRowsOf4;
+  for (const Weight& w : step.weights)
+    kinds |= w.bits == 8 ? kAllOf8 : w.bits == 6 ? kAllOf6 : w.bits == 5 ? kAllOf5 : w.block ? kBlocksOf4 : kRowsOf4;
   const auto input = [&](int i) {
     const float* x = row(step.in, step.gather ? batch_.wanted[i] : i);
     if (!step.norm) return x;
