@@ -80,7 +80,7 @@ def fine(x: NDArray[np.float32], w: Weight) -> tuple[NDArray[np.int64], NDArray[
     """
     unit = 128 if w.bits == 8 else 256
     padded = np.pad(x, ((0, 0), (0, -x.shape[1] % unit))).reshape(len(x), -1, 2, 16, unit // 32)
-    alone = w.bits in (5, 6) or w.bits == 4 and w.has_blocks
+    alone = w.bits in (5, 6) or (w.bits == 4 and w.has_blocks)
     top = np.abs(padded).max(axis=4 if alone else (2, 4), keepdims=True)
     if w.bits != 4:
         inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 0)

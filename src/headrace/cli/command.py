@@ -10,18 +10,18 @@
 Kinds of values: str, int, float, Path, bool (a flag; "--on/--no-on" spells both), each `| None`; `list` of a kind for
 what may be given several times, or for an option that takes several values at once (`count`).
 
-argparse comes with Python and is imported in a few milliseconds; typer needed 60, of an answer that comes after 300.
+argparse comes with Python and is imported in a few milliseconds; typer needed 60, of an answer that comes after 300,
+and `inspect` needs 10.
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Union, get_args, get_origin
+from typing import Any, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from headrace.errors import UserError, did_you_mean
 
@@ -34,6 +34,8 @@ KINDS: Mapping[type, tuple[str, str]] = {  # kind → what stands for a value in
     int: ("N", "a whole number"),
     float: ("X", "a number"),
 }
+
+REQUIRED = object()  # the default of what must be given
 
 
 class Option:
@@ -109,11 +111,10 @@ def parser(verb: Verb, name: str) -> Parser:
         verb: a function whose parameters are annotated with `Option` or `Argument`.
         name: the program and the verb, for messages.
     """
-    parameters = inspect.signature(verb, eval_str=True).parameters.values()
     # Each argument is looked at by a formatter, and one that has to find its width imports shutil: three milliseconds.
     narrow = partial(argparse.HelpFormatter, width=80)
-    made = Parser(prog=name, description=inspect.getdoc(verb), allow_abbrev=False, formatter_class=narrow)
-    places = [_add(made, parameter) for parameter in parameters]
+    made = Parser(prog=name, description=verb.__doc__, allow_abbrev=False, formatter_class=narrow)
+    places = [_add(made, parameter) for parameter in _parameters(verb)]
     made.formatter_class = argparse.HelpFormatter
     made.usage = " ".join([name, "[OPTIONS]", *filter(None, places)])
     return made
@@ -134,14 +135,36 @@ def call(verb: Verb, name: str, words: Sequence[str]) -> None:
     verb(**vars(values))
 
 
-def _add(made: argparse.ArgumentParser, found: inspect.Parameter) -> str | None:
+class _Parameter(NamedTuple):
+    name: str
+    annotation: Any
+    default: Any
+
+
+def _parameters(verb: Verb) -> list[_Parameter]:
+    """What a verb takes, in order; `inspect.signature` would tell, but chat has no need of that module yet."""
+    told = getattr(verb, "__signature__", None)
+    if told is not None:
+        return [
+            _Parameter(each.name, each.annotation, REQUIRED if each.default is each.empty else each.default)
+            for each in told.parameters.values()
+        ]
+    assert isinstance(verb, types.FunctionType)
+    code, hints = verb.__code__, get_type_hints(verb, include_extras=True)
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    given = verb.__defaults__ or ()
+    defaults = dict(zip(names[code.co_argcount - len(given) :], given)) | (verb.__kwdefaults__ or {})
+    return [_Parameter(name, hints[name], defaults.get(name, REQUIRED)) for name in names]
+
+
+def _add(made: argparse.ArgumentParser, found: _Parameter) -> str | None:
     """Make one parameter known to argparse: its name in the usage when it is given by its place."""
     kind, given = get_args(found.annotation)
     if get_origin(kind) in (Union, types.UnionType):  # X | None
         (kind,) = (one for one in get_args(kind) if one is not types.NoneType)
     outer, inner = get_origin(kind), get_args(kind)
     one = inner[0] if inner else kind
-    required = found.default is inspect.Parameter.empty
+    required = found.default is REQUIRED
     settings: dict[str, Any] = {"help": given.help.replace("%", "%%")}
     if not required:
         settings["default"] = found.default

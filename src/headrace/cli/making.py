@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 from headrace.cli.command import Argument, Option
 from headrace.cli.console import human_bytes, note, print_json, progress_bars, show, table
-from headrace.cli.options import CheckpointPath, Json, takes_export_options
+from headrace.cli.export_options import takes_export_options
+from headrace.cli.options import CheckpointPath, Json
 from headrace.errors import UserError
 
 __all__ = ["export", "inspect", "plan", "pull"]

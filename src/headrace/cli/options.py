@@ -1,13 +1,10 @@
-"""Options that several verbs share, and the export's own as the command line takes them. Knows no verb."""
+"""Options that several verbs share. Knows no verb."""
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
 from headrace.cli.command import Argument, Option
 from headrace.cli.console import note
@@ -25,10 +22,7 @@ __all__ = [
     "Threads",
     "limit_threads",
     "refuse_place",
-    "takes_export_options",
 ]
-
-Verb = TypeVar("Verb", bound=Callable[..., None])
 
 Json = Annotated[bool, Option("--json", help="One JSON object as the last line of stdout.")]
 BundlePath = Annotated[Path, Argument(metavar="BUNDLE", help="A folder made by: headrace export")]
@@ -76,42 +70,3 @@ def limit_threads(threads: int | None) -> int | None:
     s = "" if processors == 1 else "s"
     note(f"--threads {threads} is more than the {processors} processor{s} here: {processors} thread{s} will run")
     return processors
-
-
-def takes_export_options(verb: Verb) -> Verb:
-    """The verb with every field of `ExportOptions` as an option of the command line, given to its `**options`.
-
-    Texts are handed over as they were typed: `ExportOptions` reads them, for Python callers too.
-    """
-    signature = inspect.signature(verb, eval_str=True)
-    own = list(signature.parameters.values())
-    if own.pop().kind is not inspect.Parameter.VAR_KEYWORD:
-        raise TypeError(f"{verb.__name__} takes no **options")
-    places = [parameter for parameter in own if parameter.kind is not inspect.Parameter.KEYWORD_ONLY]
-    signature = signature.replace(parameters=[*places, *_parameters(), *own[len(places) :]])
-    verb.__signature__ = signature  # type: ignore[attr-defined]
-    return verb
-
-
-def _parameters() -> list[inspect.Parameter]:
-    from headrace.exporter.options import ExportOptions, flag, spelled
-
-    made = []
-    for option in fields(ExportOptions):
-        kind: Any
-        name, default, described = flag(option), option.default, option.metadata
-        if described["repeats"]:
-            kind, default = list[str] | None, None
-        elif described["metavar"]:
-            kind, default = str | None, spelled(default)
-        elif default is None:
-            kind, name = bool | None, f"{name}/--no-{name.removeprefix('--')}"
-        else:
-            kind = bool
-        shown = Option(name, help=described["help"], metavar=described["metavar"] or None)
-        made.append(
-            inspect.Parameter(
-                option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, shown]
-            )
-        )
-    return made

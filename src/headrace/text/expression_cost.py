@@ -13,7 +13,7 @@ has at most one. Source of the syntax: Oniguruma's doc/RE.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from headrace.errors import shown
 
@@ -35,8 +35,7 @@ class _Refused(ValueError):
     """Why an expression is not taken."""
 
 
-@dataclass(frozen=True)
-class _Cost:
+class _Cost(NamedTuple):
     """Of a part: how often what is behind it may be tried again."""
 
     repeats: int = 0
@@ -52,8 +51,7 @@ class _Cost:
         return _Cost(most, sum(each.ways for each in (self, other) if each.repeats == most))
 
 
-@dataclass(frozen=True)
-class _Part:
+class _Part(NamedTuple):
     """What stands in a sequence.
 
     Attributes:

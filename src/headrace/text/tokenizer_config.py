@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from headrace.errors import TokenizerError, shown
 from headrace.files import read_json, read_text
@@ -28,8 +28,7 @@ ADDITIONAL = "additional_special_tokens"
 LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 
 
-@dataclass(frozen=True)
-class AddedPiece:
+class AddedPiece(NamedTuple):
     """A token added to a vocabulary.
 
     Attributes:
@@ -44,8 +43,7 @@ class AddedPiece:
     rstrip: bool = False
 
 
-@dataclass(frozen=True)
-class TokenizerConfig:
+class TokenizerConfig(NamedTuple):
     """A vocabulary's settings; None where the folder does not say.
 
     Attributes:
@@ -59,12 +57,12 @@ class TokenizerConfig:
         tokenizer_class: Hugging Face's class name, which carries defaults.
     """
 
-    marks: Mapping[str, str | list[str]] = field(default_factory=dict)
+    marks: Mapping[str, str | list[str]] = MappingProxyType({})
     eos_ids: tuple[int, ...] = ()
     add_bos: bool | None = None
     add_prefix_space: bool | None = None
     legacy: bool | None = None
-    added: Mapping[int, AddedPiece] = field(default_factory=dict)
+    added: Mapping[int, AddedPiece] = MappingProxyType({})
     chat_template: str | None = None
     tokenizer_class: str | None = None
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -89,7 +88,7 @@ class SentencePieceTokenizer(Tokenizer):
         if any(self.id_to_piece(i) == UNREADABLE for i in self.special_ids):
             raise TokenizerError("the vocabulary has a special token that is not UTF-8; fetch the file again")
         told = {i: self._added.get(i, AddedPiece("", True)) for i in self.special_ids}
-        marked = {i: replace(piece, content=self.id_to_piece(i)) for i, piece in told.items()}  # none is renamed
+        marked = {i: piece._replace(content=self.id_to_piece(i)) for i, piece in told.items()}  # none is renamed
         return _Cutter({**marked, **self._plain})
 
     @property
