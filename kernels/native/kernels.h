@@ -61,11 +61,11 @@ struct ScaledCodes {
   int32_t* steps;  // starts of a step, a lane at a time
   int32_t* pairs;  // the same of two steps that share scales
 };
-// 5 and 6 bits: the same, for 8 neighbours; step by step, so that one pointer reaches all of a token.
 struct Fine {
   FactorCodes four;
   ScaledCodes eight;
-  uint8_t* planes[2];  // for 5 and for 6 bits
+  // 5 and 6 bits: a scale is float32, for 8 neighbours. All of a step lies together, as the variant has it, so that one pointer reaches it.
+  uint8_t* planes[2];
 };
 constexpr size_t kPlaneBytes = 2;  // of such steps for a column, at most
 
