@@ -1,6 +1,7 @@
 // Linears of few tokens whose weights have one scale a row. Sums stay spread over lanes until a row's end.
 #pragma once
 #include <algorithm>
+#include <cstring>
 
 #include "products.h"
 
@@ -85,14 +86,33 @@ inline void write_sums(const Weight& w, int n, int stride, const Fine* x, int fi
   }
 }
 
+// The same of rows in two places, `apart` rows from each other, of which sums lie in turn; of row n alone where `stride` of rows is 0.
+template <class V, int Bits>
+inline void write_paired(const Weight& w, int n, int stride, int apart, const Fine* x, int first, int tokens, const float* lanes, const Out& out,
+                         int column) {
+  if (!stride) return write_sums<V, Bits>(w, n, 0, x, first, tokens, lanes, out, column);
+  constexpr int each = V::lanes / 2;
+  const auto scales = V::template halves_of<each>(w.scale + n, apart);
+  float both[V::lanes], bias[V::lanes] = {};
+  if (w.bias) std::memcpy(bias, w.bias + n, sizeof both / 2), std::memcpy(bias + each, w.bias + n + apart, sizeof both / 2);
+  for (int t = 0; t < tokens; t++) {
+    const auto total = V::mul(V::evens_first(row_sums<V, each>(lanes + t * V::lanes * V::lanes)), scales);
+    V::storef(both, with_scale_and_bias<V, Bits>(total, x[first + t], w.bias ? bias : nullptr));
+    float* y = out.y + out.rows[first + t] * out.stride + column;
+    std::memcpy(y, both, sizeof both / 2), std::memcpy(y + apart, both + each, sizeof both / 2);
+  }
+}
+
 // All go over a segment of some rows one after the other, so that the rows' codes and the tokens' activations stay in the first
-// level of the cache; a single token reads some rows from end to end, in a stream.
+// level of the cache; a single token reads some rows from end to end. They are read in two streams far from each other, since a
+// processor's prefetchers follow one in a page.
 template <class V, int Bits>
 inline void decode_rows(const Weight& w, const Fine* x, int m, int begin, int end, const Out& out, int column) {
   using S = Steps<V, Bits>;
   constexpr int size = V::lanes * V::lanes;
   alignas(64) float lanes[kMostTokens * size];
-  vectors_of_rows<V>(begin, end, [&](int n, int stride) {
+  halves_of_rows<V>(begin, end, rows_ahead(w), [&](int n, int stride, int apart, int ahead) {
+    const PairedRows<V> rows(w, n, stride, apart, size_t(ahead) * w.k);
     for (int first = 0; first < m; first += kMostTokens) {
       const int tokens = std::min(m - first, kMostTokens);
       // Rows from … to - 1 over one segment.
@@ -102,7 +122,6 @@ inline void decode_rows(const Weight& w, const Fine* x, int m, int begin, int en
           constexpr int T = decltype(number)::value;
           const auto run = [&](auto at_once) {
             constexpr int R = decltype(at_once)::value;
-            const PlainRows<V> rows(w, n, stride, columns_ahead(w, T == 1 ? R : V::lanes));
             for (int r = from; r < to; r += R)
               add_steps<V, Bits, R, T>(rows, r, x + first + t, segment / S::columns, last / S::columns, w.k / S::columns,
                                        lanes + t * size + r / 2 * V::lanes);
@@ -114,7 +133,7 @@ inline void decode_rows(const Weight& w, const Fine* x, int m, int begin, int en
       const int together = tokens > 1 ? V::lanes : rows_at_once<V>(1, w.k > kLong);
       for (int r = 0; r < V::lanes; r += together)
         for (int segment = 0; segment < w.k; segment += kSegment) add(segment, r, r + together);
-      write_sums<V, Bits>(w, n, stride, x, first, tokens, lanes, out, column + n - begin);
+      write_paired<V, Bits>(w, n, stride, apart, x, first, tokens, lanes, out, column + n - begin);
     }
   });
 }

@@ -13,6 +13,9 @@ inline size_t columns_ahead(const Weight& w, int together) {
   return round_up(kAhead, together * w.code_bytes()) / w.code_bytes() * w.k;
 }
 
+// The same in rows.
+inline int rows_ahead(const Weight& w) { return int(round_up(kAhead, w.code_bytes()) / w.code_bytes()); }
+
 // What products of bytes of two steps that share scales begin with.
 template <class V>
 __attribute__((always_inline)) inline typename V::I start_of_pairs(const ScaledCodes& x, size_t step) {
@@ -109,13 +112,19 @@ inline typename V::F row_scales(const Weight& w, int n, int stride) {
   return stride ? V::halves(w.scale + n) : V::setf(V::half(w.scale[n]));
 }
 
+// Sums of a vector of rows with a token's scale and the rows' biases, which may be null.
+template <class V, int Bits>
+inline typename V::F with_scale_and_bias(typename V::F total, const Fine& x, const float* bias) {
+  const auto all = Bits == 4 ? V::mul(total, V::setf(x.four.scale)) : total;
+  return bias ? V::add(all, V::loadf(bias)) : all;
+}
+
 // Results of `count` rows from n on for a token, one or V::lanes, whose sums are `total`.
 template <class V, int Bits>
 inline void write_rows(const Weight& w, int n, int count, typename V::F total, const Fine& x, float* y) {
-  const auto all = Bits == 4 ? V::mul(total, V::setf(x.four.scale)) : total;
-  if (count == V::lanes) return V::storef(y, w.bias ? V::add(all, V::loadf(w.bias + n)) : all);
+  if (count == V::lanes) return V::storef(y, with_scale_and_bias<V, Bits>(total, x, w.bias ? w.bias + n : nullptr));
   float part[V::lanes];
-  V::storef(part, all);
+  V::storef(part, with_scale_and_bias<V, Bits>(total, x, nullptr));
   *y = part[0] + (w.bias ? w.bias[n] : 0);
 }
 
@@ -126,6 +135,17 @@ inline void vectors_of_rows(int begin, int end, const Run& run) {
   int n = begin;
   for (; n + V::lanes <= end; n += V::lanes) run(n, 1);
   for (; n < end; n++) run(n, 0);
+}
+
+// The same with half of each vector's rows from the first half of begin … end - 1 and half from the second, `apart` rows further on:
+// run(first, stride, apart, how many rows further what is asked for beforehand lies: `ahead` rows of each half).
+template <class V, class Run>
+inline void halves_of_rows(int begin, int end, int ahead, const Run& run) {
+  constexpr int each = V::lanes / 2;
+  const int apart = (end - begin) / V::lanes * each;
+  int next = ahead;  // the row of a half, or of the next halves, that is asked for with its first row
+  for (int n = 0; n < apart; n += each, next += each) run(begin + n, 1, apart, ahead + next / apart * apart);
+  for (int n = begin + 2 * apart; n < end; n++) run(n, 0, 0, ahead);
 }
 
 }  // namespace

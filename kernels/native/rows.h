@@ -15,16 +15,39 @@ class PlainRows {
   // Step `step` of a row; codes `ahead` columns further come on their way.
   template <bool Whole>
   __attribute__((always_inline)) typename V::I load(size_t row, int step) const {
-    const uint8_t* at = packed_ + row * row_bytes_ + size_t(step) * V::bytes;
-    __builtin_prefetch(at + ahead_, 0, 2);
-    if constexpr (Whole) return V::kept(V::load(at));
-    else return V::load_part(at, own_ - step * V::bytes);
+    return at<Whole>(packed_ + row * row_bytes_, step);
+  }
+
+ protected:
+  template <bool Whole>
+  __attribute__((always_inline)) typename V::I at(const uint8_t* row, int step) const {
+    const uint8_t* codes = row + size_t(step) * V::bytes;
+    __builtin_prefetch(codes + ahead_, 0, 2);
+    if constexpr (Whole) return V::kept(V::load(codes));
+    else return V::load_part(codes, own_ - step * V::bytes);
+  }
+
+  const uint8_t* packed_;
+  size_t row_bytes_;
+
+ private:
+  size_t ahead_;
+  int own_;
+};
+
+// The same of rows in two places, `apart` rows from each other: in turn one from the first and one from the second.
+template <class V>
+class PairedRows : PlainRows<V> {
+ public:
+  PairedRows(const Weight& w, size_t n, size_t stride, size_t apart, size_t ahead)
+      : PlainRows<V>(w, n, stride, ahead), apart_(apart * w.row_bytes()) {}
+  template <bool Whole>
+  __attribute__((always_inline)) typename V::I load(size_t row, int step) const {
+    return this->template at<Whole>(this->packed_ + row / 2 * this->row_bytes_ + row % 2 * apart_, step);
   }
 
  private:
-  const uint8_t* packed_;
-  size_t row_bytes_, ahead_;
-  int own_;
+  size_t apart_;
 };
 
 // The same of rows with planes, of which a step is two vectors.

@@ -206,6 +206,7 @@ struct Avx2 {
   template <int Zero> static void fold(uint32_t nibbles, I bit, I& factor, I& shift) {
     factor = factor_pairs(nibbles, bit), shift = sub32(set8(-128), mul16(factor, set32(Zero * 0x1010101)));
   }
+  static F evens_first(F v) { return _mm256_permutevar8x32_ps(v, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7)); }  // lanes
   static F permuted(F v, const int* from) { return _mm256_permutevar8x32_ps(v, load(from)); }
 
   // Rows and columns of a square of int32 change places.

@@ -193,6 +193,9 @@ struct Avx512 {
     const I of = _mm512_srlv_epi32(set32(int(nibbles)), bit);
     factor = _mm512_permutexvar_epi32(of, load(table.words)), shift = _mm512_permutexvar_epi32(of, load(table.shifts));
   }
+  static F evens_first(F v) {  // lanes
+    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15), v);
+  }
   static F permuted(F v, const int* from) { return _mm512_permutexvar_ps(load(from), v); }
 
   // Rows and columns of a square of int32 change places.

@@ -164,6 +164,7 @@ struct Neon {
     const I one = add32(and_bits(vshlq_s32(set32(int(nibbles)), vnegq_s32(bit)), set32(15)), set32(1));
     factor = vorrq_s32(one, vshlq_n_s32(one, 16)), shift = sub32(set8(-128), mul16(factor, set32(Zero * 0x1010101)));
   }
+  static F evens_first(F v) { return vcombine_f32(vget_low_f32(vuzp1q_f32(v, v)), vget_low_f32(vuzp2q_f32(v, v))); }  // lanes
   static F permuted(F v, const int*) { return v; }  // four lanes never need it
 
   // Rows and columns of a square of int32 change places.
