@@ -8,13 +8,11 @@ namespace {
 
 constexpr int log2_of(int n) { return n > 1 ? 1 + log2_of(n / 2) : 0; }
 
-// How many columns are read ahead: those of whole rows, some multiple of `together`.
-inline size_t columns_ahead(const Weight& w, int together) {
-  return round_up(kAhead, together * w.code_bytes()) / w.code_bytes() * w.k;
-}
+// How many rows are read ahead, some multiple of `together`.
+inline int rows_ahead(const Weight& w, int together = 1) { return int(round_up(kAhead, together * w.code_bytes()) / w.code_bytes()); }
 
-// The same in rows.
-inline int rows_ahead(const Weight& w) { return int(round_up(kAhead, w.code_bytes()) / w.code_bytes()); }
+// The same in columns.
+inline size_t columns_ahead(const Weight& w, int together) { return size_t(rows_ahead(w, together)) * w.k; }
 
 // What products of bytes of two steps that share scales begin with.
 template <class V>
