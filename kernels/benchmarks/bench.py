@@ -105,7 +105,7 @@ def model(
         ]
     geometry = {key: c[key] for key in ("layers", "heads", "kv_heads", "head_dim", "hidden", "vocab")}
     program = {
-        "format": 3,
+        "format": 4,
         "geometry": {**geometry, "eps": 1e-5, "context": 4096},
         "cache": {"dtype": "int8", "scales": [[0.02, 0.02]] * c["layers"]},
         "files": [str(path)],

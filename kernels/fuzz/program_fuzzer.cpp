@@ -156,13 +156,13 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* bytes, size_t size) {
     const std::string name = w.name;
     const bool fits = m.form != kRow && w.k % m.block == 0, factors = fits && m.form == kFactors && w.bits < 8;
     const int scales = fits && !factors ? w.k / m.block : 1;
-    const int bits = fits || w.bits == 8 ? w.bits : 4, planes = bits == 5 || bits == 6 ? bits - 4 : 0;
+    const int bits = fits || w.bits == 8 ? w.bits : 4, above = bits == 5 || bits == 6 ? bits - 4 : 0;
     array(name + ".p", 0, 1, w.n, bits == 8 ? w.k : w.k / 2);
-    if (planes) array(name + ".h", 0, 1, w.n, planes * w.k / 8);
+    if (above) array(name + ".h", 0, 1, w.n, (w.k + 63) / 64 * 8 * above);
     array(name + ".s", 1, 2, w.n, scales);
     if (factors) array(name + ".f", 0, 1, w.n, (w.k / m.block + 1) / 2);
     check(hk_program_weight(program, w.name, c.near(bits), c.name((name + ".p").c_str()),
-                            c.name(planes ? (name + ".h").c_str() : ""), c.name((name + ".s").c_str()), c.name(factors ? (name + ".f").c_str() : ""), c.near(factors ? m.block : 0),
+                            c.name(above ? (name + ".h").c_str() : ""), c.name((name + ".s").c_str()), c.name(factors ? (name + ".f").c_str() : ""), c.near(factors ? m.block : 0),
                             (m.bias && w.n == m.hidden) || c.rarely() ? "n0" : ""));
   }
   if (c.rarely()) check(hk_program_tensor(program, "t", c.near(0), c.data.ConsumeIntegral<uint64_t>(), 0, 1, c.near(1)));

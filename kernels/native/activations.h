@@ -21,18 +21,18 @@ class Activations {
   // Room for the rows of one input of width k; pointers below are valid until the next call.
   void reserve(int fine_rows, int coarse_rows, int k) {
     const size_t padded = round_up(k, kColumns), eighths = padded / 8, quarters = padded / 4;
-    const size_t segments = (padded / kSegment + 1) * 16, planes = padded * kPlaneBytes;
-    const size_t bytes = round_up(2 * planes + 2 * padded + 4 * (2 * eighths + segments + 3 * quarters), 64);
+    const size_t segments = (padded / kSegment + 1) * 16, split = padded * kSplitBytes;
+    const size_t bytes = round_up(2 * split + 2 * padded + 4 * (2 * eighths + segments + 3 * quarters), 64);
     fine_memory_.grow(bytes * fine_rows);
     fine_.resize(fine_rows);
     for (int i = 0; i < fine_rows; i++) {
       uint8_t* own = fine_memory_.data() + bytes * i;
-      int8_t* codes = reinterpret_cast<int8_t*>(own + 2 * planes);
+      int8_t* codes = reinterpret_cast<int8_t*>(own + 2 * split);
       int32_t* numbers = reinterpret_cast<int32_t*>(codes + 2 * padded);
       fine_[i].four = {0, codes, reinterpret_cast<int16_t*>(numbers), numbers + eighths, numbers + 2 * eighths};
       numbers += 2 * eighths + segments;
       fine_[i].eight = {codes + padded, reinterpret_cast<float*>(numbers), numbers + quarters, numbers + 2 * quarters};
-      fine_[i].planes[0] = own, fine_[i].planes[1] = own + planes;
+      fine_[i].split[0] = own, fine_[i].split[1] = own + split;
     }
     const size_t groups = round_up(k, kColumns) / (kMostGroup / 2);
     codes_.grow(round_up(k, kColumns) * coarse_rows);

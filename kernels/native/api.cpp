@@ -98,7 +98,7 @@ API int hk_program_array(void* p, const char* name, const void* data, uint64_t b
   return guarded([&] { program(p).array(name, data, bytes, dtype, rows, columns); });
 }
 
-// high: empty where codes have no planes. factors: empty where scales have none, and then block is not asked for.
+// high: empty where codes are not split. factors: empty where scales have none, and then block is not asked for.
 API int hk_program_weight(void* p, const char* name, int bits, const char* packed, const char* high, const char* scale,
                           const char* factors, int block, const char* bias) {
   return guarded([&] { program(p).weight(name, bits, packed, high, scale, factors, block, bias); });

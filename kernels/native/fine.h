@@ -15,12 +15,12 @@ namespace {
 
 // A step of the activations for 5 and 6 bits.
 template <class V>
-struct PlaneStep {
+struct SplitStep {
   int8_t codes[2 * V::bytes];  // even columns, odd columns
   float scales[V::lanes];      // of 8 columns
   int32_t start[V::lanes];     // of a variant that keeps factors apart, int16: of two even columns and two odd ones together
 
-  static const PlaneStep* of(const Fine& x, int bits) { return reinterpret_cast<const PlaneStep*>(x.planes[bits - 5]); }
+  static const SplitStep* of(const Fine& x, int bits) { return reinterpret_cast<const SplitStep*>(x.split[bits - 5]); }
 };
 
 template <class V, int Bits>
@@ -32,18 +32,18 @@ struct Steps {
   static const int8_t* codes(const Fine& x, size_t step) {
     if constexpr (Bits == 4) return x.four.codes + step * columns;
     else if constexpr (Bits == 8) return x.eight.codes + step * columns;
-    else return PlaneStep<V>::of(x, Bits)[step].codes;
+    else return SplitStep<V>::of(x, Bits)[step].codes;
   }
   static const float* scales(const Fine& x, size_t step) {
     if constexpr (Bits == 8) return x.eight.scales + step * V::lanes;
-    else return PlaneStep<V>::of(x, Bits)[step].scales;
+    else return SplitStep<V>::of(x, Bits)[step].scales;
   }
   // What sums of a step begin with.
   static typename V::I start(const Fine& x, size_t step) {
     if constexpr (Bits == 4) return V::load(x.four.steps + step * V::lanes);
     else if constexpr (V::signed_bytes) return V::zero();
     else if constexpr (Bits == 8) return V::load(x.eight.steps + step * V::lanes);
-    else return V::load(PlaneStep<V>::of(x, Bits)[step].start);
+    else return V::load(SplitStep<V>::of(x, Bits)[step].start);
   }
 };
 
@@ -155,9 +155,9 @@ inline void scaled_codes(const float* x, int k, const ScaledCodes& out) {
 }
 
 template <class V, int Bits>
-inline void plane_codes(const float* x, int k, PlaneStep<V>* out) {
+inline void split_codes(const float* x, int k, SplitStep<V>* out) {
   using S = Steps<V, Bits>;
-  static_assert(sizeof(PlaneStep<V>) <= kPlaneBytes * S::columns);
+  static_assert(sizeof(SplitStep<V>) <= kSplitBytes * S::columns);
   constexpr int columns = S::columns, N = S::per_lane > V::lanes ? S::per_lane / V::lanes : 1;
   for (int from = 0; from < k; from += columns, out++) {
     alignas(64) float copy[columns], tops[columns], of_lanes[V::lanes];
@@ -187,8 +187,8 @@ template <class V>
 void fine(const float* x, int k, unsigned kinds, Fine& out) {
   if (kinds & kRowsOf4) factor_codes<V, true>(x, k, out.four);
   else if (kinds & kBlocksOf4) factor_codes<V, false>(x, k, out.four);
-  if (kinds & kAllOf5) plane_codes<V, 5>(x, k, reinterpret_cast<PlaneStep<V>*>(out.planes[0]));
-  if (kinds & kAllOf6) plane_codes<V, 6>(x, k, reinterpret_cast<PlaneStep<V>*>(out.planes[1]));
+  if (kinds & kAllOf5) split_codes<V, 5>(x, k, reinterpret_cast<SplitStep<V>*>(out.split[0]));
+  if (kinds & kAllOf6) split_codes<V, 6>(x, k, reinterpret_cast<SplitStep<V>*>(out.split[1]));
   if (kinds & kAllOf8) scaled_codes<V>(x, k, out.eight);
 }
 

@@ -23,8 +23,11 @@ static inline int code_of(const Weight& w, int n, int k) {
   const uint8_t* row = w.packed + n * w.row_bytes();
   if (w.bits == 8) return row[k] - 128;
   int code = row[k / 2] >> k % 2 * 4 & 15;
-  for (int plane = 0; plane < w.bits - 4; plane++)
-    code |= (w.high[n * w.high_bytes() + size_t(plane) * w.k / 8 + k / 8] >> k % 8 & 1) << (4 + plane);
+  if (w.high) {  // byte j of a unit's `bytes` has those of its columns j, j + bytes, …, from the lowest on
+    const int above = w.bits - 4, bytes = kUnit / 8 * above, place = k % 2 * (kUnit / 2) + k % kUnit / 2;
+    const uint8_t own = w.high[n * w.high_bytes() + size_t(k / kUnit) * bytes + place % bytes];
+    code |= (own >> place / bytes * above & ((1 << above) - 1)) << 4;
+  }
   return code - (1 << (w.bits - 1));
 }
 

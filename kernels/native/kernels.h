@@ -17,23 +17,24 @@ constexpr int kColumns = 256;   // columns of coarse activations that lie togeth
 constexpr int kTile = 16;       // positions of a tile of keys
 constexpr int kBlock = 64;      // positions whose probabilities share a maximum
 constexpr int kTop = 32639;     // largest code of int16: 256 * 127 + 127
+constexpr int kUnit = 64;       // columns whose high bits lie together, of 5 and 6 bits: first the even ones, then the odd ones
 constexpr int kPad = 128;       // rows of activations are padded with zeros to a multiple of this
 
 constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
-// A weight (n, k) as it lies in the file. Code = unsigned code - zero point, 1 << (bits - 1). Of 5 and 6 bits those above the low four lie
-// in planes; such weights have blocks. Scales of blocks have two forms: float16 each, or, of less than 8 bits, float16 a row times a whole
-// factor 1 … 1 << (8 - bits) a block.
+// A weight (n, k) as it lies in the file. Code = unsigned code - zero point, 1 << (bits - 1). Codes of 5 and 6 bits are split: what
+// they have above their low four bits lies apart, in units of kUnit columns; such weights have blocks. Scales of blocks have two forms:
+// float16 each, or, of less than 8 bits, float16 a row times a whole factor 1 … 1 << (8 - bits) a block.
 struct Weight {
   int n, k, bits;
   int block;               // columns that share a scale; 0: the whole row
   const uint8_t* packed;   // (n, row_bytes()): bytes, or the low four bits of codes, low nibble first
-  const uint8_t* high;     // (n, high_bytes()), of 5 and 6 bits: bits - 4 planes of a bit a column; null: there are none
+  const uint8_t* high;     // (n, high_bytes()), of 5 and 6 bits: high bits; null: there are none
   const uint16_t* scale;   // float16 (n, scales())
   const uint8_t* factors;  // (n, factor_bytes()), less 1, low nibble first; null: scales have none
   const float* bias;       // (n) or null
   size_t row_bytes() const { return bits == 8 ? k : size_t(k) / 2; }
-  size_t high_bytes() const { return high ? size_t(k) / 8 * (bits - 4) : 0; }
+  size_t high_bytes() const { return high ? round_up(k, kUnit) / 8 * (bits - 4) : 0; }
   size_t code_bytes() const { return row_bytes() + high_bytes(); }
   int blocks() const { return block ? k / block : 1; }
   int scales() const { return factors ? 1 : blocks(); }
@@ -65,9 +66,9 @@ struct Fine {
   FactorCodes four;
   ScaledCodes eight;
   // 5 and 6 bits: a scale is float32, for 8 neighbours. All of a step lies together, as the variant has it, so that one pointer reaches it.
-  uint8_t* planes[2];
+  uint8_t* split[2];
 };
-constexpr size_t kPlaneBytes = 2;  // of such steps for a column, at most
+constexpr size_t kSplitBytes = 2;  // of such steps for a column, at most
 
 // Which codes of a token are needed: for weights of 4 bits with one scale a row, with blocks, of 5, 6 and 8 bits.
 enum Kinds : unsigned { kRowsOf4 = 1, kBlocksOf4 = 2, kAllOf5 = 4, kAllOf6 = 8, kAllOf8 = 16 };

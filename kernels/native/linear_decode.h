@@ -2,7 +2,7 @@
 // token are the same bits whatever other tokens are computed with it.
 #pragma once
 #include "linear_blocks.h"
-#include "linear_planes.h"
+#include "linear_split.h"
 
 namespace headrace {
 namespace {
@@ -12,7 +12,7 @@ namespace {
 template <class V, int Bits>
 inline int parts_of(const Weight& w) {
   const int columns = Steps<V, Bits>::columns;
-  if (has_planes(Bits) && w.factors) return 0;  // they are folded into the codes
+  if (is_split(Bits) && w.factors) return 0;  // they are folded into the codes
   return !w.block ? 0 : w.block >= columns ? 1 : columns / w.block;
 }
 
@@ -25,8 +25,8 @@ inline void decode_bits(const Weight& w, const Fine* x, int m, int begin, int en
   };
   switch (parts_of<V, Bits>(w)) {
     case 0:
-      if constexpr (!has_planes(Bits)) return decode_rows<V, Bits>(w, x, m, begin, end, out, column);
-      else return with_block<Bits, true>(w, [&](auto block) { decode_planes<V, Bits, decltype(block)::value>(w, x, m, begin, end, out, column); });
+      if constexpr (!is_split(Bits)) return decode_rows<V, Bits>(w, x, m, begin, end, out, column);
+      else return with_block<Bits, true>(w, [&](auto block) { decode_split<V, Bits, decltype(block)::value>(w, x, m, begin, end, out, column); });
     case 1: return run(Number<1>());
     case 2: return run(Number<2>());
     case 4: return run(Number<4>());

@@ -115,9 +115,9 @@ HEADRACE_APART void unpack_rows(const Weight& w, const Rows& rows, int n, int en
     }
 }
 
-// The same of rows with planes; a copy of them stays in registers.
+// The same of split rows; a copy of them stays in registers.
 template <class V, class Rows>
-HEADRACE_APART void unpack_planes(const Weight& w, const Rows& given, int n, int end, int from, int columns, uint8_t* scratch) {
+HEADRACE_APART void unpack_split(const Weight& w, const Rows& given, int n, int end, int from, int columns, uint8_t* scratch) {
   const Rows rows = given;
   constexpr int width = 2 * V::bytes;
   constexpr size_t step = V::panels * V::bytes;
@@ -141,7 +141,7 @@ template <class V, int Bits, bool Folded>
 inline void unpack(const Weight& w, int n, int end, int from, int columns, uint8_t* scratch) {
   with_block<Bits, Folded>(w, [&](auto block) {
     const auto rows = rows_of<V, Bits, decltype(block)::value>(w, n, 1, kColumns);  // ahead to the second level: rows share sets
-    if constexpr (has_planes(Bits)) unpack_planes<V>(w, rows, n, end, from, columns, scratch);
+    if constexpr (is_split(Bits)) unpack_split<V>(w, rows, n, end, from, columns, scratch);
     else unpack_rows<V, Bits, Folded>(w, rows, n, end, from, columns, scratch);
   });
 }
@@ -240,9 +240,9 @@ HEADRACE_APART void multiply(const Coarse& x, int from, int parts, int token, co
     HEADRACE_UNROLL for (int t = 0; t < T; t++) {
       int total = 0;
       HEADRACE_UNROLL for (int s = 0; s < Part / 16; s++) total += sums16[t * (padded / 16) + s];
-      HEADRACE_UNROLL for (int p = 0; p < P; p++) sum[t][p] = V::set32(has_planes(Bits) ? 0 : -zero_point * total);
+      HEADRACE_UNROLL for (int p = 0; p < P; p++) sum[t][p] = V::set32(is_split(Bits) ? 0 : -zero_point * total);
     }
-    if constexpr (has_planes(Bits)) add_with_factors<V, Bits, Part, T>(scratch, codes, sums16, padded / 16, scales, sum);
+    if constexpr (is_split(Bits)) add_with_factors<V, Bits, Part, T>(scratch, codes, sums16, padded / 16, scales, sum);
     else add_products<V, Bits, Part, T>(scratch, codes, sum);
     scratch += Part / 4 * P * V::bytes, codes += Part;
     HEADRACE_UNROLL for (int p = 0; p < P; p++) {
@@ -253,7 +253,7 @@ HEADRACE_APART void multiply(const Coarse& x, int from, int parts, int token, co
         f[t][p] = V::fma(Blocks ? V::mul(total, scale) : total, one, f[t][p]);
       }
     }
-    scales += P * V::lanes * (has_planes(Bits) ? Part / 8 : 1), sums16 += Part / 16;
+    scales += P * V::lanes * (is_split(Bits) ? Part / 8 : 1), sums16 += Part / 16;
     ones += Part == group || part % 2 == 1;
   }
   HEADRACE_UNROLL for (int t = 0; t < T; t++) HEADRACE_UNROLL for (int p = 0; p < P; p++)
@@ -308,8 +308,8 @@ HEADRACE_APART void prompt_panel(const Weight& w, const Coarse& x, int n, int en
   float* sums = scales + (kColumns / 8) * width;
   for (int from = 0; from < w.k; from += kColumns) {
     const int columns = w.k - from < kColumns ? w.k - from : kColumns, parts = (columns + Part - 1) / Part;
-    unpack<V, Stored, (Stored < Bits && !Blocks) || has_planes(Bits)>(w, n, end, from, parts * Part, scratch);
-    if constexpr (has_planes(Bits)) block_factors<V, Bits>(w, n, end, from, parts * Part, scales);
+    unpack<V, Stored, (Stored < Bits && !Blocks) || is_split(Bits)>(w, n, end, from, parts * Part, scratch);
+    if constexpr (is_split(Bits)) block_factors<V, Bits>(w, n, end, from, parts * Part, scales);
     else if constexpr (Blocks) part_scales<V, Part>(w, n, end, from, parts, scales);
     const auto run = [&](auto number, int t) {
       multiply<V, Bits, Blocks, Part, decltype(number)::value>(x, from, parts, t, scratch, scales, sums + (t - first) * width);
@@ -336,13 +336,13 @@ HEADRACE_APART void prompt_panel(const Weight& w, const Coarse& x, int n, int en
 
 template <class V, int Stored>
 inline auto panel_for(const Weight& w, const Coarse& x) {
-  constexpr bool planes = has_planes(Stored);
-  constexpr int Bits = planes ? 8 : Stored;
-  if constexpr (planes && factors_apart<V>)
+  constexpr bool split = is_split(Stored);
+  constexpr int Bits = split ? 8 : Stored;
+  if constexpr (split && factors_apart<V>)
     if (w.factors) return x.group == 32 ? prompt_panel<V, Stored, Stored, false, 32> : prompt_panel<V, Stored, Stored, false, 64>;
-  if constexpr ((planes && !factors_apart<V>) || (Stored == 4 && V::pairs == 0))
+  if constexpr ((split && !factors_apart<V>) || (Stored == 4 && V::pairs == 0))
     if (w.factors) return x.group == 32 ? prompt_panel<V, Stored, 8, false, 32> : prompt_panel<V, Stored, 8, false, 64>;
-  if constexpr (!planes)
+  if constexpr (!split)
     if (!w.block) return x.group == 32 ? prompt_panel<V, Stored, Bits, false, 32> : prompt_panel<V, Stored, Bits, false, 64>;
   if (w.block == 16) return prompt_panel<V, Stored, Bits, true, 16>;
   return x.group == 32 ? prompt_panel<V, Stored, Bits, true, 32> : prompt_panel<V, Stored, Bits, true, 64>;

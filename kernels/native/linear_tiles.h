@@ -79,7 +79,7 @@ inline void unpack_tiles(const Weight& w, const Rows& rows, int n, int end, int 
         V::store(to, V::zero()), V::store(to + 2 * kTileBytes, V::zero());
         continue;
       }
-      if constexpr (has_planes(Bits)) {
+      if constexpr (is_split(Bits)) {
         auto even = V::zero(), odd = V::zero();
         if (left > 0) rows.load(r, (from + c) / 128, even, odd);
         V::store(to, even), V::store(to + 2 * kTileBytes, odd);

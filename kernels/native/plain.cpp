@@ -62,8 +62,8 @@ struct Neighbours {
   int8_t codes[8];
 };
 
-void plane_codes(const float* x, int k, Neighbours* out) {
-  static_assert(sizeof(Neighbours) <= 8 * kPlaneBytes);
+void split_codes(const float* x, int k, Neighbours* out) {
+  static_assert(sizeof(Neighbours) <= 8 * kSplitBytes);
   for (int from = 0; from < k; from += 8, out++) {
     const int n = std::min(8, k - from);
     const float top = largest(x + from, n);
@@ -74,15 +74,15 @@ void plane_codes(const float* x, int k, Neighbours* out) {
 
 void fine(const float* x, int k, unsigned kinds, Fine& out) {
   if (kinds & (kRowsOf4 | kBlocksOf4)) factor_codes(x, k, kinds & kRowsOf4, out.four);
-  if (kinds & kAllOf5) plane_codes(x, k, reinterpret_cast<Neighbours*>(out.planes[0]));
-  if (kinds & kAllOf6) plane_codes(x, k, reinterpret_cast<Neighbours*>(out.planes[1]));
+  if (kinds & kAllOf5) split_codes(x, k, reinterpret_cast<Neighbours*>(out.split[0]));
+  if (kinds & kAllOf6) split_codes(x, k, reinterpret_cast<Neighbours*>(out.split[1]));
   if (kinds & kAllOf8) scaled_codes(x, k, out.eight);
 }
 
 double value(const Fine& x, int k, int bits) {
   if (bits == 4) return double(x.four.codes[k]) * x.four.factors[k / 8] * x.four.scale;
   if (bits != 8) {
-    const Neighbours& own = reinterpret_cast<const Neighbours*>(x.planes[bits - 5])[k / 8];
+    const Neighbours& own = reinterpret_cast<const Neighbours*>(x.split[bits - 5])[k / 8];
     return double(own.codes[k % 8]) * own.scale;
   }
   return double(x.eight.codes[k]) * x.eight.scales[k / 4];

@@ -31,7 +31,7 @@ struct Columns {
   template <class Rows>
   __attribute__((always_inline)) Columns(const Rows& rows, size_t row, int step) {
     HEADRACE_UNROLL for (int r = 0; r < R; r++) {
-      if constexpr (has_planes(Bits)) {
+      if constexpr (is_split(Bits)) {
         rows.load(row + r, step, codes[r][0], codes[r][1]);
       } else {
         const I loaded = rows.template load<Whole>(row + r, step);

@@ -87,12 +87,12 @@ void Program::weight(const std::string& name, int bits, const std::string& packe
   require<ProgramError>(columns <= 1 << 24, "weight ", name, ": rows of more than 16777216");
   require<ProgramError>(s.rows == p.rows && w.k % s.columns == 0, "weight ", name, ": scales are ", s.rows, " x ",
                         s.columns, " for codes of ", w.n, " x ", w.k);
-  const bool planes = bits == 5 || bits == 6;
-  w.block = !factors.empty() ? block : s.columns == 1 && !planes ? 0 : int(w.k / s.columns);
+  const bool split = bits == 5 || bits == 6;
+  w.block = !factors.empty() ? block : s.columns == 1 && !split ? 0 : int(w.k / s.columns);
   const bool one_a_row = w.block == 0 && factors.empty();
   require<ProgramError>(one_a_row || w.block == 16 || w.block == 32 || w.block == 64 || w.block == 128 || w.block == 256,
                         "weight ", name, ": blocks of ", w.block, "; expected 16, 32, 64, 128, 256",
-                        planes ? "" : " or one scale a row");
+                        split ? "" : " or one scale a row");
   w.packed = p.data;
   w.scale = reinterpret_cast<const uint16_t*>(s.data);
   if (!factors.empty()) {
@@ -105,13 +105,13 @@ void Program::weight(const std::string& name, int bits, const std::string& packe
                           f.columns, "; expected ", w.n, " x ", w.factor_bytes(), " for blocks of ", block);
     w.factors = f.data;
   }
-  require<ProgramError>(planes == !high.empty(), "weight ", name, ": codes of ", bits, planes ? " bits without planes" : " bits with planes",
+  require<ProgramError>(split == !high.empty(), "weight ", name, ": codes of ", bits, split ? " bits without high bits" : " bits with high bits",
                         "; expected them for 5 and 6 bits");
-  if (planes) {
+  if (split) {
     const Tensor& h = tensor_named(high);
     w.high = h.data;
-    require<ProgramError>(h.dtype == Dtype::kU8, "weight ", name, ": planes are U8");
-    require<ProgramError>(h.rows == w.n && h.columns == int64_t(w.high_bytes()), "weight ", name, ": planes are ", h.rows, " x ",
+    require<ProgramError>(h.dtype == Dtype::kU8, "weight ", name, ": high bits are U8");
+    require<ProgramError>(h.rows == w.n && h.columns == int64_t(w.high_bytes()), "weight ", name, ": high bits are ", h.rows, " x ",
                           h.columns, "; expected ", w.n, " x ", w.high_bytes());
   }
   w.bias = bias.empty() ? nullptr : floats(bias, 1, w.n);

@@ -1,6 +1,6 @@
 // Rows of a weight, for any vector V: a vector of codes at a time as they lie or, of 5 and 6 bits, two of bytes.
 #pragma once
-#include "planes.h"
+#include "split.h"
 
 namespace headrace {
 namespace {
@@ -50,12 +50,12 @@ class PairedRows : PlainRows<V> {
   size_t apart_;
 };
 
-// The same of rows with planes, of which a step is two vectors.
+// The same of split rows, of which a step is two vectors.
 template <class V, int Bits, int Block>
-struct PlaneRows {
-  PlaneRow<V, Bits, Block> first;
+struct SplitRows {
+  SplitRow<V, Bits, Block> first;
   size_t stride;
-  typename V::PlaneBits bits = {};
+  typename V::template HighBits<Bits> bits = {};
   __attribute__((always_inline)) void load(size_t row, size_t step, typename V::I& even, typename V::I& odd) const {
     const auto own = first.further(row * stride);
     own.read_ahead(step);
@@ -63,10 +63,10 @@ struct PlaneRows {
   }
 };
 
-// Rows from n on; Block: of those with planes.
+// Rows from n on; Block: of split ones.
 template <class V, int Bits, int Block>
 inline auto rows_of(const Weight& w, size_t n, size_t stride, size_t ahead) {
-  if constexpr (has_planes(Bits)) return PlaneRows<V, Bits, Block>{{w, n, ahead}, stride, {}};
+  if constexpr (is_split(Bits)) return SplitRows<V, Bits, Block>{{w, n, ahead}, stride, {}};
   else return PlainRows<V>(w, n, stride, ahead);
 }
 

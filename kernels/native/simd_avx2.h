@@ -185,16 +185,18 @@ struct Avx2 {
   static F factors(I words, I bit) {  // 1 + the four bits of each lane from `bit` on
     return to_float(add32(and_bits(_mm256_srlv_epi32(words, bit), set32(15)), set32(1)));
   }
-  // What adds planes to codes of 64 columns, even and odd ones: a plane's bits lie as the columns do, and the sign of a byte of them times a
-  // value is added, where that of an eighth bit is the only negative one. Kept in registers, since gcc would make it anew for every row.
-  struct PlaneBits {
-    I fours = kept_there(_mm256_set_epi64x(0x0707070706060606, 0x0505050504040404, 0x0303030302020202, 0x0101010100000000));
-    I even = kept_there(set32(0x40100401)), odd = kept_there(set32(int(0x80200802)));
-    I values[2][2] = {{kept_there(set8(16)), kept_there(set32(int(0xf0101010)))}, {kept_there(set8(32)), kept_there(set32(int(0xe0202020)))}};
-    template <int Plane> __attribute__((always_inline)) void add(I& evens, I& odds, const uint8_t* bits) const {
-      const I own = _mm256_shuffle_epi8(_mm256_set1_epi64x(part<long long>(bits)), fours);
-      evens = _mm256_add_epi8(evens, _mm256_sign_epi8(values[Plane][0], and_bits(own, even)));
-      odds = _mm256_add_epi8(odds, _mm256_sign_epi8(values[Plane][1], and_bits(own, odd)));
+  // What adds high bits to codes of a unit, even and odd columns: every quarter or half of a vector moves its own bits of the same bytes to
+  // their place. Kept in registers, since gcc would make it anew for every row.
+  template <int Bits> struct HighBits {
+    I left = kept_there(Bits == 5 ? _mm256_set_epi64x(1, 2, 3, 4) : _mm256_set_epi64x(2, 2, 4, 4));
+    I right = kept_there(Bits == 5 ? _mm256_set_epi64x(3, 2, 1, 0) : _mm256_set_epi64x(2, 2, 0, 0));
+    I mask = kept_there(set8(Bits == 5 ? 0x10 : 0x30));
+    __attribute__((always_inline)) void add(I& evens, I& odds, const uint8_t* unit, int) const {
+      I own;
+      if constexpr (Bits == 5) own = _mm256_set1_epi64x(part<long long>(unit));
+      else own = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(unit)));
+      evens = _mm256_or_si256(evens, and_bits(_mm256_sllv_epi64(own, left), mask));
+      odds = _mm256_or_si256(odds, and_bits(_mm256_srlv_epi64(own, right), mask));
     }
   };
   // Of 1 + four bits for each lane, from `bit` on, a factor: that factor in every 16 bits ...

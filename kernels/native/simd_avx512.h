@@ -47,17 +47,20 @@ struct Avx512 {
 
   static I low_nibbles(I w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); }
   static I high_nibbles(I w) { return _mm512_and_si512(_mm512_srli_epi16(w, 4), _mm512_set1_epi8(15)); }
-  // What adds planes to codes of 128 columns, even and odd ones: a plane's bits lie as the columns do.
-  struct PlaneBits {
-    I fours = _mm512_set_epi32(0x0f0f0f0f, 0x0e0e0e0e, 0x0d0d0d0d, 0x0c0c0c0c, 0x0b0b0b0b, 0x0a0a0a0a, 0x09090909, 0x08080808,
-                               0x07070707, 0x06060606, 0x05050505, 0x04040404, 0x03030303, 0x02020202, 0x01010101, 0);
-    I even = set32(0x40100401), odd = set32(int(0x80200802));
-    template <int Plane> __attribute__((always_inline)) void add(I& evens, I& odds, const uint8_t* bits) const {
-      const I own = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bits))), fours);
-      const auto add = [&](I& v, I those) {  // gcc would copy v first
-        asm("vpaddb %2, %0, %0%{%1%}" : "+v"(v) : "Yk"(_mm512_test_epi8_mask(own, those)), "v"(set8(16 << Plane)));
-      };
-      add(evens, even), add(odds, odd);
+  // What adds high bits to codes of two units, even and odd columns: every quarter or half of a unit's columns moves its own bits of the
+  // same bytes to their place.
+  template <int Bits> struct HighBits {
+    I from = Bits == 5 ? _mm512_set_epi64(1, 1, 1, 1, 0, 0, 0, 0) : _mm512_set_epi64(3, 2, 3, 2, 1, 0, 1, 0);
+    I left = Bits == 5 ? _mm512_set_epi64(1, 2, 3, 4, 1, 2, 3, 4) : _mm512_set_epi64(2, 2, 4, 4, 2, 2, 4, 4);
+    I right = Bits == 5 ? _mm512_set_epi64(3, 2, 1, 0, 3, 2, 1, 0) : _mm512_set_epi64(2, 2, 0, 0, 2, 2, 0, 0);
+    I mask = set8(Bits == 5 ? 0x10 : 0x30);
+    __attribute__((always_inline)) void add(I& evens, I& odds, const uint8_t* units, int) const {
+      I own;
+      if constexpr (Bits == 5) own = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(units)));
+      else own = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(units)));
+      own = _mm512_permutexvar_epi64(from, own);
+      evens = _mm512_ternarylogic_epi64(evens, _mm512_sllv_epi64(own, left), mask, 0xf8);  // evens | (… & mask)
+      odds = _mm512_ternarylogic_epi64(odds, _mm512_srlv_epi64(own, right), mask, 0xf8);
     }
   };
   // In every eight bytes the even ones first.

@@ -146,14 +146,17 @@ struct Neon {
   static F factors(I words, I bit) {  // 1 + the four bits of each lane from `bit` on
     return to_float(add32(and_bits(vshlq_s32(words, vnegq_s32(bit)), set32(15)), set32(1)));
   }
-  // What adds planes to codes of 32 columns, even and odd ones: a plane's bits lie as the columns do.
-  struct PlaneBits {
-    uint8x16_t fours = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
-    I even = set32(0x40100401), odd = set32(int(0x80200802));
-    template <int Plane> __attribute__((always_inline)) void add(I& evens, I& odds, const uint8_t* bits) const {
-      const uint8x16_t own = vqtbl1q_u8(u8(broadcast32(bits)), fours);
-      const auto added = [&](I v, I those) {
-        return vreinterpretq_s32_u8(vaddq_u8(u8(v), vandq_u8(vtstq_u8(own, u8(those)), vdupq_n_u8(16 << Plane))));
+  // What adds high bits to codes of half a unit, even and odd columns: bytes move their own bits to their place, so far less in the second
+  // half of a unit.
+  template <int Bits> struct HighBits {
+    int8x16_t even = Bits == 5 ? int8x16_t{4, 4, 4, 4, 4, 4, 4, 4, 3, 3, 3, 3, 3, 3, 3, 3} : vdupq_n_s8(4);
+    int8x16_t odd = Bits == 5 ? int8x16_t{0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1} : vdupq_n_s8(0);
+    uint8x16_t mask = vdupq_n_u8(Bits == 5 ? 0x10 : 0x30);
+    __attribute__((always_inline)) void add(I& evens, I& odds, const uint8_t* unit, int half) const {
+      const uint8x16_t own = Bits == 5 ? vcombine_u8(vld1_u8(unit), vld1_u8(unit)) : vld1q_u8(unit);
+      const int8x16_t less = vdupq_n_s8(int8_t(2 * half));
+      const auto added = [&](I v, int8x16_t by) {
+        return vreinterpretq_s32_u8(vorrq_u8(u8(v), vandq_u8(vshlq_u8(own, vsubq_s8(by, less)), mask)));
       };
       evens = added(evens, even), odds = added(odds, odd);
     }

@@ -35,12 +35,17 @@ class Weight:
         low = unsigned & 15
         return np.ascontiguousarray(low[:, 0::2] | (low[:, 1::2] << 4))
 
-    def planes(self) -> NDArray[np.uint8] | None:
-        """Of 5 and 6 bits those above the low four, (N, planes · K / 8): bit c % 8 of byte c // 8 is column c's."""
+    def high_bits(self) -> NDArray[np.uint8] | None:
+        """Of 5 and 6 bits those above the low four, (N, (bits - 4) * 8 * ceil(K / 64)): of 64 columns the even ones
+        stand before the odd ones, and of n bytes the j-th has columns j, j + n, … of those, the lowest bits first."""
         if self.bits not in (5, 6):
             return None
-        bits = [self._unsigned() >> bit & 1 for bit in range(4, self.bits)]
-        return np.concatenate([np.packbits(plane, axis=1, bitorder="little") for plane in bits], axis=1)
+        above, (rows, k) = self.bits - 4, self.codes.shape
+        stored, own = np.zeros((rows, -(-k // 64), 8 * above), np.uint8), self._unsigned() >> 4
+        for column in range(k):
+            place = 32 * (column % 2) + column % 64 // 2
+            stored[:, column // 64, place % (8 * above)] |= own[:, column] << (place // (8 * above) * above)
+        return stored.reshape(rows, -1)
 
     def _unsigned(self) -> NDArray[np.uint8]:
         return (self.codes.astype(np.int16) + (1 << self.bits - 1)).astype(np.uint8)

@@ -20,9 +20,9 @@ def weight_entries(weights: dict[str, Weight]) -> tuple[dict[str, Any], dict[str
     for name, w in weights.items():
         entries[name] = {"bits": w.bits, "packed": f"{name}_packed", "scale": f"{name}_scale"}
         arrays[f"{name}_packed"], arrays[f"{name}_scale"] = w.packed(), w.scale
-        if (planes := w.planes()) is not None:
+        if (high := w.high_bits()) is not None:
             entries[name]["high"] = f"{name}_high"
-            arrays[f"{name}_high"] = planes
+            arrays[f"{name}_high"] = high
         if w.factors is not None:
             entries[name] |= {"factors": f"{name}_factors", "block": w.block}
             arrays[f"{name}_factors"] = w.packed_factors()
@@ -37,7 +37,7 @@ def linear_program(table: Weight, w: Weight, group: int = 64) -> tuple[dict[str,
     entries, arrays = weight_entries({"table": table, "w": w})
     n, k = w.codes.shape
     program = {
-        "format": 3,
+        "format": 4,
         "geometry": {
             "layers": 1, "heads": 1, "kv_heads": 1, "head_dim": 2, "hidden": k, "vocab": n, "eps": 1e-5, "context": 256,
         },
@@ -135,7 +135,7 @@ def decoder(
     ]
     entries, more = weight_entries(weights)
     program = {
-        "format": 3,
+        "format": 4,
         "geometry": {
             "layers": layers, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "hidden": hidden,
             "vocab": vocab, "eps": 1e-5, "context": context,

@@ -160,35 +160,35 @@ def test_broken_factors_are_an_error(change: Change, message: str) -> None:
         hk.Engine(program, arrays)
 
 
-PLANES = decoder(bits=6, block=32, factors=True)
+SPLIT = decoder(bits=6, block=32, factors=True)
 
 
 @pytest.mark.parametrize(
     "change,message",
     [
-        (_set("weights", "0.q", "high", to=None), "6 bits without planes; expected them for 5 and 6 bits"),
-        (_set("weights", "0.v", "high", to="0.q_high"), "8 bits with planes; expected them for 5 and 6 bits"),
-        (_set("weights", "0.q", "bits", to=4), "4 bits with planes"),
-        (_set("weights", "0.q", "bits", to=5), "planes are 384 x 24; expected 384 x 12"),
+        (_set("weights", "0.q", "high", to=None), "6 bits without high bits; expected them for 5 and 6 bits"),
+        (_set("weights", "0.v", "high", to="0.q_high"), "8 bits with high bits; expected them for 5 and 6 bits"),
+        (_set("weights", "0.q", "bits", to=4), "4 bits with high bits"),
+        (_set("weights", "0.q", "bits", to=5), "high bits are 384 x 32; expected 384 x 16"),
         (_set("weights", "0.q", "high", to=7), "expected a name"),
         (_set("weights", "0.q", "high", to="nothing"), "there is no tensor nothing"),
-        (_set("weights", "0.q", "high", to="0.q_scale"), "planes are U8"),
-        (_set("weights", "0.q", "high", to="0.k_high"), "planes are 128 x 24; expected 384 x 24"),
-        (lambda _, a: a.update({"0.q_high": a["0.q_high"][:-1]}), "planes are 383 x 24"),
+        (_set("weights", "0.q", "high", to="0.q_scale"), "high bits are U8"),
+        (_set("weights", "0.q", "high", to="0.k_high"), "high bits are 128 x 32; expected 384 x 32"),
+        (lambda _, a: a.update({"0.q_high": a["0.q_high"][:-1]}), "high bits are 383 x 32"),
         (lambda p, _: [p["weights"]["0.q"].pop(key) for key in ("factors", "block")], "blocks of 96; expected 16"),
     ],
 )
-def test_broken_planes_are_an_error(change: Change, message: str) -> None:
-    program, arrays = copy.deepcopy(PLANES.program), dict(PLANES.arrays)
+def test_broken_high_bits_are_an_error(change: Change, message: str) -> None:
+    program, arrays = copy.deepcopy(SPLIT.program), dict(SPLIT.arrays)
     change(program, arrays)
     with pytest.raises(hk.ProgramError, match=message):
         hk.Engine(program, arrays)
 
 
 def test_factors_that_leave_a_byte_are_no_memory_fault(isa: str) -> None:
-    arrays = dict(PLANES.arrays)
+    arrays = dict(SPLIT.arrays)
     arrays["0.q_factors"] = np.full_like(arrays["0.q_factors"], 0xFF)
-    with hk.Engine(PLANES.program, arrays, threads=1, isa=isa) as engine:
+    with hk.Engine(SPLIT.program, arrays, threads=1, isa=isa) as engine:
         for m in (1, 12):
             assert np.isfinite(engine.run([(0, 0, range(m), range(m))])).all()
 

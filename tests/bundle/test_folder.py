@@ -186,7 +186,17 @@ def test_a_newer_format_says_update(path: Path) -> None:
     assert refusal(path) == f"{path} has format {FORMAT + 1}; this headrace reads up to {FORMAT}: update headrace"
 
 
-@pytest.mark.parametrize("version", [0, None, "1", 1.5])
+def test_format_1_is_read_but_for_the_weights_that_it_stored_otherwise(path: Path) -> None:
+    restate(path, lambda raw: raw.update(format=1))
+    open_bundle(path)
+    rule = {"match": "_proj", "bits": 6, "block": 32, "method": "gptq"}
+    restate(path, lambda raw: raw["recipe"]["rules"].insert(0, rule))
+    assert refusal(path) == (
+        f"{path} holds 5- or 6-bit weights in the order of format 1; expected {FORMAT}: export the bundle again"
+    )
+
+
+@pytest.mark.parametrize("version", [0, None, "1", 1.5, True])
 def test_a_strange_format(path: Path, version: object) -> None:
     restate(path, lambda raw: raw.update(format=version))
     assert f"has format {version!r}; expected {FORMAT}" in refusal(path)

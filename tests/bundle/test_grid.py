@@ -55,10 +55,12 @@ def squared_error(weight: NDArray[np.float32], q: QuantizedTensor) -> NDArray[np
 
 
 def packed_one_by_one(codes: NDArray[np.int8], bits: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """The stored bytes as docs/bundle-format.md has them, a code at a time: low bits, and planes of the bits above."""
+    """The stored bytes as docs/bundle-format.md has them, a code at a time: low bits, and those above."""
     rows, columns = codes.shape
     low = np.zeros((rows, columns if bits == 8 else columns // 2), np.uint8)
-    high = np.zeros((rows, 0 if bits == 8 else (bits - 4) * columns // 8), np.uint8)
+    above = 0 if bits == 8 else bits - 4
+    width = 8 * above  # bytes of 64 columns
+    high = np.zeros((rows, -(-columns // 64) * width), np.uint8)
     for n in range(rows):
         for k in range(columns):
             code = int(codes[n, k]) + 2 ** (bits - 1)
@@ -66,8 +68,9 @@ def packed_one_by_one(codes: NDArray[np.int8], bits: int) -> tuple[NDArray[np.ui
                 low[n, k] = code
                 continue
             low[n, k // 2] += code % 16 * (16 if k % 2 else 1)
-            for plane in range(bits - 4):
-                high[n, plane * (columns // 8) + k // 8] += (code >> (4 + plane)) % 2 * 2 ** (k % 8)
+            if above:
+                place = k % 64 // 2 + (32 if k % 2 else 0)
+                high[n, k // 64 * width + place % width] += code // 16 * 2 ** (above * (place // width))
     return low, high
 
 
@@ -93,7 +96,10 @@ def test_the_stored_form_is_the_documented_one() -> None:
     np.testing.assert_array_equal(pack(np.array([[-127, 0, 127]], np.int8), 8), [[1, 128, 255]])
     codes = np.array([[-32, 31, 0, 1, -1, 16, -16, -17]], np.int8)  # unsigned 0, 63, 32, 33, 31, 48, 16, 15
     np.testing.assert_array_equal(pack(codes, 6), [[0xF0, 0x10, 0x0F, 0xF0]])
-    np.testing.assert_array_equal(pack_high(codes, 6), [[0b01110010, 0b00101110]])  # bit 4 of all, then bit 5
+    # Their high bits are 0 3, 2 2, 1 3, 1 0: those of column 2j and, 4 bits above, of column 2j + 1 in byte j.
+    np.testing.assert_array_equal(pack_high(codes, 6), [[0x30, 0x22, 0x31, 0x01, *[0] * 12]])
+    codes = np.array([[-16, 15, 0, 1, -1, 8, -8, -9] * 8], np.int8)  # unsigned 0, 31, 16, 17, 15, 24, 8, 7
+    np.testing.assert_array_equal(pack_high(codes, 5), [[0xF0, 0xFF, 0xF0, 0x00] * 2])
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -103,8 +109,10 @@ def test_every_byte_unpacks_and_packs_to_itself(bits: int) -> None:
 
 
 def test_high_bits_are_needed_where_there_are_any() -> None:
-    with pytest.raises(ValueError, match="longer"):
+    with pytest.raises(ValueError, match="5 bits come without high bits"):
         unpack(np.zeros((1, 8), np.uint8), 5)
+    with pytest.raises(ValueError, match="4 bits come with high bits"):
+        unpack(np.zeros((1, 8), np.uint8), 4, np.zeros((1, 8), np.uint8))
 
 
 @pytest.mark.parametrize(("bits", "block"), GRIDS)

@@ -52,7 +52,7 @@ def small_program() -> tuple[dict[str, Any], dict[str, Any]]:
         {"op": "head", "group": 0, "in": 11, "weight": "embed"},
     ]
     program = {
-        "format": 3, "geometry": GEOMETRY, "cache": {"dtype": "int8", "scales": [[0.03, 0.02]]}, "files": [],
+        "format": 4, "geometry": GEOMETRY, "cache": {"dtype": "int8", "scales": [[0.03, 0.02]]}, "files": [],
         "tensors": {},
         "weights": weights, "registers": [32, 32, 8, 4, 4, 8, 32, 32, 16, 16, 16, 32], "instructions": instructions,
     }  # fmt: skip

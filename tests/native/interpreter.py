@@ -76,9 +76,10 @@ class Interpreter:
         if entry["bits"] < 8:
             codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1).astype(np.int32)
             if "high" in entry:
-                planes = self.tensor(entry["high"]).reshape(len(packed), entry["bits"] - 4, -1)
-                for plane in range(planes.shape[1]):
-                    codes += np.unpackbits(planes[:, plane], axis=1, bitorder="little").astype(np.int32) << (4 + plane)
+                above, column = entry["bits"] - 4, np.arange(codes.shape[1])
+                place, n = column % 64 // 2 + column % 2 * 32, 8 * above  # bytes of 64 columns
+                stored = self.tensor(entry["high"])[:, column // 64 * n + place % n].astype(np.int32)
+                codes += (stored >> place // n * above & ((1 << above) - 1)) << 4
             codes -= 1 << (entry["bits"] - 1)
         if "factors" in entry:
             factors = self.tensor(entry["factors"])

@@ -43,11 +43,9 @@ def stored_weights(bundle: Path) -> dict[str, Matrix]:
             if array.shape[1] * 2 == columns:  # int4: two a byte, low nibble first
                 array = np.stack([array & 15, array >> 4], 2).reshape(len(array), -1)
                 codes = array.astype(np.float64) - 8
-                if f"{weight}_high" in stored:  # planes of single bits: bit 4 of a whole row, then bit 5
-                    planes = stored[f"{weight}_high"].reshape(len(array), -1, columns // 8)
-                    set_bits = np.unpackbits(planes, axis=2, bitorder="little").astype(np.float64)
-                    weights_of_planes = 2.0 ** (4 + np.arange(planes.shape[1]))
-                    codes = array + np.einsum("nbk,b->nk", set_bits, weights_of_planes) - weights_of_planes[-1]
+                if f"{weight}_high" in stored:
+                    high, above = _high_bits(stored[f"{weight}_high"], columns)
+                    codes = array + 16.0 * high - 2.0 ** (3 + above)
             else:
                 codes = array.astype(np.float64) - 128
             if f"{weight}_factors" in stored:  # of a row's scale, one less than it is: two a byte, low nibble first
@@ -58,6 +56,18 @@ def stored_weights(bundle: Path) -> dict[str, Matrix]:
         elif not name.endswith(("_high", "_scale", "_factors")):
             weights[name] = array.astype(np.float64)
     return weights
+
+
+def _high_bits(stored: NDArray[np.uint8], columns: int) -> tuple[NDArray[np.uint8], int]:
+    """Of codes the value of what lies above their low four bits (N, K), and how many bits that is.
+
+    Column c stands in byte p mod n of its 64 columns' n, p being c/2 of an even one and 32 + (c − 1)/2 of an odd one.
+    """
+    n = stored.shape[1] // -(-columns // 64)
+    column = np.arange(columns)
+    place = column % 64 // 2 + column % 2 * 32
+    above = n // 8
+    return stored[:, column // 64 * n + place % n] >> (place // n * above) & ((1 << above) - 1), above
 
 
 def forward(bundle: Path, ids: Sequence[int], *, int8_cache: bool) -> Forward:

@@ -14,7 +14,7 @@ from headrace_kernels.library import ProgramError, checked, load
 
 __all__ = ["build"]
 
-FORMAT = 3
+FORMAT = 4
 
 _GEOMETRY = ("layers", "heads", "kv_heads", "head_dim", "hidden", "vocab", "context")
 _DTYPES = {"U8": 0, "F16": 1, "F32": 2}

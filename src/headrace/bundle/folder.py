@@ -33,7 +33,7 @@ __all__ = [
     "publish",
 ]
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "headrace.json"
 MEASUREMENTS = "measurements"  # what was measured of the finished bundle, and the card's pictures
 _SYSTEMS_OWN = (".DS_Store", "Thumbs.db", "desktop.ini")  # file managers leave these in any folder
@@ -160,7 +160,11 @@ def open_bundle(path: Path) -> Bundle:
             f"{path / name} {problem}; export the bundle again or run: headrace verify {path} --files-only"
         )
     try:
-        config = ModelConfig.from_dict(raw["geometry"])
+        config, recipe = ModelConfig.from_dict(raw["geometry"]), Recipe.from_dict(raw["recipe"])
+        if raw["format"] < 2 and any(rule.grid.high_bits for rule in recipe.rules):
+            raise BundleError(
+                f"{path} holds 5- or 6-bit weights in the order of format 1; expected {FORMAT}: export the bundle again"
+            )
         plan, scales = raw["plan"], raw["kv_scales"]
         lengths, contexts = _lengths(plan, "prompt_lengths", config), _lengths(plan, "contexts", config)
         _expect(lengths == sorted(lengths, reverse=True) and contexts == sorted(contexts), "plan", plan)
@@ -178,7 +182,7 @@ def open_bundle(path: Path) -> Bundle:
             parts=plan_parts(config, plan["parts"]),
             prompt_lengths=tuple(lengths),
             contexts=tuple(contexts),
-            recipe=Recipe.from_dict(raw["recipe"]),
+            recipe=recipe,
             kv_scales=tuple((float(k), float(v)) for k, v in scales),
             provenance=raw["provenance"],
             files=raw["files"],
@@ -298,7 +302,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     version = raw.get("format")
     if isinstance(version, int) and version > FORMAT:
         raise BundleError(f"{path} has format {version}; this headrace reads up to {FORMAT}: update headrace")
-    if version != FORMAT:
+    if type(version) is not int or version < 1:
         raise BundleError(f"{path / MANIFEST} has format {version!r}; expected {FORMAT}: export the bundle again")
     try:
         text = _text(raw)

@@ -3,7 +3,7 @@
 A weight (N, K) is a row per output. Its codes are signed and symmetric (int4: −8 … 7, int5: −16 … 15, int6: −32 … 31,
 int8: −127 … 127) with one scale per row, or per block of columns of a row; int5 and int6 are for blocks. On disk codes
 are unsigned (code + 8, + 16, + 32, + 128). Their low four bits stand two a byte along K with the low nibble first,
-which for int4 is what MatMulNBits reads; what int5 and int6 have above them stands in planes of single bits. Scales
+which for int4 is what MatMulNBits reads; what int5 and int6 have above them stands apart, 64 columns together. Scales
 are float16.
 
 Scales of blocks of less than 8 bits can be LPBQ (low power blockwise quantization, Qualcomm's form): a scale a row
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from headrace.errors import RecipeError
 
 __all__ = [
+    "UNIT",
     "Grid",
     "QuantizedTensor",
     "dequantize",
@@ -40,6 +41,7 @@ __all__ = [
     "unpack",
 ]
 
+UNIT = 64  # columns whose high bits stand together
 # Candidates for the clip of the MSE search, as shares of the largest magnitude.
 _CLIPS = np.linspace(1.0, 0.55, 19, dtype=np.float32)
 # Candidates for a row's LPBQ scale, as shares of the one whose largest factor is the row's largest block.
@@ -68,7 +70,7 @@ class Grid:
             raise RecipeError(f"bits {self.bits} is not possible; expected 4, 5, 6 or 8")
         if self.block is not None and self.block not in (16, 32, 64, 128, 256):
             raise RecipeError(f"block {self.block} is not possible; expected channel, 16, 32, 64, 128 or 256")
-        if self.planes and self.block is None:
+        if self.high_bits and self.block is None:
             raise RecipeError(f"{self.bits} bits are for blocks; expected a block, such as 32, or 4 or 8 bits")
         if self.lpbq and (self.bits == 8 or self.block is None):
             raise RecipeError("LPBQ scales are for blocks of 4, 5 or 6 bits; expected such bits and a block")
@@ -89,8 +91,8 @@ class Grid:
         return 1 << (self.bits - 1)
 
     @property
-    def planes(self) -> int:
-        """How many bits of a code are stored apart from its byte or nibble."""
+    def high_bits(self) -> int:
+        """How many bits of a code are stored apart, above the lowest four."""
         return 0 if self.bits == 8 else self.bits - 4
 
     @property
@@ -101,7 +103,7 @@ class Grid:
     @property
     def on_device(self) -> Grid:
         """The grid of the same values for a device, which has no codes of 5 and 6 bits: see `as_int8`."""
-        return Grid(8) if self.lpbq and self.planes else self
+        return Grid(8) if self.lpbq and self.high_bits else self
 
     def blocks(self, columns: int, name: str = "a weight") -> int:
         """How many scales a row of `columns` has.
@@ -123,11 +125,15 @@ class Grid:
             )
         return columns // self.block
 
+    def high_bytes(self, columns: int) -> int:
+        """Bytes of a row's high bits, of whole units of 64 columns."""
+        return -(-columns // UNIT) * UNIT // 8 * self.high_bits
+
     def nbytes(self, rows: int, columns: int) -> int:
         """Bytes of the packed codes and the scales of a weight."""
         blocks = self.blocks(columns)
         scales = 2 + -(-blocks // 2) if self.lpbq else 2 * blocks
-        return rows * columns * self.bits // 8 + rows * scales
+        return rows * (columns * (self.bits - self.high_bits) // 8 + self.high_bytes(columns) + scales)
 
 
 class QuantizedTensor(NamedTuple):
@@ -329,24 +335,40 @@ def pack(codes: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
 
 
 def pack_high(codes: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
-    """The bits of 5- or 6-bit codes (N, K) above the lowest four → (N, (bits − 4)·K/8).
+    """The bits of 5- or 6-bit codes (N, K) above the lowest four → (N, (bits − 4)·8·⌈K/64⌉).
 
-    Of a row first bit 4 of all columns, then bit 5 of all, column c at bit c mod 8 of byte ⌊c/8⌋ of its plane.
+    Of 64 columns, 0 where a row has no more, the even ones come before the odd ones; of n bytes the j-th holds columns
+    j, j + n, … of that order, from the lowest bits on. So an engine that has even and odd columns in a vector each, as
+    nibbles come, moves all high bits into place with a shift a vector.
     """
-    unsigned = _unsigned(codes, bits)
-    planes = [np.packbits(unsigned >> np.uint8(bit) & np.uint8(1), axis=1, bitorder="little") for bit in range(4, bits)]
-    return np.concatenate(planes, axis=1)
+    above, (rows, columns) = bits - 4, codes.shape
+    high = np.zeros((rows, -(-columns // UNIT) * UNIT), np.uint8)
+    high[:, :columns] = _unsigned(codes, bits) >> np.uint8(4)
+    fields = high.reshape(rows, -1, UNIT // 2, 2).swapaxes(2, 3).reshape(rows, -1, 8 // above, 8 * above)
+    shifts = np.arange(0, 8, above, dtype=np.uint8)[:, None]
+    return np.asarray(np.bitwise_or.reduce(fields << shifts, axis=2), np.uint8).reshape(rows, -1)
 
 
 def unpack(stored: NDArray[np.uint8], bits: int, high: NDArray[np.uint8] | None = None) -> NDArray[np.int8]:
-    """The inverse of `pack`, and of `pack_high` where codes have 5 or 6 bits."""
+    """The inverse of `pack`, and of `pack_high` where codes have 5 or 6 bits.
+
+    Raises:
+        ValueError: codes of 5 or 6 bits come without high ones, or others with such.
+    """
+    if (high is None) != (bits in (4, 8)):
+        raise ValueError(f"codes of {bits} bits come {'without' if high is None else 'with'} high bits")
     if bits == 8:
         return np.bitwise_xor(stored, np.uint8(0x80)).view(np.int8)
-    codes = np.empty((stored.shape[0], stored.shape[1] * 2), np.uint8)
+    rows, columns = stored.shape[0], stored.shape[1] * 2
+    codes = np.empty((rows, columns), np.uint8)
     codes[:, 0::2] = stored & np.uint8(15)
     codes[:, 1::2] = stored >> np.uint8(4)
-    for plane, bit in zip([] if high is None else np.split(high, bits - 4, axis=1), range(4, bits), strict=True):
-        codes |= np.unpackbits(plane, axis=1, bitorder="little") << np.uint8(bit)
+    if high is not None:
+        above = bits - 4
+        shifts = np.arange(0, 8, above, dtype=np.uint8)[:, None]
+        fields = high.reshape(rows, -1, 1, 8 * above) >> shifts & np.uint8((1 << above) - 1)
+        whole = fields.reshape(rows, -1, 2, UNIT // 2).swapaxes(2, 3).reshape(rows, -1)
+        codes |= whole[:, :columns] << np.uint8(4)
     return codes.view(np.int8) - np.int8(1 << (bits - 1))
 
 

@@ -5,7 +5,7 @@ graphs can point into it. Knows nothing about how codes were found.
 
     <weight>_packed   uint8 (N, K)          codes + zero point of int8
                       uint8 (N, K/2)        their low four bits of int4, int5, int6: two a byte, low nibble first
-    <weight>_high     uint8 (N, (bits−4)·K/8) of int5 and int6: bit 4 of a row's codes + zero point, then bit 5
+    <weight>_high     uint8 (N, (bits−4)·8·⌈K/64⌉) of int5 and int6: the bits of codes + zero point above the lowest four
     <weight>_scale    float16 (N, blocks); (N, 1) when scales are LPBQ
     <weight>_factors  uint8 (N, ⌈blocks/2⌉) of LPBQ scales: factor − 1, two a byte, low nibble first
     <module>.bias     float32 (N,)          of a linear that has one
@@ -90,8 +90,8 @@ def _layout(config: ModelConfig, part: Part, grids: Mapping[str, Grid]) -> Layou
         (rows, columns), grid = weight.matrix, grids[name]
         blocks = grid.blocks(columns, name)
         shapes[f"{name}_packed"] = ("U8", (rows, columns if grid.bits == 8 else columns // 2))
-        if grid.planes:
-            high[f"{name}_high"] = ("U8", (rows, grid.planes * columns // 8))
+        if grid.high_bits:
+            high[f"{name}_high"] = ("U8", (rows, grid.high_bytes(columns)))
         shapes[f"{name}_scale"] = ("F16", (rows, 1 if grid.lpbq else blocks))
         if grid.lpbq:
             factors[f"{name}_factors"] = ("U8", (rows, -(-blocks // 2)))
@@ -171,7 +171,7 @@ class WeightStore:
         """Store a weight, with its bias when it has one."""
         if isinstance(value, QuantizedTensor):
             self._write(f"{name}_packed", pack(value.codes, value.grid.bits))
-            if value.grid.planes:
+            if value.grid.high_bits:
                 self._write(f"{name}_high", pack_high(value.codes, value.grid.bits))
             self._write_scales(name, value)
             bias = self._table[name].bias
@@ -190,7 +190,7 @@ class WeightStore:
     def read_codes(self, name: str) -> QuantizedTensor:
         """A quantized weight, with its bias when it has one."""
         grid, bias = self.grids[name], self._table[name].bias
-        high = np.asarray(self._view(f"{name}_high")) if grid.planes else None
+        high = np.asarray(self._view(f"{name}_high")) if grid.high_bits else None
         codes = unpack(np.asarray(self._view(f"{name}_packed")), grid.bits, high)
         return QuantizedTensor(codes, self.read_scales(name), grid, None if bias is None else self._float(bias))
 

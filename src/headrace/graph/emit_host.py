@@ -19,7 +19,7 @@ from itertools import groupby, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.bundle.grid import Grid
+from headrace.bundle.grid import UNIT, Grid
 from headrace.bundle.weights import StoredTensor
 from headrace.config import ModelConfig
 from headrace.errors import RecipeError
@@ -36,7 +36,6 @@ __all__ = ["HostWeights", "emit_host", "kernel_block"]
 MICROSOFT = "com.microsoft"
 SMALLEST_BLOCK = 16  # of MatMulNBits
 NIBBLES = np.stack([np.arange(256) & 15, np.arange(256) >> 4], axis=1).astype(np.uint8)  # of a byte, the low one first
-BITS_OF_BYTES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")  # lowest first
 INT8_ACTIVATIONS = 4  # MatMulNBits accuracy_level: activations rounded to int8 a block, int32 sums
 
 
@@ -87,10 +86,10 @@ class _HostOps(Recorder):
         if grid.bits == 4:
             raise RecipeError(f"{weight} has 4 bits; the embedding takes 5, 6 or 8, change its rule")
         picked = self._picked(f"{weight}_packed", ids)
-        if grid.planes:
-            low = self.reshape(self._looked_up(picked, "nibbles", NIBBLES), (0, 0, columns // 8, 8))
-            codes = self._with_high(low, self._picked(f"{weight}_high", ids), columns, grid.bits)
-            picked = self.reshape(codes, (0, 0, columns))
+        if grid.high_bits:
+            low = self.reshape(self._looked_up(picked, "nibbles", NIBBLES), (0, 0, columns))
+            high = self.reshape(self._picked(f"{weight}_high", ids), (0, 0, -1, 8 * grid.high_bits))
+            picked = self._with_high(low, high, (0, 0), columns, grid.bits)
         values = g.one("Cast", [picked], to=FLOAT, name=f"{weight}.float")
         centre = g.constant("zero_point_8", np.array(128, np.float32))
         values = g.one("Sub", [values, centre], name=f"{weight}.centred")
@@ -145,7 +144,7 @@ class _HostOps(Recorder):
         blocks = columns // block
         stored_blocks = grid.blocks(columns, source)
         packed = _behind(self.weights.tensors, [f"{s}_packed" for s in sources])
-        if grid.planes:
+        if grid.high_bits:
             data, bits = self._bytes(name, sources, grid.bits, (rows, blocks, block)), 8
         else:
             data = self.graph.stored(f"{name}_packed.blocks", packed, (rows, blocks, block * grid.bits // 8))
@@ -193,26 +192,28 @@ class _HostOps(Recorder):
         rows, blocks, block = shape
         columns = blocks * block
         packed, high = (_behind(self.weights.tensors, [f"{s}_{kind}" for s in sources]) for kind in ("packed", "high"))
-        low = self.graph.stored(f"{name}_packed.nibbles", packed, (rows, columns // 8, 8), bits=4)
+        low = self.graph.stored(f"{name}_packed.nibbles", packed, (rows, columns), bits=4)
         low = self.graph.one("Cast", [low], to=UINT8, name=f"{name}_packed.low")
-        codes = self._with_high(low, self.graph.stored(f"{name}_high", high), columns, bits)
+        units = self.graph.stored(f"{name}_high", high, (rows, -(-columns // UNIT), 8 * (bits - 4)))
+        codes = self._with_high(low, units, (rows,), columns, bits)
         return self.reshape(codes, shape)
 
-    def _with_high(self, low: Value, high: Value, columns: int, bits: int) -> Value:
-        """Low four bits (…, K/8, 8) and planes of the bits above (…, (bits − 4)·K/8) as codes + 128, uint8 (…, K/8, 8).
+    def _with_high(self, low: Value, high: Value, rows: Sequence[int], columns: int, bits: int) -> Value:
+        """Low four bits (*rows, K) and units of the bits above (*rows, ⌈K/64⌉, n) as codes + 128, uint8 (*rows, K).
 
-        The unsigned code and 128 − 2^(bits−1) add up to this: a plane's set bit is its value, but in the last plane a
-        set bit is 128 and a clear one 128 − 2^(bits−1). No two of these share a bit.
+        The high bits of the unsigned code and 128 − 2^(bits−1) make 128 + those of the signed code, above the low four.
+        A byte has them for columns that lie far apart (see `pack_high`): its fields become the places of columns.
         """
-        width = columns // 8
-        for plane in range(bits - 4):
-            of_plane = high if bits == 5 else self.slice(high, -1, plane * width, (plane + 1) * width)
-            last = plane == bits - 5
-            clear, set_bit = (128 - (1 << (bits - 1)), 128) if last else (0, 16 << plane)
-            table = np.where(BITS_OF_BYTES, set_bit, clear).astype(np.uint8)
-            above = self._looked_up(of_plane, f"bits_{clear}_{set_bit}", table)
-            low = self.graph.one("BitwiseOr", [low, above], name=f"{high.name}.{plane}")
-        return low
+        above, zero_point = bits - 4, 1 << (bits - 1)
+        of_bytes = np.arange(256)[:, None] >> np.arange(0, 8, above) & ((1 << above) - 1)
+        table = (128 - zero_point + 16 * of_bytes).astype(np.uint8).reshape(256, 2, -1)  # of even columns, of odd ones
+        found = self._looked_up(high, f"high_{above}", table)  # (*rows, ⌈K/64⌉, n, 2, fields)
+        axis = len(rows)
+        found = self.transpose(found, (*range(axis + 1), axis + 3, axis + 1, axis + 2))
+        found = self.reshape(found, (*rows, -1))
+        if columns % UNIT:
+            found = self.slice(found, axis, 0, columns)
+        return self.graph.one("BitwiseOr", [low, found], name=f"{high.name}.codes")
 
     def _looked_up(self, stored: Value, name: str, table: NDArray[np.uint8]) -> Value:
         """The row of a table (256, …) for each byte."""

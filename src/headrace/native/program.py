@@ -24,7 +24,7 @@ from headrace.model.weights import Role, Weight, weight_table
 
 __all__ = ["COSINES", "READ", "SINES", "WRITTEN", "Instruction", "Program", "record_program"]
 
-FORMAT = 3
+FORMAT = 4
 GROUPS, FINE = (32, 64), 0
 """Columns of a prompt that share a scale of int8 activations: 32 where weights have blocks as small, since sums are
 scaled there anyway; elsewhere 64, which is faster. `FINE`: none, activations are as in decoding. The
@@ -119,7 +119,7 @@ class Program(NamedTuple):
                 name: {
                     "bits": grid.bits,
                     "packed": f"{name}_packed",
-                    **({"high": f"{name}_high"} if grid.planes else {}),
+                    **({"high": f"{name}_high"} if grid.high_bits else {}),
                     "scale": f"{name}_scale",
                     **({"factors": f"{name}_factors", "block": grid.block} if grid.lpbq else {}),
                     "bias": table[name].bias,
@@ -246,7 +246,7 @@ class _Recorder(Ops[Result]):
 def _tensors(weight: Weight, grid: Grid) -> list[str]:
     """The stored tensors of a quantized weight."""
     name = weight.name
-    high = [f"{name}_high"] if grid.planes else []
+    high = [f"{name}_high"] if grid.high_bits else []
     factors = [f"{name}_factors"] if grid.lpbq else []
     return [f"{name}_packed", *high, f"{name}_scale", *factors, *([] if weight.bias is None else [weight.bias])]
 

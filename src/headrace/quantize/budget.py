@@ -145,7 +145,7 @@ def within_budget(
         rows, columns = table[name].matrix
         if size is None:
             return rows * columns * grid.bits // 8
-        tensors = 2 + (grid.planes > 0) + grid.lpbq  # codes and scales, high bits, factors
+        tensors = 2 + (grid.high_bits > 0) + grid.lpbq  # codes and scales, high bits, factors
         return grid.nbytes(rows, columns) + tensors * (len(name) + _HEADER)
 
     def kl(name: str, grid: Grid) -> float:

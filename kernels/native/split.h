@@ -1,5 +1,7 @@
-// Weights of 5 and 6 bits, for any vector V: the four low bits of a code lie as codes of 4 bits do, those above them in planes of a bit a
-// column. A step is 2 * V::bytes columns, the even ones and the odd ones, as nibbles lie, so that a lane of both covers eight neighbours.
+// Weights of 5 and 6 bits, for any vector V, whose codes are split: their four low bits lie as codes of 4 bits do, those above them apart, in
+// units of 64 columns. A step is 2 * V::bytes columns, the even ones and the odd ones, as nibbles lie, so that a lane of both covers eight
+// neighbours. A unit's high bits are those of its even columns, then of its odd ones; of n bytes the j-th has those of columns j, j + n, …
+// of that order, from the lowest bits on: where they are moved into place, one vector does it for all.
 // Codes become bytes with the zero point 128, times the factors of their blocks where scales have such: a factor is 1 … 8 for 5 bits and
 // 1 … 4 for 6, so that products fit. Where factors stay apart, codes become bytes as they are, and sums of their products are
 // multiplied with factors.
@@ -9,7 +11,7 @@
 namespace headrace {
 namespace {
 
-constexpr bool has_planes(int bits) { return bits == 5 || bits == 6; }
+constexpr bool is_split(int bits) { return bits == 5 || bits == 6; }
 
 // From which bit of a step's factors, nibbles, on that of a lane's block lies.
 template <class V, int Block>
@@ -22,50 +24,50 @@ struct BlockBits {
 
 // A row of such codes. Block: columns that share a factor, where 64 are that or more; 0: codes have no factors.
 template <class V, int Bits, int Block>
-struct PlaneRow {
-  static constexpr int kBits = Bits, kZeroPoint = 1 << (Bits - 1), kPlanes = Bits - 4;
+struct SplitRow {
+  static constexpr int kBits = Bits, kZeroPoint = 1 << (Bits - 1);
   static constexpr bool apart = Block && factors_apart<V>;
   static constexpr size_t kStep = 2 * V::bytes;  // columns of a step
+  static constexpr size_t kUnitBytes = kUnit / 8 * (Bits - 4);
   static constexpr BlockBits<V, Block ? Block : 64> kBlockBits{};
   using I = typename V::I;
-  using PlaneBits = typename V::PlaneBits;
+  using HighBits = typename V::template HighBits<Bits>;
 
   const uint8_t *low, *high, *factors;
-  size_t columns, factor_bytes;
+  size_t columns, high_bytes, factor_bytes;
   size_t ahead, high_ahead, factors_ahead;
   int shift;  // logarithm of the columns of a block
 
   // ahead: columns that are read ahead, those of whole rows.
-  PlaneRow(const Weight& w, size_t n, size_t ahead)
-      : low(w.packed + n * w.row_bytes()), high(w.high + n * w.high_bytes()), factors(nullptr), columns(w.k), factor_bytes(w.factor_bytes()),
-        ahead(ahead / 2), high_ahead(ahead / 8 * kPlanes), factors_ahead(ahead / w.k * factor_bytes), shift(__builtin_ctz(w.block)) {
+  SplitRow(const Weight& w, size_t n, size_t ahead)
+      : low(w.packed + n * w.row_bytes()), high(w.high + n * w.high_bytes()), factors(nullptr), columns(w.k), high_bytes(w.high_bytes()),
+        factor_bytes(w.factor_bytes()), ahead(ahead / 2), high_ahead(ahead / kUnit * kUnitBytes), factors_ahead(ahead / w.k * factor_bytes),
+        shift(__builtin_ctz(w.block)) {
     if (w.factors) factors = w.factors + n * factor_bytes;
   }
   // The row so many further on; quicker than another from the weight, whose blocks are a division. Member by member, because gcc 12 copies
   // a whole object through memory.
-  PlaneRow further(size_t rows) const { return {*this, rows}; }
-  PlaneRow(const PlaneRow& of, size_t rows)
-      : low(of.low + rows * (of.columns / 2)), high(of.high + rows * (of.columns / 8 * kPlanes)),
-        factors(Block ? of.factors + rows * of.factor_bytes : nullptr), columns(of.columns), factor_bytes(of.factor_bytes), ahead(of.ahead),
-        high_ahead(of.high_ahead), factors_ahead(of.factors_ahead), shift(of.shift) {}
+  SplitRow further(size_t rows) const { return {*this, rows}; }
+  SplitRow(const SplitRow& of, size_t rows)
+      : low(of.low + rows * (of.columns / 2)), high(of.high + rows * of.high_bytes),
+        factors(Block ? of.factors + rows * of.factor_bytes : nullptr), columns(of.columns), high_bytes(of.high_bytes),
+        factor_bytes(of.factor_bytes), ahead(of.ahead), high_ahead(of.high_ahead), factors_ahead(of.factors_ahead), shift(of.shift) {}
 
   // Bytes of a step, even columns and odd ones. Whole: all of them exist.
   template <bool Whole>
-  __attribute__((always_inline)) void load(const PlaneBits& bits, size_t step, I& even, I& odd) const {
-    constexpr size_t own = V::bytes, eighth = V::bytes / 4;
-    const uint8_t *nibbles = low + step * own, *planes = high + step * eighth;
-    size_t plane = columns / 8;
-    uint8_t copy[own + kPlanes * eighth] = {};
+  __attribute__((always_inline)) void load(const HighBits& bits, size_t step, I& even, I& odd) const {
+    constexpr size_t own = V::bytes, units = (kStep + kUnit - 1) / kUnit;  // of which a step has some, or is a part of one
+    const uint8_t *nibbles = low + step * own, *above = high + step * kStep / kUnit * kUnitBytes;
+    uint8_t copy[own + units * kUnitBytes] = {};
     if constexpr (!Whole) {
       const size_t left = columns - step * kStep, there = left < kStep ? left : kStep;
       __builtin_memcpy(copy, nibbles, there / 2);
-      for (int i = 0; i < kPlanes; i++) __builtin_memcpy(copy + own + i * eighth, planes + i * plane, there / 8);
-      nibbles = copy, planes = copy + own, plane = eighth;
+      __builtin_memcpy(copy + own, above, (there + kUnit - 1) / kUnit * kUnitBytes);
+      nibbles = copy, above = copy + own;
     }
     const I both = V::load(nibbles);
     even = V::low_nibbles(both), odd = V::high_nibbles(both);
-    bits.template add<0>(even, odd, planes);
-    if constexpr (Bits == 6) bits.template add<1>(even, odd, planes + plane);
+    bits.add(even, odd, above, int(step * kStep % kUnit / kStep));
     if constexpr (Block == 0) {
       const I shift = V::set8(128 - kZeroPoint);
       even = V::add32(even, shift), odd = V::add32(odd, shift);  // no byte carries
@@ -76,7 +78,7 @@ struct PlaneRow {
     }
   }
   // The same, whether all of them exist or not.
-  __attribute__((always_inline)) void at(const PlaneBits& bits, size_t step, I& even, I& odd) const {
+  __attribute__((always_inline)) void at(const HighBits& bits, size_t step, I& even, I& odd) const {
     if ((step + 1) * kStep <= columns) load<true>(bits, step, even, odd);
     else load<false>(bits, step, even, odd);
   }
@@ -87,7 +89,7 @@ struct PlaneRow {
   }
   // Codes `ahead` columns further than a step come on their way.
   __attribute__((always_inline)) void read_ahead(size_t step) const {
-    __builtin_prefetch(low + step * V::bytes + ahead, 0, 2), __builtin_prefetch(high + step * (V::bytes / 4) * kPlanes + high_ahead, 0, 2);
+    __builtin_prefetch(low + step * V::bytes + ahead, 0, 2), __builtin_prefetch(high + step * kStep / kUnit * kUnitBytes + high_ahead, 0, 2);
   }
 
  private:
@@ -111,10 +113,10 @@ struct PlaneRow {
   }
 };
 
-// `run` with the Block of a weight's rows, 0 where they have no planes either; Folded: they have factors.
+// `run` with the Block of a weight's rows, 0 where they are not split either; Folded: they have factors.
 template <int Bits, bool Folded, class Run>
 inline void with_block(const Weight& w, const Run& run) {
-  if constexpr (!has_planes(Bits) || !Folded) run(Number<0>());
+  if constexpr (!is_split(Bits) || !Folded) run(Number<0>());
   else if (w.block == 16) run(Number<16>());
   else if (w.block == 32) run(Number<32>());
   else run(Number<64>());

@@ -1,4 +1,4 @@
-// Linears of few tokens whose weights have planes and one scale a row: a few rows at a time become bytes in the first
+// Linears of few tokens whose weights are split and have one scale a row: a few rows at a time become bytes in the first
 // level of the cache, which all tokens share. A single token takes them as they come.
 #pragma once
 #include "linear_rows.h"
@@ -19,7 +19,7 @@ __attribute__((always_inline)) inline void steps_of(const Row& row, size_t from,
 // fit an int16 with their start.
 template <class V, class Row>
 __attribute__((always_inline)) inline typename V::F add_step(typename V::F sum, typename V::I even, typename V::I odd, typename V::I factors,
-                                                             const PlaneStep<V>& x) {
+                                                             const SplitStep<V>& x) {
   const auto first = V::load(x.codes), second = V::load(x.codes + V::bytes);
   typename V::I product = V::zero();
   if constexpr (Row::apart) {
@@ -40,7 +40,7 @@ __attribute__((always_inline)) inline typename V::I factors_for(const Row& row, 
 }
 
 template <class V, class Row>
-__attribute__((always_inline)) inline typename V::F row_sum(const Row& row, const typename V::PlaneBits& bits, const PlaneStep<V>* x,
+__attribute__((always_inline)) inline typename V::F row_sum(const Row& row, const typename Row::HighBits& bits, const SplitStep<V>* x,
                                                             size_t from, size_t to) {
   auto sum = V::zerof();
   steps_of(row, from, to, [&](size_t step, auto whole) __attribute__((always_inline)) {
@@ -54,8 +54,8 @@ __attribute__((always_inline)) inline typename V::F row_sum(const Row& row, cons
 
 // V::lanes rows, `stride` apart, by a single token; sums of two rows lie in a vector.
 template <class V, class Row>
-HEADRACE_APART void single_rows(const Row& first, size_t stride, const PlaneStep<V>* x, size_t from, size_t to, float* lanes) {
-  const typename V::PlaneBits bits;
+HEADRACE_APART void single_rows(const Row& first, size_t stride, const SplitStep<V>* x, size_t from, size_t to, float* lanes) {
+  const typename Row::HighBits bits;
   for (size_t r = 0; r < V::lanes; r += 2, lanes += V::lanes) {
     const auto row = first.further(r * stride);
     __builtin_prefetch(row.factors + row.factors_ahead, 0, 2);
@@ -68,7 +68,7 @@ HEADRACE_APART void single_rows(const Row& first, size_t stride, const PlaneStep
 // Columns of some rows from step `from` to `to` - 1, to rows of `out`.
 template <class V, class Row>
 HEADRACE_APART void unpack_rows(const Row& first, size_t stride, int rows, size_t from, size_t to, uint8_t* out) {
-  const typename V::PlaneBits bits;
+  const typename Row::HighBits bits;
   for (int r = 0; r < rows; r++, out += kSegment) {
     const auto row = first.further(r * stride);
     __builtin_prefetch(row.factors + row.factors_ahead, 0, 2);
@@ -97,7 +97,7 @@ HEADRACE_APART void add_rows(const Row& first, size_t stride, const uint8_t* byt
       HEADRACE_UNROLL for (int i = 0; i < together; i++)
           even[i] = V::kept(V::load(own + i * kSegment)), odd[i] = V::kept(V::load(own + i * kSegment + V::bytes));
       HEADRACE_UNROLL for (int t = 0; t < T; t++) HEADRACE_UNROLL for (int i = 0; i < together; i++)
-          sum[r + i][t] = add_step<V, Row>(sum[r + i][t], even[i], odd[i], factors, PlaneStep<V>::of(x[t], Row::kBits)[step]);
+          sum[r + i][t] = add_step<V, Row>(sum[r + i][t], even[i], odd[i], factors, SplitStep<V>::of(x[t], Row::kBits)[step]);
     };
     const size_t whole = std::min(to, row.columns / Row::kStep);
     for (size_t step = from; step < whole; step++) add(step, Number<1>());
@@ -111,8 +111,8 @@ HEADRACE_APART void add_rows(const Row& first, size_t stride, const uint8_t* byt
 }
 
 template <class V, int Bits, int Block>
-inline void decode_planes(const Weight& w, const Fine* x, int m, int begin, int end, const Out& out, int column) {
-  using Row = PlaneRow<V, Bits, Block>;
+inline void decode_split(const Weight& w, const Fine* x, int m, int begin, int end, const Out& out, int column) {
+  using Row = SplitRow<V, Bits, Block>;
   constexpr int together = 4, at_once = V::bytes < 64 ? 2 : 4, size = V::lanes * V::lanes;  // rows
   alignas(64) float lanes[kMostTokens * size];
   alignas(64) uint8_t bytes[together * kSegment];
@@ -124,7 +124,7 @@ inline void decode_planes(const Weight& w, const Fine* x, int m, int begin, int 
       for (int segment = 0; segment < w.k; segment += kSegment) {
         const size_t from = segment / Row::kStep, to = round_up(std::min(segment + kSegment, w.k), Row::kStep) / Row::kStep;
         if (tokens == 1) {
-          single_rows<V>(own, stride, PlaneStep<V>::of(x[first], Bits), from, to, lanes);
+          single_rows<V>(own, stride, SplitStep<V>::of(x[first], Bits), from, to, lanes);
           continue;
         }
         for (int r = 0; r < V::lanes; r += together) {
