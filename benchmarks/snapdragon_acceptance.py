@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +204,7 @@ def main() -> int:
 
     if (options.model / "headrace.json").exists():
         contexts = tuple(int(c) for c in options.context.split(","))
-        bundle = replace(open_bundle(options.model), prompt_lengths=(options.prompt_length,), contexts=contexts)
+        bundle = open_bundle(options.model)._replace(prompt_lengths=(options.prompt_length,), contexts=contexts)
     else:
         bundle = exported(options, work)
     if not (work / "device").exists():

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +169,7 @@ def re_emitted(
     for part in plan:
         weights = HostWeights(store.tensors, store.grids, scales)
         emit_host(bundle.config, part, weights, accuracy_level=accuracy_level).save(folder / f"{part.name}.onnx")
-    return replace(bundle, root=folder, parts=plan, kv_scales=scales)
+    return bundle._replace(root=folder, parts=plan, kv_scales=scales)
 
 
 __all__ = [

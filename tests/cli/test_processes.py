@@ -82,3 +82,16 @@ def test_where_no_thread_is_started_others_say_so(exports: Exports, tmp_path: Pa
         assert done.returncode == 2
         told = done.stderr.splitlines()[-1]
         assert told.startswith("error: the system starts no further thread; ") and "ulimit -u" in told
+
+
+def test_chat_takes_numpy_without_its_documentation(exports: Exports) -> None:
+    """Should NumPy make its documentation elsewhere one day, this says so: nothing else would."""
+    look = (
+        "import numpy; print(numpy.ndarray.__doc__ is None, numpy.arange(3) @ numpy.arange(3), numpy.ma.zeros(2).sum())"
+    )
+    opened = "import pathlib, sys, headrace.cli.running as verbs; verbs._open_model(pathlib.Path(sys.argv[1]), False)"
+    for script, without in ((look, False), (f"{opened}; {look}", True)):
+        done = subprocess.run(
+            [sys.executable, "-c", script, exports.bundle()], capture_output=True, text=True, check=True
+        )
+        assert done.stdout == f"{without} 5 0.0\n"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ def unfinished(phone: Path, tmp_path: Path) -> Bundle:
     """A copy in the making, without binaries."""
     copy = Path(shutil.copytree(phone, tmp_path / "bundle"))
     shutil.rmtree(copy / TARGET)
-    return replace(open_bundle(phone), root=copy)
+    return open_bundle(phone)._replace(root=copy)
 
 
 @pytest.mark.qnn

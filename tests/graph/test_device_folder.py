@@ -6,7 +6,6 @@ import errno
 import os
 import shutil
 import threading
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,7 @@ def test_device_graphs_are_made_once_a_bundle(
     folder = kept_device_graphs(bundle)
     assert folder == derived_folder(bundle, "device") == tmp_path / "b.device"
     assert kept_device_graphs(bundle) == folder and len(made) == 1
-    other = replace(bundle, files={**bundle.files, "weights/part_2_of_3.safetensors": {"sha256": "other"}})
+    other = bundle._replace(files={**bundle.files, "weights/part_2_of_3.safetensors": {"sha256": "other"}})
     assert kept_device_graphs(other) == folder and len(made) == 2
     # What headrace did not make is not taken away.
     shutil.rmtree(folder)

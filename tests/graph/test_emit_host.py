@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +90,7 @@ def test_five_parts_are_one_part_as_shipped(exports: Exports) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_prefill_is_token_by_token_with_a_float_cache(exports: Exports, tmp_path: Path, kind: str) -> None:
-    bundle = replace(re_emitted(exports.bundle(kind, kv="float32", parts=3), tmp_path / "float"), prompt_lengths=(128,))
+    bundle = re_emitted(exports.bundle(kind, kv="float32", parts=3), tmp_path / "float")._replace(prompt_lengths=(128,))
     whole = run(bundle, chunk=128)
     for chunk in (1, 7, 127):
         np.testing.assert_allclose(run(bundle, chunk=chunk), whole, atol=FLOAT_TOLERANCE, err_msg=str(chunk))
@@ -99,7 +98,7 @@ def test_prefill_is_token_by_token_with_a_float_cache(exports: Exports, tmp_path
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_prefill_is_token_by_token_as_shipped(exports: Exports, kind: str) -> None:
-    bundle = replace(open_bundle(exports.bundle(kind, parts=3)), prompt_lengths=(128,))
+    bundle = open_bundle(exports.bundle(kind, parts=3))._replace(prompt_lengths=(128,))
     assert bundle.kv_dtype == "int8"
     whole = run(bundle, chunk=128)
     for chunk in (1, 32):
@@ -120,7 +119,7 @@ def test_int8_activations_stay_near_float(exports: Exports, tmp_path: Path, kind
 def test_the_int8_cache_holds_rounded_keys_and_values(exports: Exports, tmp_path: Path, kind: str, chunk: int) -> None:
     """Codes against an own float64 forward pass over the stored weights: equal but for ties."""
     path = exports.bundle(kind, parts=3)
-    bundle = replace(re_emitted(path, tmp_path / "int8"), prompt_lengths=(128,))
+    bundle = re_emitted(path, tmp_path / "int8")._replace(prompt_lengths=(128,))
     runner = HostRunner(bundle)
     logits = Engine(runner).score(IDS, chunk)
     expected = forward(path, IDS, int8_cache=True)

@@ -76,9 +76,9 @@ def test_a_bundle_of_every_width(exports: Exports) -> None:
     assert set(sizes) == {
         "int4 block 16", "int5 block 16", "int5 block 32", "int6 block 16", "int6 block 32", "int8 channel",
     }  # fmt: skip
-    # Of each row 6 bits a column, half a byte a block's factor, and a scale.
+    # Of each row 4 bits a column, 16 bytes of high bits for 64, half a byte a block's factor, and a scale.
     shapes = [t["shape"] for t in report["tensors"] if t["precision"] == "int6 block 32"]
-    expected = sum(rows * (columns * 6 // 8 + -(-columns // 64) + 2) for rows, columns in shapes)
+    expected = sum(rows * (columns // 2 + -(-columns // 64) * 16 + -(-columns // 64) + 2) for rows, columns in shapes)
     assert sizes["int6 block 32"] == (len(shapes), expected)
 
 

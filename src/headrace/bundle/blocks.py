@@ -7,7 +7,7 @@ not forgeries. Knows no manifest but the table of its files.
 
 from __future__ import annotations
 
-import random
+import os
 import zlib
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
@@ -45,7 +45,10 @@ def damaged_blocks(root: Path, files: Mapping[str, Mapping[str, Any]]) -> Iterat
     names = [name for name, file in files.items() if "blocks" in file]
     ends = list(accumulate(_count(files[name]["bytes"]) for name in names))
     total = ends[-1] if ends else 0
-    for chosen in sorted(random.SystemRandom().sample(range(total), min(SAMPLED, total))):
+    sampled: set[int] = set()
+    while len(sampled) < min(SAMPLED, total):
+        sampled.add(int.from_bytes(os.urandom(8), "little") % total)  # `random` takes longer to be imported
+    for chosen in sorted(sampled):
         number = next(number for number, end in enumerate(ends) if chosen < end)
         name, at = names[number], chosen - (ends[number - 1] if number else 0)
         with (root / name).open("rb", buffering=0) as file:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from headrace.bundle.blocks import are_block_sums, block_sums, damaged_blocks
 from headrace.bundle.recipe import Recipe
@@ -47,8 +47,7 @@ _HALF = tuple(
 )  # of a process that was killed; the next one goes on
 
 
-@dataclass(frozen=True)
-class Bundle:
+class Bundle(NamedTuple):
     """An opened bundle.
 
     Attributes:
@@ -71,8 +70,8 @@ class Bundle:
     contexts: tuple[int, ...]
     recipe: Recipe
     kv_scales: tuple[tuple[float, float], ...] = ()
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = MappingProxyType({})
+    files: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
     digest: str = ""
 
     @property

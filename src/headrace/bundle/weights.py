@@ -5,7 +5,7 @@ graphs can point into it. Knows nothing about how codes were found.
 
     <weight>_packed   uint8 (N, K)          codes + zero point of int8
                       uint8 (N, K/2)        their low four bits of int4, int5, int6: two a byte, low nibble first
-    <weight>_high     uint8 (N, (bits−4)·8·⌈K/64⌉) of int5 and int6: the bits of codes + zero point above the lowest four
+    <weight>_high     uint8 (N, (bits−4)·8·⌈K/64⌉) of int5 and int6: the bits above those (see `pack_high`)
     <weight>_scale    float16 (N, blocks); (N, 1) when scales are LPBQ
     <weight>_factors  uint8 (N, ⌈blocks/2⌉) of LPBQ scales: factor − 1, two a byte, low nibble first
     <module>.bias     float32 (N,)          of a linear that has one

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
 from headrace.cli.command import Argument, Option
@@ -173,6 +174,8 @@ def _open_model(bundle: Path, beside: bool, **how: Any) -> LanguageModel:
     if "numpy" not in sys.modules:  # nor any threads
         # Its linear algebra starts threads that look for work for a while, and so takes a processor from the engine's.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+        # It tidies up its own documentation while it is imported, a twentieth of a first answer's time: not here.
+        sys.modules["numpy._core._add_newdocs"] = ModuleType("numpy._core._add_newdocs")
         if beside:
             from headrace.text.tokenizer_process import Reading
 

@@ -12,7 +12,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -179,7 +178,7 @@ def _variant(bundle: Bundle, parts: int, store: WeightStore) -> Iterator[Bundle]
         weights = HostWeights(store.tensors, store.grids)
         for part in plan:
             emit_host(bundle.config, part, weights, accuracy_level=FLOAT_ARITHMETIC).save(folder / f"{part.name}.onnx")
-        yield replace(bundle, root=folder, parts=plan, kv_scales=())
+        yield bundle._replace(root=folder, parts=plan, kv_scales=())
 
 
 def _difference(name: str, expected: Logits, found: Logits, limit: float) -> Link:

@@ -11,15 +11,17 @@ from headrace.config import ModelConfig
 
 __all__ = ["rope_angles", "rope_tables"]
 
+STEP = 64  # positions; a power of two, so that an angle times it is exact
+
 
 def rope_tables(config: ModelConfig, length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """cos and sin of `rope_angles`, each float32 (length, head_dim / 2)."""
-    angles = rope_angles(config, length)
-    cos, sin = np.empty_like(angles, np.float32), np.empty_like(angles, np.float32)
-    # The functions work in float64, as their input is, and only what they give is rounded.
-    np.cos(angles, out=cos, casting="same_kind")
-    np.sin(angles, out=sin, casting="same_kind")
-    return cos, sin
+    # A position's turn is that of the STEP it is in and that of its place in there, one after the other: a product of
+    # float64 numbers instead of a cosine and a sine, and only what it gives is rounded.
+    places = np.exp(1j * rope_angles(config, STEP))
+    steps = np.exp(1j * STEP * rope_angles(config, -(-length // STEP)))
+    turns = (steps[:, None] * places).reshape(-1, places.shape[1])[:length]
+    return turns.real.astype(np.float32), turns.imag.astype(np.float32)
 
 
 def rope_angles(config: ModelConfig, length: int) -> NDArray[np.float64]:

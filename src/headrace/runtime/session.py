@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from headrace.errors import UserError, reason
 from headrace.files import whole_file
@@ -25,8 +24,7 @@ TOKEN_LIMIT = 1 << 31
 _LENGTH, _DIGEST = 8, 32
 
 
-@dataclass(frozen=True)
-class Session:
+class Session(NamedTuple):
     """What is saved.
 
     Attributes:
@@ -41,7 +39,7 @@ class Session:
     runner: str
     messages: tuple[Message, ...]
     tokens: tuple[int, ...] = ()
-    cache: bytes = field(default=b"", repr=False)
+    cache: bytes = b""
 
     def check(self, model: str, runner: str, path: Path) -> None:
         """Raise UserError when another model or runner made this; `path` is for the message."""

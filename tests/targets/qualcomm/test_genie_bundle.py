@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,7 +34,7 @@ def vocabulary(bundle: Bundle) -> tokenizers.Tokenizer:
 
 
 def test_a_context_of_twice_a_step_is_refused(exports: Exports) -> None:
-    bundle = replace(open_bundle(exports.bundle("mha")), contexts=(64, 256))
+    bundle = open_bundle(exports.bundle("mha"))._replace(contexts=(64, 256))
     with pytest.raises(TargetError, match=r"context 64 is twice a step of 32 tokens, .* --context 72"):
         genie_plan(bundle, find_soc(TARGET))
 
@@ -44,7 +43,7 @@ def test_a_model_without_an_end_is_refused(exports: Exports, tmp_path: Path) -> 
     copy = exports.copy(tmp_path / "b", "phone", parts=3)
     for name in ("generation_config.json", "tokenizer_config.json"):
         (copy / name).unlink(missing_ok=True)
-    bundle = replace(open_bundle(exports.bundle("phone", parts=3)), root=copy)
+    bundle = open_bundle(exports.bundle("phone", parts=3))._replace(root=copy)
     plan = genie_plan(bundle, find_soc(TARGET))
     assert plan.eos == (2,), "SentencePiece names its own"
     assert plan.pad == bundle.pad_id == 0, "the same on every runner"
@@ -75,7 +74,7 @@ def test_a_vocabulary_that_puts_a_space_before_a_text(
     copy = exports.copy(tmp_path / "b", "mha")
     (copy / "tokenizer.model").write_bytes(sentencepiece_model(True, symbols=symbols))
     (copy / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False, **settings}))
-    bundle = replace(open_bundle(exports.bundle("mha")), root=copy)
+    bundle = open_bundle(exports.bundle("mha"))._replace(root=copy)
     if symbols and settings:
         with pytest.raises(TokenizerError, match="LlamaTokenizer puts a space before a text, which"):
             vocabulary(bundle)
@@ -123,7 +122,7 @@ def test_greedy_is_spelled_as_genie_understands_it() -> None:
 
 
 def test_the_folders_own_sampling_is_the_models(exports: Exports, tmp_path: Path) -> None:
-    bundle = replace(open_bundle(exports.bundle("phone", parts=3)), root=exports.copy(tmp_path / "b", "phone", parts=3))
+    bundle = open_bundle(exports.bundle("phone", parts=3))._replace(root=exports.copy(tmp_path / "b", "phone", parts=3))
     plan = genie_plan(bundle, find_soc(TARGET))
     assert genie_config(plan, [])["dialog"]["sampler"]["top-k"] == 1, "greedy when the model does not ask to sample"
     settings = bundle.read_json("generation_config.json")
