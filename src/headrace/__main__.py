@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import suppress
 
 __all__ = ["main"]
 
@@ -13,7 +15,15 @@ def main() -> None:
         from headrace.cli.main import main as run
     except KeyboardInterrupt:
         sys.exit(130)
-    run()
+    try:
+        run()
+    except SystemExit as left:
+        if sys.argv[1:2] != ["chat"] or not isinstance(left.code, int):
+            raise
+        # All is closed and written: whoever waits for an answer need not wait until Python has taken itself apart.
+        with suppress(OSError, ValueError):
+            sys.stderr.flush()
+        os._exit(left.code)
 
 
 if __name__ == "__main__":
