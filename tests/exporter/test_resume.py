@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from headrace.bundle.folder import check_files, open_bundle
+from headrace.bundle.folder import FORMAT, check_files, open_bundle
 from headrace.errors import BundleError
+from headrace.exporter import settings
 from headrace.exporter.job import export
 from headrace.progress import Progress
 from tests.exports import LAYERS, SMALL, Exports, contents, write_checkpoint
@@ -227,6 +228,16 @@ def test_other_text_and_other_rules_are_named(run: Any, exports: Exports, tmp_pa
     recipe.write_text(json.dumps({"name": "mine", "rules": [rules[0], {**rules[1], "block": 32}]}))
     with pytest.raises(BundleError, match=r"the content of --recipe mine; the content of --calibration text\.txt; ask"):
         run(**options, resume=True)
+
+
+def test_weights_that_were_stored_otherwise_are_not_gone_on_with(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Stop):
+        run(progress=stop_at_graphs)
+    monkeypatch.setattr(settings, "FORMAT", FORMAT + 1)
+    with pytest.raises(BundleError, match=rf"that differs: bundle format {FORMAT} → {FORMAT + 1}; ask"):
+        run(resume=True)
 
 
 def test_without_resume_an_interrupted_export_is_kept(run: Any, exports: Exports, tmp_path: Path) -> None:

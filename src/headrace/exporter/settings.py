@@ -144,7 +144,7 @@ class ExportSettings:
         beside = [file for file in root.iterdir() if file.is_file()] if root.is_dir() else []
         found = {file: file.stat() for file in sorted({*self.checkpoint.files, *beside})}
         files = {file.name: [stat.st_size, stat.st_mtime_ns] for file, stat in found.items()}
-        return {"headrace": __version__, "format": FORMAT, "checkpoint": files, **self.asked()}
+        return {"headrace": __version__, "bundle format": FORMAT, "checkpoint": files, **self.asked()}
 
 
 def settle(checkpoint: Path, options: ExportOptions) -> ExportSettings:
