@@ -1,5 +1,5 @@
 // Linears of few tokens whose weights are split and have one scale a row: a few rows at a time become bytes in the first
-// level of the cache, which all tokens share. A single token takes them as they come.
+// level of the cache, which all tokens share. As many tokens as have their sums in registers take rows as they come.
 #pragma once
 #include "linear_rows.h"
 
@@ -39,29 +39,36 @@ __attribute__((always_inline)) inline typename V::I factors_for(const Row& row, 
   else return V::zero();
 }
 
-template <class V, class Row>
-__attribute__((always_inline)) inline typename V::F row_sum(const Row& row, const typename Row::HighBits& bits, const SplitStep<V>* x,
-                                                            size_t from, size_t to) {
-  auto sum = V::zerof();
+// A row by T tokens.
+template <class V, int T, class Row>
+__attribute__((always_inline)) inline void row_sums(const Row& row, const typename Row::HighBits& bits, const SplitStep<V>* const (&x)[T],
+                                                    size_t from, size_t to, typename V::F (&sum)[T]) {
+  HEADRACE_UNROLL for (int t = 0; t < T; t++) sum[t] = V::zerof();
   steps_of(row, from, to, [&](size_t step, auto whole) __attribute__((always_inline)) {
     constexpr bool all = decltype(whole)::value;
     typename V::I even, odd;
     row.template load<all>(bits, step, even, odd);
-    sum = add_step<V, Row>(sum, even, odd, factors_for<V, all>(row, step), x[step]);
+    const auto factors = factors_for<V, all>(row, step);
+    HEADRACE_UNROLL for (int t = 0; t < T; t++) sum[t] = add_step<V, Row>(sum[t], even, odd, factors, x[t][step]);
   });
-  return sum;
 }
 
-// V::lanes rows, `stride` apart, by a single token; sums of two rows lie in a vector.
-template <class V, class Row>
-HEADRACE_APART void single_rows(const Row& first, size_t stride, const SplitStep<V>* x, size_t from, size_t to, float* lanes) {
+// V::lanes rows, `stride` apart, by T tokens; sums of two rows lie in a vector, lanes[t][vector][lane].
+template <class V, int T, class Row>
+HEADRACE_APART void few_rows(const Row& first, size_t stride, const Fine* x, size_t from, size_t to, float* lanes) {
   const typename Row::HighBits bits;
+  const SplitStep<V>* own[T];
+  HEADRACE_UNROLL for (int t = 0; t < T; t++) own[t] = SplitStep<V>::of(x[t], Row::kBits);
   for (size_t r = 0; r < V::lanes; r += 2, lanes += V::lanes) {
     const auto row = first.further(r * stride);
     __builtin_prefetch(row.factors + row.factors_ahead, 0, 2);
-    const auto one = row_sum<V>(row, bits, x, from, to), other = row_sum<V>(row.further(stride), bits, x, from, to);
-    const auto two = V::template merge<0>(one, other);
-    V::storef(lanes, from ? V::add(V::loadf(lanes), two) : two);
+    typename V::F one[T], other[T];
+    row_sums<V, T>(row, bits, own, from, to, one), row_sums<V, T>(row.further(stride), bits, own, from, to, other);
+    HEADRACE_UNROLL for (int t = 0; t < T; t++) {
+      const auto two = V::template merge<0>(one[t], other[t]);
+      float* at = lanes + t * V::lanes * V::lanes;
+      V::storef(at, from ? V::add(V::loadf(at), two) : two);
+    }
   }
 }
 
@@ -113,7 +120,9 @@ HEADRACE_APART void add_rows(const Row& first, size_t stride, const uint8_t* byt
 template <class V, int Bits, int Block>
 inline void decode_split(const Weight& w, const Fine* x, int m, int begin, int end, const Out& out, int column) {
   using Row = SplitRow<V, Bits, Block>;
-  constexpr int together = 4, at_once = V::bytes < 64 ? 2 : 4, size = V::lanes * V::lanes;  // rows
+  constexpr int together = 4, at_once = V::bytes < 64 ? 2 : 4;  // rows
+  constexpr int direct = V::bytes < 64 ? 4 : 1;                  // tokens: a wide vector's loads of activations are what rows together share
+  constexpr int size = V::lanes * V::lanes;
   alignas(64) float lanes[kMostTokens * size];
   alignas(64) uint8_t bytes[together * kSegment];
   const Row top(w, begin, columns_ahead(w, m == 1 ? 2 : together));
@@ -123,8 +132,10 @@ inline void decode_split(const Weight& w, const Fine* x, int m, int begin, int e
       const int tokens = std::min(m - first, kMostTokens);
       for (int segment = 0; segment < w.k; segment += kSegment) {
         const size_t from = segment / Row::kStep, to = round_up(std::min(segment + kSegment, w.k), Row::kStep) / Row::kStep;
-        if (tokens == 1) {
-          single_rows<V>(own, stride, SplitStep<V>::of(x[first], Bits), from, to, lanes);
+        if (tokens <= direct) {
+          few_at_a_time<direct>(tokens, [&](auto number, int t) {
+            few_rows<V, decltype(number)::value>(own, stride, x + first + t, from, to, lanes + t * size);
+          });
           continue;
         }
         for (int r = 0; r < V::lanes; r += together) {
