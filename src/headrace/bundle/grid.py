@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -337,16 +338,17 @@ def pack(codes: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
 def pack_high(codes: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
     """The bits of 5- or 6-bit codes (N, K) above the lowest four → (N, (bits − 4)·8·⌈K/64⌉).
 
-    Of 64 columns, 0 where a row has no more, the even ones come before the odd ones; of n bytes the j-th holds columns
-    j, j + n, … of that order, from the lowest bits on. So an engine that has even and odd columns in a vector each, as
-    nibbles come, moves all high bits into place with a shift a vector.
+    Of 64 columns, 0 where a row has no more, byte j of n holds in its low nibble those of the even columns 2·j,
+    2·(j + n), … from the lowest bits on, in its high nibble those of the odd columns beside them. So an engine that has
+    even and odd columns in a vector each, as nibbles come, moves all high bits into place with a shift a vector.
     """
     above, (rows, columns) = bits - 4, codes.shape
     high = np.zeros((rows, -(-columns // UNIT) * UNIT), np.uint8)
     high[:, :columns] = _unsigned(codes, bits) >> np.uint8(4)
-    fields = high.reshape(rows, -1, UNIT // 2, 2).swapaxes(2, 3).reshape(rows, -1, 8 // above, 8 * above)
-    shifts = np.arange(0, 8, above, dtype=np.uint8)[:, None]
-    return np.asarray(np.bitwise_or.reduce(fields << shifts, axis=2), np.uint8).reshape(rows, -1)
+    parts = high.view("<u8").reshape(-1, 4 // above, 2 * above)  # a word is four pairs of columns
+    nibbles = reduce(np.bitwise_or, [parts[:, i] << np.uint64(above * i) for i in range(4 // above)])
+    both = (nibbles | nibbles >> np.uint64(4)).view(np.uint8)[:, ::2]
+    return both.reshape(rows, -1)
 
 
 def unpack(stored: NDArray[np.uint8], bits: int, high: NDArray[np.uint8] | None = None) -> NDArray[np.int8]:
@@ -365,10 +367,11 @@ def unpack(stored: NDArray[np.uint8], bits: int, high: NDArray[np.uint8] | None 
     codes[:, 1::2] = stored >> np.uint8(4)
     if high is not None:
         above = bits - 4
-        shifts = np.arange(0, 8, above, dtype=np.uint8)[:, None]
-        fields = high.reshape(rows, -1, 1, 8 * above) >> shifts & np.uint8((1 << above) - 1)
-        whole = fields.reshape(rows, -1, 2, UNIT // 2).swapaxes(2, 3).reshape(rows, -1)
-        codes |= whole[:, :columns] << np.uint8(4)
+        nibbles = np.stack([high & np.uint8(15), high >> np.uint8(4)], axis=2).reshape(rows, -1)
+        words = nibbles.view("<u8").reshape(-1, 1, 2 * above)
+        shifts = np.arange(0, 4, above, dtype=np.uint64)[:, None]
+        parts = (words >> shifts & np.uint64(0x0101010101010101 * ((1 << above) - 1))) << np.uint64(4)
+        codes |= parts.view(np.uint8).reshape(rows, -1)[:, :columns]
     return codes.view(np.int8) - np.int8(1 << (bits - 1))
 
 
