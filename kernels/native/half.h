@@ -23,10 +23,10 @@ static inline int code_of(const Weight& w, int n, int k) {
   const uint8_t* row = w.packed + n * w.row_bytes();
   if (w.bits == 8) return row[k] - 128;
   int code = row[k / 2] >> k % 2 * 4 & 15;
-  if (w.high) {  // byte j of a unit's `bytes` has those of its columns j, j + bytes, …, from the lowest on
-    const int above = w.bits - 4, bytes = kUnit / 8 * above, place = k % 2 * (kUnit / 2) + k % kUnit / 2;
-    const uint8_t own = w.high[n * w.high_bytes() + size_t(k / kUnit) * bytes + place % bytes];
-    code |= (own >> place / bytes * above & ((1 << above) - 1)) << 4;
+  if (w.high) {  // as split.h has it
+    const int above = w.bits - 4, bytes = kUnit / 8 * above, pair = k % kUnit / 2;
+    const int nibble = w.high[n * w.high_bytes() + size_t(k / kUnit) * bytes + pair % bytes] >> k % 2 * 4;
+    code |= (nibble >> pair / bytes * above & ((1 << above) - 1)) << 4;
   }
   return code - (1 << (w.bits - 1));
 }

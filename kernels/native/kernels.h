@@ -17,7 +17,7 @@ constexpr int kColumns = 256;   // columns of coarse activations that lie togeth
 constexpr int kTile = 16;       // positions of a tile of keys
 constexpr int kBlock = 64;      // positions whose probabilities share a maximum
 constexpr int kTop = 32639;     // largest code of int16: 256 * 127 + 127
-constexpr int kUnit = 64;       // columns whose high bits lie together, of 5 and 6 bits: first the even ones, then the odd ones
+constexpr int kUnit = 64;       // columns whose high bits lie together, of 5 and 6 bits
 constexpr int kPad = 128;       // rows of activations are padded with zeros to a multiple of this
 
 constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }

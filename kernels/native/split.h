@@ -1,7 +1,7 @@
 // Weights of 5 and 6 bits, for any vector V, whose codes are split: their four low bits lie as codes of 4 bits do, those above them apart, in
 // units of 64 columns. A step is 2 * V::bytes columns, the even ones and the odd ones, as nibbles lie, so that a lane of both covers eight
-// neighbours. A unit's high bits are those of its even columns, then of its odd ones; of n bytes the j-th has those of columns j, j + n, …
-// of that order, from the lowest bits on: where they are moved into place, one vector does it for all.
+// neighbours. Of a unit's n bytes the j-th has in its low nibble the high bits of the even columns 2 * j, 2 * (j + n), …, from the lowest on,
+// in its high nibble those of the odd columns beside them: a vector that repeats these bytes needs one shift for each of the two.
 // Codes become bytes with the zero point 128, times the factors of their blocks where scales have such: a factor is 1 … 8 for 5 bits and
 // 1 … 4 for 6, so that products fit. Where factors stay apart, codes become bytes as they are, and sums of their products are
 // multiplied with factors.
