@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -135,7 +134,7 @@ def settings(rng: Rng, good: Good) -> bytes:
 
 
 def _open_settings(path: Path) -> None:
-    bundle = replace(_good(path), root=path.parent)
+    bundle = _good(path)._replace(root=path.parent)
     said = bundle.read_json(path.name)
     assert 0 <= bundle.pad_id < bundle.config.vocab_size
     assert all(note.isprintable() for note in usable_settings(said)[1])
