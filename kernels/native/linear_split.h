@@ -88,7 +88,7 @@ HEADRACE_APART void unpack_rows(const Row& first, size_t stride, int rows, size_
   }
 }
 
-// R such rows, the first one and those `stride` further, by T tokens; sums are those that row_sum has, of two rows to a vector. Where few registers
+// R such rows, the first one and those `stride` further, by T tokens; sums are those that row_sums has, of two rows to a vector. Where few registers
 // are there, one row goes after the other, so that sums of all tokens stay in them.
 template <class V, int R, int T, class Row>
 HEADRACE_APART void add_rows(const Row& first, size_t stride, const uint8_t* bytes, const Fine* x, size_t from, size_t to, float* out) {
