@@ -1,5 +1,6 @@
 // Quantized inputs of a linear: fine rows for short stretches of a sequence, coarse ones for prompts.
 #pragma once
+#include <algorithm>
 #include <vector>
 
 #include "buffer.h"
@@ -20,19 +21,24 @@ class Activations {
  public:
   // Room for the rows of one input of width k; pointers below are valid until the next call.
   void reserve(int fine_rows, int coarse_rows, int k) {
-    const size_t padded = round_up(k, kColumns), eighths = padded / 8, quarters = padded / 4;
-    const size_t segments = (padded / kSegment + 1) * 16, split = padded * kSplitBytes;
-    const size_t bytes = round_up(2 * split + 2 * padded + 4 * (2 * eighths + segments + 3 * quarters), 64);
+    // Of up to kFew tokens together: steps of four kinds; and each one's own numbers.
+    const size_t padded = round_up(k, kColumns), steps = kStepBytes * padded, segments = (padded / kSegment + 1) * 16;
+    const size_t numbers = round_up(padded + 4 * (padded / 8 + 5 * segments + 2 * (padded / 4)), 64), bytes = 4 * steps + numbers;
     fine_memory_.grow(bytes * fine_rows);
     fine_.resize(fine_rows);
     for (int i = 0; i < fine_rows; i++) {
-      uint8_t* own = fine_memory_.data() + bytes * i;
-      int8_t* codes = reinterpret_cast<int8_t*>(own + 2 * split);
-      int32_t* numbers = reinterpret_cast<int32_t*>(codes + 2 * padded);
-      fine_[i].four = {0, codes, reinterpret_cast<int16_t*>(numbers), numbers + eighths, numbers + 2 * eighths};
-      numbers += 2 * eighths + segments;
-      fine_[i].eight = {codes + padded, reinterpret_cast<float*>(numbers), numbers + quarters, numbers + 2 * quarters};
-      fine_[i].split[0] = own, fine_[i].split[1] = own + split;
+      const int number = i % kFew, together = std::min(kFew, fine_rows - (i - number));
+      uint8_t* first = fine_memory_.data() + bytes * (i - number);
+      const auto kind = [&](int which) { return first + which * together * steps; };
+      int8_t* codes = reinterpret_cast<int8_t*>(kind(4) + number * numbers);
+      int32_t* own = reinterpret_cast<int32_t*>(codes + padded);
+      const auto take = [&](size_t n) { return own += n, own - n; };
+      Fine& x = fine_[i];
+      x.number = number, x.together = together;
+      x.four = {0, kind(0), take(padded / 8), take(segments)};
+      x.wide = {0, kind(1), take(4 * segments)};
+      x.eight = {codes, reinterpret_cast<float*>(take(padded / 4)), take(padded / 4)};
+      x.split[0] = kind(2), x.split[1] = kind(3);
     }
     const size_t groups = round_up(k, kColumns) / (kMostGroup / 2);
     codes_.grow(round_up(k, kColumns) * coarse_rows);

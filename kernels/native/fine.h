@@ -1,11 +1,11 @@
-// Fine activations, for any vector V, in the order in which linear_rows.h and linear_blocks.h multiply them.
+// Fine activations, for any vector V, in the order in which linear_rows.h, linear_split.h and linear_blocks.h multiply them.
 //
 //   4 bits: a step is 2 * V::bytes columns; the low halves of a load's bytes are the even ones, the high halves the odd ones,
 //           so the step's activations are the even columns and then the odd ones.
 //   5 and 6 bits: the same.
-//   8 bits: a step is V::bytes columns, as they come.
+//   8 bits: a step is V::bytes columns, as they come; of int16 in two vectors, as bytes widen, or the high bytes and then the low ones.
 //
-// Either way lane l of a step's products covers neighbouring columns, eight of them or four, so that scales of activations and of
+// Of int8 codes lane l of a step's products covers neighbouring columns, eight of them or four, so that scales of activations and of
 // small blocks of weights are vectors over lanes.
 #pragma once
 #include "elementwise.h"
@@ -13,14 +13,29 @@
 namespace headrace {
 namespace {
 
-// A step of the activations for 5 and 6 bits.
+// Steps of the activations for 4 bits, for 5 and 6, and for rows of 8.
+template <class V>
+struct FactorStep {
+  int8_t codes[2 * V::bytes];     // even columns, odd columns
+  int16_t factors[2 * V::lanes];  // each lane's twice: of four lanes and then of the same four again, or, where rows are apart, one by one
+
+  static FactorStep* of(const Fine& x) { return reinterpret_cast<FactorStep*>(x.four.steps) + x.number; }
+};
+
 template <class V>
 struct SplitStep {
   int8_t codes[2 * V::bytes];  // even columns, odd columns
   float scales[V::lanes];      // of 8 columns
   int32_t start[V::lanes];     // of a variant that keeps factors apart, int16: of two even columns and two odd ones together
 
-  static const SplitStep* of(const Fine& x, int bits) { return reinterpret_cast<const SplitStep*>(x.split[bits - 5]); }
+  static SplitStep* of(const Fine& x, int bits) { return reinterpret_cast<SplitStep*>(x.split[bits - 5]) + x.number; }
+};
+
+template <class V>
+struct WideStep {
+  int16_t codes[V::bytes];
+
+  static WideStep* of(const Fine& x) { return reinterpret_cast<WideStep*>(x.wide.steps) + x.number; }
 };
 
 template <class V, int Bits>
@@ -30,20 +45,20 @@ struct Steps {
   static constexpr int per_lane = columns / V::lanes;
   static constexpr int apart = unit_of(Bits) / 2 / columns;  // steps between two that share scales, of 4 and 8 bits
   static const int8_t* codes(const Fine& x, size_t step) {
-    if constexpr (Bits == 4) return x.four.codes + step * columns;
+    if constexpr (Bits == 4) return FactorStep<V>::of(x)[step * x.together].codes;
     else if constexpr (Bits == 8) return x.eight.codes + step * columns;
-    else return SplitStep<V>::of(x, Bits)[step].codes;
+    else return SplitStep<V>::of(x, Bits)[step * x.together].codes;
   }
   static const float* scales(const Fine& x, size_t step) {
     if constexpr (Bits == 8) return x.eight.scales + step * V::lanes;
-    else return SplitStep<V>::of(x, Bits)[step].scales;
+    else return SplitStep<V>::of(x, Bits)[step * x.together].scales;
   }
   // What sums of a step begin with.
   static typename V::I start(const Fine& x, size_t step) {
-    if constexpr (Bits == 4) return V::load(x.four.steps + step * V::lanes);
+    if constexpr (Bits == 4) return V::load(x.four.starts + step * V::lanes);
     else if constexpr (V::signed_bytes) return V::zero();
-    else if constexpr (Bits == 8) return V::load(x.eight.steps + step * V::lanes);
-    else return V::load(SplitStep<V>::of(x, Bits)[step].start);
+    else if constexpr (Bits == 8) return V::load(x.eight.starts + step * V::lanes);
+    else return V::load(SplitStep<V>::of(x, Bits)[step * x.together].start);
   }
 };
 
@@ -76,15 +91,17 @@ inline typename V::I start_of(const int8_t* codes) {
   return V::sub32(V::zero(), sum);
 }
 
-// Shared: columns half a unit apart have one factor.
+// Shared: columns half a unit apart have one factor, for rows of one scale.
 template <class V, bool Shared>
-inline void factor_codes(const float* x, int k, FactorCodes& out) {
+inline void factor_codes(const float* x, int k, Fine& of) {
   using S = Steps<V, 4>;
   using I = typename V::I;
   using F = typename V::F;
   constexpr int unit = unit_of(4), half = unit / 2, N = S::per_lane > V::lanes ? S::per_lane / V::lanes : 1;
   const float top = largest<V>(x, k), least = top > kLeastTop ? top : kLeastTop;
   const F up = V::setf(kMostFactor / least), inverse = V::setf(127 * kMostFactor / least);
+  FactorCodes& out = of.four;
+  FactorStep<V>* step = FactorStep<V>::of(of);
   out.scale = top / (127 * kMostFactor);
   I segment = V::zero();
   for (int from = 0, s = 0; from < k; from += unit) {
@@ -109,22 +126,55 @@ inline void factor_codes(const float* x, int k, FactorCodes& out) {
         }
       }
     }
-    for (int c = 0; c < unit && from + c < k; c += S::columns, s++) {
+    for (int c = 0; c < unit && from + c < k; c += S::columns, s++, step += of.together) {
       alignas(64) int32_t factor[V::lanes];
-      int16_t* pairs = out.factors + s * 2 * V::lanes;
       for (int l = 0; l < V::lanes; l++) {
         factor[l] = factors[c + l * S::per_lane];
-        pairs[l / 4 * 8 + l % 4] = pairs[l / 4 * 8 + l % 4 + 4] = int16_t(factor[l]);
+        const int first = rows_apart<V> ? 2 * l : l / 4 * 8 + l % 4;
+        step->factors[first] = step->factors[first + (rows_apart<V> ? 1 : 4)] = int16_t(factor[l]);
       }
-      V::store_apart(out.codes + from + c, V::load(codes + c), V::load(codes + c + V::bytes));
-      const I start = start_of<V, 4>(out.codes + from + c);
-      V::store(out.steps + s * V::lanes, start);
+      V::store_apart(step->codes, V::load(codes + c), V::load(codes + c + V::bytes));
+      const I start = start_of<V, 4>(step->codes);
+      V::store(out.starts + s * V::lanes, start);
       segment = V::add32(segment, V::mul32(start, V::load(factor)));
       if ((s + 1) % (kSegment / S::columns) == 0 || from + c + S::columns >= k) {
-        V::store(out.segments + from / kSegment * V::lanes, V::template merge<0>(segment, segment));
+        V::store(out.segments + from / kSegment * V::lanes, rows_apart<V> ? segment : V::template merge<0>(segment, segment));
         segment = V::zero();
       }
     }
+  }
+}
+
+// int16 codes, one scale for all of them.
+template <class V>
+inline void wide_codes(const float* x, int k, Fine& of) {
+  using I = typename V::I;
+  constexpr int columns = V::bytes, vectors = wide_vectors<V>;
+  const float top = largest<V>(x, k), inverse = kTop / (top > kLeastTop ? top : kLeastTop);
+  of.wide.scale = top / kTop;
+  WideStep<V>* step = WideStep<V>::of(of);
+  I sums[2] = {V::zero(), V::zero()};
+  for (int from = 0; from < k; from += columns, step += of.together) {
+    alignas(64) float copy[columns];
+    const float* at = whole_unit(x + from, k - from, copy);
+    alignas(64) int16_t codes[columns];
+    HEADRACE_UNROLL for (int c = 0; c < columns; c += V::lanes) V::store16(codes + c, V::to_int(V::mul(V::loadf(at + c), V::setf(inverse))));
+    if constexpr (vectors == 1) {
+      V::store_widened(step->codes, codes);
+      HEADRACE_UNROLL for (int v = 0; v < 2; v++)
+          sums[0] = V::dot16(sums[0], V::load(step->codes + v * columns / 2), V::set32(128 * 0x10001));
+    } else {
+      int8_t *high = reinterpret_cast<int8_t*>(step->codes), *low = high + columns;
+      for (int c = 0; c < columns; c++) high[c] = int8_t((codes[c] + 128) >> 8), low[c] = int8_t(codes[c]);
+      if constexpr (!V::signed_bytes)
+        HEADRACE_UNROLL for (int v = 0; v < 2; v++)
+            sums[v] = V::dot_bytes(sums[v], V::set8(-128), V::load(high + v * columns));  // 128 as an unsigned byte
+    }
+    if ((from + columns) % segment_of(8) == 0 || from + columns >= k)
+      for (int v = 0; v < vectors; v++) {
+        V::store(of.wide.segments + (from / segment_of(8) * vectors + v) * V::lanes, V::sub32(V::zero(), sums[v]));
+        sums[v] = V::zero();
+      }
   }
 }
 
@@ -146,8 +196,7 @@ inline void scaled_codes(const float* x, int k, const ScaledCodes& out) {
     for (int c = 0; c < half; c += S::columns) {
       const int s = (from + c) / S::columns, other = s + S::apart;
       const auto start = start_of<V, 8>(out.codes + from + c), second = start_of<V, 8>(out.codes + from + half + c);
-      V::store(out.steps + s * V::lanes, start), V::store(out.steps + other * V::lanes, second);
-      V::store(out.pairs + s * V::lanes, V::add32(start, second));
+      V::store(out.starts + s * V::lanes, start), V::store(out.starts + other * V::lanes, second);
       for (int l = 0; l < V::lanes; l++)
         out.scales[s * V::lanes + l] = out.scales[other * V::lanes + l] = scales[c + l * S::per_lane];
     }
@@ -155,11 +204,11 @@ inline void scaled_codes(const float* x, int k, const ScaledCodes& out) {
 }
 
 template <class V, int Bits>
-inline void split_codes(const float* x, int k, SplitStep<V>* out) {
+inline void split_codes(const float* x, int k, const Fine& of) {
   using S = Steps<V, Bits>;
-  static_assert(sizeof(SplitStep<V>) <= kSplitBytes * S::columns);
+  SplitStep<V>* out = SplitStep<V>::of(of, Bits);
   constexpr int columns = S::columns, N = S::per_lane > V::lanes ? S::per_lane / V::lanes : 1;
-  for (int from = 0; from < k; from += columns, out++) {
+  for (int from = 0; from < k; from += columns, out += of.together) {
     alignas(64) float copy[columns], tops[columns], of_lanes[V::lanes];
     const float* at = whole_unit(x + from, k - from, copy);
     alignas(64) int8_t codes[columns];
@@ -185,11 +234,14 @@ inline void split_codes(const float* x, int k, SplitStep<V>* out) {
 
 template <class V>
 void fine(const float* x, int k, unsigned kinds, Fine& out) {
-  if (kinds & kRowsOf4) factor_codes<V, true>(x, k, out.four);
-  else if (kinds & kBlocksOf4) factor_codes<V, false>(x, k, out.four);
-  if (kinds & kAllOf5) split_codes<V, 5>(x, k, reinterpret_cast<SplitStep<V>*>(out.split[0]));
-  if (kinds & kAllOf6) split_codes<V, 6>(x, k, reinterpret_cast<SplitStep<V>*>(out.split[1]));
-  if (kinds & kAllOf8) scaled_codes<V>(x, k, out.eight);
+  static_assert(sizeof(FactorStep<V>) <= kStepBytes * 2 * V::bytes && sizeof(SplitStep<V>) <= kStepBytes * 2 * V::bytes);
+  static_assert(sizeof(WideStep<V>) <= kStepBytes * V::bytes);
+  if (kinds & kRowsOf4) factor_codes<V, true>(x, k, out);
+  else if (kinds & kBlocksOf4) factor_codes<V, false>(x, k, out);
+  if (kinds & kAllOf5) split_codes<V, 5>(x, k, out);
+  if (kinds & kAllOf6) split_codes<V, 6>(x, k, out);
+  if (kinds & kRowsOf8) wide_codes<V>(x, k, out);
+  if (kinds & kBlocksOf8) scaled_codes<V>(x, k, out.eight);
 }
 
 }  // namespace

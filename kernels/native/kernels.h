@@ -2,7 +2,7 @@
 //
 // Linears have two forms, chosen by how many tokens of one sequence are computed together:
 //
-//   fine    int8 activations of which few share a scale, as few as cost nothing. For decoding, one token or several.
+//   fine    int8 activations of which few share a scale, as few as cost nothing, or int16 ones. For decoding, one token or several.
 //   coarse  int8 activations, one scale a token and group of 32 or 64 columns. For prompts, which are bound by multiplications.
 //
 // Attention works on int16 queries and probabilities over the int8 cache, whatever the number of tokens.
@@ -19,6 +19,7 @@ constexpr int kBlock = 64;      // positions whose probabilities share a maximum
 constexpr int kTop = 32639;     // largest code of int16: 256 * 127 + 127
 constexpr int kUnit = 64;       // columns whose high bits lie together, of 5 and 6 bits
 constexpr int kPad = 128;       // rows of activations are padded with zeros to a multiple of this
+constexpr int kFew = 8;         // tokens whose fine activations lie together
 
 constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
@@ -42,40 +43,50 @@ struct Weight {
   int factor(int row, int b) const { return (factors[row * factor_bytes() + b / 2] >> b % 2 * 4 & 15) + 1; }
 };
 
-// One token's fine activations: int8 codes, of which few columns share a scale. In a unit of columns there are 16 scales: the first is
-// that of the first neighbours and of as many half a unit further, and so on. The order of codes and the starts are the variant's
-// own. A start is what the zero point takes from a sum of products: minus zero point times the sum of the codes.
+// One token's fine activations: codes, of which few columns share a scale. The order of codes and the starts are the variant's own: a step of
+// some columns lies together, with what it is scaled with, and the same step of up to kFew tokens one behind the other, so that one pointer
+// reaches them. A start is what the zero point takes from a sum of products: minus zero point times the sum of the codes.
 //
-// 4 bits: a scale is that of the token times a whole number, 1 … kMostFactor, for 16 columns, or for the 8 neighbours alone where no
-// weight has one scale a row. So products that are sums of integers stay such sums until a segment or a block ends.
+// 4 bits: int8; a scale is that of the token times a whole number, 1 … kMostFactor. In a unit of columns there are 16 of these: the first
+// is that of the first 8 columns and of those half a unit further, and so on, or of the 8 neighbours alone where no weight has one scale
+// a row. So products that are sums of integers stay such sums until a segment or a block ends.
 struct FactorCodes {
   float scale;
-  int8_t* codes;
-  int16_t* factors;   // of four lanes and then of the same four again
-  int32_t* steps;     // starts of a step, a lane at a time
-  int32_t* segments;  // the same with factors, summed over the steps of a segment, two lanes together
+  uint8_t* steps;
+  int32_t* starts;    // of a step, a lane at a time
+  int32_t* segments;  // the same with factors, summed over the steps of a segment
 };
-// 8 bits: a scale is float32, for 8 columns.
+// 8 bits, of weights that have one scale a row: int16, and so has the token.
+struct WideCodes {
+  float scale;
+  uint8_t* steps;
+  int32_t* segments;  // starts of a segment, a lane at a time; where codes are two bytes, of the high ones and of the low ones
+};
+// 8 bits, of weights that have blocks: int8; a scale is float32, for 4 neighbours and 4 half a unit of columns further.
 struct ScaledCodes {
   int8_t* codes;
-  float* scales;   // a lane at a time
-  int32_t* steps;  // starts of a step, a lane at a time
-  int32_t* pairs;  // the same of two steps that share scales
+  float* scales;    // a lane at a time
+  int32_t* starts;  // of a step, a lane at a time
 };
 struct Fine {
+  int number, together;  // which of the tokens that lie together, and how many these are
   FactorCodes four;
+  WideCodes wide;
   ScaledCodes eight;
-  // 5 and 6 bits: a scale is float32, for 8 neighbours. All of a step lies together, as the variant has it, so that one pointer reaches it.
-  uint8_t* split[2];
+  uint8_t* split[2];  // 5 and 6 bits: int8; a scale is float32, for 8 neighbours
 };
-constexpr size_t kSplitBytes = 2;  // of such steps for a column, at most
+constexpr size_t kStepBytes = 2;  // of such steps for a column, at most; not of those of ScaledCodes
 
-// Which codes of a token are needed: for weights of 4 bits with one scale a row, with blocks, of 5, 6 and 8 bits.
-enum Kinds : unsigned { kRowsOf4 = 1, kBlocksOf4 = 2, kAllOf5 = 4, kAllOf6 = 8, kAllOf8 = 16 };
+// Which codes of a token are needed: for weights of 4 bits with one scale a row, with blocks, of 5 and 6 bits, of 8 bits with one scale a
+// row, with blocks.
+enum Kinds : unsigned { kRowsOf4 = 1, kBlocksOf4 = 2, kAllOf5 = 4, kAllOf6 = 8, kRowsOf8 = 16, kBlocksOf8 = 32 };
 
 constexpr int unit_of(int bits) { return bits == 4 ? 256 : 128; }
 constexpr int kMostFactor = 1024;
-constexpr int kSegment = 2048;         // columns of 4-bit weights whose products fit an int32: 1024 * 127 * 8 * 2048
+constexpr int kSegment = 2048;  // columns of 4-bit weights whose products fit an int32: 1024 * 127 * 8 * 2048
+// The same of 8 bits by int16, of which a lane has 512 at most; so few because activations of kFew tokens, 16 KB, shall stay in the first
+// level of the cache.
+constexpr int segment_of(int bits) { return bits == 8 ? kSegment / 2 : kSegment; }
 constexpr float kLeastTop = 1e-30f;    // numbers that are all smaller have codes of 0
 
 // Coarse activations of m tokens: codes [k / kColumns][m][kColumns], in every eight columns the even ones first;

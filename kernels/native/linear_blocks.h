@@ -192,8 +192,8 @@ inline void decode_blocks(const Weight& w, const Fine* x, int m, int begin, int 
         typename V::F total[T];
         block_rows<V, Bits, Parts, T>(w, scales, per_row, n, stride, x + t, total);
         for (int i = 0; i < T; i++)
-          write_rows<V, Bits>(w, n, stride ? V::lanes : 1, total[i], x[t + i],
-                              out.y + out.rows[t + i] * out.stride + column + n - begin);
+          write_rows<V>(w, n, stride ? V::lanes : 1, total[i], Bits == 4 ? x[t + i].four.scale : 1,
+                        out.y + out.rows[t + i] * out.stride + column + n - begin);
       });
     });
   };

@@ -41,7 +41,7 @@ __attribute__((always_inline)) inline typename V::I factors_for(const Row& row, 
 
 // A row by T tokens.
 template <class V, int T, class Row>
-__attribute__((always_inline)) inline void row_sums(const Row& row, const typename Row::HighBits& bits, const SplitStep<V>* const (&x)[T],
+__attribute__((always_inline)) inline void row_sums(const Row& row, const typename Row::HighBits& bits, const SplitStep<V>* x, size_t together,
                                                     size_t from, size_t to, typename V::F (&sum)[T]) {
   HEADRACE_UNROLL for (int t = 0; t < T; t++) sum[t] = V::zerof();
   steps_of(row, from, to, [&](size_t step, auto whole) __attribute__((always_inline)) {
@@ -49,7 +49,7 @@ __attribute__((always_inline)) inline void row_sums(const Row& row, const typena
     typename V::I even, odd;
     row.template load<all>(bits, step, even, odd);
     const auto factors = factors_for<V, all>(row, step);
-    HEADRACE_UNROLL for (int t = 0; t < T; t++) sum[t] = add_step<V, Row>(sum[t], even, odd, factors, x[t][step]);
+    HEADRACE_UNROLL for (int t = 0; t < T; t++) sum[t] = add_step<V, Row>(sum[t], even, odd, factors, x[step * together + t]);
   });
 }
 
@@ -57,13 +57,13 @@ __attribute__((always_inline)) inline void row_sums(const Row& row, const typena
 template <class V, int T, class Row>
 HEADRACE_APART void few_rows(const Row& first, size_t stride, const Fine* x, size_t from, size_t to, float* lanes) {
   const typename Row::HighBits bits;
-  const SplitStep<V>* own[T];
-  HEADRACE_UNROLL for (int t = 0; t < T; t++) own[t] = SplitStep<V>::of(x[t], Row::kBits);
+  const SplitStep<V>* const own = SplitStep<V>::of(*x, Row::kBits);
+  const size_t together = x->together;
   for (size_t r = 0; r < V::lanes; r += 2, lanes += V::lanes) {
     const auto row = first.further(r * stride);
     __builtin_prefetch(row.factors + row.factors_ahead, 0, 2);
     typename V::F one[T], other[T];
-    row_sums<V, T>(row, bits, own, from, to, one), row_sums<V, T>(row.further(stride), bits, own, from, to, other);
+    row_sums<V, T>(row, bits, own, together, from, to, one), row_sums<V, T>(row.further(stride), bits, own, together, from, to, other);
     HEADRACE_UNROLL for (int t = 0; t < T; t++) {
       const auto two = V::template merge<0>(one[t], other[t]);
       float* at = lanes + t * V::lanes * V::lanes;
@@ -93,6 +93,7 @@ HEADRACE_APART void unpack_rows(const Row& first, size_t stride, int rows, size_
 template <class V, int R, int T, class Row>
 HEADRACE_APART void add_rows(const Row& first, size_t stride, const uint8_t* bytes, const Fine* x, size_t from, size_t to, float* out) {
   constexpr int together = Row::apart ? 1 : R;
+  const SplitStep<V>* const steps = SplitStep<V>::of(*x, Row::kBits);
   typename V::F sum[R][T];
   HEADRACE_UNROLL for (int r = 0; r < R; r++) HEADRACE_UNROLL for (int t = 0; t < T; t++) sum[r][t] = V::zerof();
   HEADRACE_UNROLL for (int r = 0; r < R; r += together) {
@@ -104,7 +105,7 @@ HEADRACE_APART void add_rows(const Row& first, size_t stride, const uint8_t* byt
       HEADRACE_UNROLL for (int i = 0; i < together; i++)
           even[i] = V::kept(V::load(own + i * kSegment)), odd[i] = V::kept(V::load(own + i * kSegment + V::bytes));
       HEADRACE_UNROLL for (int t = 0; t < T; t++) HEADRACE_UNROLL for (int i = 0; i < together; i++)
-          sum[r + i][t] = add_step<V, Row>(sum[r + i][t], even[i], odd[i], factors, SplitStep<V>::of(x[t], Row::kBits)[step]);
+          sum[r + i][t] = add_step<V, Row>(sum[r + i][t], even[i], odd[i], factors, steps[step * x->together + t]);
     };
     const size_t whole = std::min(to, row.columns / Row::kStep);
     for (size_t step = from; step < whole; step++) add(step, Number<1>());
@@ -123,13 +124,13 @@ inline void decode_split(const Weight& w, const Fine* x, int m, int begin, int e
   constexpr int together = 4, at_once = V::bytes < 64 ? 2 : 4;  // rows
   constexpr int direct = V::bytes < 64 ? 4 : 1;                  // tokens: a wide vector's loads of activations are what rows together share
   constexpr int size = V::lanes * V::lanes;
-  alignas(64) float lanes[kMostTokens * size];
+  alignas(64) float lanes[kFew * size];
   alignas(64) uint8_t bytes[together * kSegment];
   const Row top(w, begin, columns_ahead(w, m == 1 ? 2 : together));
   vectors_of_rows<V>(begin, end, [&](int n, int stride) {
     const auto own = top.further(n - begin);
-    for (int first = 0; first < m; first += kMostTokens) {
-      const int tokens = std::min(m - first, kMostTokens);
+    for (int first = 0; first < m; first += kFew) {
+      const int tokens = std::min(m - first, kFew);
       for (int segment = 0; segment < w.k; segment += kSegment) {
         const size_t from = segment / Row::kStep, to = round_up(std::min(segment + kSegment, w.k), Row::kStep) / Row::kStep;
         if (tokens <= direct) {
@@ -148,7 +149,7 @@ inline void decode_split(const Weight& w, const Fine* x, int m, int begin, int e
           });
         }
       }
-      write_sums<V, 8>(w, n, stride, x, first, tokens, lanes, out, column + n - begin);
+      write_sums<V>(w, n, stride, first, tokens, lanes, [](int) { return 1.0f; }, out, column + n - begin);
     }
   });
 }

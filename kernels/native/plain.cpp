@@ -28,10 +28,22 @@ float quantize(const float* x, int k, int16_t* codes) {
   return top / kTop;
 }
 
+// The steps of such tokens as lie together.
+template <class Step>
+Step& step_of(uint8_t* steps, const Fine& x, size_t step) {
+  return reinterpret_cast<Step*>(steps)[step * x.together + x.number];
+}
+
 // Codes in their own order, a factor for every eight of them.
-void factor_codes(const float* x, int k, bool shared, FactorCodes& out) {
+struct Factored {
+  int16_t factor;
+  int8_t codes[8];
+};
+
+void factor_codes(const float* x, int k, bool shared, Fine& out) {
+  static_assert(sizeof(Factored) <= 8 * kStepBytes);
   const float top = largest(x, k), least = std::max(top, kLeastTop), up = kMostFactor / least, inverse = 127 * kMostFactor / least;
-  out.scale = top / (127 * kMostFactor);
+  out.four.scale = top / (127 * kMostFactor);
   const auto factor = [&](int from) {
     int most = 1;
     for (int i = from; i < std::min(from + 8, k); i++) most = std::max(most, rounded(std::fabs(x[i]) * up + 0.5f, kMostFactor));
@@ -39,13 +51,20 @@ void factor_codes(const float* x, int k, bool shared, FactorCodes& out) {
   };
   for (int from = 0; from < k; from += 8) {
     const int own = factor(from), other = shared ? factor(from ^ unit_of(4) / 2) : 1;
-    out.factors[from / 8] = int16_t(std::max(own, other));
-    for (int i = from; i < std::min(from + 8, k); i++)
-      out.codes[i] = int8_t(rounded(x[i] * (inverse / float(out.factors[from / 8])), 127));
+    Factored& step = step_of<Factored>(out.four.steps, out, from / 8);
+    step.factor = int16_t(std::max(own, other));
+    for (int i = from; i < std::min(from + 8, k); i++) step.codes[i % 8] = int8_t(rounded(x[i] * (inverse / float(step.factor)), 127));
   }
 }
 
-// The same with a scale for every four of them and for four half a unit further.
+// int16 codes.
+void wide_codes(const float* x, int k, Fine& out) {
+  const float top = largest(x, k), inverse = kTop / std::max(top, kLeastTop);
+  out.wide.scale = top / kTop;
+  for (int i = 0; i < k; i++) step_of<int16_t>(out.wide.steps, out, i) = int16_t(rounded(x[i] * inverse, kTop));
+}
+
+// Bytes with a scale for every four of them and for four half a unit further.
 void scaled_codes(const float* x, int k, ScaledCodes& out) {
   for (int from = 0; from < k; from += 4) {
     const int other = from ^ unit_of(8) / 2;
@@ -62,29 +81,35 @@ struct Neighbours {
   int8_t codes[8];
 };
 
-void split_codes(const float* x, int k, Neighbours* out) {
-  static_assert(sizeof(Neighbours) <= 8 * kSplitBytes);
-  for (int from = 0; from < k; from += 8, out++) {
+void split_codes(const float* x, int k, int bits, const Fine& out) {
+  static_assert(sizeof(Neighbours) <= 8 * kStepBytes);
+  for (int from = 0; from < k; from += 8) {
     const int n = std::min(8, k - from);
     const float top = largest(x + from, n);
-    out->scale = top / 127;
-    for (int i = 0; i < n; i++) out->codes[i] = int8_t(rounded(x[from + i] * (127 / std::max(top, kLeastTop)), 127));
+    Neighbours& step = step_of<Neighbours>(out.split[bits - 5], out, from / 8);
+    step.scale = top / 127;
+    for (int i = 0; i < n; i++) step.codes[i] = int8_t(rounded(x[from + i] * (127 / std::max(top, kLeastTop)), 127));
   }
 }
 
 void fine(const float* x, int k, unsigned kinds, Fine& out) {
-  if (kinds & (kRowsOf4 | kBlocksOf4)) factor_codes(x, k, kinds & kRowsOf4, out.four);
-  if (kinds & kAllOf5) split_codes(x, k, reinterpret_cast<Neighbours*>(out.split[0]));
-  if (kinds & kAllOf6) split_codes(x, k, reinterpret_cast<Neighbours*>(out.split[1]));
-  if (kinds & kAllOf8) scaled_codes(x, k, out.eight);
+  if (kinds & (kRowsOf4 | kBlocksOf4)) factor_codes(x, k, kinds & kRowsOf4, out);
+  if (kinds & kAllOf5) split_codes(x, k, 5, out);
+  if (kinds & kAllOf6) split_codes(x, k, 6, out);
+  if (kinds & kRowsOf8) wide_codes(x, k, out);
+  if (kinds & kBlocksOf8) scaled_codes(x, k, out.eight);
 }
 
-double value(const Fine& x, int k, int bits) {
-  if (bits == 4) return double(x.four.codes[k]) * x.four.factors[k / 8] * x.four.scale;
-  if (bits != 8) {
-    const Neighbours& own = reinterpret_cast<const Neighbours*>(x.split[bits - 5])[k / 8];
+double value(const Fine& x, int k, const Weight& w) {
+  if (w.bits == 4) {
+    const Factored& own = step_of<Factored>(x.four.steps, x, k / 8);
+    return double(own.codes[k % 8]) * own.factor * x.four.scale;
+  }
+  if (w.bits != 8) {
+    const Neighbours& own = step_of<Neighbours>(x.split[w.bits - 5], x, k / 8);
     return double(own.codes[k % 8]) * own.scale;
   }
+  if (!w.block) return double(step_of<int16_t>(x.wide.steps, x, k)) * x.wide.scale;
   return double(x.eight.codes[k]) * x.eight.scales[k / 4];
 }
 
@@ -95,7 +120,7 @@ void decode(const Weight& w, const Fine* x, int m, int begin, int end, const Out
       double total = 0;
       for (int b = 0; b < w.blocks(); b++) {
         double sum = 0;
-        for (int k = b * block; k < (b + 1) * block; k++) sum += code_of(w, n, k) * value(x[i], k, w.bits);
+        for (int k = b * block; k < (b + 1) * block; k++) sum += code_of(w, n, k) * value(x[i], k, w);
         total += sum * scale_of(w, n, b);
       }
       out.y[out.rows[i] * out.stride + column + n - begin] = float(total) + (w.bias ? w.bias[n] : 0);

@@ -1,5 +1,7 @@
 // What linear_rows.h and linear_blocks.h are made of: products of a step of some rows by some tokens, scaled, merged and written.
 #pragma once
+#include <algorithm>
+
 #include "fine.h"
 #include "rows.h"
 
@@ -13,13 +15,6 @@ inline int rows_ahead(const Weight& w, int together = 1) { return int(round_up(k
 
 // The same in columns.
 inline size_t columns_ahead(const Weight& w, int together) { return size_t(rows_ahead(w, together)) * w.k; }
-
-// What products of bytes of two steps that share scales begin with.
-template <class V>
-__attribute__((always_inline)) inline typename V::I start_of_pairs(const ScaledCodes& x, size_t step) {
-  if constexpr (V::signed_bytes) return V::zero();
-  else return V::load(x.pairs + step * V::lanes);
-}
 
 // Codes of a step of R rows from one on; Whole: all of it exists.
 template <class V, int Bits, int R, bool Whole>
@@ -40,7 +35,13 @@ struct Columns {
       }
     }
   }
-  // Adds products with a token's codes of that step.
+  // Adds products with a token's codes of that step; to int16, of pairs.
+  __attribute__((always_inline)) void dot_pairs(const int8_t* own, I (&product)[R]) const {
+    HEADRACE_UNROLL for (int v = 0; v < S::vectors; v++) {
+      const I codes_of_token = V::load(own + v * V::bytes);
+      HEADRACE_UNROLL for (int r = 0; r < R; r++) product[r] = V::add16(product[r], V::pair_products(codes[r][v], codes_of_token));
+    }
+  }
   __attribute__((always_inline)) void dot(const int8_t* own, I (&product)[R]) const {
     HEADRACE_UNROLL for (int v = 0; v < S::vectors; v += Bits == 4 ? 2 : 1) {
       const I first = V::load(own + v * V::bytes);
@@ -68,7 +69,8 @@ template <class V, int Bits, int R>
 __attribute__((always_inline)) inline void add_scaled(const Fine& x, int step, const typename V::I (&product)[R],
                                                       Sum<V, Bits> (&sum)[vectors_of<V, Bits>(R)]) {
   if constexpr (Bits == 4) {
-    const auto factors = V::load(x.four.factors + step * 2 * V::lanes);
+    auto factors = V::load(FactorStep<V>::of(x)[size_t(step) * x.together].factors);
+    if constexpr (rows_apart<V>) factors = V::fours_twice(factors);
     HEADRACE_UNROLL for (int r = 0; r < R; r += 2) sum[r / 2] = V::dot16(sum[r / 2], V::pack16(product[r], product[r + 1]), factors);
   } else {
     const auto scales = V::loadf(Steps<V, Bits>::scales(x, step));
@@ -88,19 +90,18 @@ __attribute__((always_inline)) inline T all_merged(const T (&v)[N]) {
   }
 }
 
-// `run` for `tokens` tokens, up to Most at a time: run(number of them, first).
+// `run` for `tokens` tokens, up to Most at a time: run(number of them, first). Five and six are shared out evenly.
 template <int Most, class Run>
 inline void few_at_a_time(int tokens, const Run& run) {
-  for (int t = 0; t < tokens;) {
-    const int left = tokens - t, some = Most > 3 && (left == 5 || left == 6) ? 3 : left < Most ? left : Most;
-    if (some == 1) run(Number<1>(), t);
-    if constexpr (Most > 1)
-      if (some == 2) run(Number<2>(), t);
-    if constexpr (Most > 2)
-      if (some == 3) run(Number<3>(), t);
-    if constexpr (Most > 3)
-      if (some == 4) run(Number<4>(), t);
-    t += some;
+  for (int t = 0, some; t < tokens; t += some) {
+    const int left = tokens - t;
+    some = Most == kFew && left >= kFew ? kFew : std::min(Most, left == 5 || left == 6 ? 3 : std::min(left, 4));
+    const auto run_if = [&](auto number) {
+      constexpr int T = decltype(number)::value;
+      if constexpr (T <= Most)
+        if (some == T) run(number, t);
+    };
+    run_if(Number<1>()), run_if(Number<2>()), run_if(Number<3>()), run_if(Number<4>()), run_if(Number<kFew>());
   }
 }
 
@@ -110,19 +111,13 @@ inline typename V::F row_scales(const Weight& w, int n, int stride) {
   return stride ? V::halves(w.scale + n) : V::setf(V::half(w.scale[n]));
 }
 
-// Sums of a vector of rows with a token's scale and the rows' biases, which may be null.
-template <class V, int Bits>
-inline typename V::F with_scale_and_bias(typename V::F total, const Fine& x, const float* bias) {
-  const auto all = Bits == 4 ? V::mul(total, V::setf(x.four.scale)) : total;
-  return bias ? V::add(all, V::loadf(bias)) : all;
-}
-
-// Results of `count` rows from n on for a token, one or V::lanes, whose sums are `total`.
-template <class V, int Bits>
-inline void write_rows(const Weight& w, int n, int count, typename V::F total, const Fine& x, float* y) {
-  if (count == V::lanes) return V::storef(y, with_scale_and_bias<V, Bits>(total, x, w.bias ? w.bias + n : nullptr));
+// Results of `count` rows from n on for a token, one or V::lanes, whose sums are `total`, times the token's scale.
+template <class V>
+inline void write_rows(const Weight& w, int n, int count, typename V::F total, float scale, float* y) {
+  const auto scaled = V::mul(total, V::setf(scale));
+  if (count == V::lanes) return V::storef(y, w.bias ? V::add(scaled, V::loadf(w.bias + n)) : scaled);
   float part[V::lanes];
-  V::storef(part, with_scale_and_bias<V, Bits>(total, x, nullptr));
+  V::storef(part, scaled);
   *y = part[0] + (w.bias ? w.bias[n] : 0);
 }
 

@@ -11,7 +11,7 @@ namespace {
 struct Avx2 {
   using I = __m256i;
   using F = __m256;
-  static constexpr int bytes = 32, lanes = 8;
+  static constexpr int bytes = 32, lanes = 8, registers = 16;
   static constexpr int panels = 2, tokens = 2;                // 16 registers: 4 sums, 4 totals, 2 of weights, 1 token
   static constexpr int together = 1;  // so often merged, sums of rows are in registers at once
   static constexpr int attend_rows = 3, most_rows = 32;
@@ -83,6 +83,15 @@ struct Avx2 {
   static I pair_start(I b, int zero_point) { return _mm256_sub_epi16(zero(), pair_products(set8(zero_point), b)); }
   static I pair_products(I a, I b) { return _mm256_maddubs_epi16(a, b); }
   static I add_pairs(I sum, I of, int factor) { return add32(sum, _mm256_madd_epi16(of, _mm256_set1_epi16(short(factor)))); }
+  // Factors of each lane twice, of four lanes and then of the same four again instead of one by one.
+  static I fours_twice(I factors) {
+    return _mm256_shuffle_epi8(factors, _mm256_broadcastsi128_si256(_mm_set_epi8(13, 12, 9, 8, 5, 4, 1, 0, 13, 12, 9, 8, 5, 4, 1, 0)));
+  }
+  // Unsigned bytes as int16, in two vectors, and int16 of as many columns in that order.
+  static I widened(I w, int half) { return half ? _mm256_unpackhi_epi8(w, zero()) : _mm256_unpacklo_epi8(w, zero()); }
+  static void store_widened(int16_t* p, const int16_t* codes) {
+    for (int i = 0; i < 4; i++) std::memcpy(p + 8 * i, codes + 8 * (i / 2 + i % 2 * 2), 16);
+  }
   static I dot_nibbles(I sum, I even, I first, I odd, I second) {
     return add_pairs(sum, add16(pair_products(even, first), pair_products(odd, second)), 1);
   }

@@ -20,7 +20,7 @@ struct Factors {
 struct Avx512 {
   using I = __m512i;
   using F = __m512;
-  static constexpr int bytes = 64, lanes = 16;
+  static constexpr int bytes = 64, lanes = 16, registers = 32;
   static constexpr int panels = 4;  // vectors of channels that prompt does at a time
   static constexpr int tokens = 3;  // tokens that prompt does at a time
   static constexpr int pairs = 0;  // products of four bytes are one instruction, or as good as

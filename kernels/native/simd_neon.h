@@ -12,7 +12,7 @@ namespace {
 struct Neon {
   using I = int32x4_t;
   using F = float32x4_t;
-  static constexpr int bytes = 16, lanes = 4;
+  static constexpr int bytes = 16, lanes = 4, registers = 32;
   static constexpr int panels = 4, tokens = 3;  // 32 registers: 12 sums, 12 totals, 4 of weights, 1 token
   static constexpr int pairs = 0;  // products of four bytes are one instruction, or as good as
   static constexpr int together = 2;  // so often merged, sums of rows are in registers at once

@@ -22,7 +22,7 @@ void Engine::linear(const LinearStep& step, Scratch& mine) {
   if (!rows.count()) return;
   unsigned kinds = 0;
   for (const Weight& w : step.weights)
-    kinds |= w.bits == 8 ? kAllOf8 : w.bits == 6 ? kAllOf6 : w.bits == 5 ? kAllOf5 : w.block ? kBlocksOf4 : kRowsOf4;
+    kinds |= w.bits == 8 ? (w.block ? kBlocksOf8 : kRowsOf8) : w.bits == 6 ? kAllOf6 : w.bits == 5 ? kAllOf5 : w.block ? kBlocksOf4 : kRowsOf4;
   const auto input = [&](int i) {
     const float* x = row(step.in, step.gather ? batch_.wanted[i] : i);
     if (!step.norm) return x;
@@ -38,14 +38,14 @@ void Engine::linear(const LinearStep& step, Scratch& mine) {
     target.m = coarse, target.k = k, target.group = step.group;
     bool scaled_rows = false, blocks = false;
     for (const Weight& w : step.weights) (w.block && !w.factors ? blocks : scaled_rows) = true;
-    // Single fine rows, then coarse ones a few at a time.
-    const int together = std::max(kernels_.tokens, coarse > 8 * kTogether ? kTogether : 1);
-    for (int taken; (taken = pool_.take()) < fine + (coarse + together - 1) / together;) {
-      if (taken < fine) {
-        kernels_.fine(input(rows.fine[taken]), k, kinds, x.fine()[taken]);
+    // Fine rows in pairs, of which steps that lie together share no line of the cache with the next one's; then coarse ones a few at a time.
+    const int pairs = (fine + 1) / 2, together = std::max(kernels_.tokens, coarse > 8 * kTogether ? kTogether : 1);
+    for (int taken; (taken = pool_.take()) < pairs + (coarse + together - 1) / together;) {
+      if (taken < pairs) {
+        for (int i = 2 * taken; i < std::min(2 * taken + 2, fine); i++) kernels_.fine(input(rows.fine[i]), k, kinds, x.fine()[i]);
         continue;
       }
-      const int first = (taken - fine) * together;
+      const int first = (taken - pairs) * together;
       for (int i = first; i < std::min(first + together, coarse); i++)
         kernels_.coarse(input(rows.coarse[i]), i, scaled_rows, blocks, target);
     }

@@ -76,13 +76,23 @@ def random_factors(rng: np.random.Generator, n: int, k: int, block: int, bias: b
     return Weight(w.codes, scale, bits, w.bias, rng.integers(1, most + 1, (n, k // block)).astype(np.uint8))
 
 
-def fine(x: NDArray[np.float32], w: Weight) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """int8 codes of rows (M, K) for a weight, and the scales of each column (M, K), which bring columns to at most 127.
+def whole(x: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """int16 codes of rows (M, K) and their scales (M, 1)."""
+    top = np.abs(x).max(axis=1, keepdims=True)
+    inverse = np.divide(np.float32(32639), top, out=np.zeros_like(top), where=top > 0)
+    return np.rint(x * inverse).astype(np.int64), (top / np.float32(32639)).astype(np.float64)
 
-    In every 256 columns (128 of 8 bits) there are 16 scales: the first for 8 (4) neighbours and those half of it
-    further, and so on; with blocks of 4 bits, and of 5 and 6 bits, those half of it further have their own. A scale of
-    4 bits is a whole number of 1024ths of the row's largest.
+
+def fine(x: NDArray[np.float32], w: Weight) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Codes of rows (M, K) for a weight, and the scales of each column (M, K).
+
+    They are int16 with one scale a row for 8 bits without blocks. Else they are int8, and scales bring columns to at
+    most 127: in every 256 columns (128 of 8 bits) there are 16 scales, the first for 8 (4) neighbours and those half of
+    it further, and so on; with blocks of 4 bits, and of 5 and 6 bits, those half of it further have their own. A scale
+    of 4 bits is a whole number of 1024ths of the row's largest.
     """
+    if w.bits == 8 and not w.has_blocks:
+        return whole(x)
     unit = 128 if w.bits == 8 else 256
     padded = np.pad(x, ((0, 0), (0, -x.shape[1] % unit))).reshape(len(x), -1, 2, 16, unit // 32)
     alone = w.bits in (5, 6) or (w.bits == 4 and w.has_blocks)
@@ -99,13 +109,6 @@ def fine(x: NDArray[np.float32], w: Weight) -> tuple[NDArray[np.int64], NDArray[
     codes = np.rint(padded * inverse).astype(np.int64)
     both = [np.broadcast_to(a, padded.shape).reshape(len(x), -1)[:, : x.shape[1]] for a in (codes, scales)]
     return both[0], both[1]
-
-
-def tiles(x: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """int16 codes of rows (M, K) and their scales (M, 1)."""
-    top = np.abs(x).max(axis=1, keepdims=True)
-    inverse = np.divide(np.float32(32639), top, out=np.zeros_like(top), where=top > 0)
-    return np.rint(x * inverse).astype(np.int64), (top / np.float32(32639)).astype(np.float64)
 
 
 def coarse(x: NDArray[np.float32], group: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

@@ -25,11 +25,11 @@ def spread_error(logits: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -
     return float(np.sqrt(np.square(logits - expected).mean()) / expected.std())
 
 
-def check_fine(logits: np.ndarray[Any, Any], expected: np.ndarray[Any, Any], cache: str) -> None:
-    """Before a code goes to the other side rows are the oracle's; with an int8 cache it does so in the first."""
-    rows = np.sqrt(np.square(logits - expected).mean(axis=1)) / expected.std()
-    assert cache == "int8" or rows.min() < SAME
-    assert spread_error(logits, expected) < OTHER
+def check_first_tokens(engine: hk.Engine, model: Decoder, cache: str) -> None:
+    """Of sequences of one token some have all of the oracle's codes, and then its logits; with an int8 cache none may."""
+    errors = [spread_error(engine.run([(0, 0, [i], [0])]), model.logits([i])) for i in range(3, 131, 16)]
+    assert max(errors) < OTHER
+    assert cache == "int8" or min(errors) < SAME
 
 
 HEADS = [(6, 2), (4, 4), (5, 1)]
@@ -44,7 +44,8 @@ def test_decoder_against_oracle(isa: str, heads: int, kv_heads: int, head_dim: i
     expected = model.logits(ids)
     with engine_of(model, threads=2, isa=isa) as engine:
         logits = np.concatenate([engine.run([(0, t, ids[t : t + 1], [0])]) for t in range(90)])
-        check_fine(logits, expected, cache)
+        assert spread_error(logits, expected) < OTHER
+        check_first_tokens(engine, model, cache)
         logits = np.concatenate([engine.run([(0, 0, ids[:70], range(70))]), engine.run([(0, 70, ids[70:], range(20))])])
         assert spread_error(logits, expected) < COARSE
 
@@ -69,7 +70,8 @@ def test_weights_of_other_kinds(isa: str, options: dict[str, Any]) -> None:
     expected = model.logits(ids)
     with engine_of(model, threads=2, isa=isa) as engine:
         logits = np.concatenate([engine.run([(0, t, ids[t : t + 4], range(4))]) for t in range(0, 40, 4)])
-        check_fine(logits, expected, "float32")
+        assert spread_error(logits, expected) < OTHER
+        check_first_tokens(engine, model, "float32")
         assert spread_error(engine.run([(0, 0, ids, range(40))]), expected) < COARSE
 
 

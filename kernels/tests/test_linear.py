@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 import headrace_kernels as hk
-from oracle import Weight, coarse, fine, linear, random_factors, random_weight, tiles
+from oracle import Weight, coarse, fine, linear, random_factors, random_weight, whole
 from programs import linear_program
 
 ROUNDING = 2e-6  # of float32 sums, relative to the sum of magnitudes; a wrong code is worth far more in `sharp` rows
@@ -37,7 +37,7 @@ def check(
     if group == 0 or batched or m <= 8:
         quantize = partial(fine, w=w)
     elif engine.isa.startswith("amx") and (w.factors is not None or not w.has_blocks):
-        quantize = tiles
+        quantize = whole
     expected, size = linear(x, w, quantize)
     assert logits.shape == expected.shape
     assert np.abs(logits - expected).max(initial=0) <= (ROUNDING * size).max()
