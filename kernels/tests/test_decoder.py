@@ -26,7 +26,7 @@ def spread_error(logits: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -
 
 
 def check_first_tokens(engine: hk.Engine, model: Decoder, cache: str) -> None:
-    """Of sequences of one token some have all of the oracle's codes, and then its logits; with an int8 cache none may."""
+    """Of sequences of one token some have all of the oracle's codes and so its logits; with an int8 cache none may."""
     errors = [spread_error(engine.run([(0, 0, [i], [0])]), model.logits([i])) for i in range(3, 131, 16)]
     assert max(errors) < OTHER
     assert cache == "int8" or min(errors) < SAME
