@@ -8,8 +8,8 @@
 namespace headrace {
 namespace {
 
-constexpr int kLong = 4096;           // columns beyond which one token's activations do not stay in the first level
-constexpr int kTogetherLong = 16384;  // the same of some tokens beside a row, which are read a segment at a time then
+constexpr int kLong = 4096;           // columns beyond which one token's activations, beside eight rows, do not stay in the first level
+constexpr int kTogetherLong = 16384;  // columns of all tokens beyond which several do not, beside a row or two
 
 // Rows that are written together. A vector is loaded in the time of a product of four bytes, so few rows that share it wait for loads; a
 // single token waits for memory, which is read fastest in two streams, but with long rows for activations instead.
@@ -20,8 +20,8 @@ constexpr int rows_at_once(int tokens, bool long_rows) {
   return 4;
 }
 
-// Of these R rows, how many share loads of T tokens' activations: those whose sums and codes are in registers. One by one where rows are
-// apart, since an instruction that loads what it multiplies takes no longer than one that does not.
+// Of these R rows, how many share loads of T tokens' activations: those whose sums and codes are in registers. Where rows are apart one,
+// since an instruction that loads what it multiplies takes no longer than one that does not; but one or two tokens wait for memory.
 template <class V, int Bits>
 constexpr int rows_together(int R, int T) {
   if (rows_apart<V>) return T > 2 ? 1 : R;
@@ -36,7 +36,7 @@ constexpr int tokens_at_once = rows_apart<V> && Bits == 4 ? kFew : 4;
 
 // Vectors that R rows' sums by a token are.
 template <class V, int Bits>
-constexpr int sums_of(int R) { return Bits == 8 ? wide_vectors<V> * R : rows_apart<V> ? R : R / 2; }
+constexpr int sums_of(int R) { return Bits == 8 ? wide_vectors<V> * R : rows_apart<V> ? R : vectors_of<V, Bits>(R); }
 
 // Steps of 4 bits, `from` to `to` - 1 of a row's whole `steps`, of G rows by T tokens. Products of two steps that share factors are added
 // first: they fit an int16, so that those of two rows, or of pairs, can be multiplied with factors and merged at once.

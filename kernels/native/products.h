@@ -35,13 +35,7 @@ struct Columns {
       }
     }
   }
-  // Adds products with a token's codes of that step; to int16, of pairs.
-  __attribute__((always_inline)) void dot_pairs(const int8_t* own, I (&product)[R]) const {
-    HEADRACE_UNROLL for (int v = 0; v < S::vectors; v++) {
-      const I codes_of_token = V::load(own + v * V::bytes);
-      HEADRACE_UNROLL for (int r = 0; r < R; r++) product[r] = V::add16(product[r], V::pair_products(codes[r][v], codes_of_token));
-    }
-  }
+  // Adds products with a token's codes of that step.
   __attribute__((always_inline)) void dot(const int8_t* own, I (&product)[R]) const {
     HEADRACE_UNROLL for (int v = 0; v < S::vectors; v += Bits == 4 ? 2 : 1) {
       const I first = V::load(own + v * V::bytes);
@@ -52,6 +46,13 @@ struct Columns {
         HEADRACE_UNROLL for (int r = 0; r < R; r++)
             product[r] = V::dot_nibbles(product[r], codes[r][0], first, codes[r][1], second);
       }
+    }
+  }
+  // The same of 4 bits, of pairs to int16.
+  __attribute__((always_inline)) void dot_pairs(const int8_t* own, I (&product)[R]) const {
+    HEADRACE_UNROLL for (int v = 0; v < S::vectors; v++) {
+      const I codes_of_token = V::load(own + v * V::bytes);
+      HEADRACE_UNROLL for (int r = 0; r < R; r++) product[r] = V::add16(product[r], V::pair_products(codes[r][v], codes_of_token));
     }
   }
 };

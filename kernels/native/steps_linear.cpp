@@ -38,7 +38,8 @@ void Engine::linear(const LinearStep& step, Scratch& mine) {
     target.m = coarse, target.k = k, target.group = step.group;
     bool scaled_rows = false, blocks = false;
     for (const Weight& w : step.weights) (w.block && !w.factors ? blocks : scaled_rows) = true;
-    // Fine rows in pairs, of which steps that lie together share no line of the cache with the next one's; then coarse ones a few at a time.
+    // Fine rows in pairs, since threads that write to one cache line wait for each other: with vectors of 32 bytes or more, steps of two
+    // tokens end with a line. Then coarse ones a few at a time.
     const int pairs = (fine + 1) / 2, together = std::max(kernels_.tokens, coarse > 8 * kTogether ? kTogether : 1);
     for (int taken; (taken = pool_.take()) < pairs + (coarse + together - 1) / together;) {
       if (taken < pairs) {
