@@ -21,11 +21,11 @@ constexpr size_t kAhead = 8192;  // bytes, at least, that are on their way from 
 template <int N> struct Number { static constexpr int value = N; };
 
 // Whether factors of blocks stay apart from codes of 5 and 6 bits: where products of bytes are made in steps, whole bytes take more of them.
-template <class V> constexpr bool factors_apart = V::pairs != 0;
+template <class V> constexpr bool factors_apart = V::pairs;
 
 // Whether rows of 4 bits are summed apart, so that factors multiply pairs of products, and bytes widen to be multiplied with int16: where
 // products of four bytes take three instructions. Elsewhere sums of two rows of 4 bits are one vector, and int16 are two bytes.
-template <class V> constexpr bool rows_apart = V::pairs != 0;
+template <class V> constexpr bool rows_apart = V::pairs;
 template <class V> constexpr int wide_vectors = rows_apart<V> ? 1 : 2;  // of a row's sums by a token, of 8 bits
 
 // 2^x: the whole part by the exponent, the rest by a polynomial (Taylor of 2^r on -0.5 … 0.5, error below 2e-7).

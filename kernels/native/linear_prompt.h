@@ -1,8 +1,8 @@
 // Linears of many tokens, for any vector V: a panel of channels by kColumns columns is unpacked once into scratch memory,
 // four columns of a channel to a lane, and every token runs over it with int8 activations. Sums are int32 within a group of
-// columns that shares a scale, float from group to group. Where scales of blocks are factors, codes are multiplied by them as they are
-// unpacked and the panel is one of bytes with one scale a row, unless bytes take longer by more than blocks do: then factors of 5 and 6 bits
-// multiply sums of 16 columns.
+// columns that shares a scale, float from group to group. A variant without products of four bytes multiplies pairs to int16, and adds as
+// many of them as fit. Where scales of blocks are factors, codes are multiplied by them as they are unpacked and the panel is one of bytes
+// with one scale a row, unless bytes take longer by more than blocks do: then factors of 5 and 6 bits multiply sums of 16 columns.
 #pragma once
 #include "rows.h"
 
@@ -11,7 +11,8 @@ namespace {
 
 constexpr int group_of(int part) { return part < 32 ? 32 : part; }
 
-// Codes of kMostGroup columns, in every eight the even ones first, and their sums; one or two groups have a scale each.
+// Codes of kMostGroup columns, in every eight the even ones first, and their sums; one or two groups have a scale each. Where products are
+// added in pairs, a sum of 16 codes is two of int16: of the first and of the second two of every four.
 template <class V, int Groups>
 inline void coarse_groups(const float* x, int8_t* codes, float* scales, int32_t* sums16) {
   constexpr int vectors = kMostGroup / V::lanes, loads = kMostGroup / V::bytes;
@@ -36,10 +37,29 @@ inline void coarse_groups(const float* x, int8_t* codes, float* scales, int32_t*
       four[i] = V::to_int(V::mul(values[4 * j + i], inverse[(4 * j + i) * Groups / vectors]));
     const auto ordered = V::evens_first(V::pack8(four));
     V::store(codes + j * V::bytes, ordered);
-    V::store(fours + j * V::lanes, V::dot8(V::zero(), V::set8(1), ordered));
+    if constexpr (V::pairs) {
+      const auto add = [](typename V::I a, typename V::I b) { return V::add16(a, b); };
+      V::store(fours + j * V::lanes, V::template neighbours<4>(V::pair_products(V::set8(1), ordered), add));
+    } else {
+      V::store(fours + j * V::lanes, V::dot8(V::zero(), V::set8(1), ordered));
+    }
   }
   HEADRACE_UNROLL for (int s = 0; s < 4; s++)
-    sums16[s] = fours[4 * s] + fours[4 * s + 1] + fours[4 * s + 2] + fours[4 * s + 3];
+    sums16[s] = V::pairs ? fours[4 * s] : fours[4 * s] + fours[4 * s + 1] + fours[4 * s + 2] + fours[4 * s + 3];
+}
+
+// Sums of N * 16 codes; `pairs` as they are where products are added in pairs, each times `factor`.
+template <class V, int N>
+inline int whole_sum(const int32_t* sums16) {
+  int total = 0;
+  HEADRACE_UNROLL for (int s = 0; s < N; s++) total += V::pairs ? int16_t(sums16[s]) + (sums16[s] >> 16) : sums16[s];
+  return total;
+}
+template <class V, int N>
+inline typename V::I pair_sums(const int32_t* sums16, int factor) {
+  auto total = V::broadcast32(sums16);
+  HEADRACE_UNROLL for (int s = 1; s < N; s++) total = V::add16(total, V::broadcast32(sums16 + s));
+  return V::mul16(total, V::set16(factor));
 }
 
 template <class V>
@@ -146,88 +166,83 @@ inline void unpack(const Weight& w, int n, int end, int from, int columns, uint8
   });
 }
 
-// Products of Part columns, added to the sums of T tokens by a panel. A variant without products of four bytes multiplies pairs
-// into int16, of which V::pairs fit where a factor has 4 bits; bytes are two such factors.
+// Products of Part columns, added to the sums of T tokens by a panel.
 template <class V, int Bits, int Part, int T>
 inline void add_products(const uint8_t* scratch, const int8_t* codes, typename V::I (&sum)[T][V::panels]) {
   using I = typename V::I;
   constexpr int P = V::panels;
-  const auto columns_of = [&](int s, int p) { return V::kept(V::load(scratch + (s * P + p) * V::bytes)); };
-  if constexpr (V::pairs == 0) {
-    for (int s = 0; s < Part / 4; s++) {
-      I columns[P];
-      HEADRACE_UNROLL for (int p = 0; p < P; p++) columns[p] = columns_of(s, p);
-      HEADRACE_UNROLL for (int t = 0; t < T; t++) {
-        const I one = V::broadcast32(codes + t * kColumns + 4 * s);
-        HEADRACE_UNROLL for (int p = 0; p < P; p++) sum[t][p] = Bits == 4 ? V::dot8(sum[t][p], columns[p], one) : V::dot_bytes(sum[t][p], columns[p], one);
-      }
-    }
-  } else {
-    constexpr int halves = Bits / 4, steps = Part / 4 < V::pairs ? Part / 4 : V::pairs;
-    for (int first = 0; first < Part / 4; first += steps) {
-      I pairs[halves][T][P];
-      HEADRACE_UNROLL for (int s = 0; s < steps; s++) {
-        I columns[halves][P];
-        HEADRACE_UNROLL for (int p = 0; p < P; p++) {
-          const I whole = columns_of(first + s, p);
-          columns[0][p] = Bits == 4 ? whole : V::low_nibbles(whole);
-          if constexpr (halves == 2) columns[1][p] = V::high_nibbles(whole);
-        }
-        HEADRACE_UNROLL for (int t = 0; t < T; t++) {
-          const I one = V::broadcast32(codes + t * kColumns + 4 * (first + s));
-          HEADRACE_UNROLL for (int h = 0; h < halves; h++) HEADRACE_UNROLL for (int p = 0; p < P; p++) {
-            const I product = V::pair_products(columns[h][p], one);
-            pairs[h][t][p] = s ? V::add16(pairs[h][t][p], product) : product;
-          }
-        }
-      }
-      HEADRACE_UNROLL for (int t = 0; t < T; t++) HEADRACE_UNROLL for (int p = 0; p < P; p++) {
-        sum[t][p] = V::add_pairs(sum[t][p], pairs[0][t][p], 1);
-        if constexpr (halves == 2) sum[t][p] = V::add_pairs(sum[t][p], pairs[1][t][p], 16);
-      }
+  for (int s = 0; s < Part / 4; s++) {
+    I columns[P];
+    HEADRACE_UNROLL for (int p = 0; p < P; p++) columns[p] = V::kept(V::load(scratch + (s * P + p) * V::bytes));
+    HEADRACE_UNROLL for (int t = 0; t < T; t++) {
+      const I one = V::broadcast32(codes + t * kColumns + 4 * s);
+      HEADRACE_UNROLL for (int p = 0; p < P; p++) sum[t][p] = Bits == 4 ? V::dot8(sum[t][p], columns[p], one) : V::dot_bytes(sum[t][p], columns[p], one);
     }
   }
 }
 
-// The same of codes of 5 and 6 bits whose factors stay apart, one for every 16 columns, as block_factors gives them. sums16: of the tokens'
-// codes, `stride` from token to token. Products of two columns fit an int16 and so do a few of them.
-template <class V, int Bits, int Part, int T>
-inline void add_with_factors(const uint8_t* scratch, const int8_t* codes, const int32_t* sums16, size_t stride, const float* factors,
-                             typename V::I (&sum)[T][V::panels]) {
+// The same of Steps vectors of columns, in pairs to int16. Sums are kept apart from what the compiler knows: it would multiply all columns
+// before it adds, with more products than there are registers.
+template <class V, int Steps, int T, class Columns>
+inline void add_pairs(const uint8_t* scratch, const int8_t* codes, const Columns& columns_of, typename V::I (&pairs)[T][V::panels]) {
   using I = typename V::I;
-  constexpr int P = V::panels, together = 128 >> Bits;
-  for (int b = 0; b < Part / 16; b++, factors += 2 * P * V::lanes) {
+  constexpr int P = V::panels;
+  HEADRACE_UNROLL for (int s = 0; s < Steps; s++) {
+    I columns[P];
+    HEADRACE_UNROLL for (int p = 0; p < P; p++) columns[p] = columns_of(V::load(scratch + (s * P + p) * V::bytes));
     HEADRACE_UNROLL for (int t = 0; t < T; t++) {
-      const I start = V::broadcast32(sums16 + t * stride + b);
-      HEADRACE_UNROLL for (int p = 0; p < P; p++) sum[t][p] = V::dot16(sum[t][p], start, V::load(factors + (P + p) * V::lanes));
+      const I one = V::broadcast32(codes + t * kColumns + 4 * s);
+      HEADRACE_UNROLL for (int p = 0; p < P; p++) pairs[t][p] = V::kept_there(V::add16(pairs[t][p], V::pair_products(columns[p], one)));
     }
-    HEADRACE_UNROLL for (int first = 0; first < 4; first += together) {
-      I pairs[T][P];
-      HEADRACE_UNROLL for (int s = first; s < first + together; s++) {
-        I columns[P];
-        HEADRACE_UNROLL for (int p = 0; p < P; p++) columns[p] = V::load(scratch + ((4 * b + s) * P + p) * V::bytes);
-        HEADRACE_UNROLL for (int t = 0; t < T; t++) {
-          const I one = V::broadcast32(codes + t * kColumns + 4 * (4 * b + s));
-          HEADRACE_UNROLL for (int p = 0; p < P; p++) {
-            const I product = V::pair_products(columns[p], one);
-            pairs[t][p] = s > first ? V::add16(pairs[t][p], product) : product;
-          }
-        }
-      }
-      HEADRACE_UNROLL for (int t = 0; t < T; t++) HEADRACE_UNROLL for (int p = 0; p < P; p++)
-          sum[t][p] = V::dot16(sum[t][p], pairs[t][p], V::load(factors + p * V::lanes));
+  }
+}
+
+// Products of Part columns of codes of less than 8 bits, in pairs: as many as fit an int16 once the zero point is taken off, whatever
+// passes its end before. Factors of 5 and 6 bits, if any, are block_factors'; sums16: of the tokens' codes, `stride` from token to token.
+template <class V, int Bits, int Part, int T>
+inline void add_in_pairs(const uint8_t* scratch, const int8_t* codes, const int32_t* sums16, size_t stride, const float* factors,
+                         typename V::I (&sum)[T][V::panels]) {
+  constexpr int P = V::panels, columns = is_split(Bits) ? 16 : Part;
+  static_assert(columns / 2 * (1 << (Bits - 1)) * 127 <= 0x7fff);
+  for (int c = 0; c < Part; c += columns) {
+    typename V::I pairs[T][P];
+    HEADRACE_UNROLL for (int t = 0; t < T; t++) {
+      const auto start = pair_sums<V, columns / 16>(sums16 + t * stride + c / 16, -(1 << (Bits - 1)));
+      HEADRACE_UNROLL for (int p = 0; p < P; p++) pairs[t][p] = start;
     }
+    add_pairs<V, columns / 4, T>(scratch + c / 4 * P * V::bytes, codes + c, [](auto whole) { return whole; }, pairs);
+    HEADRACE_UNROLL for (int t = 0; t < T; t++) HEADRACE_UNROLL for (int p = 0; p < P; p++)
+        sum[t][p] = is_split(Bits) ? V::dot16(sum[t][p], pairs[t][p], V::load(factors + (c / 16 * P + p) * V::lanes))
+                                   : V::add_pairs(sum[t][p], pairs[t][p], 1);
+  }
+}
+
+// The same of bytes, as twice four bits.
+template <class V, int Part, int T>
+inline void add_halves_in_pairs(const uint8_t* scratch, const int8_t* codes, typename V::I (&sum)[T][V::panels]) {
+  constexpr int P = V::panels, steps = Part / 4 < 8 ? Part / 4 : 8;
+  static_assert(steps * 2 * 15 * 127 <= 0x7fff);
+  const auto add = [&](int first, const auto& half, int factor) {
+    typename V::I pairs[T][P];
+    HEADRACE_UNROLL for (int t = 0; t < T; t++) HEADRACE_UNROLL for (int p = 0; p < P; p++) pairs[t][p] = V::zero();
+    add_pairs<V, steps, T>(scratch + first * P * V::bytes, codes + 4 * first, half, pairs);
+    HEADRACE_UNROLL for (int t = 0; t < T; t++) HEADRACE_UNROLL for (int p = 0; p < P; p++)
+        sum[t][p] = V::add_pairs(sum[t][p], pairs[t][p], factor);
+  };
+  for (int first = 0; first < Part / 4; first += steps) {
+    add(first, [](auto whole) { return V::low_nibbles(whole); }, 1);
+    add(first, [](auto whole) { return V::high_nibbles(whole); }, 16);
   }
 }
 
 // T tokens by a panel, one piece of kColumns. Part: columns of an int32 sum; scales: [part][channel], with blocks; sums:
-// [token][channel]. With codes of 5 or 6 bits scales are factors for add_with_factors.
+// [token][channel]. With codes of 5 or 6 bits scales are factors for add_in_pairs.
 template <class V, int Bits, bool Blocks, int Part, int T>
 HEADRACE_APART void multiply(const Coarse& x, int from, int parts, int token, const uint8_t* scratch, const float* scales,
                              float* sums) {
   using I = typename V::I;
   using F = typename V::F;
-  constexpr int P = V::panels, zero_point = Bits == 4 ? 8 : V::signed_bytes && V::pairs == 0 ? 0 : 128, group = group_of(Part);
+  constexpr int P = V::panels, zero_point = Bits == 4 ? 8 : V::signed_bytes && !V::pairs ? 0 : 128, group = group_of(Part);
   const size_t padded = round_up(x.k, kColumns);
   const int8_t* codes = x.codes + size_t(from / kColumns) * x.m * kColumns + size_t(token) * kColumns;
   const int32_t* sums16 = x.sums16 + (token * padded + from) / 16;
@@ -237,12 +252,13 @@ HEADRACE_APART void multiply(const Coarse& x, int from, int parts, int token, co
       f[t][p] = from ? V::loadf(sums + (t * P + p) * V::lanes) : V::zerof();
   for (int part = 0; part < parts; part++) {
     I sum[T][P];
+    constexpr bool in_pairs = V::pairs && Bits < 8;  // which take the zero point off by themselves
     HEADRACE_UNROLL for (int t = 0; t < T; t++) {
-      int total = 0;
-      HEADRACE_UNROLL for (int s = 0; s < Part / 16; s++) total += sums16[t * (padded / 16) + s];
-      HEADRACE_UNROLL for (int p = 0; p < P; p++) sum[t][p] = V::set32(is_split(Bits) ? 0 : -zero_point * total);
+      const auto start = in_pairs ? V::zero() : V::set32(-zero_point * whole_sum<V, Part / 16>(sums16 + t * (padded / 16)));
+      HEADRACE_UNROLL for (int p = 0; p < P; p++) sum[t][p] = start;
     }
-    if constexpr (is_split(Bits)) add_with_factors<V, Bits, Part, T>(scratch, codes, sums16, padded / 16, scales, sum);
+    if constexpr (in_pairs) add_in_pairs<V, Bits, Part, T>(scratch, codes, sums16, padded / 16, scales, sum);
+    else if constexpr (V::pairs) add_halves_in_pairs<V, Part, T>(scratch, codes, sum);
     else add_products<V, Bits, Part, T>(scratch, codes, sum);
     scratch += Part / 4 * P * V::bytes, codes += Part;
     HEADRACE_UNROLL for (int p = 0; p < P; p++) {
@@ -253,7 +269,7 @@ HEADRACE_APART void multiply(const Coarse& x, int from, int parts, int token, co
         f[t][p] = V::fma(Blocks ? V::mul(total, scale) : total, one, f[t][p]);
       }
     }
-    scales += P * V::lanes * (is_split(Bits) ? Part / 8 : 1), sums16 += Part / 16;
+    scales += P * V::lanes * (is_split(Bits) ? Part / 16 : 1), sums16 += Part / 16;
     ones += Part == group || part % 2 == 1;
   }
   HEADRACE_UNROLL for (int t = 0; t < T; t++) HEADRACE_UNROLL for (int p = 0; p < P; p++)
@@ -282,9 +298,9 @@ HEADRACE_APART void part_scales(const Weight& w, int n, int end, int from, int p
   }
 }
 
-// Factors of such channels for every 16 columns: [16 columns][2][channel], first for both of two numbers of 16 bits, then, times what a zero
-// point takes, for the lower one, which is a whole sum of codes. Columns behind a row have any.
-template <class V, int Bits>
+// Factors of such channels for every 16 columns, twice, for both of two numbers of 16 bits: [16 columns][channel]. Columns behind a row
+// have any.
+template <class V>
 HEADRACE_APART void block_factors(const Weight& w, int n, int end, int from, int columns, float* factors) {
   constexpr int width = V::panels * V::lanes;
   const int first = from / w.block, count = end - n < width ? end - n : width;
@@ -292,11 +308,8 @@ HEADRACE_APART void block_factors(const Weight& w, int n, int end, int from, int
   for (int c = 0; c < count; c += V::lanes) {
     const uint8_t* own = w.factors + (n + c) * w.factor_bytes() + first / 2;
     const RowFactors<V> of(own, w.factor_bytes(), count - c < V::lanes ? count - c : V::lanes, last / 2 - first / 2 + 1);
-    for (int b = 0; b < columns / 16; b++) {
-      const auto own = V::to_int(of.of(first % 2 + b * 16 / w.block));
-      V::store(factors + 2 * b * width + c, V::mul32(own, V::set32(0x10001)));
-      V::store(factors + (2 * b + 1) * width + c, V::and_bits(V::mul32(own, V::set32(-(1 << (Bits - 1)))), V::set32(0xffff)));
-    }
+    for (int b = 0; b < columns / 16; b++)
+      V::store(factors + b * width + c, V::mul32(V::to_int(of.of(first % 2 + b * 16 / w.block)), V::set32(0x10001)));
   }
 }
 
@@ -305,11 +318,11 @@ HEADRACE_APART void prompt_panel(const Weight& w, const Coarse& x, int n, int en
                                  int column, uint8_t* scratch) {
   constexpr int width = V::panels * V::lanes;
   float* scales = reinterpret_cast<float*>(scratch + size_t(kColumns / 4) * V::panels * V::bytes);
-  float* sums = scales + (kColumns / 8) * width;
+  float* sums = scales + (kColumns / 16) * width;
   for (int from = 0; from < w.k; from += kColumns) {
     const int columns = w.k - from < kColumns ? w.k - from : kColumns, parts = (columns + Part - 1) / Part;
     unpack<V, Stored, (Stored < Bits && !Blocks) || is_split(Bits)>(w, n, end, from, parts * Part, scratch);
-    if constexpr (is_split(Bits)) block_factors<V, Bits>(w, n, end, from, parts * Part, scales);
+    if constexpr (is_split(Bits)) block_factors<V>(w, n, end, from, parts * Part, scales);
     else if constexpr (Blocks) part_scales<V, Part>(w, n, end, from, parts, scales);
     const auto run = [&](auto number, int t) {
       multiply<V, Bits, Blocks, Part, decltype(number)::value>(x, from, parts, t, scratch, scales, sums + (t - first) * width);
@@ -340,7 +353,7 @@ inline auto panel_for(const Weight& w, const Coarse& x) {
   constexpr int Bits = split ? 8 : Stored;
   if constexpr (split && factors_apart<V>)
     if (w.factors) return x.group == 32 ? prompt_panel<V, Stored, Stored, false, 32> : prompt_panel<V, Stored, Stored, false, 64>;
-  if constexpr ((split && !factors_apart<V>) || (Stored == 4 && V::pairs == 0))
+  if constexpr ((split && !factors_apart<V>) || (Stored == 4 && !V::pairs))
     if (w.factors) return x.group == 32 ? prompt_panel<V, Stored, 8, false, 32> : prompt_panel<V, Stored, 8, false, 64>;
   if constexpr (!split)
     if (!w.block) return x.group == 32 ? prompt_panel<V, Stored, Bits, false, 32> : prompt_panel<V, Stored, Bits, false, 64>;
@@ -361,7 +374,7 @@ void prompt(const Weight& w, const Coarse& x, int begin, int end, int first, int
 
 template <class V>
 size_t prompt_scratch(int m) {
-  return size_t(kColumns / 4) * V::panels * V::bytes + (size_t(kColumns / 8) + m) * V::panels * V::lanes * sizeof(float);
+  return size_t(kColumns / 4) * V::panels * V::bytes + (size_t(kColumns / 16) + m) * V::panels * V::lanes * sizeof(float);
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ struct Avx2 {
   using I = __m256i;
   using F = __m256;
   static constexpr int bytes = 32, lanes = 8, registers = 16;
-  static constexpr int panels = 2, tokens = 2;                // 16 registers: 4 sums, 4 totals, 2 of weights, 1 token
+  static constexpr int panels = 2, tokens = 3;                // 16 registers: 6 sums, 2 of weights, 1 token, 1 product
   static constexpr int together = 1;  // so often merged, sums of rows are in registers at once
   static constexpr int attend_rows = 3, most_rows = 32;
 
@@ -25,6 +25,7 @@ struct Avx2 {
   static void store(void* p, I v) { _mm256_storeu_si256(static_cast<I*>(p), v); }
   static I zero() { return _mm256_setzero_si256(); }
   static I set8(int v) { return _mm256_set1_epi8(char(v)); }
+  static I set16(int v) { return _mm256_set1_epi16(short(v)); }
   static I set32(int v) { return _mm256_set1_epi32(v); }
   static I add32(I a, I b) { return _mm256_add_epi32(a, b); }
   static I add16(I a, I b) { return _mm256_add_epi16(a, b); }
@@ -70,7 +71,7 @@ struct Avx2 {
   }
   static I dot_bytes(I sum, I a, I b) { return dot8(sum, a, b); }
   static I dot_nibbles(I sum, I even, I first, I odd, I second) { return dot8(dot8(sum, even, first), odd, second); }
-  static constexpr int pairs = 0;
+  static constexpr bool pairs = false;
 #else
   static constexpr bool signed_bytes = true;
   static I dot16(I sum, I a, I b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
@@ -79,7 +80,7 @@ struct Avx2 {
     const I whole = _mm256_xor_si256(a, set8(-128));
     return add_pairs(sum, _mm256_maddubs_epi16(_mm256_abs_epi8(whole), _mm256_sign_epi8(b, whole)), 1);
   }
-  static constexpr int pairs = 8;  // sums of two products of 4 bits by 8 that fit an int16: 8 * 2 * 15 * 127 = 30480
+  static constexpr bool pairs = true;  // products of neighbours are int16
   static I pair_start(I b, int zero_point) { return _mm256_sub_epi16(zero(), pair_products(set8(zero_point), b)); }
   static I pair_products(I a, I b) { return _mm256_maddubs_epi16(a, b); }
   static I add_pairs(I sum, I of, int factor) { return add32(sum, _mm256_madd_epi16(of, _mm256_set1_epi16(short(factor)))); }

@@ -23,7 +23,7 @@ struct Avx512 {
   static constexpr int bytes = 64, lanes = 16, registers = 32;
   static constexpr int panels = 4;  // vectors of channels that prompt does at a time
   static constexpr int tokens = 3;  // tokens that prompt does at a time
-  static constexpr int pairs = 0;  // products of four bytes are one instruction, or as good as
+  static constexpr bool pairs = false;  // products of four bytes are one instruction, or as good as
   static constexpr int together = 2;  // so often merged, sums of rows are in registers at once
   static constexpr int attend_rows = 6, most_rows = 32;  // queries in registers, queries of a block together
 

@@ -14,7 +14,7 @@ struct Neon {
   using F = float32x4_t;
   static constexpr int bytes = 16, lanes = 4, registers = 32;
   static constexpr int panels = 4, tokens = 3;  // 32 registers: 12 sums, 12 totals, 4 of weights, 1 token
-  static constexpr int pairs = 0;  // products of four bytes are one instruction, or as good as
+  static constexpr bool pairs = false;  // products of four bytes are one instruction, or as good as
   static constexpr int together = 2;  // so often merged, sums of rows are in registers at once
   static constexpr int attend_rows = 4, most_rows = 32;
 
