@@ -31,8 +31,8 @@ constexpr int rows_together(int R, int T) {
 }
 
 // Most tokens at a time.
-template <class V, int Bits>
-constexpr int tokens_at_once = rows_apart<V> && Bits == 4 ? kFew : 4;
+template <class V>
+constexpr int tokens_at_once = rows_apart<V> ? kFew : 4;
 
 // Vectors that R rows' sums by a token are.
 template <class V, int Bits>
@@ -99,7 +99,7 @@ __attribute__((always_inline)) inline void add_bytes(const Rows& rows, int row, 
         HEADRACE_UNROLL for (int r = 0; r < G; r++) wide[r] = V::widened(codes[r], half);
         HEADRACE_UNROLL for (int t = 0; t < T; t++) {
           const I own = V::load(one[t].codes + half * V::bytes / 2);
-          HEADRACE_UNROLL for (int r = 0; r < G; r++) sum[t][r] = V::dot16(sum[t][r], wide[r], own);
+          HEADRACE_UNROLL for (int r = 0; r < G; r++) sum[t][r] = V::kept_there(V::dot16(sum[t][r], wide[r], own));  // gcc would add later
         }
       }
     } else {
@@ -203,7 +203,7 @@ inline void decode_rows(const Weight& w, const Fine* x, int m, int begin, int en
       const int tokens = std::min(m - first, kFew);
       // Rows from … to - 1 over one segment.
       const auto add = [&](int segment, int from, int to) {
-        few_at_a_time<tokens_at_once<V, Bits>>(tokens, [&](auto number, int t) {
+        few_at_a_time<tokens_at_once<V>>(tokens, [&](auto number, int t) {
           constexpr int T = decltype(number)::value;
           const auto run = [&](auto at_once) {
             constexpr int R = decltype(at_once)::value;

@@ -121,8 +121,8 @@ HEADRACE_APART void add_rows(const Row& first, size_t stride, const uint8_t* byt
 template <class V, int Bits, int Block>
 inline void decode_split(const Weight& w, const Fine* x, int m, int begin, int end, const Out& out, int column) {
   using Row = SplitRow<V, Bits, Block>;
-  constexpr int together = 4, at_once = V::bytes < 64 ? 2 : 4;  // rows
-  constexpr int direct = V::bytes < 64 ? 4 : 1;                  // tokens: a wide vector's loads of activations are what rows together share
+  constexpr bool narrow = V::bytes < 64;  // a wide vector's loads of activations are what rows together share
+  constexpr int together = 4, at_once = narrow ? 2 : 4;  // rows
   constexpr int size = V::lanes * V::lanes;
   alignas(64) float lanes[kFew * size];
   alignas(64) uint8_t bytes[together * kSegment];
@@ -133,8 +133,8 @@ inline void decode_split(const Weight& w, const Fine* x, int m, int begin, int e
       const int tokens = std::min(m - first, kFew);
       for (int segment = 0; segment < w.k; segment += kSegment) {
         const size_t from = segment / Row::kStep, to = round_up(std::min(segment + kSegment, w.k), Row::kStep) / Row::kStep;
-        if (tokens <= direct) {
-          few_at_a_time<direct>(tokens, [&](auto number, int t) {
+        if (tokens == 1 || (narrow && (tokens <= 4 || tokens == kFew))) {
+          few_at_a_time<narrow ? kFew : 1>(tokens, [&](auto number, int t) {
             few_rows<V, decltype(number)::value>(own, stride, x + first + t, from, to, lanes + t * size);
           });
           continue;
