@@ -90,7 +90,7 @@ constexpr int segment_of(int bits) { return bits == 8 ? kSegment / 2 : kSegment;
 constexpr float kLeastTop = 1e-30f;    // numbers that are all smaller have codes of 0
 
 // Coarse activations of m tokens: codes [k / kColumns][m][kColumns], in every eight columns the even ones first;
-// scales [m][groups]; sums of every 16 codes [m][columns / 16], columns rounded up to kColumns. Rows of scales and sums are apart, because
+// scales [m][groups]; sums of every 16 codes [m][columns / 16], as the variant likes them, columns rounded up to kColumns. Rows of scales and sums are apart, because
 // threads that write to one cache line wait for each other.
 struct Coarse {
   int m, k;

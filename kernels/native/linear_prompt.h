@@ -48,13 +48,14 @@ inline void coarse_groups(const float* x, int8_t* codes, float* scales, int32_t*
     sums16[s] = V::pairs ? fours[4 * s] : fours[4 * s] + fours[4 * s + 1] + fours[4 * s + 2] + fours[4 * s + 3];
 }
 
-// Sums of N * 16 codes; `pairs` as they are where products are added in pairs, each times `factor`.
+// The sum of N * 16 codes.
 template <class V, int N>
 inline int whole_sum(const int32_t* sums16) {
   int total = 0;
   HEADRACE_UNROLL for (int s = 0; s < N; s++) total += V::pairs ? int16_t(sums16[s]) + (sums16[s] >> 16) : sums16[s];
   return total;
 }
+// Its two of int16 where products are added in pairs, times `factor`, for every channel.
 template <class V, int N>
 inline typename V::I pair_sums(const int32_t* sums16, int factor) {
   auto total = V::broadcast32(sums16);
@@ -181,10 +182,10 @@ inline void add_products(const uint8_t* scratch, const int8_t* codes, typename V
   }
 }
 
-// The same of Steps vectors of columns, in pairs to int16. Sums are kept apart from what the compiler knows: it would multiply all columns
-// before it adds, with more products than there are registers.
+// The same of Steps vectors of columns, in pairs to int16. gcc may not know what sums are: it would add in another order, after it has
+// multiplied all columns, with twice as many products as there are registers.
 template <class V, int Steps, int T, class Columns>
-inline void add_pairs(const uint8_t* scratch, const int8_t* codes, const Columns& columns_of, typename V::I (&pairs)[T][V::panels]) {
+inline void multiply_pairs(const uint8_t* scratch, const int8_t* codes, const Columns& columns_of, typename V::I (&pairs)[T][V::panels]) {
   using I = typename V::I;
   constexpr int P = V::panels;
   HEADRACE_UNROLL for (int s = 0; s < Steps; s++) {
@@ -210,7 +211,7 @@ inline void add_in_pairs(const uint8_t* scratch, const int8_t* codes, const int3
       const auto start = pair_sums<V, columns / 16>(sums16 + t * stride + c / 16, -(1 << (Bits - 1)));
       HEADRACE_UNROLL for (int p = 0; p < P; p++) pairs[t][p] = start;
     }
-    add_pairs<V, columns / 4, T>(scratch + c / 4 * P * V::bytes, codes + c, [](auto whole) { return whole; }, pairs);
+    multiply_pairs<V, columns / 4, T>(scratch + c / 4 * P * V::bytes, codes + c, [](auto whole) { return whole; }, pairs);
     HEADRACE_UNROLL for (int t = 0; t < T; t++) HEADRACE_UNROLL for (int p = 0; p < P; p++)
         sum[t][p] = is_split(Bits) ? V::dot16(sum[t][p], pairs[t][p], V::load(factors + (c / 16 * P + p) * V::lanes))
                                    : V::add_pairs(sum[t][p], pairs[t][p], 1);
@@ -225,7 +226,7 @@ inline void add_halves_in_pairs(const uint8_t* scratch, const int8_t* codes, typ
   const auto add = [&](int first, const auto& half, int factor) {
     typename V::I pairs[T][P];
     HEADRACE_UNROLL for (int t = 0; t < T; t++) HEADRACE_UNROLL for (int p = 0; p < P; p++) pairs[t][p] = V::zero();
-    add_pairs<V, steps, T>(scratch + first * P * V::bytes, codes + 4 * first, half, pairs);
+    multiply_pairs<V, steps, T>(scratch + first * P * V::bytes, codes + 4 * first, half, pairs);
     HEADRACE_UNROLL for (int t = 0; t < T; t++) HEADRACE_UNROLL for (int p = 0; p < P; p++)
         sum[t][p] = V::add_pairs(sum[t][p], pairs[t][p], factor);
   };

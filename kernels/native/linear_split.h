@@ -1,5 +1,6 @@
 // Linears of few tokens whose weights are split and have one scale a row: a few rows at a time become bytes in the first
-// level of the cache, which all tokens share. As many tokens as have their sums in registers take rows as they come.
+// level of the cache, which all tokens share. As many tokens as have their sums in registers take rows as they come, up to four or eight;
+// five to seven would unpack them twice.
 #pragma once
 #include "linear_rows.h"
 

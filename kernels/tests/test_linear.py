@@ -14,7 +14,7 @@ from oracle import Weight, coarse, fine, linear, random_factors, random_weight, 
 from programs import linear_program
 
 ROUNDING = 2e-6  # of float32 sums, relative to the sum of magnitudes; a wrong code is worth far more in `sharp` rows
-# Tokens, and whether each is a sequence of its own. Prompts' last steps have one and two besides three.
+# Tokens, and whether each is a sequence of its own. Of steps of three tokens these prompts leave none, two and one.
 TOKENS = ((1, False), (2, False), (3, True), (8, False), (9, True), (9, False), (11, False), (13, False))
 SHAPES = [(1, 16), (5, 48), (16, 64), (33, 128), (70, 176), (64, 256), (130, 576), (17, 2064), (3, 11008)]
 
