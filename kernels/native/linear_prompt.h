@@ -182,8 +182,8 @@ inline void add_products(const uint8_t* scratch, const int8_t* codes, typename V
   }
 }
 
-// The same of Steps vectors of columns, in pairs to int16. gcc may not know what sums are: it would add in another order, after it has
-// multiplied all columns, with twice as many products as there are registers.
+// The same of Steps vectors of columns, in pairs to int16. gcc may not know what sums are: it would multiply all columns before
+// it adds, with twice as many products as there are registers.
 template <class V, int Steps, int T, class Columns>
 inline void multiply_pairs(const uint8_t* scratch, const int8_t* codes, const Columns& columns_of, typename V::I (&pairs)[T][V::panels]) {
   using I = typename V::I;

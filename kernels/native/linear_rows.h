@@ -99,7 +99,7 @@ __attribute__((always_inline)) inline void add_bytes(const Rows& rows, int row, 
         HEADRACE_UNROLL for (int r = 0; r < G; r++) wide[r] = V::widened(codes[r], half);
         HEADRACE_UNROLL for (int t = 0; t < T; t++) {
           const I own = V::load(one[t].codes + half * V::bytes / 2);
-          // gcc may not know what sums are: it would add in another order, with more products than there are registers.
+          // gcc may not know what sums are: it would multiply more before it adds than there are registers.
           HEADRACE_UNROLL for (int r = 0; r < G; r++) sum[t][r] = V::kept_there(V::dot16(sum[t][r], wide[r], own));
         }
       }
