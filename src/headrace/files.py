@@ -7,7 +7,6 @@ no format but JSON.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import sys
@@ -254,6 +253,8 @@ def full_disk(told_as: type[UserError], folder: Path, advice: str) -> Iterator[N
 
 def sha256_file(path: Path) -> str:
     """sha256 of a file's content, hexadecimal."""
+    import hashlib  # some milliseconds, which whoever reads a vocabulary can do without
+
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
