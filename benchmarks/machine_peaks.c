@@ -100,14 +100,18 @@ static acc start_value(int i) { return _mm256_set1_epi32(i); }
 static acc multiply(acc a) { return _mm256_dpbusd_avx_epi32(a, _mm256_set1_epi8(3), _mm256_set1_epi8(5)); }
 #define KEEP(a) ({ __asm__ volatile("" : "+x"(a)); })
 #elif defined(__AVX2__)
-#define INSTRUCTION "vpmaddubsw + vpmaddwd ymm"
-#define OPERATIONS 64
+#define INSTRUCTION "4 vpmaddubsw + vpmaddwd ymm"  // of codes of 4 bits so many products, and more, fit an int16 before they widen
+#define OPERATIONS 256
 typedef __m256i acc;
 static acc start_value(int i) { return _mm256_set1_epi32(i); }
 static acc multiply(acc a) {
-  __m256i x = _mm256_set1_epi8(3);
-  __asm__ volatile("" : "+x"(x));
-  return _mm256_add_epi32(a, _mm256_madd_epi16(_mm256_maddubs_epi16(x, _mm256_set1_epi8(5)), _mm256_set1_epi16(1)));
+  __m256i x = _mm256_set1_epi8(3), sum = _mm256_setzero_si256();
+  for (int i = 0; i < 4; i++) {
+    __asm__ volatile("" : "+x"(x));  // four products, not one
+    const __m256i product = _mm256_maddubs_epi16(x, _mm256_set1_epi8(5));
+    sum = i ? _mm256_add_epi16(sum, product) : product;
+  }
+  return _mm256_add_epi32(a, _mm256_madd_epi16(sum, _mm256_set1_epi16(1)));
 }
 #define KEEP(a) ({ __asm__ volatile("" : "+x"(a)); })
 #elif defined(__ARM_FEATURE_DOTPROD)

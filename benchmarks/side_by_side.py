@@ -156,6 +156,7 @@ def run_figure(figure: Figure, arena: Arena, machine: Machine) -> dict[str, Any]
 
 def cold_start(arena: Arena, rounds: int) -> dict[str, Any]:
     """Whole commands from nothing to the first token behind a prompt of 16, files in the system's cache."""
+    arena.close()  # which needs the memory that contestants hold
     seconds: dict[str, dict[str, list[float]]] = {}
     for model in ("shape", "smol"):
         commands = {"headrace": arena.chat(model, 1)}  # made before the clock runs: it reads the tokenizer

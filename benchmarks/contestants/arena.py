@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,9 @@ class Contestant:
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:
         """Its answer."""
         assert self._child.stdin is not None
-        self._child.stdin.write(json.dumps(question) + "\n")
-        self._child.stdin.flush()
+        with suppress(BrokenPipeError):  # of one that has ended, which `_answer` tells
+            self._child.stdin.write(json.dumps(question) + "\n")
+            self._child.stdin.flush()
         return self._answer()
 
     def end(self) -> dict[str, Any]:
@@ -51,6 +53,7 @@ class Contestant:
         for line in self._child.stdout:
             if line.startswith("{"):
                 return dict(json.loads(line))
+        self._child.communicate()
         raise SystemExit(f"error: {' '.join(map(str, self._child.args))} ended: see its message above")  # type: ignore[arg-type]
 
 
@@ -102,16 +105,20 @@ class Arena:
         return {name: self._start(self._settings[name, model]) for name in commands}
 
     def _fastest(self, commands: list[list[str]], question: dict[str, Any]) -> list[str]:
-        """Two processes at most at a time: those of a large model do not fit into memory all together."""
+        """One process at a time: those of a large model do not fit into memory together."""
         best, least = commands[0], float("inf")
         for command in commands if len(commands) > 1 else ():
+            for other in commands:
+                if other is not command:
+                    self._end(other)
             contestant = self._start(command)
             contestant.ask(question)
             seconds = contestant.ask(question)["seconds"]
-            if command is not best:
-                self._end(best if seconds < least else command)
             if seconds < least:
                 best, least = command, seconds
+        for other in commands:
+            if other is not best:
+                self._end(other)
         return best
 
     def chat(self, model: str, tokens: int) -> list[str]:
@@ -147,13 +154,15 @@ class Arena:
         return int(used.ru_maxrss) * 1024
 
     def close(self) -> list[dict[str, Any]]:
-        """Let everybody go: what they were."""
+        """Let everybody go: what they were, and those before them. Who is asked again starts anew."""
         for key in list(self._running):
             self._end(list(key))
         return self.ended
 
     def _end(self, command: list[str]) -> None:
-        self.ended.append(self._running.pop(tuple(command)).end())
+        contestant = self._running.pop(tuple(command), None)
+        if contestant is not None:
+            self.ended.append(contestant.end())
 
     def _start(self, command: list[str]) -> Contestant:
         key = tuple(command)

@@ -47,10 +47,10 @@ class Headrace:
         position = self.runner.kv_bytes // (self.runner.slots * self.runner.context)
         self.about["cache_bytes"] = position * sum(self.most_held)
 
-    def rewind(self, tokens: int) -> None:
-        if self.held[0] < tokens:
-            self.prompt(tokens)
-        self.held[0] = tokens
+    def rewind(self, tokens: int, slot: int = 0) -> None:
+        if self.held[slot] < tokens:
+            self.prompt(tokens, slot)
+        self.held[slot] = tokens
 
     def token(self) -> None:
         self.tokens(1)
@@ -58,7 +58,7 @@ class Headrace:
     def fill(self, tokens: int, slots: int) -> None:
         """Several sequences, each of so many tokens."""
         for slot in range(slots):
-            self.prompt(tokens, slot)
+            self.rewind(tokens, slot)
 
     def tokens(self, slots: int) -> None:
         """One token more of each."""

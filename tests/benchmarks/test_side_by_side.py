@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,6 +87,44 @@ def test_headrace_is_a_contestant(script: dict[str, Any], exports: Exports) -> N
     assert about["peak_rss"] > about["weight_bytes"] > 0
     held = (16 + 1 + 3) + (8 + 1 + 2)  # the first slot held most while it decoded alone
     assert about["cache_bytes"] == held * POSITION
+
+
+def test_a_contestant_that_has_ended_is_told_as_such(script: dict[str, Any]) -> None:
+    arena = sys.modules["contestants.arena"]
+    contestant = arena.Contestant([sys.executable, "-c", "print('{}', flush=True); input(); print('{}', flush=True)"])
+    contestant._child.wait()  # as where the system wanted its memory
+    with pytest.raises(SystemExit, match="ended: see its message above"):
+        contestant.ask({"do": "about"})
+
+
+def test_one_setting_of_a_peer_is_in_memory_at_a_time(
+    script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arena = sys.modules["contestants.arena"]
+    seconds = {"": 2.0, "flash=1": 3.0, "flash=1 cache=q8_0": 1.0}
+    alive: list[str] = []
+
+    class Setting:
+        def __init__(self, command: list[str]) -> None:
+            self.name = " ".join(command[4:])
+            alive.append(self.name)
+
+        def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+            assert alive == [self.name]
+            return {"seconds": seconds[self.name] if question["do"] == "prompt" else -seconds[self.name]}
+
+        def end(self) -> dict[str, Any]:
+            alive.remove(self.name)
+            return {"name": self.name}
+
+    monkeypatch.setattr(arena, "Contestant", Setting)
+    models = SimpleNamespace(gguf={"shape": tmp_path / "shape.gguf"})
+    contest = arena.Arena(models, sys.executable, 1, "native", quick=False, huge=False)
+    contest.missing = {}
+    for what, best in (("prompt", "flash=1 cache=q8_0"), ("decode", "flash=1"), ("prompt", "flash=1 cache=q8_0")):
+        chosen = contest.peers("shape", ("llama",), {"do": what}, {"do": what})
+        assert chosen["llama"].name == best
+        assert alive == [best]
 
 
 def test_a_command_is_run_and_its_memory_told(script: dict[str, Any], tmp_path: Path) -> None:
