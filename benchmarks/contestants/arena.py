@@ -202,12 +202,11 @@ class Machine:
 
     def peaks(self) -> dict[str, Any]:
         """Measured now; {} where there is no C compiler."""
-        program = self.work / "machine_peaks"
-        if not program.exists():
+        program, source = self.work / "machine_peaks", HERE.parent / "machine_peaks.c"
+        if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
             compiler = shutil.which("cc")
             if compiler is None:
                 return {}
-            source = HERE.parent / "machine_peaks.c"
             options = ["-O3", "-march=native", "-pthread"]
             subprocess.run([compiler, *options, str(source), "-o", str(program)], check=True)
         done = subprocess.run([str(program), str(self.threads)], check=True, capture_output=True, text=True)
