@@ -4,8 +4,9 @@
                                       [--report FILE]
 
 Models: Baichuan2-7B's shape with random weights (make_checkpoint.py; 8 layers and the head under --quick, else 32) and
-SmolLM2-135M-Instruct. What is missing in DIR is made there once; 32 layers take 23 GB there, a quarter of an hour, and 17 GB
-of memory beside the files (OpenVINO 12 of them). Nothing is installed: a peer that PYTHON lacks stands under `missing`. Every contestant is a process of its own. In each round each is asked once, in turning order; medians
+SmolLM2-135M-Instruct. What is missing in DIR is made there once; 32 layers take 23 GB there, a quarter of an hour,
+and 17 GB of memory beside the files (OpenVINO 12 of them). Nothing is installed: a peer that PYTHON lacks stands
+under `missing`. Every contestant is a process of its own. In each round each is asked once, in turning order; medians
 are told, and `ratios` are medians of each round's own ratio, above 1 where headrace is better; `missed` names those
 below their floor. A peer with several settings runs all of them in a round that does not count, then its best. The
 machine's peaks are measured between the figures (machine_peaks.c, where there is a C compiler).
