@@ -133,7 +133,7 @@ def test_running_needs_no_exporter_and_importing_is_light() -> None:
     folder = Path(str(headrace.text.__file__)).parent
     modules = [path.stem for path in folder.glob("*.py") if path.stem not in ("__init__", "sandbox")]  # jinja's room
     imports = "; ".join(f"import headrace.text.{name}" for name in modules)
-    heavy = "{'onnx', 'onnx_ir', 'torch', 'sentencepiece', 'tokenizers', 'jinja2', 'google.protobuf'}"
+    heavy = "{'onnx', 'onnx_ir', 'torch', 'sentencepiece', 'tokenizers', 'jinja2', 'google.protobuf', 'hashlib'}"
     code = f"import sys; {imports}; print(sorted({heavy} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
