@@ -108,17 +108,13 @@ class Arena:
         """One process at a time: those of a large model do not fit into memory together."""
         best, least = commands[0], float("inf")
         for command in commands if len(commands) > 1 else ():
-            for other in commands:
-                if other is not command:
-                    self._end(other)
+            self._end_all_but(command, commands)
             contestant = self._start(command)
             contestant.ask(question)
             seconds = contestant.ask(question)["seconds"]
             if seconds < least:
                 best, least = command, seconds
-        for other in commands:
-            if other is not best:
-                self._end(other)
+        self._end_all_but(best, commands)
         return best
 
     def chat(self, model: str, tokens: int) -> list[str]:
@@ -158,6 +154,11 @@ class Arena:
         for key in list(self._running):
             self._end(list(key))
         return self.ended
+
+    def _end_all_but(self, kept: list[str], commands: list[list[str]]) -> None:
+        for command in commands:
+            if command is not kept:
+                self._end(command)
 
     def _end(self, command: list[str]) -> None:
         contestant = self._running.pop(tuple(command), None)
