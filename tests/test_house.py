@@ -130,6 +130,13 @@ def test_module_stays_light(module: str) -> None:
     assert not loaded & set(NEVER[module])
 
 
+def test_reading_a_vocabulary_loads_neither_the_exporters_packages_nor_other_libraries() -> None:
+    names = [path.stem for path in (SOURCE / "text").glob("*.py") if path.stem not in ("__init__", "sandbox")]
+    loaded = _loaded_by("; ".join(f"import headrace.text.{name}" for name in names))
+    heavy = {"onnx", "onnx_ir", "torch", "sentencepiece", "tokenizers", "jinja2", "google.protobuf", "hashlib"}
+    assert sorted(loaded & heavy) == []
+
+
 def test_help_loads_no_heavy_module() -> None:
     code = "from headrace.cli.main import _run; assert _run(['--help']) == 0; assert _run(['export', '--help']) == 0"
     assert not _loaded_by(code) & {"numpy", "onnxruntime", "onnx", "onnx_ir", "tokenizers", "rich"}

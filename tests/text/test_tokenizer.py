@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +13,6 @@ import sentencepiece
 import tokenizers as tokenizers_library
 from hypothesis import given, settings
 
-import headrace.text
 from headrace.errors import TokenizerError
 from headrace.text.tokenizer import Tokenizer
 from headrace.text.tokenizer_folder import load_tokenizer, save_tokenizer
@@ -126,17 +123,6 @@ def test_a_leading_space_stays_when_a_text_continues(tokenizers: dict[str, Token
     assert tokenizer.drops_leading_space
     assert tokenizer.decode(ids) == "the sea"
     assert tokenizer.decode(ids, continues=True) == " the sea"
-
-
-def test_running_needs_no_exporter_and_importing_is_light() -> None:
-    """Importing loads neither the exporter's packages nor the vocabularies' libraries."""
-    folder = Path(str(headrace.text.__file__)).parent
-    modules = [path.stem for path in folder.glob("*.py") if path.stem not in ("__init__", "sandbox")]  # jinja's room
-    imports = "; ".join(f"import headrace.text.{name}" for name in modules)
-    heavy = "{'onnx', 'onnx_ir', 'torch', 'sentencepiece', 'tokenizers', 'jinja2', 'google.protobuf', 'hashlib'}"
-    code = f"import sys; {imports}; print(sorted({heavy} & sys.modules.keys()))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 # Settings of a folder
