@@ -109,6 +109,12 @@ def test_a_second_run_does_not_write_into_the_first_ones_file(exports: Exports, 
         ('{"prompt": "a"}\n[1]', r"line 2, is '\[1\]'; expected"),
         ('{"prompt": 3}', r"expected \{\"prompt\": TEXT\}"),
         ('{"messages": []}', "expected"),
+        ('{"messages": [{"role": "user"}]}', "expected"),
+        ('{"messages": [{"role": "user", "content": 3}]}', "line 1: content is 3; expected text or a list of text"),
+        (
+            '{"prompt": "a\u2028\x85b"}\n{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
+            "line 2: content has a part of type 'image_url'; expected text",
+        ),
     ],
 )
 def test_lines_that_are_none(tmp_path: Path, content: str, message: str) -> None:
@@ -118,9 +124,40 @@ def test_lines_that_are_none(tmp_path: Path, content: str, message: str) -> None
         read_prompts(path)
 
 
+def test_content_is_text_or_parts_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    parts = [{"type": "text", "text": "Name a "}, {"type": "text", "text": "river.\u2029"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": None}]
+    path.write_text(json.dumps({"messages": messages}, ensure_ascii=False), encoding="utf-8")
+    assert read_prompts(path) == [
+        [{"role": "user", "content": "Name a river.\u2029"}, {"role": "assistant", "content": ""}]
+    ]
+    path.write_text("", encoding="utf-8")
+    assert read_prompts(path) == []
+
+
+def test_the_prompts_are_not_the_answers_place(exports: Exports, tmp_path: Path) -> None:
+    path, link = tmp_path / "p.jsonl", tmp_path / "answers.jsonl"
+    path.write_text('{"prompt": "a"}')
+    link.symlink_to(path)
+    for out in (path, link):
+        with pytest.raises(UserError, match="holds something else than the answers"):
+            _answer(exports, path, out, 2)
+    assert path.read_text() == '{"prompt": "a"}'
+
+
 def test_somebody_elses_file_is_left_alone(exports: Exports, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "notes.txt"
-    for content in ("my notes\n", '{"index": 5}\n', '{"index": 0}\n' * 9):
+    foreign = (
+        "my notes\n",
+        '{"index": 5}\n',
+        '{"index": 0}\n' * 9,
+        "my notes",
+        '{"index": 5, "te',
+        '{"weights": [1]}',
+        "{\n",
+    )
+    for content in foreign:
         out.write_text(content)
         with pytest.raises(UserError, match="holds something else"):
             _answer(exports, prompts, out, 1)

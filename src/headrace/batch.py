@@ -25,7 +25,7 @@ from headrace.progress import Progress, silent
 from headrace.runtime.answer import Answer, Limits
 from headrace.runtime.request import Request
 from headrace.runtime.sampling import SamplingOptions
-from headrace.text.turns import Message
+from headrace.text.turns import Message, message_text
 
 __all__ = ["answer_file", "answer_file_on", "answers_kept", "read_prompts"]
 
@@ -156,15 +156,16 @@ def _answering(
 
 
 def _write(prompts: Path, out: Path, rows: Callable[[Prompts, int], Iterator[Row]], progress: Progress) -> int:
-    """Add to a file what it lacks: of `rows`, given all prompts and how many have their answer. How many have none."""
+    """Add to a file what it lacks: of `rows`, given all prompts and how many have their row. How many rows in it are
+    errors."""
     lines = read_prompts(prompts)
-    failed = 0
     with out.open("ab") as file:
         if not try_lock(file):
             raise UserError(f"another run writes {out}; wait until it has ended, or choose another --output")
-        done, whole = _whole_lines(out, len(lines))
+        kept, whole = _whole_lines(out, len(lines))
         file.truncate(whole)  # half a line at the end, of a run that was killed
-        for row in rows(lines, done):
+        failed = sum("error" in row for row in kept)
+        for row in rows(lines, len(kept)):
             file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             failed += "error" in row
             if row["index"] % _SYNCED == 0:
@@ -183,9 +184,11 @@ def read_prompts(path: Path) -> Prompts:
         UserError: the file cannot be read, or a line is something else; it is named.
     """
     try:
-        rows = path.read_text(encoding="utf-8").splitlines()
+        rows = path.read_text(encoding="utf-8").split("\n")  # texts may hold what else Unicode calls the end of a line
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({reason(error)}); expected a file of JSON lines") from None
+    if not rows[-1]:
+        rows.pop()
     prompts: list[str | list[dict[str, Any]]] = []
     for number, row in enumerate(rows, 1):
         try:
@@ -193,10 +196,14 @@ def read_prompts(path: Path) -> Prompts:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}, is not JSON: {error}") from None
         prompt = raw.get("prompt", raw.get("messages")) if isinstance(raw, dict) else None
-        if isinstance(prompt, str) or (
-            isinstance(prompt, list) and prompt and all(isinstance(m, dict) for m in prompt)
-        ):
+        if isinstance(prompt, str):
             prompts.append(prompt)
+            continue
+        if isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "content" in m for m in prompt):
+            try:
+                prompts.append([{**m, "content": message_text(m["content"])} for m in prompt])
+            except UserError as error:
+                raise UserError(f"{path}, line {number}: content {error}") from None
             continue
         raise UserError(f'{path}, line {number}, is {row[:60]!r}; expected {{"prompt": TEXT}} or {{"messages": […]}}')
     return prompts
@@ -208,23 +215,25 @@ def answers_kept(out: Path, total: int) -> int:
     Raises:
         UserError: it holds something else.
     """
-    return _whole_lines(out, total)[0]
+    return len(_whole_lines(out, total)[0])
 
 
-def _whole_lines(out: Path, total: int) -> tuple[int, int]:
-    """How many answers a file already holds, and in how many bytes: half a line may follow."""
+def _whole_lines(out: Path, total: int) -> tuple[list[Row], int]:
+    """The rows that a file already holds, and in how many bytes: half of the next one may follow."""
     if not out.exists():
-        return 0, 0
+        return [], 0
     data = out.read_bytes()
     whole = data.rfind(b"\n") + 1
-    rows = data[:whole].splitlines()
     try:
-        indexes = [json.loads(row)["index"] for row in rows]
+        rows = [json.loads(row) for row in data[:whole].splitlines()]
+        ours = [row["index"] for row in rows] == list(range(len(rows)))
     except (ValueError, KeyError, TypeError):
-        indexes = [-1]
-    if indexes != list(range(len(rows))) or len(rows) > total:
+        rows, ours = [], False
+    half, begins = data[whole:], b'{"index": %d, ' % len(rows)
+    ours &= half[: len(begins)] == begins[: len(half)]
+    if not ours or len(rows) + bool(half) > total:
         raise UserError(f"{out} holds something else than the answers to these prompts; choose another --output")
-    return len(rows), whole
+    return rows, whole
 
 
 def _answers(
@@ -273,7 +282,7 @@ def _begin(
         if isinstance(prompt, str):
             ids, stop_ids, continues = model.encode_raw(prompt), frozenset(model.tokenizer.eos_ids), True
         else:
-            talk = [Message(str(m.get("role")), str(m.get("content"))) for m in prompt]
+            talk = [Message(str(m.get("role")), m["content"]) for m in prompt]
             turns = model.turns
             ids, stop_ids, continues = turns.render(talk, _WHOLE), frozenset(turns.stop_ids), turns.continues
         own = options if options.seed is None else replace(options, seed=options.seed + index)

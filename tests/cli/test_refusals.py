@@ -171,6 +171,7 @@ def test_work_is_not_begun_whose_result_has_no_place(
         one_line(run(*generate, tmp_path / "x"), f"nothing can be written in the folder {tmp_path}; choose another")
     one_line(run(*generate, nowhere), f"--output {there_is_none}")
     one_line(run(*generate, tmp_path), "is a folder; expected a file")
+    one_line(run(*generate, "/dev/null"), "/dev/null is no regular file; expected one, or a name that is free")
     one_line(run("bench", bundle, "--plots", prompts), f"--plots {prompts} cannot be made (File exists)")
     for verb in (["bench"], ["evaluate", "--text", exports.text]):
         one_line(run(*verb, bundle, "--save"), "measurements cannot be written (File exists); measure without --save")

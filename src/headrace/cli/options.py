@@ -55,6 +55,8 @@ def refuse_place(option: str, path: Path) -> None:
     """Raise UserError where no file can come to be under a name, before there is work that would be lost."""
     if path.is_dir():
         raise UserError(f"{option} {path} is a folder; expected a file")
+    if path.exists() and not path.is_file():  # a device or a pipe, which cannot be read again
+        raise UserError(f"{option} {path} is no regular file; expected one, or a name that is free")
     if not path.parent.is_dir():
         raise UserError(f"{option} {path}: there is no folder {path.parent}; make it first")
     if not os.access(path.parent, os.W_OK | os.X_OK):

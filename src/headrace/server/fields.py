@@ -6,11 +6,12 @@ status 400. Knows no dialect.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from headrace.errors import did_you_mean, shown
+from headrace.errors import UserError, did_you_mean, shown
 from headrace.server.generation import Refused
+from headrace.text.turns import message_text
 
 __all__ = ["MAX_ANSWERS", "MAX_TOP_LOGPROBS", "Body", "text_of"]
 
@@ -102,16 +103,7 @@ def text_of(content: object, where: str) -> str:
     Raises:
         Refused: a part is no text.
     """
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list):
-        texts = []
-        for part in content:
-            kind = part.get("type") if isinstance(part, Mapping) else None
-            if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
-                raise Refused(f"{where} has a part of type {kind!r}; expected text", field=where)
-            texts.append(part["text"])
-        return "".join(texts)
-    raise Refused(f"{where} is {shown(content)}; expected text or a list of text parts", field=where)
+    try:
+        return message_text(content)
+    except UserError as error:
+        raise Refused(f"{where} {error}", field=where) from None

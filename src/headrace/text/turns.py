@@ -16,11 +16,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from headrace.errors import ContextFull, UserError
+from headrace.errors import ContextFull, UserError, shown
 from headrace.text.template import ChatTemplate
 from headrace.text.tokenizer import Tokenizer
 
-__all__ = ["IdTurns", "Message", "RawTurns", "TemplateTurns", "TurnFormat", "turn_format"]
+__all__ = ["IdTurns", "Message", "RawTurns", "TemplateTurns", "TurnFormat", "message_text", "turn_format"]
 
 ROLES = ("system", "user", "assistant", "tool")
 # Unicode's own non-characters, which no text holds: they mark what a user typed while a template runs.
@@ -53,6 +53,25 @@ class Message:
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise UserError(f"a message's role is {self.role!r}; expected one of {', '.join(ROLES)}")
+
+
+def message_text(content: object) -> str:
+    """The text of a message's content as OpenAI's clients send it: a string, a list of text parts, or None for none.
+
+    Raises:
+        UserError: it is something else, or a part is no text.
+    """
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        raise UserError(f"is {shown(content)}; expected text or a list of text parts")
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
+            raise UserError(f"has a part of type {kind!r}; expected text")
+        texts.append(part["text"])
+    return "".join(texts)
 
 
 class TurnFormat(ABC):
