@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from headrace.bundle.folder import open_bundle
 from headrace.cli.main import _run
-from headrace.errors import ContextFull, TargetError, UserError
+from headrace.errors import TargetError, UserError
+from headrace.measure import bench, speculation_gain
 from headrace.measure.bench import bench_bundle, parameter_count, peak_rss
 from headrace.measure.bench_tables import bench_csv, bench_markdown
 from headrace.measure.compare import compare_records, rank_test
@@ -80,12 +83,61 @@ def test_without_prompts_or_tokens(exports: Exports) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "needed"), [({"prompts": (16, CONTEXT + 1)}, CONTEXT + 1), ({"depths": (150,), "tokens": 60}, 210)]
+    ("options", "message"),
+    [
+        ({"prompts": (16, CONTEXT + 1)}, f"a prompt of {CONTEXT + 1} tokens does not fit the context of {CONTEXT}"),
+        ({"depths": (150,), "tokens": 60}, f"60 tokens behind 150 do not fit the context of {CONTEXT}"),
+        ({"depths": (0,), "tokens": CONTEXT}, f"{CONTEXT} tokens behind 1 do not fit the context of {CONTEXT}"),
+        ({"tokens": 15, "speculate": "lookup"}, "timed over answers of 15 tokens; expected at least 16"),
+    ],
 )
-def test_what_does_not_fit(exports: Exports, options: dict, needed: int) -> None:
-    with pytest.raises(ContextFull) as error:
+def test_what_cannot_be_measured_is_told_before_anything_is(
+    exports: Exports, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(bench, "_cold_start", None)
+    with pytest.raises(UserError, match=message):
         bench_bundle(exports.bundle(), **{**SMALL, **options})
-    assert error.value.needed == needed
+
+
+def test_a_cold_start_is_measured_while_nothing_maps_the_files(
+    exports: Exports, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system keeps what a process has mapped, whoever asks it to forget the file."""
+    order: list[str] = []
+    opened, started = bench.open_runner, bench._cold_start
+
+    def called(name: str, function: Any) -> Any:
+        return lambda *given: (order.append(name), function(*given))[1]
+
+    monkeypatch.setattr(bench, "_cold_start", called("cold", started))
+    monkeypatch.setattr(bench, "open_runner", called("open", opened))
+    bench_bundle(exports.bundle(), prompts=(), tokens=0, repeats=1)
+    assert order == ["cold", "open"]
+
+
+def test_speculation_is_timed_over_what_was_made_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step may make several tokens, the first one too: those that came with it took no time that is counted."""
+    steps = [2, 3, 1]
+    model = mock.MagicMock()
+    request = mock.Mock(error=None)
+    turn, ticks = itertools.count(), itertools.count()
+
+    def submit(*_: Any) -> Any:
+        request.done = False
+        return request
+
+    def step() -> list[tuple[Any, Any]]:
+        made = steps[next(turn) % len(steps)]
+        request.done = made == steps[-1]
+        return [(request, mock.Mock(id=7))] * made
+
+    model.engine.step, model.engine.submit = step, submit
+    model.tokenizer.eos_ids = (2,)
+    monkeypatch.setattr(speculation_gain.time, "perf_counter", lambda: float(next(ticks)))
+    found = speculation_gain._round(model, 6)
+    prompts = len(speculation_gain.PROMPTS)
+    assert [len(answer) for answer in found.answers] == [6] * prompts
+    assert (found.tokens, found.seconds) == ((3 + 1) * prompts, 2.0 * prompts)
 
 
 def test_speculation_gives_the_same_answers(exports: Exports) -> None:
@@ -101,10 +153,10 @@ def test_speculation_gives_the_same_answers(exports: Exports) -> None:
 def test_answers_that_part_are_told(
     exports: Exports, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    given = iter([[[1, 2, 3], [4, 5]], [[1, 9, 3], [4, 5]]])
-    monkeypatch.setattr("headrace.measure.speculation_gain._answers", lambda *_: (next(given), 1.0, (2, 1)))
+    given = iter([[[1, 2, 3], [4, 5]]] * 2 + [[[1, 9, 3], [4, 5]]] * 2)  # each model warms up
+    monkeypatch.setattr(speculation_gain, "_round", lambda *_: speculation_gain._Round(next(given), 3, 1.0, 2, 1))
     path = str(exports.bundle())
-    assert _run(["bench", path, "-p", "8", "-n", "2", "-r", "1", "--speculate", "lookup"]) == 0
+    assert _run(["bench", path, "-p", "8", "-n", "16", "-r", "1", "--speculate", "lookup"]) == 0
     assert "answers differ after 3 of 5 tokens" in " ".join(capfd.readouterr().out.split())
 
 

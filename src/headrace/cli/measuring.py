@@ -102,6 +102,8 @@ def bench(
         return
     if bundle is None:
         raise UserError("bench needs a bundle, or --compare A.json B.json")
+    if json and output in ("md", "csv"):
+        raise UserError(f"--json and --output {output} are two forms of one result; choose one")
     if plots is not None:
         from headrace.measure.plots import need_matplotlib
 

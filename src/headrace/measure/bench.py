@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from headrace.bundle.folder import Bundle, open_bundle
-from headrace.errors import ContextFull, TargetError
+from headrace.errors import TargetError, UserError
 from headrace.measure.record import make_record
-from headrace.measure.speculation_gain import time_speculation
+from headrace.measure.speculation_gain import LEAST_TOKENS, time_speculation
 from headrace.model.weights import weight_table
 from headrace.progress import Progress, silent
 from headrace.runners import Options, default_runner, open_runner
@@ -79,26 +79,36 @@ def bench_bundle(
 
     Raises:
         BundleError: the bundle cannot be opened.
-        ContextFull: a prompt or the decoding does not fit the context.
+        UserError: a prompt or the decoding does not fit the context, or answers are too short to time speculation.
         TargetError: the runner gives no logits, or what it needs is not installed.
     """
     from headrace.targets.host.sessions import default_threads
 
     started = time.perf_counter()
     bundle = open_bundle(path)
-    for length in (*prompts, *(depth + tokens for depth in depths)):
+    for length in prompts:
         if length > bundle.context:
-            raise ContextFull(length, bundle.context)
+            raise UserError(f"a prompt of {length} tokens does not fit the context of {bundle.context}; take a shorter")
+    for depth in depths if tokens else ():
+        if max(depth, 1) + tokens > bundle.context:  # decoding begins behind a token
+            raise UserError(
+                f"{tokens} tokens behind {max(depth, 1)} do not fit the context of {bundle.context}; decode fewer, or "
+                "after fewer"
+            )
+    if speculate is not None and tokens < LEAST_TOKENS:
+        raise UserError(f"speculation is timed over answers of {tokens} tokens; expected at least {LEAST_TOKENS}")
+    found = time.perf_counter() - started
     name = default_runner() if runner is None else runner
-    opened = open_runner(bundle, name, Options(threads=threads, huge_pages=huge_pages))
-    loaded = time.perf_counter() - started
-    engine = Engine(opened)
     decoded = sorted(set(depths)) if tokens else []
     total = repeats * (len(prompts) + len(decoded)) + 2
     advance = _counter(progress, total)
+    cold = _cold_start(bundle, name, threads)  # first, since the system's cache keeps what a process has mapped
+    advance()
+    started = time.perf_counter()
+    opened = open_runner(bundle, name, Options(threads=threads, huge_pages=huge_pages))
+    loaded = found + time.perf_counter() - started
+    engine = Engine(opened)
     try:
-        cold = _cold_start(bundle, name, threads)
-        advance()
         timer = _Timer(engine, bundle)
         timer.warm()
         advance()
@@ -107,6 +117,7 @@ def bench_bundle(
         spoken = list(timer.decode(decoded, tokens, repeats, advance))
     finally:
         engine.close()
+    peak = peak_rss()  # before other models are loaded
     guessed = None
     if speculate is not None:
         guessed = time_speculation(path, speculate, tokens=tokens, repeats=repeats, runner=name, threads=threads)
@@ -130,7 +141,7 @@ def bench_bundle(
             "decode": [_decode(depth, gaps) for depth, gaps in spoken],
             **({} if guessed is None else {"speculation": guessed}),
             "memory": {
-                "peak_rss_bytes": peak_rss(),
+                "peak_rss_bytes": peak,
                 "kv_bytes": opened.kv_bytes,
                 "weight_bytes": bundle.weight_bytes,
             },

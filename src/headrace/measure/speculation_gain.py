@@ -8,12 +8,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from headrace.language_model import LanguageModel, load
+from headrace.runtime.answer import Answer, Limits
 
-__all__ = ["time_speculation"]
+__all__ = ["LEAST_TOKENS", "time_speculation"]
+
+LEAST_TOKENS = 16  # of an answer that is timed: more than a step can make
 
 PROMPTS = (
     "Repeat this line three times: The river carries sand to the sea, and the sea carries it back to the shore.\n",
@@ -31,7 +35,7 @@ def time_speculation(
     Args:
         path: the bundle.
         how: "lookup" or a draft bundle's folder.
-        tokens: of each answer.
+        tokens: of each answer, LEAST_TOKENS or more.
         repeats: of all prompts; medians are told.
         runner, threads: who computes.
 
@@ -44,22 +48,22 @@ def time_speculation(
     Raises:
         BundleError: the draft bundle has another vocabulary.
         TargetError: the runner chooses tokens by itself.
+        ContextFull: prompts and answers do not fit the context.
     """
     with load(path, runner=runner, threads=threads) as model:
-        plain, seconds, _ = _answers(model, tokens, repeats)
+        plain, speed = _rounds(model, tokens, repeats)
     with load(path, runner=runner, threads=threads, speculate=how) as model:
-        guessed, faster, (drafted, accepted) = _answers(model, tokens, repeats)
-    count = sum(map(len, plain))
+        guessed, faster = _rounds(model, tokens, repeats)
     return {
         "how": how if how == "lookup" else Path(how).name,
-        "tokens": count,
-        "plain_tok_s": round(count / seconds, 3),
-        "tok_s": round(sum(map(len, guessed)) / faster, 3),
-        "drafted_tokens": drafted,
-        "accepted_tokens": accepted,
-        "acceptance": round(accepted / drafted, 4) if drafted else 0.0,
-        "same": plain == guessed,
-        "equal_tokens": sum(_equal(a, b) for a, b in zip(plain, guessed)),
+        "tokens": sum(map(len, plain.answers)),
+        "plain_tok_s": round(speed, 3),
+        "tok_s": round(faster, 3),
+        "drafted_tokens": guessed.drafted,
+        "accepted_tokens": guessed.accepted,
+        "acceptance": round(guessed.accepted / guessed.drafted, 4) if guessed.drafted else 0.0,
+        "same": plain.answers == guessed.answers,
+        "equal_tokens": sum(_equal(a, b) for a, b in zip(plain.answers, guessed.answers)),
     }
 
 
@@ -69,21 +73,41 @@ def _equal(plain: Sequence[int], guessed: Sequence[int]) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(plain), len(guessed)))
 
 
-def _answers(model: LanguageModel, tokens: int, repeats: int) -> tuple[list[list[int]], float, tuple[int, int]]:
-    """Answers to all prompts, the median seconds after their first tokens, and the last round's (drafted, accepted)."""
-    taken = []
-    for _ in range(repeats + 1):  # the first only warms up
-        answers, seconds, drafted, accepted = [], 0.0, 0, 0
-        for prompt in PROMPTS:
-            answer = []
-            started = 0.0
-            for token in model.generate(prompt, max_tokens=tokens, temperature=0.0, repetition_penalty=1.0):
-                started = started or time.perf_counter()
-                answer.append(token.id)
-                if token.usage is not None:
-                    drafted += token.usage.drafted_tokens
-                    accepted += token.usage.accepted_tokens
-            seconds += time.perf_counter() - started
-            answers.append(answer)
-        taken.append(seconds)
-    return answers, statistics.median(taken[1:]), (drafted, accepted)
+@dataclass
+class _Round:
+    """All prompts answered once; speed is that of the steps behind each answer's first one, which reads the prompt."""
+
+    answers: list[list[int]] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+    drafted: int = 0
+    accepted: int = 0
+
+
+def _rounds(model: LanguageModel, tokens: int, repeats: int) -> tuple[_Round, float]:
+    """The last of some rounds, and the median of their tokens a second."""
+    rounds = [_round(model, tokens) for _ in range(repeats + 1)]  # the first only warms up
+    return rounds[-1], statistics.median(found.tokens / found.seconds for found in rounds[1:])
+
+
+def _round(model: LanguageModel, tokens: int) -> _Round:
+    found = _Round()
+    options = model.sampling_options(temperature=0.0, repetition_penalty=1.0)
+    limits = Limits(tokens, frozenset(model.tokenizer.eos_ids))
+    for prompt in PROMPTS:
+        answer = Answer(model.tokenizer, limits, continues=True)
+        request = model.engine.submit(model.encode_raw(prompt), options, answer)
+        ids: list[int] = []
+        while not request.done:
+            started = time.perf_counter()
+            made = [token.id for _, token in model.engine.step()]
+            if ids:
+                found.seconds += time.perf_counter() - started
+                found.tokens += len(made)
+            ids += made
+        if request.error is not None:
+            raise request.error
+        found.answers.append(ids)
+        found.drafted += answer.usage.drafted_tokens
+        found.accepted += answer.usage.accepted_tokens
+    return found
