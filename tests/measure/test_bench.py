@@ -209,6 +209,17 @@ def test_what_changed_beyond_noise(record: dict[str, Any]) -> None:
         compare_records({"format": "headrace-text"}, before)
 
 
+@pytest.mark.parametrize(("repeats", "told"), [(1, False), (2, False), (3, False), (4, True)])
+def test_too_few_repetitions_tell_nothing(record: dict[str, Any], repeats: int, told: bool) -> None:
+    """Of three and three no order is unlikely enough, however far apart they are."""
+    before, after = changed(record, 1.0), changed(record, 10.0)
+    for one in (before, after):
+        one["prompts"][1]["samples"] = one["prompts"][1]["samples"][:repeats]
+    _, changes = compare_records(before, after)
+    (found,) = (change for change in changes if change.what == "first token of 40")
+    assert (found.p is not None, found.real) == (told, told)
+
+
 def test_the_rank_test_by_hand() -> None:
     assert rank_test([1, 2, 3, 4, 5], [6, 7, 8, 9, 10]) == pytest.approx(2 / 252)
     assert rank_test([1, 2, 3], [1, 2, 3]) == 1.0
@@ -230,7 +241,7 @@ def test_the_command_line(exports: Exports, tmp_path: Path, capsys: pytest.Captu
     assert "a new process, files not cached" in capsys.readouterr().out
     file = str(bundle / "measurements" / name)
     assert _run(["bench", "--compare", file, file]) == 0
-    assert "within noise" in capsys.readouterr().out
+    assert "too few repetitions" in capsys.readouterr().out
     assert _run(["bench", "--compare", file, file, "--json"]) == 0
     assert all(not c["real"] for c in json.loads(capsys.readouterr().out.splitlines()[-1])["changes"])
     assert read_record(Path(file)) == kept

@@ -89,6 +89,26 @@ def test_worked_examples_leave_when_there_is_no_room() -> None:
         answer_subject(chosen, SUBJECT, encode, model, room=50)
 
 
+def test_the_longest_item_is_that_of_most_tokens() -> None:
+    """Not of most characters: 百 takes three of these tokens, as it does of bytes."""
+
+    def encode(text: str) -> list[int]:
+        return list(text.encode())
+
+    items = (Item("a" * 60, ("",) * 4, 0), Item("百" * 50, ("",) * 4, 0))
+    subject = Subject("world_history", items[:1], items)
+    needed = len(encode(SETS["mmlu"].examples(subject, 0) + SETS["mmlu"].ask(items[1]) + " A"))
+    prompts: list[int] = []
+
+    def model(asked: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+        for ids in asked:
+            prompts.append(len(ids))
+            yield np.zeros(256, np.float32)
+
+    assert answer_subject(SETS["mmlu"], subject, encode, model, room=needed).shots == 0
+    assert max(prompts) < needed
+
+
 def test_spaces_belong_to_what_follows() -> None:
     assert split_pair(encode, "a b ", "c") == (encode("a b"), encode(" c"))
     assert split_pair(encode, "a", " b") == (encode("a"), encode(" b"))

@@ -90,6 +90,17 @@ def test_what_is_no_item(tmp_path: Path, text: str | bytes | None, message: str)
         open_set("mmlu", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["mmlu", "ceval"])
+def test_a_subject_without_items_is_one_line(tmp_path: Path, name: str) -> None:
+    (dev, dev_suffix), (asked, suffix) = SETS[name].files
+    header = ",".join(SETS[name].columns) + "\n"
+    for folder, file in ((dev, f"logic{dev_suffix}.csv"), (asked, f"logic{suffix}.csv")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_text(header, encoding="utf-8")
+    with pytest.raises(UserError, match=rf"logic{suffix}.csv holds no item; expected the questions of logic"):
+        open_set(name, tmp_path)
+
+
 def test_another_layout_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no val/SUBJECT_val.csv; expected ceval's published layout"):
         open_set("ceval", tmp_path)

@@ -218,7 +218,11 @@ def _compare(before: Path, after: Path, *, as_json: bool) -> None:
             f"{c.after * 1e3:.4g} ms",
             f"{c.ratio:.3f}",
             "" if c.p is None else f"{c.p:.2g}",
-            ("slower" if c.ratio > 1 else "faster") if c.real else "measured once" if c.p is None else "within noise",
+            ("slower" if c.ratio > 1 else "faster")
+            if c.real
+            else "too few repetitions"
+            if c.p is None
+            else "within noise",
         )
         for c in changes
     ]

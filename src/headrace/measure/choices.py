@@ -81,10 +81,10 @@ def answer_subject(
 
 def _beginning(chosen_set: ItemSet, subject: Subject, encode: Encode, room: int, shots: int) -> tuple[str, int]:
     """Worked examples, as many as leave room for the longest item, and how many they are."""
-    longest = max((chosen_set.ask(item) for item in subject.items), key=len) + chosen_set.answers()[0]
+    asked = [chosen_set.ask(item) + chosen_set.answers()[0] for item in subject.items]
     for count in range(min(shots, len(subject.examples)), -1, -1):
         beginning = chosen_set.examples(subject, count)
-        needed = len(encode(beginning + longest))
+        needed = max(len(encode(beginning + text)) for text in asked)
         if needed <= room:
             return beginning, count
     raise ContextFull(needed, room)

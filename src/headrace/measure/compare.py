@@ -30,7 +30,8 @@ class Change:
         what: its name.
         before, after: medians, seconds.
         ratio: after / before; above 1 is slower.
-        p: how likely ranks so far apart are without any difference; None for numbers measured once.
+        p: how likely ranks so far apart are without any difference; None where repetitions are too few to tell any
+            difference from noise, fewer than four of each.
         real: beyond noise.
     """
 
@@ -81,7 +82,8 @@ def _change(what: str, before: Sequence[float], after: Sequence[float]) -> Chang
     x, y = (
         sorted(s)[len(s) // 2] if len(s) % 2 else sum(sorted(s)[len(s) // 2 - 1 :][:2]) / 2 for s in (before, after)
     )
-    p = rank_test(before, after) if min(len(before), len(after)) > 1 else None
+    least = 2 / math.comb(len(before) + len(after), len(before))  # what the test says of ranks that are wholly apart
+    p = rank_test(before, after) if least < LEAST_P else None
     far = abs(y / x - 1) > LEAST_CHANGE
     return Change(what, x, y, y / x, p, far and p is not None and p < LEAST_P)
 

@@ -83,7 +83,7 @@ class ItemSet:
         """All subjects of a folder in this layout, by name.
 
         Raises:
-            UserError: the folder has another layout, or a file cannot be read.
+            UserError: the folder has another layout, or a file cannot be read or holds no question.
         """
         (dev, dev_suffix), (asked, suffix) = self.files
         found = sorted((folder / asked).glob(f"*{suffix}.csv"))
@@ -95,7 +95,10 @@ class ItemSet:
         subjects = []
         for file in found:
             name = file.stem.removesuffix(suffix)
-            subjects.append(Subject(name, self._items(folder / dev / f"{name}{dev_suffix}.csv"), self._items(file)))
+            examples, items = self._items(folder / dev / f"{name}{dev_suffix}.csv"), self._items(file)
+            if not items:
+                raise UserError(f"{file} holds no item; expected the questions of {name}")
+            subjects.append(Subject(name, examples, items))
         return subjects
 
     def _items(self, path: Path) -> tuple[Item, ...]:
