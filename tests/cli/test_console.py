@@ -9,15 +9,31 @@ import sys
 import pytest
 
 from headrace.cli.console import human_bytes, note, print_json, progress_bars, table
+from headrace.measure.facts import human
 
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (98_362_432, "98.4 MB"), (5_060_000_000, "5.1 GB"),
-     (7_000_000_000_000, "7000.0 GB")],
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (98_362_432, "98.4 MB"), (999_960_000, "1.0 GB"),
+     (5_060_000_000, "5.1 GB"), (7_000_000_000_000, "7000.0 GB")],
 )  # fmt: skip
 def test_human_bytes(count: int, text: str) -> None:
     assert human_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (999, "999 B"),
+        (999.6, "1 kB"),
+        (98_362_432, "98.4 MB"),
+        (999.4e6, "999 MB"),
+        (999.6e6, "1 GB"),
+        (999.6e9, "1000 GB"),
+    ],
+)
+def test_no_size_is_a_power_of_ten(size: float, text: str) -> None:
+    assert human(size) == text
 
 
 def test_json_is_one_line_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:

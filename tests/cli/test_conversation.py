@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import given
@@ -30,6 +31,7 @@ from headrace.cli.answer_view import AnswerView
 from headrace.cli.console import print_answer
 from headrace.cli.conversation import HELP, Conversation, _Commands
 from headrace.cli.interruption import interruptible, uninterrupted
+from headrace.cli.main import _run
 from headrace.errors import UserError
 from headrace.runtime.answer import Token
 from headrace.runtime.session import read_session
@@ -384,6 +386,22 @@ def test_every_command_that_changes_the_conversation_tells_its_context(exports: 
         talk.take("/regenerate")
         assert talk.status().startswith(f"{talk.stats.speed:.1f} tok/s")
         assert chat.used == len(model.turns.render(chat.messages, model.context)) > after_one
+
+
+def test_what_was_cleared_is_no_longer_in_the_session(exports: Exports, tmp_path: Path) -> None:
+    file = tmp_path / "talk.session"
+    with headrace.load(exports.bundle(), runner="host") as model:
+        chat = model.chat()
+        list(chat.say("The river", max_tokens=2))
+        chat.save(file)
+        with (
+            mock.patch("headrace.cli.running._converse", lambda talk, *_: talk.messages.clear()),
+            mock.patch("headrace.cli.running.sys.stdin") as stdin,
+        ):
+            stdin.isatty.return_value = True
+            assert _run(["chat", str(exports.bundle()), "--session", str(file), "--runner", "host"]) == 0
+        assert read_session(file).messages == ()
+        assert model.chat(session=file).messages == []
 
 
 def test_an_answer_that_is_not_given_again_stays(capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,6 +74,13 @@ def test_evaluate_asks_for_what_it_needs(exports: Exports, capsys: pytest.Captur
         (["--tasks", "kl,mmlu"], "kl needs a text"),
         (["--tasks", "mmlu"], "mmlu needs its items; expected --data FOLDER"),
         (["--tasks", "mmlo"], "did you mean 'mmlu'?"),
+        (["--text", "t", "--data", "d"], "--data holds questions, of which --tasks names none"),
+        (["--tasks", "mmlu", "--data", "d", "--text", "t"], "--text is for texts, of which --tasks names no task"),
+        (["--tasks", "mmlu", "--data", "d", "--simulate", "a16"], "--simulate is for texts"),
+        (
+            ["--text", "t", "--simulate", "a16", "--runner", "native"],
+            "--simulate computes by itself; expected no --runner",
+        ),
     ):
         assert _run(["evaluate", bundle, *words]) == 2
         assert message in capsys.readouterr().err

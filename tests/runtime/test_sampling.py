@@ -195,6 +195,7 @@ BAICHUAN = {"do_sample": True, "temperature": 0.3, "top_k": 5, "top_p": 0.85, "r
         ({"temperature": 0.6}, {}, SamplingOptions()),  # Hugging Face samples only when told to
         ({"do_sample": True}, {}, SamplingOptions(1.0, 50)),
         ({"eos_token_id": 2}, {"top_p": 0.9}, SamplingOptions(1.0, 0, 0.9)),
+        ({}, {"min_p": 0.1}, SamplingOptions(1.0, min_p=0.1)),
         ({}, {"temperature": 0.7}, SamplingOptions(0.7)),
     ],
 )

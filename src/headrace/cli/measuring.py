@@ -249,7 +249,7 @@ def evaluate(
     simulate: Annotated[
         str | None, Option("--simulate", help="The bundle on a device's grids: a16, kv8 or both.")
     ] = None,
-    runner: Annotated[str, Option("--runner", help="Who computes.")] = "host",
+    runner: Annotated[str | None, Option("--runner", help="Who computes; host by default.")] = None,
     threads: Threads = None,
     ray: RayAddress = None,
     save: Save = False,
@@ -269,6 +269,13 @@ def evaluate(
     on_questions = [task for task in wanted if task in SETS]
     if (on_text or not on_questions) and not text:
         raise UserError(f"{on_text[0] if on_text else 'perplexity'} needs a text; expected --text FILE")
+    if data and not on_questions:
+        raise UserError("--data holds questions, of which --tasks names none; expected mmlu, ceval or cmmlu there")
+    if on_questions and not on_text and (text or simulate):
+        raise UserError(f"{'--text' if text else '--simulate'} is for texts, of which --tasks names no task; add ppl")
+    if simulate and runner:
+        raise UserError("--simulate computes by itself; expected no --runner beside it")
+    runner = runner or "host"
     if save:
         open_bundle(bundle)
         records_folder(bundle)  # what cannot be kept is told before it is measured
@@ -351,6 +358,8 @@ def card(
     from headrace.measure.card import card_problems, compare_bundles, write_card
 
     if all_:
+        if json:
+            raise UserError("--all is a table; expected no --json beside it")
         show(compare_bundles(bundles))
         return
     if len(bundles) != 1:

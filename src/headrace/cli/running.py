@@ -103,7 +103,7 @@ def chat(
             else:
                 raise UserError("stdin is empty; expected a prompt there, a terminal, or -p PROMPT")
         finally:
-            if session is not None and talk.messages:
+            if session is not None and (talk.messages or saved):  # what was cleared must not come back
                 talk.save(session)
 
 

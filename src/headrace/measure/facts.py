@@ -86,8 +86,8 @@ def _listed(names: Sequence[str]) -> str:
 def human(size: float) -> str:
     """`98.4 MB`, `5.06 GB`; decimal units, three digits."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.3g} {unit}" if size < 1000 * scale else f"{size / scale:.0f} {unit}"
+        if size >= 0.9995 * scale:  # 999.6 MB are 1 GB in three digits
+            return f"{size / scale:.3g} {unit}" if size < 999.5 * scale else f"{size / scale:.0f} {unit}"
     return f"{size:.0f} B"
 
 

@@ -110,7 +110,7 @@ class SamplingOptions:
         values = {name: value for name, value in said.items() if samples or name not in SAMPLED}
         if samples:
             values = {"temperature": 1.0, "top_k": HF_TOP_K, **values}
-        elif {"top_k", "top_p"} & wanted.keys():
+        elif {"top_k", "top_p", "min_p"} & wanted.keys():
             values["temperature"] = 1.0
         return replace(cls(), **{**values, **wanted})
 
