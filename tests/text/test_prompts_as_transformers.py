@@ -111,6 +111,37 @@ def test_every_published_template(published: Path, auto: Any, tmp_path: Path) ->
     assert different == []
 
 
+END = {"content": "<|im_end|>", "special": True, "normalized": False, "lstrip": False, "rstrip": True,
+       "single_word": False}  # fmt: skip
+THINK = {**END, "content": "<think>", "special": False, "rstrip": False}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"},
+        {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"], "pad_token": "<pad>"},
+        {"added_tokens_decoder": {"2": END, "274": {**THINK, "content": "<a>"}, "275": THINK}},
+        {"added_tokens_decoder": {"2": {**END, "special": False}}, "eos_token": "<|im_end|>"},
+        {"added_tokens.json": {"<think>": 274, "<|im_end|>": 2}, "eos_token": "<|im_end|>"},
+    ],
+)
+def test_tokens_that_a_configuration_adds(auto: Any, tmp_path: Path, config: dict[str, Any]) -> None:
+    save_tokenizer(tmp_path, byte_level_metadata(), tmp_path)
+    document = json.loads((tmp_path / "tokenizer.json").read_text())
+    document["added_tokens"] = document["added_tokens"][:1]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    assert len(document["model"]["vocab"]) == 274
+    (tmp_path / "added_tokens.json").write_text(json.dumps(config.get("added_tokens.json", {})))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": "TokenizersBackend"}))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    library, mine = auto.from_pretrained(str(tmp_path)), load_tokenizer(tmp_path)
+    text = "<|im_start|>the  <|im_end|>  sea<think><pad>"
+    ids = mine.encode(text, special=True)
+    assert ids == library.encode(text, add_special_tokens=False)
+    assert mine.decode(ids) == library.decode(ids, skip_special_tokens=True)
+
+
 LLAMA_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
     "{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,92 @@ def test_white_space_that_belongs_to_a_token(tmp_path: Path) -> None:
     sea, river = tokenizer.encode("sea"), tokenizer.encode("river")
     assert tokenizer.encode("sea \n<|end|>\n\nriver", special=True) == [*sea, size, *river]
     assert TokenizerConfig.from_folder(tmp_path).added == {size: AddedPiece("<|end|>", True, True, True)}
+
+
+def vocabulary(folder: Path, config: dict[str, object], **files: object) -> tuple[Tokenizer, int]:
+    """A byte-level vocabulary whose tokenizer.json has one added token, <|endoftext|>, and its size."""
+    size = byte_level_tokenizer(folder).vocab_size
+    document = json.loads((folder / "tokenizer.json").read_text())
+    document["added_tokens"] = [t for t in document["added_tokens"] if t["content"] == "<|endoftext|>"]
+    write(folder, "tokenizer.json", document | files)
+    write(folder, "tokenizer_config.json", config)
+    return load_tokenizer(folder), size
+
+
+def both(tokenizer: Tokenizer, folder: Path) -> list[Tokenizer]:
+    """The vocabulary of a folder, and what a bundle has of it."""
+    (folder / "bundle").mkdir(exist_ok=True)
+    save_tokenizer(folder, None, folder / "bundle")
+    return [tokenizer, load_tokenizer(folder / "bundle")]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>", "special": True}},
+        {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]},
+        {"added_tokens_decoder": {str(i): {"content": c, "special": True} for i, c in enumerate(
+            ["<|im_start|>", "<|im_end|>"], 1)}},
+        {"added_tokens_decoder": {"2": {"content": "<|im_end|>", "special": False}}, "eos_token": "<|im_end|>",
+         "start_token": "<|im_start|>"},
+    ],
+)  # fmt: skip
+def test_a_token_that_only_the_configuration_names_is_one(tmp_path: Path, config: dict[str, object]) -> None:
+    tokenizer, size = vocabulary(tmp_path, config)
+    for one in both(tokenizer, tmp_path):
+        assert one.encode("<|im_start|>river<|im_end|>", special=True) == [1, *one.encode("river"), 2]
+        assert (one.special_ids, one.vocab_size) == ({0, 1, 2}, size)
+        assert not one.special_ids & set(one.encode("<|im_start|>river<|im_end|>"))
+
+
+def test_tokens_behind_the_vocabulary_come_from_the_configuration(tmp_path: Path) -> None:
+    size = byte_level_tokenizer(tmp_path).vocab_size
+    told = {str(size + 1): {"content": "<b>", "special": True}, str(size): {"content": "<think>", "special": False}}
+    tokenizer, _ = vocabulary(tmp_path, {"added_tokens_decoder": told, "pad_token": "<pad>"})
+    for one in both(tokenizer, tmp_path):
+        ids = one.encode("<b><think><pad>", special=True)
+        assert (ids, one.decode(ids), one.vocab_size) == ([size + 1, size, size + 2], "<think>", size + 3)
+
+
+def test_what_the_configuration_says_of_a_token_wins(tmp_path: Path) -> None:
+    told: dict[str, object] = {"content": "<|endoftext|>", "special": True, "rstrip": True, "single_word": True}
+    tokenizer, _ = vocabulary(tmp_path, {"added_tokens_decoder": {"0": told}})
+    for one in both(tokenizer, tmp_path):
+        assert one.encode("a <|endoftext|>  b", special=True) == [*one.encode("a "), 0, *one.encode("b")]
+        assert 0 not in one.encode("a<|endoftext|>b", special=True), "it is no word of its own there"
+
+
+def test_a_token_with_two_ids_is_refused(tmp_path: Path) -> None:
+    size = byte_level_tokenizer(tmp_path).vocab_size
+    for given, found in ((("<|im_end|>", 3), 2), (("<x>", size + 4), size)):
+        told = {str(given[1]): {"content": given[0], "special": True}}
+        with pytest.raises(TokenizerError, match=f"token '{re.escape(given[0])}' has id {given[1]} .* and {found} by"):
+            vocabulary(tmp_path, {"added_tokens_decoder": told})
+
+
+@pytest.mark.parametrize("kind", ["json", "model"])
+def test_of_the_older_lists_tokens_only_marks_are_special(tmp_path: Path, kind: str) -> None:
+    config: dict[str, Any] = {"eos_token": "<end>", "additional_special_tokens": ["<user>"]}
+    if kind == "model":
+        size = sentencepiece_tokenizer(tmp_path, **config).vocab_size
+    else:
+        _, size = vocabulary(tmp_path, config)
+    write(tmp_path, "added_tokens.json", {"<user>": size, "<end>": size + 1, "<think>": size + 2})
+    for one in both(load_tokenizer(tmp_path), tmp_path):
+        ids = one.encode("<user>sea<think><end>", special=True)
+        assert ids == [size, *one.encode("sea"), size + 2, size + 1]
+        assert one.decode(ids) == "sea<think>"
+        assert one.encode("<think>")[-1] == size + 2
+    document = {"added_tokens_decoder": {}, **config}  # the newer list, though it is empty
+    write(tmp_path, "tokenizer_config.json", document)
+    assert size + 2 not in load_tokenizer(tmp_path).encode("<think>")
+
+
+def test_a_tokenizer_json_says_more_than_the_older_list(tmp_path: Path) -> None:
+    vocabulary(tmp_path, {})
+    write(tmp_path, "added_tokens.json", {"<|endoftext|>": 0})
+    for one in both(load_tokenizer(tmp_path), tmp_path):
+        assert one.special_ids == {0}
 
 
 # End tokens

@@ -35,12 +35,16 @@ class AddedPiece(NamedTuple):
         content: its spelling.
         special: a control token without text.
         lstrip, rstrip: white space before or behind it in a text belongs to it.
+        single_word: inside of a word it is text like any other.
+        normalized: it is looked for in the normalized text.
     """
 
     content: str
     special: bool
     lstrip: bool = False
     rstrip: bool = False
+    single_word: bool = False
+    normalized: bool = False
 
 
 class TokenizerConfig(NamedTuple):
@@ -53,6 +57,7 @@ class TokenizerConfig(NamedTuple):
         add_prefix_space: a space is put before a text.
         legacy: that space is put before every stretch of text between special tokens, not only before the first.
         added: id → token added after the vocabulary was trained, or marked as special.
+        added_outranks: what `added` says of a token counts more than what a tokenizer.json says of it.
         chat_template: jinja source.
         tokenizer_class: Hugging Face's class name, which carries defaults.
     """
@@ -63,6 +68,7 @@ class TokenizerConfig(NamedTuple):
     add_prefix_space: bool | None = None
     legacy: bool | None = None
     added: Mapping[int, AddedPiece] = MappingProxyType({})
+    added_outranks: bool = True
     chat_template: str | None = None
     tokenizer_class: str | None = None
 
@@ -90,13 +96,17 @@ class TokenizerConfig(NamedTuple):
         said = {key: value for key, value in raw.items() if value}
         told = {**named, **said} if "added_tokens_decoder" in raw else {**said, **named}
         name = raw.get("tokenizer_class")
+        marks = _marks(told)
+        decoder = raw.get("added_tokens_decoder")
+        older = folder / "added_tokens.json"  # read where there is no newer list, like the map
         return cls(
-            marks=_marks(told),
+            marks=marks,
             eos_ids=tuple(dict.fromkeys(_ids(raw.get("eos_token_ids")) + _end_ids(folder))),
             add_bos=_flag(raw, "add_bos_token", where),
             add_prefix_space=_flag(raw, "add_prefix_space", where),
             legacy=_flag(raw, "legacy", where),
-            added=_added(raw.get("added_tokens_decoder"), _read_json(folder / "added_tokens.json"), where),
+            added=_named(_read_json(older), marks, older) if decoder is None else _added(decoder, where),
+            added_outranks=decoder is not None,
             chat_template=_template_file(folder) or _template(raw.get("chat_template"), where),
             tokenizer_class=name if isinstance(name, str) else None,
         )
@@ -120,6 +130,16 @@ class TokenizerConfig(NamedTuple):
         """The spelling of one special token, or None."""
         spelling = self.marks.get(name)
         return spelling if isinstance(spelling, str) else None
+
+    @property
+    def special(self) -> tuple[str, ...]:
+        """The spellings of all marks."""
+        return _spellings(self.marks)
+
+
+def _spellings(marks: Mapping[str, str | list[str]]) -> tuple[str, ...]:
+    listed = ([spelling] if isinstance(spelling, str) else spelling for spelling in marks.values())
+    return tuple(dict.fromkeys(spelling for spellings in listed for spelling in spellings))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -174,8 +194,9 @@ def _template_file(folder: Path) -> str | None:
 
 
 def _piece_json(piece: AddedPiece) -> dict[str, Any]:
-    strips = {name: True for name in ("lstrip", "rstrip") if getattr(piece, name)}
-    return {"content": piece.content, "special": piece.special, **strips}
+    told = piece._asdict()
+    always = ("content", "special", "normalized")  # what is left out of the others is false
+    return {name: value for name, value in told.items() if value or name in always}
 
 
 def _ids(value: object) -> tuple[int, ...]:
@@ -194,18 +215,29 @@ def _template(value: object, where: Path) -> str | None:
     raise TokenizerError(f"{where}: chat_template is a {type(value).__name__}; expected text")
 
 
-def _added(decoder: object, names: Mapping[str, Any], where: Path) -> dict[int, AddedPiece]:
-    added = {i: AddedPiece(content, True) for content, i in names.items() if _ids(i)}
-    if decoder is None:
-        return added
+def _named(names: Mapping[str, Any], marks: Mapping[str, str | list[str]], where: Path) -> dict[int, AddedPiece]:
+    """The tokens of added_tokens.json, which says no more than their ids: special are those that are marks."""
+    special = _spellings(marks)
+    pieces = {i: AddedPiece(content, content in special) for content, i in names.items() if _ids(i)}
+    return _checked({i: piece._replace(normalized=not piece.special) for i, piece in pieces.items()}, where)
+
+
+def _added(decoder: object, where: Path) -> dict[int, AddedPiece]:
     if not isinstance(decoder, dict):
         raise TokenizerError(f"{where}: added_tokens_decoder is a {type(decoder).__name__}; expected an object")
+    added = {}
     for key, value in decoder.items():
         content = _spelling(value)
         if not key.isdecimal() or len(key) > len(str(MAX_ID)) or content is None:
             raise TokenizerError(f"{where}: added_tokens_decoder has {shown(key)}: {shown(value)}; expected id: token")
         told = value if isinstance(value, dict) else {"special": True}
-        added[int(key)] = AddedPiece(content, *(bool(told.get(name)) for name in ("special", "lstrip", "rstrip")))
+        flags = {name: bool(told.get(name)) for name in AddedPiece._fields if name != "content"}
+        flags["normalized"] = bool(told.get("normalized", not flags["special"]))
+        added[int(key)] = AddedPiece(content, **flags)
+    return _checked(added, where)
+
+
+def _checked(added: Mapping[int, AddedPiece], where: Path) -> dict[int, AddedPiece]:
     for i, piece in added.items():
         if i > MAX_ID:
             raise TokenizerError(f"{where}: token {shown(piece.content)} has id {i}; expected at most {MAX_ID}")

@@ -76,6 +76,7 @@ def save_tokenizer(source: Path, gguf_metadata: Mapping[str, Any] | None, out: P
             from headrace.text.tokenizer_json import JsonTokenizer
 
             content = JsonTokenizer(source / name, config).to_json().encode()
+            config = config._replace(added={})  # tokenizer.json has them now
         else:
             content = (source / name).read_bytes()
     if name == JSON_FILE:

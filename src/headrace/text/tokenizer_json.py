@@ -17,12 +17,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from headrace.errors import TokenizerError
+from headrace.errors import TokenizerError, shown
 from headrace.files import read_json
 from headrace.panics import told_as
 from headrace.text.tokenizer import Tokenizer, valid_text
 from headrace.text.tokenizer_check import check_tokenizer_json
-from headrace.text.tokenizer_config import MARKS, MAX_ID, TokenizerConfig
+from headrace.text.tokenizer_config import MARKS, MAX_ID, AddedPiece, TokenizerConfig
 
 __all__ = ["JsonTokenizer", "byte_alphabet", "quick_to_read"]
 
@@ -47,14 +47,18 @@ class JsonTokenizer(Tokenizer):
         check_tokenizer_json(path, raw)
         self._path = path
         with told_as(TokenizerError, f"{path} is not a tokenizer.json; fetch the file again"):
-            self._library = _library_tokenizer(raw)
+            self._library = _library_tokenizer(raw, _added_tokens(raw, config))
+        for i, piece in config.added.items():
+            if (found := self.token_id(piece.content)) != i:
+                raise TokenizerError(
+                    f"token {shown(piece.content)} has id {i} in the tokenizer's configuration and {found} by {path}; "
+                    "expected files of one vocabulary: fetch them again"
+                )
         self._library.no_truncation()
         self._library.no_padding()
         added = self._library.get_added_tokens_decoder()
         self._added = frozenset(added)
-        self.special_ids = frozenset(i for i, token in added.items() if token.special) | frozenset(
-            i for i, piece in config.added.items() if piece.special
-        )
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self._lock = threading.Lock()
         self._byte_level, self.drops_leading_space = _decoder_kind(self._library.decoder, path)
         if config.is_llama and not self._byte_level:
@@ -132,7 +136,19 @@ class JsonTokenizer(Tokenizer):
         return piece.replace(SPACE, " ").encode()
 
 
-def _library_tokenizer(raw: Mapping[str, Any]) -> Any:
+def _added_tokens(raw: Mapping[str, Any], config: TokenizerConfig) -> list[Mapping[str, Any]]:
+    """The added tokens of a tokenizer.json, then those that only its configuration adds, then the marks that neither
+    has. Which of them says what a token is like: see TokenizerConfig; a mark is always special."""
+    tokens = {token["content"]: token for token in raw.get("added_tokens", [])}
+    for _, piece in sorted(config.added.items()):
+        if config.added_outranks or piece.content not in tokens:
+            tokens[piece.content] = piece._asdict()
+    for mark in config.special:
+        tokens[mark] = {**tokens.get(mark, AddedPiece(mark, True)._asdict()), "special": True}
+    return list(tokens.values())
+
+
+def _library_tokenizer(raw: Mapping[str, Any], tokens: Sequence[Mapping[str, Any]]) -> Any:
     """The library's tokenizer of what a tokenizer.json says.
 
     The library could read the file itself. But then it would be read twice, which is most of the time until a small
@@ -146,11 +162,8 @@ def _library_tokenizer(raw: Mapping[str, Any]) -> Any:
     made = Tokenizer.from_str(json.dumps(settings))
     options = {name: value for name in _MODEL_OPTIONS if (value := getattr(made.model, name)) is not None}
     made.model = models.BPE(model["vocab"], _pairs(model["merges"]), **options)
-    added = [
-        AddedToken(token["content"], **{name: token[name] for name in _ADDED_OPTIONS})
-        for token in raw.get("added_tokens", [])
-    ]
-    made.add_tokens(added)  # in the file's order, which gives those their ids that the vocabulary lacks
+    added = [AddedToken(token["content"], **{name: token[name] for name in _ADDED_OPTIONS}) for token in tokens]
+    made.add_tokens(added)  # in their order, which gives those their ids that the vocabulary lacks
     return made
 
 
