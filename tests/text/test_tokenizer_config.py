@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 
 from headrace.errors import TokenizerError
 from headrace.text.tokenizer import Tokenizer
@@ -247,6 +248,22 @@ def test_a_llama_folders_tokenizer_json_is_read_as_the_class_reads_it(tmp_path: 
         for continues in (False, True):
             expected = model.encode(text, special=True, continues=continues)
             assert whole.encode(text, special=True, continues=continues) == expected
+
+
+@pytest.mark.parametrize("legacy", [None, False, True])
+def test_a_mistral_folder_that_names_llamas_class(tmp_path: Path, legacy: bool | None) -> None:
+    from headrace.text.tokenizer_convert import sentencepiece_to_tokenizer_json
+
+    the, bare = spaced(tmp_path).encode("the"), spaced(tmp_path, add_prefix_space=False).encode("the")
+    write(tmp_path, "config.json", {"model_type": "mistral"})
+    alone = spaced(tmp_path, tokenizer_class="LlamaTokenizer", legacy=legacy, add_prefix_space=False)
+    for one in both(alone, tmp_path):
+        assert one.encode("the</s>the", special=True) == [*the, 2, *(bare if legacy is False else the)]
+    write(tmp_path, "tokenizer.json", sentencepiece_to_tokenizer_json(tmp_path / "tokenizer.model"))
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for one in both(load_tokenizer(tmp_path), tmp_path):
+        for text in ("the</s>the sea", " the", "</s>the", ""):
+            assert one.encode(text, special=True) == library.encode(text).ids
 
 
 def processed(folder: Path, before: bool, behind: bool) -> Tokenizer:

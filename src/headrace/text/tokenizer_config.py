@@ -59,7 +59,7 @@ class TokenizerConfig(NamedTuple):
         added: id → token added after the vocabulary was trained, or marked as special.
         added_outranks: what `added` says of a token counts more than what a tokenizer.json says of it.
         chat_template: jinja source.
-        tokenizer_class: Hugging Face's class name, which carries defaults.
+        tokenizer_class: Hugging Face's class name, which carries defaults; None too where that class is not used.
     """
 
     marks: Mapping[str, str | list[str]] = MappingProxyType({})
@@ -99,7 +99,7 @@ class TokenizerConfig(NamedTuple):
         marks = _marks(told)
         decoder = raw.get("added_tokens_decoder")
         older = folder / "added_tokens.json"  # read where there is no newer list, like the map
-        return cls(
+        config = cls(
             marks=marks,
             eos_ids=tuple(dict.fromkeys(_ids(raw.get("eos_token_ids")) + _end_ids(folder))),
             add_bos=_flag(raw, "add_bos_token", where),
@@ -110,6 +110,16 @@ class TokenizerConfig(NamedTuple):
             chat_template=_template_file(folder) or _template(raw.get("chat_template"), where),
             tokenizer_class=name if isinstance(name, str) else None,
         )
+        if config.is_llama and _read_json(folder / "config.json").get("model_type") == "mistral":
+            return config._as_mistral(alone=not (folder / "tokenizer.json").is_file())
+        return config
+
+    def _as_mistral(self, *, alone: bool) -> TokenizerConfig:
+        """The same of a Mistral folder that names Llama's class: a tokenizer.json is read as it stands, and where a
+        tokenizer.model stands alone its own space before a text counts, put as Llama's class does it if `legacy` is
+        false. Source: transformers, tokenization_auto.py and convert_slow_tokenizer.py."""
+        as_llama = alone and self.legacy is False
+        return self._replace(add_prefix_space=None, tokenizer_class=self.tokenizer_class if as_llama else None)
 
     def to_json(self) -> str:
         """The text of a bundle's tokenizer_config.json; `from_folder` reads the same settings back."""
