@@ -284,7 +284,7 @@ def _begin(
         else:
             talk = [Message(str(m.get("role")), m["content"]) for m in prompt]
             turns = model.turns
-            ids, stop_ids, continues = turns.render(talk, _WHOLE), frozenset(turns.stop_ids), turns.continues
+            ids, stop_ids, continues = turns.render(talk, _WHOLE), frozenset(turns.stop_ids), turns.goes_on(talk)
         own = options if options.seed is None else replace(options, seed=options.seed + index)
         answer = Answer(model.tokenizer, Limits(max_tokens, stop_ids, stop), continues=continues)
         return _Line(index, model.engine.submit(ids, own, answer))

@@ -38,7 +38,19 @@ def test_the_models_own_format_is_chosen(baichuan: Tokenizer, chatml: Tokenizer)
     assert (by_template.name, by_template.is_raw) == ("template", False)
     raw = turn_format(baichuan, {"eos_token_id": 2})
     assert isinstance(raw, RawTurns)
-    assert (raw.name, raw.is_raw, raw.continues, raw.stop_ids) == ("raw", True, True, {2})
+    assert (raw.name, raw.is_raw, raw.stop_ids) == ("raw", True, {2})
+
+
+@pytest.mark.parametrize("kind", ["ids", "template", "raw"])
+def test_an_answer_goes_on_from_a_message_that_is_open(baichuan: Tokenizer, chatml: Tokenizer, kind: str) -> None:
+    turns = turn_format(chatml, {}) if kind == "template" else turn_format(baichuan, TURN_IDS if kind == "ids" else {})
+    call = {"type": "function", "function": {"name": "depth", "arguments": {}}}
+    for last, goes_on in (
+        (talk("a"), False),
+        (talk("a", "b"), True),
+        ([Message("assistant", "", calls=(call,))], False),
+    ):
+        assert turns.goes_on(last) == (goes_on or kind == "raw")
 
 
 def test_turn_ids_outside_the_vocabulary_are_refused(baichuan: Tokenizer) -> None:

@@ -106,7 +106,7 @@ class Chat:
         fitted = fit(self.turns, messages, model.context, max_tokens, self.when_full)
         beginning = fitted.beginning if self.when_full is WhenFull.WINDOW else None
         limits = Limits(max_tokens, self.turns.stop_ids, stop, beginning)
-        made = Answer(model.tokenizer, limits, continues=self.turns.continues, grammar=grammar)
+        made = Answer(model.tokenizer, limits, continues=self.turns.goes_on(messages), grammar=grammar)
         answer: list[Token] = []
         try:
             for token in model.stream(fitted.ids, options or model.sampling, made):

@@ -89,7 +89,8 @@ def render(model: LanguageModel, request: GenerationRequest) -> Rendered:
         said = "\n".join([*(m.content for m in messages), *(json.dumps(tool) for tool in request.tools)])
         refuse_too_long(said, model.tokenizer.encode, model.context, times=2)
         turns = model.turns
-        return Rendered(turns.render(messages, _WHOLE, request.tools), turns.continues, frozenset(turns.stop_ids))
+        ids = turns.render(messages, _WHOLE, request.tools)
+        return Rendered(ids, turns.goes_on(messages), frozenset(turns.stop_ids))
     if isinstance(prompt, str):
         refuse_too_long(prompt, model.tokenizer.encode, model.context)
     ids = model.encode_raw(prompt) if isinstance(prompt, str) else [int(i) for i in prompt if isinstance(i, int)]

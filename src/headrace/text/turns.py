@@ -81,20 +81,19 @@ class TurnFormat(ABC):
         name: "ids", "template" or "raw".
         is_raw: there is no turn format.
         stop_ids: the tokens that end an answer.
-        continues: an answer goes on from the prompt's text, so its leading space is part of it.
         takes_tools: functions and calls have a place in a prompt.
     """
 
     name: str
     is_raw: bool = False
     stop_ids: frozenset[int]
-    continues: bool = False
     takes_tools: bool = False
 
     def render(self, messages: Sequence[Message], room: int, tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """The prompt: the newest rounds that fit into `room` tokens.
 
-        A conversation that ends with an assistant's message is left open, so that the model continues that message.
+        A conversation that ends with an assistant's message is left open, so that the model continues that message;
+        see `goes_on`.
 
         Args:
             messages: the conversation, in order; a system message only first.
@@ -130,6 +129,11 @@ class TurnFormat(ABC):
                 return ids
         raise ContextFull(len(ids), room + 1)
 
+    def goes_on(self, messages: Sequence[Message]) -> bool:
+        """Whether the answer goes on from the prompt's text, so that its leading space is part of it: an assistant's
+        last message is left open, unless it calls functions; without turns all text is."""
+        return self.is_raw or (messages[-1].role == "assistant" and not messages[-1].calls)
+
     @abstractmethod
     def _encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """The prompt of all these messages."""
@@ -160,8 +164,7 @@ class IdTurns(TurnFormat):
         self, system: Message | None, rounds: list[list[Message]], room: int, tools: Sequence[Mapping[str, Any]] = ()
     ) -> list[int]:
         head = [] if system is None else self._text(system)
-        ends_open = bool(rounds) and rounds[-1][-1].role == "assistant"
-        tail = [] if ends_open else [self.assistant]
+        tail = [] if rounds and self.goes_on(rounds[-1]) else [self.assistant]
         history: list[int] = []
         if not rounds and len(head) + len(tail) > room:
             raise ContextFull(len(head) + len(tail), room + 1)
@@ -226,7 +229,7 @@ class TemplateTurns(TurnFormat):
             if message.calls:
                 said["tool_calls"] = self._guarded(message.calls)
         marks = {**self._tokenizer.marks, **({"tools": self._guarded(tools)} if tools else {})}
-        goes_on = messages[-1].role == "assistant" and not messages[-1].calls
+        goes_on = self.goes_on(messages)
         if goes_on:
             talk[-1]["content"] += PROBE + " "
         text = self._template.render(talk, ask=not goes_on, marks=marks)
@@ -258,7 +261,6 @@ class RawTurns(TurnFormat):
 
     name = "raw"
     is_raw = True
-    continues = True
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
