@@ -123,7 +123,11 @@ CALL = {"type": "function", "id": "c1", "function": {"name": "depth", "arguments
 
 def test_tool_calls_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "talk.session"
-    talk = (Message("user", "How deep?"), Message("assistant", "", calls=(CALL,)), Message("tool", "6 m"))
+    talk = (
+        Message("user", "How deep?"),
+        Message("assistant", "", calls=(CALL,)),
+        Message("tool", "6 m", tool_call_id="c1"),
+    )
     write_session(path, Session("m", "host", talk))
     assert read_session(path).messages == talk
 

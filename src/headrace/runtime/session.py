@@ -61,9 +61,7 @@ def write_session(path: Path, session: Session) -> None:
         {
             "model": session.model,
             "runner": session.runner,
-            "messages": [
-                {"role": m.role, "content": m.content, "ids": m.ids, "calls": m.calls} for m in session.messages
-            ],
+            "messages": [vars(message) for message in session.messages],
             "tokens": session.tokens,
             "cache_bytes": len(session.cache),
         },
@@ -119,7 +117,10 @@ def _message(raw: dict[str, Any]) -> Message:
     if not all(isinstance(call["function"]["name"], str) for call in calls):
         raise ValueError("the name of a call")
     ids = None if raw["ids"] is None else _tokens(raw["ids"])
-    return Message(str(raw["role"]), str(raw["content"]), ids, tuple(calls))
+    answered = raw.get("tool_call_id")  # files of before 2026-11-28 have none
+    return Message(
+        str(raw["role"]), str(raw["content"]), ids, tuple(calls), None if answered is None else str(answered)
+    )
 
 
 def _tokens(values: list[Any]) -> tuple[int, ...]:

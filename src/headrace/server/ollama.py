@@ -62,7 +62,7 @@ class OllamaCall:
         message: dict[str, Any] = {"role": "assistant", "content": text}
         if calls:
             message["tool_calls"] = [
-                {"function": {"name": c.name, "arguments": json.loads(c.arguments)}} for c in calls
+                {"id": c.id, "function": {"name": c.name, "arguments": json.loads(c.arguments)}} for c in calls
             ]
         return line | {"message": message}
 
@@ -98,6 +98,8 @@ def chat_call(raw: object) -> OllamaCall:
         message: dict[str, Any] = {"role": role, "content": text_of(item.get("content"), f"{where}.content")}
         if item.get("tool_calls"):
             message["tool_calls"] = calls_of(item["tool_calls"], f"{where}.tool_calls")
+        if role == "tool":
+            message["tool_call_id"] = str(item.get("tool_call_id", ""))
         messages.append(message)
     if not messages:
         raise Refused("messages is empty; expected at least one message", field="messages")

@@ -199,7 +199,7 @@ def _part(text: str) -> dict[str, Any]:
 def _call_item(call: ToolCall) -> dict[str, Any]:
     return {
         "type": "function_call",
-        "id": f"fc_{call.id[5:]}",
+        "id": f"fc_{call.id}",
         "call_id": call.id,
         "name": call.name,
         "arguments": call.arguments,

@@ -74,7 +74,8 @@ class SavedSessions:
 
 def message_of(raw: Mapping[str, Any]) -> Message:
     """A message of a request as the turn format takes it."""
-    return Message(raw["role"], raw["content"], calls=tuple(raw.get("tool_calls", ())))
+    calls = tuple(raw.get("tool_calls", ()))
+    return Message(raw["role"], raw["content"], calls=calls, tool_call_id=raw.get("tool_call_id"))
 
 
 def message_object(message: Message) -> dict[str, Any]:
@@ -85,4 +86,6 @@ def message_object(message: Message) -> dict[str, Any]:
             {**call, "function": {**call["function"], "arguments": json.dumps(call["function"].get("arguments", {}))}}
             for call in message.calls
         ]
+    if message.tool_call_id is not None:
+        told["tool_call_id"] = message.tool_call_id
     return told

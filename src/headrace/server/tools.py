@@ -86,7 +86,8 @@ class ToolCall:
     """A function the model wants called.
 
     Attributes:
-        id: made here, to match the result with the call.
+        id: made here, to match the result with the call: nine letters and digits, which is what Mistral's templates
+            want of an id; clients take any text.
         name: of the function.
         arguments: a JSON object as text.
     """
@@ -159,4 +160,4 @@ def _parse(block: str) -> ToolCall | None:
         return None
     if not isinstance(name, str) or not isinstance(arguments, dict):
         return None
-    return ToolCall(f"call_{uuid.uuid4().hex[:24]}", name, json.dumps(arguments, ensure_ascii=False))
+    return ToolCall(uuid.uuid4().hex[:9], name, json.dumps(arguments, ensure_ascii=False))

@@ -38,8 +38,9 @@ class Message:
         ids: the very tokens an answer was generated as, without an end token; then the conversation so far stays a
             prefix of the next prompt, token for token, and the cache of it can be kept. None: the text is encoded, as
             a template always does.
-        calls: functions that an assistant's message calls, as OpenAI's {"type": "function", "function": {"name",
+        calls: functions that an assistant's message calls, as OpenAI's {"type": "function", "id", "function": {"name",
             "arguments"}} with arguments as an object.
+        tool_call_id: the id of the call that a tool's message answers, or None.
 
     Raises:
         UserError: the role is unknown.
@@ -49,6 +50,7 @@ class Message:
     content: str
     ids: tuple[int, ...] | None = None
     calls: tuple[Mapping[str, Any], ...] = ()
+    tool_call_id: str | None = None
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -228,6 +230,8 @@ class TemplateTurns(TurnFormat):
         for said, message in zip(talk, messages, strict=True):
             if message.calls:
                 said["tool_calls"] = self._guarded(message.calls)
+            if message.tool_call_id is not None:
+                said["tool_call_id"] = self._guard(message.tool_call_id)
         marks = {**self._tokenizer.marks, **({"tools": self._guarded(tools)} if tools else {})}
         goes_on = self.goes_on(messages)
         if goes_on:
