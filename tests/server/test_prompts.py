@@ -56,6 +56,28 @@ ROUND = [
 
 
 @pytest.mark.parametrize(
+    ("items", "turns"),
+    [
+        ("call call", ["2 calls"]),
+        ("says call call", ["says, 2 calls"]),
+        ("call output call output", ["1 calls", "tool", "1 calls", "tool"]),
+        ("call call output output says", ["2 calls", "tool", "tool", "says"]),
+        ("says user call", ["says", "user", "1 calls"]),
+    ],
+)
+def test_what_one_answer_says_and_calls_is_one_turn(items: str, turns: list[str]) -> None:
+    kinds = {
+        "call": {"type": "function_call", "call_id": IDENTITY, **DEPTH},
+        "output": {"type": "function_call_output", "call_id": IDENTITY, "output": "tool"},
+        "says": {"role": "assistant", "content": "says"},
+        "user": {"role": "user", "content": "user"},
+    }
+    prompt: Any = openai_responses.response_call({"input": [kinds[item] for item in items.split()]}).request.prompt
+    told = [(m["content"], f"{len(m['tool_calls'])} calls" if "tool_calls" in m else "") for m in prompt]
+    assert [", ".join(filter(None, turn)) for turn in told] == turns
+
+
+@pytest.mark.parametrize(
     ("read", "body"),
     [
         (openai_chat.chat_call, {"messages": ROUND}),

@@ -175,7 +175,9 @@ def _messages(raw: Sequence[Any]) -> list[dict[str, Any]]:
             messages.append({"role": role, "content": text_of(item.get("content"), f"{where}.content")})
         elif kind == "function_call":
             calls = calls_of([{"id": item.get("call_id", ""), "function": item}], where)
-            messages.append({"role": "assistant", "content": "", "tool_calls": calls})
+            if not messages or messages[-1]["role"] != "assistant":
+                messages.append({"role": "assistant", "content": ""})
+            messages[-1].setdefault("tool_calls", []).extend(calls)  # what one answer says and calls is one turn
         elif kind == "function_call_output":
             result = text_of(item.get("output"), f"{where}.output")
             messages.append({"role": "tool", "content": result, "tool_call_id": str(item.get("call_id", ""))})
