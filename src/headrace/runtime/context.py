@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
+from itertools import takewhile
 from typing import NamedTuple
 
 from headrace.errors import ContextFull, UserError, did_you_mean
@@ -97,7 +98,7 @@ def fit(turns: TurnFormat, messages: Sequence[Message], context: int, max_tokens
 def beginning_of(turns: TurnFormat, messages: Sequence[Message], whole: Sequence[int], context: int) -> int:
     """How many tokens of a conversation come before anything was said: the system message and the first turn's mark; a
     few at least and a quarter of the context at most."""
-    head = [message for message in messages[:1] if message.role == "system"]
+    head = takewhile(lambda message: message.role == "system", messages)
     other = turns.render([*head, Message("user", "?")], EVERYTHING)
     return min(max(common_prefix(whole, other), SINKS), context // 4)
 

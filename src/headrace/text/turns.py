@@ -14,6 +14,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from headrace.errors import ContextFull, UserError, shown
@@ -33,7 +34,7 @@ class Message:
     """One turn's text.
 
     Attributes:
-        role: "system" (only first), "user", "assistant", or "tool" for what a called function gave back.
+        role: "system", "user", "assistant", or "tool" for what a called function gave back.
         content: the text.
         ids: the very tokens an answer was generated as, without an end token; then the conversation so far stays a
             prefix of the next prompt, token for token, and the cache of it can be kept. None: the text is encoded, as
@@ -98,19 +99,24 @@ class TurnFormat(ABC):
         see `goes_on`.
 
         Args:
-            messages: the conversation, in order; a system message only first.
+            messages: the conversation, in order. System messages come first and become one, with a blank line between
+                them; later ones only where the format has a place for them.
             room: the most tokens a prompt may have: the context less the tokens wanted for the answer.
             tools: functions that the model may call, as OpenAI's {"type": "function", "function": …}.
 
         Raises:
             ContextFull: the system message and the last round alone do not fit.
-            UserError: there is no message, a system message is not first, the template refused, or the format has no
-                place for tools.
+            UserError: there is no message, the template refused, or the format has no place for a later system message
+                or for tools.
         """
         if not messages:
             raise UserError("the conversation is empty; expected at least one message")
-        if any(m.role == "system" for m in messages[1:]):
-            raise UserError("a system message stands after others; expected it only as the first message")
+        messages = _one_beginning(messages)
+        if any(m.role == "system" for m in messages[1:]) and not self._takes_later_system():
+            raise UserError(
+                "a system message stands after others, where this model's turn format has no place for it; expected "
+                "system messages first"
+            )
         if not self.takes_tools and (tools or any(m.calls or m.role == "tool" for m in messages)):
             raise UserError("this model's turn format has no place for tools; leave them out")
         system, rounds = _rounds(messages)
@@ -135,6 +141,10 @@ class TurnFormat(ABC):
         """Whether the answer goes on from the prompt's text, so that its leading space is part of it: an assistant's
         last message is left open, unless it calls functions; without turns all text is."""
         return self.is_raw or (messages[-1].role == "assistant" and not messages[-1].calls)
+
+    def _takes_later_system(self) -> bool:
+        """A system message has a place behind others."""
+        return False
 
     @abstractmethod
     def _encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
@@ -214,16 +224,24 @@ class TemplateTurns(TurnFormat):
         self.stop_ids = frozenset(tokenizer.eos_ids) | self._end_of_answer()
 
     def _end_of_answer(self) -> frozenset[int]:
-        """The special token right behind an assistant's words, if the template writes one."""
-        talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
-        try:
-            text = self._template.render(talk, ask=False, marks=self._tokenizer.marks)
-        except UserError:  # it wants something else of a conversation; eos alone ends the answers then
-            return frozenset()
+        """The special token right behind an assistant's words, if the template writes one; else eos alone ends them."""
+        text = self._tried([{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}])
         rest = text.partition(PROBE)[2].lstrip()
         found = self._forged.match(rest) if self._forged else None
         token = self._tokenizer.token_id(found[0]) if found else None
         return frozenset() if token is None else frozenset([token])
+
+    def _takes_later_system(self) -> bool:
+        talk = [{"role": role, "content": "?"} for role in ("user", "assistant", "system", "user")]
+        talk[2]["content"] = PROBE
+        return PROBE in self._tried(talk)
+
+    def _tried(self, talk: Sequence[Mapping[str, str]]) -> str:
+        """What the template makes of a conversation; nothing where it wants another."""
+        try:
+            return self._template.render(talk, ask=False, marks=self._tokenizer.marks)
+        except UserError:
+            return ""
 
     def _encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         talk: list[dict[str, Any]] = [{"role": m.role, "content": self._guard(m.content)} for m in messages]
@@ -311,6 +329,14 @@ def turn_format(
         return IdTurns(tokenizer, user, assistant)
     template = chat_template or tokenizer.chat_template
     return TemplateTurns(tokenizer, template) if template else RawTurns(tokenizer)
+
+
+def _one_beginning(messages: Sequence[Message]) -> Sequence[Message]:
+    """The same conversation with the system messages that it begins with as one, as most templates take no more."""
+    first = list(takewhile(lambda message: message.role == "system", messages))
+    if len(first) < 2:
+        return messages
+    return [Message("system", "\n\n".join(m.content for m in first)), *messages[len(first) :]]
 
 
 def _rounds(messages: Sequence[Message]) -> tuple[Message | None, list[list[Message]]]:
