@@ -103,7 +103,7 @@ def float_answers(
     opened = open_bundle(bundle)
     with headrace.load(bundle) as model:
         tokenizer = model.tokenizer
-    turns = turn_format(tokenizer, opened.read_json("generation_config.json"), tokenizer.chat_template)
+    turns = turn_format(tokenizer, opened.read_json("generation_config.json"))
     kept: dict[str, Array] = {}
 
     def weight(name: str) -> Array:

@@ -77,7 +77,7 @@ class LanguageModel:
         Raises:
             UserError: the turn ids are not the vocabulary's, or the template does not compile.
         """
-        return turn_format(self.tokenizer, self._settings, self.tokenizer.chat_template)
+        return turn_format(self.tokenizer, self._settings)
 
     @property
     def context(self) -> int:

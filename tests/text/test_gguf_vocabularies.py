@@ -124,3 +124,9 @@ def test_padding_that_a_converter_calls_unknown(tmp_path: Path) -> None:
     assert tokenizer.encode(text) == library.EncodeAsIds(" " + text)
     assert (tokenizer.vocab_size, tokenizer.token_id("[PAD1]")) == (size + 2, size + 1)
     assert 0 in tokenizer.special_ids
+
+
+def test_templates_of_which_none_is_for_conversations(tmp_path: Path) -> None:
+    metadata = byte_level_metadata(**{"tokenizer.chat_template": None, "tokenizer.chat_template.rag": "x"})
+    with pytest.raises(TokenizerError, match=r"there is tokenizer.chat_template.rag and no tokenizer.chat_template, "):
+        save_tokenizer(tmp_path, metadata, tmp_path)

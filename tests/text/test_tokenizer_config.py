@@ -35,7 +35,6 @@ def write(folder: Path, name: str, content: object) -> None:
         ({"tokenizer_config.json": {"chat_template": "config"}, "chat_template.jinja": "file"}, "file"),
         ({"tokenizer_config.json": {"chat_template": NAMED}}, "talk"),
         ({"tokenizer_config.json": {"chat_template": {"default": "talk", "rag": "x"}}}, "talk"),
-        ({"tokenizer_config.json": {"chat_template": {"rag": "x"}}}, None),
         ({"additional_chat_templates/default.jinja": "more"}, "more"),
         ({"additional_chat_templates/tool_use.jinja": "x", "tokenizer_config.json": {"chat_template": "c"}}, "c"),
         ({"additional_chat_templates/default.jinja": "more", "chat_template.jinja": "file"}, "file"),
@@ -46,6 +45,38 @@ def test_which_template_wins(tmp_path: Path, files: dict[str, object], template:
     for name, content in files.items():
         write(tmp_path, name, content)
     assert TokenizerConfig.from_folder(tmp_path).chat_template == template
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config.json": {"chat_template": NAMED}},
+        {"tokenizer_config.json": {"chat_template": {"default": "talk", "tool_use": "tools"}}},
+        {"additional_chat_templates/tool_use.jinja": "tools", "chat_template.jinja": "talk"},
+        {"additional_chat_templates/tool_use.jinja": "tools", "tokenizer_config.json": {"chat_template": "talk"}},
+        {"additional_chat_templates/tool_use.jinja": "tools", "tokenizer_config.json": {"chat_template": NAMED}},
+    ],
+)
+def test_a_template_for_tools_stands_beside_the_other(tmp_path: Path, files: dict[str, object]) -> None:
+    for name, content in files.items():
+        write(tmp_path, name, content)
+    config = TokenizerConfig.from_folder(tmp_path)
+    assert (config.chat_template, config.tool_template) == ("talk", "tools")
+    (tmp_path / "bundle").mkdir()
+    write(tmp_path / "bundle", "tokenizer_config.json", config.to_json())
+    assert TokenizerConfig.from_folder(tmp_path / "bundle") == config
+
+
+def test_templates_of_which_none_is_for_conversations(tmp_path: Path) -> None:
+    write(tmp_path, "tokenizer_config.json", {"chat_template": {"rag": "x", "chat": "y"}})
+    write(tmp_path, "additional_chat_templates/tool_use.jinja", "z")
+    named = (
+        "has chat templates named 'chat', 'rag', 'tool_use'; expected one named default: copy .*chat_template.jinja$"
+    )
+    with pytest.raises(TokenizerError, match=named):
+        TokenizerConfig.from_folder(tmp_path)
+    write(tmp_path, "chat_template.jinja", "mine")
+    assert TokenizerConfig.from_folder(tmp_path).chat_template == "mine"
 
 
 def test_a_template_file_that_is_no_text(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ PATIENCE = 20  # seconds for what takes milliseconds
 @pytest.fixture(params=["sentencepiece", "byte-level"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     if request.param == "sentencepiece":
-        sentencepiece_tokenizer(tmp_path, dummy_prefix=True, chat_template=CHATML)
+        sentencepiece_tokenizer(tmp_path, dummy_prefix=True, chat_template={"default": CHATML, "tool_use": "tools"})
     else:
         byte_level_tokenizer(tmp_path)
     return tmp_path

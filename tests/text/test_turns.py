@@ -272,6 +272,18 @@ def test_tools_and_calls_reach_the_template(chatml: Tokenizer) -> None:
     assert turns.takes_tools and not turn_format(chatml, {}, CHATML).takes_tools
 
 
+def test_a_template_for_tools_is_taken_where_there_are_some(tmp_path: Path) -> None:
+    metadata = {"tokenizer.chat_template.tool_use": TOOL_TEMPLATE}
+    tokenizer = byte_level_tokenizer(tmp_path, **metadata)
+    turns, call = turn_format(tokenizer, {}), {"type": "function", "function": {"name": "depth", "arguments": {}}}
+    plain, tools = turn_format(tokenizer, {}, CHATML), turn_format(tokenizer, {}, TOOL_TEMPLATE)
+    called = [*talk("Rain?"), Message("assistant", "", calls=(call,)), Message("tool", "no")]
+    assert turns.takes_tools
+    assert turns.render(talk("Rain?"), ROOM) == plain.render(talk("Rain?"), ROOM)
+    assert turns.render(talk("Rain?"), ROOM, TOOLS) == tools.render(talk("Rain?"), ROOM, TOOLS)
+    assert turns.render(called, ROOM) == tools.render(called, ROOM)
+
+
 def test_a_format_without_tools_refuses_them(baichuan: Tokenizer, chatml: Tokenizer) -> None:
     for turns in (turn_format(baichuan, TURN_IDS), turn_format(chatml, {}, CHATML), turn_format(baichuan, {})):
         with pytest.raises(UserError, match="no place for tools"):

@@ -133,7 +133,7 @@ def _runs(bundle: Bundle, runner: str | None, threads: int | None) -> Score:
 
 def _chats(bundle: Bundle, tokenizer: Tokenizer, windows: NDArray[np.int64]) -> NDArray[np.int64]:
     """The same windows as conversations, as long as before: turn marks push some text out."""
-    turns = turn_format(tokenizer, bundle.read_json("generation_config.json"), tokenizer.chat_template)
+    turns = turn_format(tokenizer, bundle.read_json("generation_config.json"))
     if turns.is_raw:
         raise UserError(f"chat needs a turn format, and {bundle.root} has none; expected --tasks ppl,kl")
     length = windows.shape[1]

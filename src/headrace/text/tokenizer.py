@@ -25,6 +25,7 @@ class Tokenizer(ABC):
         add_bos: a prompt must begin with `bos_id`; `encode` itself never adds it.
         special_ids: tokens without text: control tokens such as bos, eos and turn marks.
         chat_template: the jinja template that came with the vocabulary, or None.
+        tool_template: the one that takes its place where there are tools, or None.
         marks: name → spelling of the special tokens that a chat template can write: "bos_token", "pad_token" and so on,
             and "additional_special_tokens" with a list of them.
         drops_leading_space: the vocabulary puts a space before a text that is not part of it, so decoding a whole
@@ -36,6 +37,7 @@ class Tokenizer(ABC):
     add_bos: bool
     special_ids: frozenset[int]
     chat_template: str | None
+    tool_template: str | None
     marks: Mapping[str, str | list[str]]
     drops_leading_space: bool
 

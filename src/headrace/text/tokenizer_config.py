@@ -59,6 +59,7 @@ class TokenizerConfig(NamedTuple):
         added: id → token added after the vocabulary was trained, or marked as special.
         added_outranks: what `added` says of a token counts more than what a tokenizer.json says of it.
         chat_template: jinja source.
+        tool_template: the one that takes its place where there are tools.
         tokenizer_class: Hugging Face's class name, which carries defaults; None too where that class is not used.
     """
 
@@ -70,6 +71,7 @@ class TokenizerConfig(NamedTuple):
     added: Mapping[int, AddedPiece] = MappingProxyType({})
     added_outranks: bool = True
     chat_template: str | None = None
+    tool_template: str | None = None
     tokenizer_class: str | None = None
 
     @property
@@ -87,7 +89,8 @@ class TokenizerConfig(NamedTuple):
         """Reads what is there of the files; all are optional.
 
         Raises:
-            TokenizerError: one of them is not the JSON or the text it should be.
+            TokenizerError: one of them is not the JSON or the text it should be, or of several templates none is the
+                one for conversations.
         """
         where = folder / "tokenizer_config.json"
         raw = _read_json(where)
@@ -97,6 +100,7 @@ class TokenizerConfig(NamedTuple):
         told = {**named, **said} if "added_tokens_decoder" in raw else {**said, **named}
         name = raw.get("tokenizer_class")
         marks = _marks(told)
+        templates = _templates(raw.get("chat_template"), folder, where)
         decoder = raw.get("added_tokens_decoder")
         older = folder / "added_tokens.json"  # read where there is no newer list, like the map
         config = cls(
@@ -107,7 +111,8 @@ class TokenizerConfig(NamedTuple):
             legacy=_flag(raw, "legacy", where),
             added=_named(_read_json(older), marks, older) if decoder is None else _added(decoder, where),
             added_outranks=decoder is not None,
-            chat_template=_template_file(folder) or _template(raw.get("chat_template"), where),
+            chat_template=templates.get("default"),
+            tool_template=templates.get("tool_use"),
             tokenizer_class=name if isinstance(name, str) else None,
         )
         if config.is_llama and _read_json(folder / "config.json").get("model_type") == "mistral":
@@ -123,6 +128,7 @@ class TokenizerConfig(NamedTuple):
 
     def to_json(self) -> str:
         """The text of a bundle's tokenizer_config.json; `from_folder` reads the same settings back."""
+        templates = {"default": self.chat_template, "tool_use": self.tool_template}
         raw = {
             "tokenizer_class": self.tokenizer_class,
             **self.marks,
@@ -131,7 +137,7 @@ class TokenizerConfig(NamedTuple):
             "add_prefix_space": self.add_prefix_space,
             "legacy": self.legacy,
             "added_tokens_decoder": {str(i): _piece_json(piece) for i, piece in self.added.items()} or None,
-            "chat_template": self.chat_template,
+            "chat_template": self.chat_template if self.tool_template is None else templates,
         }
         kept = {key: value for key, value in raw.items() if value is not None}
         return json.dumps(kept, ensure_ascii=False, indent=1) + "\n"
@@ -195,14 +201,6 @@ def _flag(raw: Mapping[str, Any], name: str, where: Path) -> bool | None:
     return value
 
 
-def _template_file(folder: Path) -> str | None:
-    """A template in a file of its own, which wins over the one in tokenizer_config.json."""
-    for path in (folder / "chat_template.jinja", folder / "additional_chat_templates" / "default.jinja"):
-        if path.is_file():
-            return read_text(path, error=TokenizerError)
-    return None
-
-
 def _piece_json(piece: AddedPiece) -> dict[str, Any]:
     told = piece._asdict()
     always = ("content", "special", "normalized")  # what is left out of the others is false
@@ -214,15 +212,32 @@ def _ids(value: object) -> tuple[int, ...]:
     return tuple(v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 0)
 
 
-def _template(value: object, where: Path) -> str | None:
-    # Several named templates are an object, or a list of {"name", "template"}; the one for conversation is "default".
-    if isinstance(value, list):
-        value = {str(v.get("name")): v.get("template") for v in value if isinstance(v, dict)}
-    if isinstance(value, dict):
-        value = value.get("default")
-    if value is None or isinstance(value, str):
-        return value or None
-    raise TokenizerError(f"{where}: chat_template is a {type(value).__name__}; expected text")
+def _templates(told: object, folder: Path, where: Path) -> dict[str, str]:
+    """Name → jinja source: those of tokenizer_config.json, and before them those that are files of their own.
+
+    Raises:
+        TokenizerError: one is no text, or none is the one for conversations.
+    """
+    # Several are an object, or a list of {"name", "template"}.
+    if isinstance(told, list):
+        told = {str(v.get("name")): v.get("template") for v in told if isinstance(v, dict)}
+    templates: dict[str, str] = {}
+    for name, template in (told if isinstance(told, dict) else {"default": told}).items():
+        if template is not None and not isinstance(template, str):
+            raise TokenizerError(f"{where}: chat_template is a {type(template).__name__}; expected text")
+        if template:
+            templates[name] = template
+    files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    if (own := folder / "chat_template.jinja").is_file():
+        files["default"] = own
+    templates |= {name: read_text(path, error=TokenizerError) for name, path in files.items()}
+    if templates and "default" not in templates:
+        names = ", ".join(map(shown, sorted(templates)))
+        raise TokenizerError(
+            f"{folder} has chat templates named {names}; expected one named default: copy the one for conversations to "
+            f"{own}"
+        )
+    return templates
 
 
 def _named(names: Mapping[str, Any], marks: Mapping[str, str | list[str]], where: Path) -> dict[int, AddedPiece]:

@@ -166,7 +166,12 @@ def _config(metadata: Mapping[str, Any], kind: str, pieces: list[str], kinds: li
     marks = {name: _token(metadata, key, pieces) for name, key in MARK_KEYS.items()}
     bos = marks["bos_token"]
     ends = [_token(metadata, key, pieces) for key in EOS_KEYS]
-    template = metadata.get("tokenizer.chat_template")
+    keys = ("tokenizer.chat_template", "tokenizer.chat_template.tool_use")
+    template, with_tools = (text if isinstance(text := metadata.get(key), str) and text else None for key in keys)
+    if template is None and (others := sorted(key for key in metadata if key.startswith(f"{keys[0]}."))):
+        raise TokenizerError(
+            f"there is {others[0]} and no {keys[0]}, the one for conversations; convert the model again"
+        )
     # SentencePiece vocabularies begin a text with bos, but not Baichuan's; few byte-level ones do.
     begins = not _is_baichuan(metadata) if kind == "llama" else _pre_tokenizer(metadata).begins
     # SentencePiece keeps control tokens in the model; one that ends a text must be special whatever its kind says.
@@ -176,7 +181,8 @@ def _config(metadata: Mapping[str, Any], kind: str, pieces: list[str], kinds: li
         eos_ids=tuple(dict.fromkeys(i for i in ends if i is not None)),
         add_bos=_flag(metadata, "add_bos_token", begins) and bos is not None,
         added={i: AddedPiece(pieces[i], True) for i in sorted(loose)},
-        chat_template=template if isinstance(template, str) and template else None,
+        chat_template=template,
+        tool_template=with_tools,
     )
 
 

@@ -75,7 +75,7 @@ class JsonTokenizer(Tokenizer):
         says = bool(begin) if self._library.post_processor is not None else bool(config.add_bos)
         self.add_bos = self.bos_id is not None and says
         self.marks = config.marks
-        self.chat_template = config.chat_template
+        self.chat_template, self.tool_template = config.chat_template, config.tool_template
 
     @cached_property
     def vocab_size(self) -> int:

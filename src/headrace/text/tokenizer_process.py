@@ -23,7 +23,9 @@ from headrace.text.tokenizer_folder import load_tokenizer
 
 __all__ = ["Reading", "TokenizerProcess"]
 
-FACTS = ("bos_id", "eos_ids", "add_bos", "special_ids", "chat_template", "marks", "drops_leading_space")
+FACTS = (
+    "bos_id", "eos_ids", "add_bos", "special_ids", "chat_template", "tool_template", "marks", "drops_leading_space",
+)  # fmt: skip
 
 
 class Reading:

@@ -70,7 +70,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.add_bos = self.bos_id is not None and (True if config.add_bos is None else config.add_bos)
         spelled = {"bos_token": self.bos_id, "eos_token": eos, "unk_token": unknown}
         self.marks = {n: self.id_to_piece(i) for n, i in spelled.items() if i is not None} | dict(config.marks)
-        self.chat_template = config.chat_template
+        self.chat_template, self.tool_template = config.chat_template, config.tool_template
 
     @cached_property
     def special_ids(self) -> frozenset[int]:  # type: ignore[override]

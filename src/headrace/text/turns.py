@@ -117,7 +117,7 @@ class TurnFormat(ABC):
                 "a system message stands after others, where this model's turn format has no place for it; expected "
                 "system messages first"
             )
-        if not self.takes_tools and (tools or any(m.calls or m.role == "tool" for m in messages)):
+        if not self.takes_tools and (tools or any(map(_is_of_tools, messages))):
             raise UserError("this model's turn format has no place for tools; leave them out")
         system, rounds = _rounds(messages)
         return self._newest(system, rounds, room, tools)
@@ -208,16 +208,22 @@ class TemplateTurns(TurnFormat):
     can forge a turn. An answer ends with an eos token, or with the special token that the template itself puts behind
     an assistant's words.
 
+    Args:
+        tokenizer: the model's vocabulary.
+        template: jinja source.
+        tool_template: takes its place in conversations with tools; None: it is for those too.
+
     Raises:
-        UserError: the template does not compile.
+        UserError: a template does not compile.
     """
 
     name = "template"
 
-    def __init__(self, tokenizer: Tokenizer, template: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, template: str, tool_template: str | None = None) -> None:
         self._tokenizer = tokenizer
         self._template = ChatTemplate(template)
-        self.takes_tools = "tools" in template
+        self._tool_template = self._template if tool_template is None else ChatTemplate(tool_template)
+        self.takes_tools = "tools" in (tool_template or template)
         spell = tokenizer.id_to_piece
         spellings = sorted(filter(None, map(spell, tokenizer.special_ids)), key=len, reverse=True)
         self._forged = re.compile("|".join(map(re.escape, spellings))) if spellings else None
@@ -254,7 +260,8 @@ class TemplateTurns(TurnFormat):
         goes_on = self.goes_on(messages)
         if goes_on:
             talk[-1]["content"] += PROBE + " "
-        text = self._template.render(talk, ask=not goes_on, marks=marks)
+        template = self._tool_template if tools or any(map(_is_of_tools, messages)) else self._template
+        text = template.render(talk, ask=not goes_on, marks=marks)
         if goes_on:
             text, _, behind = text.rpartition(PROBE)
             if not behind.startswith(" "):  # the template trims, so it would have trimmed the message itself too
@@ -327,8 +334,14 @@ def turn_format(
     user, assistant = (generation_config.get(f"{role}_token_id") for role in ("user", "assistant"))
     if type(user) is int and type(assistant) is int:  # true and false are no ids
         return IdTurns(tokenizer, user, assistant)
-    template = chat_template or tokenizer.chat_template
-    return TemplateTurns(tokenizer, template) if template else RawTurns(tokenizer)
+    if chat_template:
+        return TemplateTurns(tokenizer, chat_template)
+    own = tokenizer.chat_template
+    return TemplateTurns(tokenizer, own, tokenizer.tool_template) if own else RawTurns(tokenizer)
+
+
+def _is_of_tools(message: Message) -> bool:
+    return bool(message.calls) or message.role == "tool"
 
 
 def _one_beginning(messages: Sequence[Message]) -> Sequence[Message]:

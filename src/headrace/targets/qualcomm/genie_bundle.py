@@ -48,7 +48,7 @@ def genie_plan(bundle: Bundle, soc: Soc) -> GeniePlan:
     refuse_contexts(bundle.step_lengths, bundle.contexts)
     tokenizer = load_tokenizer(bundle.root)
     settings = bundle.read_json("generation_config.json")
-    turns = turn_format(tokenizer, settings, tokenizer.chat_template)
+    turns = turn_format(tokenizer, settings)
     eos = end_ids(tokenizer, turns)
     return GeniePlan(
         config=bundle.config,
@@ -104,7 +104,7 @@ def sample_prompt(bundle: Bundle) -> str:
     """
     tokenizer = load_tokenizer(bundle.root)
     settings = bundle.read_json("generation_config.json")
-    turns = turn_format(tokenizer, settings, tokenizer.chat_template)
+    turns = turn_format(tokenizer, settings)
     special = set(tokenizer.special_ids)
     if isinstance(turns, IdTurns):
         special |= {settings["user_token_id"], settings["assistant_token_id"]}
