@@ -146,7 +146,7 @@ def test_a_call_can_be_required(address: str, client: openai.OpenAI, model: Scri
     grammars = {request.grammar for request in model.seen}
     assert len(model.seen) == 6 and len(grammars) == 1
     (grammar,) = grammars
-    assert grammar is not None and grammar[0] == "lark" and json.dumps(WEATHER) in grammar[1]
+    assert grammar is not None and grammar[0] == "lark" and json.dumps(WEATHER)[1:-1] in grammar[1]
     client.chat.completions.create(model="tiny", messages=ASK, tools=[TOOL], tool_choice="none")
     assert (model.seen[-1].tools, model.seen[-1].grammar) == ((), None)
 

@@ -17,6 +17,8 @@ from headrace.server.generation import Refused
 __all__ = ["NO_TOOLS", "ToolCall", "ToolText", "ToolUse", "choice_of", "split_calls", "tool_use"]
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+# What stands around a call's name and arguments, as texts of a Lark grammar.
+_BEFORE, _ARGUMENTS, _BEHIND = map(json.dumps, (f'{OPEN}\n{{"name": ', ', "arguments": ', f"}}\n{CLOSE}"))
 _BLOCK = re.compile(re.escape(OPEN) + r"\s*(.*?)\s*" + re.escape(CLOSE), re.DOTALL)
 
 
@@ -68,17 +70,20 @@ def tool_use(tools: Sequence[Mapping[str, Any]], choice: str) -> ToolUse:
     functions = [tool["function"] for tool in tools if choice in ("required", f"={tool['function']['name']}")]
     if not functions:
         raise Refused(f"tool_choice is {choice.removeprefix('=')!r}; expected a function of tools", field="tool_choice")
+    # Each schema is a grammar of its own, since references in it are counted from its own beginning.
     calls = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": f["name"]}, "arguments": f.get("parameters") or {"type": "object"}},
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for f in functions
+        f"%json {json.dumps({'const': function['name']})} {_ARGUMENTS} %json {json.dumps(_parameters(function))}"
+        for function in functions
     ]
-    schema = {"x-guidance": {"whitespace_pattern": " ?"}, "anyOf": calls}
-    return ToolUse(tuple(tools), ("lark", f'start: "{OPEN}\\n" call "\\n{CLOSE}"\ncall: %json {json.dumps(schema)}'))
+    return ToolUse(tuple(tools), ("lark", f"start: {_BEFORE} call {_BEHIND}\ncall: {' | '.join(calls)}"))
+
+
+def _parameters(function: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a function's arguments, to be written as a template would: at most a space between tokens."""
+    schema = function.get("parameters") or {"type": "object"}
+    if not isinstance(schema, dict):
+        raise Refused(f"the parameters of {function['name']!r} are {shown(schema)}; expected a schema", field="tools")
+    return {**schema, "x-guidance": {"whitespace_pattern": " ?"}}
 
 
 @dataclass(frozen=True)
