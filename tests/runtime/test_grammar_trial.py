@@ -195,11 +195,27 @@ def test_a_grammar_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(tried) == grammar_trial.REMEMBERED + 3, "the oldest is forgotten"
 
 
-def test_what_ended_a_trial_is_not_remembered_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("ended", "why", "times"),
+    [
+        ("SIGABRT", "takes more than 128 MB to compile", 1),
+        ("SIGXCPU", "takes more than 2 s to compile", 1),
+        ("SIGSEGV", "nests too deep", 1),
+        ("SIGALRM", "takes more than 50 s to compile", 3),
+        ("SIGKILL", "ends its process (SIGKILL)", 3),
+    ],
+)
+def test_what_ended_a_trial_is_remembered_where_it_would_again(
+    monkeypatch: pytest.MonkeyPatch, ended: str, why: str, times: int
+) -> None:
+    """What a grammar takes is its own; how long a clock goes meanwhile, and who else ends a process, is not."""
     trials = grammar_trial._Trials()
-    monkeypatch.setattr(trials, "_tried", lambda asked: "SIGKILL")
-    for _ in range(2):
-        assert trials.why_not("one", {}) == "ends its process (SIGKILL)"
+    tried: list[bytes] = []
+    monkeypatch.setattr(trials, "_tried", lambda asked: tried.append(asked) or ended)
+    assert [trials.why_not("one", {}) for _ in range(3)] == [why] * 3 and len(tried) == times
+    for i in range(grammar_trial.REMEMBERED):
+        trials.why_not(str(i), {})
+    assert len(trials._ended) <= grammar_trial.REMEMBERED
 
 
 def test_the_child_is_started_again(vocabulary: Path) -> None:

@@ -145,7 +145,8 @@ def test_a_required_call_is_one(serving: Callable[..., ModelWorker]) -> None:
         assert call("required", seed)[0] in ("depth", 'end "it"')
 
 
-def test_a_slow_grammar_stops_nobody(serving: Callable[..., ModelWorker], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_grammars_stop_nobody(serving: Callable[..., ModelWorker], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as may wait, more than asyncio has threads to share; texts are still turned to tokens beside them."""
     worker, go_on = serving(), threading.Event()
     compiled = worker._model.grammar
 
@@ -153,16 +154,22 @@ def test_a_slow_grammar_stops_nobody(serving: Callable[..., ModelWorker], monkey
         assert go_on.wait(60)
         return compiled(kind, source)
 
-    async def ask_both() -> list[Answer]:
-        schema = asyncio.create_task(worker.submit(ask("The river", grammar=("regex", "[ab]{3}"))))
-        made = [await collect(await worker.submit(ask("The sea")), 1)]
-        assert not schema.done()
-        go_on.set()
-        return [made[0][0], (await collect(await schema, 1))[0]]
+    async def ask_all() -> tuple[Answer, list[Answer]]:
+        strict = ask("The river", grammar=("regex", "[ab]{3}"))
+        asked = [asyncio.create_task(worker.submit(strict)) for _ in range(40)]
+        try:
+            async with asyncio.timeout(30):
+                plain = await collect(await worker.submit(ask("The sea")), 1)
+                assert await asyncio.to_thread(worker.tokenize, "The sea", special=False)
+            assert not any(task.done() for task in asked)
+        finally:
+            go_on.set()
+            made = [await collect(await task, 1) for task in asked]
+        return plain[0], [answer for (answer,) in made]
 
     monkeypatch.setattr(worker._model, "grammar", slow)
-    plain, strict = asyncio.run(ask_both())
-    assert plain.text and re.fullmatch("[ab]{3}", strict.text)
+    plain, strict = asyncio.run(ask_all())
+    assert plain.text and all(re.fullmatch("[ab]{3}", answer.text) for answer in strict)
 
 
 def test_a_turn_computes_only_what_is_new(serving: Callable[..., ModelWorker]) -> None:

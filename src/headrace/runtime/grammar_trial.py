@@ -26,7 +26,7 @@ from headrace.runtime import grammar_child
 __all__ = ["try_grammar"]
 
 PATIENCE = grammar_child.CLOCK + 10.0  # seconds for an answer of the child, which may have little of the processor
-REMEMBERED = 256  # grammars that have passed
+REMEMBERED = 256  # grammars that were tried, the newest
 
 _WHY = {
     "SIGXCPU": f"takes more than {grammar_child.SECONDS} s to compile",
@@ -35,6 +35,7 @@ _WHY = {
     "SIGSEGV": "nests too deep",
     "SIGBUS": "nests too deep",
 }
+_AGAIN = {"", *_WHY} - {"SIGALRM"}  # what ends the next trial of a grammar too; others end by the machine's state
 
 
 class _Trials:
@@ -45,7 +46,7 @@ class _Trials:
         self._child: subprocess.Popen[bytes] | None = None
         self._owner = 0  # the process that started the child: a fork of it has no part in their talk
         self._ending: Callable[[], object] = int  # closes the child; none yet
-        self._passed: OrderedDict[bytes, None] = OrderedDict()
+        self._ended: OrderedDict[bytes, str] = OrderedDict()  # by what, as `_tried` tells it
 
     def why_not(self, grammar: str, limits: Mapping[str, int]) -> str | None:
         """What the grammar would do to its process; None where it does it no harm.
@@ -56,15 +57,14 @@ class _Trials:
         asked = json.dumps({"grammar": grammar, "limits": dict(limits)}).encode()
         key = hashlib.sha256(asked).digest()
         with self._lock:
-            if key not in self._passed:
+            ended = self._ended.pop(key, None)
+            if ended is None:
                 ended = self._tried(asked)
-                if ended:
-                    return _WHY.get(ended, f"ends its process ({ended})")
-                self._passed[key] = None
-                if len(self._passed) > REMEMBERED:
-                    self._passed.popitem(last=False)
-            self._passed.move_to_end(key)
-        return None
+            if ended in _AGAIN:
+                self._ended[key] = ended
+                if len(self._ended) > REMEMBERED:
+                    self._ended.popitem(last=False)
+        return _WHY.get(ended, f"ends its process ({ended})") if ended else None
 
     def _tried(self, asked: bytes) -> str:
         """The name of the signal that ended a trial; empty where none did."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from headrace.runtime.answer import Token
+from headrace.runtime.grammar import Grammar
 from headrace.runtime.request import Request
 from headrace.server.generation import GenerationRequest, Logprob, Piece, Usage
 from headrace.server.metrics import ModelMetrics
@@ -30,6 +31,7 @@ class Job:
 
     Attributes:
         prompt: what is computed.
+        grammar: what answers must be, or None.
         request: what was asked for.
         loop: where somebody waits.
         pieces: what has come for them, in order.
@@ -41,6 +43,7 @@ class Job:
     """
 
     prompt: Prompt
+    grammar: Grammar | None
     request: GenerationRequest
     loop: asyncio.AbstractEventLoop
     pieces: asyncio.Queue[Piece | Exception]

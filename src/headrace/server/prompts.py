@@ -16,7 +16,7 @@ from headrace.server.length import refuse_too_long
 from headrace.server.sessions import message_of
 from headrace.text.tokenizer import Tokenizer
 
-__all__ = ["Prompt", "prepare", "render", "spelled_out"]
+__all__ = ["Prompt", "compiled", "prepare", "render", "spelled_out"]
 
 _WHOLE = 1 << 62  # room for any prompt: what does not fit is refused, not cut
 
@@ -45,18 +45,16 @@ class Prompt:
         continues: the answer goes on from their text.
         limits: where answers end.
         options: how tokens are chosen.
-        grammar: what answers must be, or None.
     """
 
     ids: list[int]
     continues: bool
     limits: Limits
     options: SamplingOptions
-    grammar: Grammar | None
 
 
 def prepare(model: LanguageModel, request: GenerationRequest) -> Prompt:
-    """Whatever can be wrong with a request is told here, before anything is computed.
+    """Whatever can be wrong with a request but for its grammar is told here, before anything is computed.
 
     Raises:
         Refused: a field cannot be served.
@@ -71,7 +69,7 @@ def prepare(model: LanguageModel, request: GenerationRequest) -> Prompt:
     options = model.sampling_options(**request.sampling)
     options.check_vocabulary(model.engine.runner.vocab_size)
     limits = Limits(min(request.max_tokens or room, room), rendered.stop_ids, request.stop)
-    return Prompt(rendered.ids, rendered.continues, limits, options, _grammar(model, request))
+    return Prompt(rendered.ids, rendered.continues, limits, options)
 
 
 def render(model: LanguageModel, request: GenerationRequest) -> Rendered:
@@ -100,13 +98,16 @@ def render(model: LanguageModel, request: GenerationRequest) -> Rendered:
     return Rendered(ids, True, frozenset(model.tokenizer.eos_ids))
 
 
-def _grammar(model: LanguageModel, request: GenerationRequest) -> Grammar | None:
-    if request.grammar is None:
-        return None
+def compiled(model: LanguageModel, kind: str, source: str) -> Grammar:
+    """A request's grammar.
+
+    Raises:
+        Refused: it is wrong, or takes too much memory or time.
+    """
     try:
-        return model.grammar(*request.grammar)
+        return model.grammar(kind, source)
     except UserError as error:
-        field = "tools" if request.grammar[0] == "lark" else "response_format"  # no field takes a Lark grammar itself
+        field = "tools" if kind == "lark" else "response_format"  # no field takes a Lark grammar itself
         raise Refused(str(error), field=field) from None
 
 

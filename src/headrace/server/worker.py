@@ -19,7 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +34,7 @@ from headrace.runtime.session import read_session, write_session
 from headrace.server.generation import GenerationRequest, Piece, Refused, Usage
 from headrace.server.job import Generation, Job, deliver
 from headrace.server.metrics import Metrics
-from headrace.server.prompts import prepare, render, spelled_out
+from headrace.server.prompts import compiled, prepare, render, spelled_out
 from headrace.server.sessions import message_object, message_of
 
 __all__ = ["ModelWorker", "WorkerOptions"]
@@ -92,6 +92,8 @@ class ModelWorker:
         self._parameters = sum(
             math.prod(row.shape) for row in weight_table(model.bundle.config).values() if row.stored_as == row.name
         )
+        # Grammars are compiled one at a time, and some take seconds to be refused: in a thread that nobody else needs.
+        self._compiler = ThreadPoolExecutor(1, f"headrace-{name}-grammars")
         self._thread = threading.Thread(target=self._serve, name=f"headrace-{name}", daemon=True)
         self._metrics.cache_bytes.set(self._engine.runner.kv_bytes)
 
@@ -106,6 +108,7 @@ class ModelWorker:
 
     def close(self) -> None:
         """Stop answering and give back the model's memory; what runs is cut off."""
+        self._compiler.shutdown(cancel_futures=True)
         self._closing = True
         self._inbox.put(None)
         self._thread.join()
@@ -113,8 +116,8 @@ class ModelWorker:
     # On the event loop
 
     async def submit(self, request: GenerationRequest) -> Generation:
-        """Queue a request. Its prompt is rendered and its grammar compiled in a thread of their own, so that streams
-        under way do not wait for that.
+        """Queue a request. Its prompt is rendered in a thread and its grammar compiled in another, so that streams
+        under way do not wait for that, and requests without a grammar not for those that have one.
 
         Raises:
             Refused: the queue is full, or a field cannot be served.
@@ -129,15 +132,18 @@ class ModelWorker:
                 status=429,
                 retry_after=RETRY_SECONDS,
             )
-        arrived = time.monotonic()
+        arrived, loop = time.monotonic(), asyncio.get_running_loop()
         self._count(request.n)
         try:
             prompt = await asyncio.to_thread(prepare, self._model, request)
+            grammar = None
+            if request.grammar is not None:
+                grammar = await loop.run_in_executor(self._compiler, compiled, self._model, *request.grammar)
         except BaseException:
             self._count(-request.n)
             raise
         usage = Usage(len(prompt.ids))
-        job = Job(prompt, request, asyncio.get_running_loop(), asyncio.Queue(), usage, arrived)
+        job = Job(prompt, grammar, request, loop, asyncio.Queue(), usage, arrived)
         self._inbox.put(job)
         return Generation(job)
 
@@ -275,7 +281,7 @@ class ModelWorker:
                     prompt.limits,
                     continues=prompt.continues,
                     logprobs=job.request.top_logprobs,
-                    grammar=prompt.grammar,
+                    grammar=job.grammar,
                 )
                 made.append(self._engine.submit(prompt.ids, options, answer, after=made[0] if made else None))
         except Exception as error:  # whatever is wrong with one request, the others go on
