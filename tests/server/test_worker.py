@@ -6,7 +6,7 @@ import asyncio
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pytest
 from headrace.errors import ContextFull, UserError
 from headrace.language_model import LanguageModel, load
 from headrace.runtime.grammar import Grammar
-from headrace.server.generation import Answer, GenerationRequest, Refused, collect
+from headrace.server.generation import Answer, GenerationRequest, Piece, Refused, collect
 from headrace.server.metrics import Metrics
 from headrace.server.tools import split_calls, tool_use
 from headrace.server.worker import ModelWorker, WorkerOptions
@@ -260,9 +260,35 @@ def test_limits(serving: Callable[..., ModelWorker]) -> None:
         asyncio.run(answers(worker, [ask("", prompt=[10**6])]))
 
 
-def test_a_request_that_takes_too_long_ends(serving: Callable[..., ModelWorker]) -> None:
-    made = asyncio.run(answers(serving(seconds=0.0), [ask("x", max_tokens=150)]))
-    assert made[0][0].finish == "length" and len(made[0][0].pieces) < 100
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_request_whose_time_ends_before_it_begins_is_told_to_come_back(
+    serving: Callable[..., ModelWorker], n: int
+) -> None:
+    with pytest.raises(Refused, match="0 s were not enough to begin an answer; try again in 2 s") as refused:
+        asyncio.run(answers(serving(seconds=0.0), [ask("x", n=n)]))
+    assert (refused.value.status, refused.value.retry_after) == (503, 2)
+
+
+def test_an_answer_whose_time_ends_loses_nothing(serving: Callable[..., ModelWorker]) -> None:
+    """Not even what was held back, as the beginning of a stop string that did not come."""
+    worker = serving()
+
+    async def cut(stop: str) -> tuple[Answer, int]:
+        worker._options = WorkerOptions()
+        generation = await worker.submit(ask("The river", max_tokens=150, stop=(stop,)))
+
+        async def pieces() -> AsyncIterator[Piece]:
+            async for piece in generation:
+                worker._options = WorkerOptions(seconds=0.0)
+                yield piece
+
+        return (await collect(pieces(), 1))[0], generation.usage.completion_tokens
+
+    whole = asyncio.run(answers(worker, [ask("The river", max_tokens=150)]))[0][0].text
+    answer, tokens = asyncio.run(cut(f"{whole}☃"))
+    assert answer.finish == "length" and tokens < 100 and answer.text
+    worker._options = WorkerOptions()
+    assert answer.text == asyncio.run(answers(worker, [ask("The river", max_tokens=tokens)]))[0][0].text
 
 
 def test_leaving_frees_the_slot_within_a_token(serving: Callable[..., ModelWorker]) -> None:

@@ -152,8 +152,12 @@ class Answer:
     def end(self, token: Token, finish: str) -> Token:
         """End with this token, for a reason that only the caller knows, such as "context"; what of the text was held
         back comes with it."""
+        return replace(token, text=token.text + self.cut(finish), finish=finish, usage=self.usage)
+
+    def cut(self, finish: str) -> str:
+        """End without another token: what of the text was held back."""
         self.finish = finish
-        return replace(token, text=token.text + self._stream.finish(), finish=finish, usage=self.usage)
+        return self._stream.finish()
 
 
 class Answerer(Protocol):

@@ -40,7 +40,7 @@ from headrace.server.sessions import message_object, message_of
 __all__ = ["ModelWorker", "WorkerOptions"]
 
 _log = logging.getLogger(__name__)
-RETRY_SECONDS = 2  # what a client is told to wait when the queue is full
+RETRY_SECONDS = 2  # what a client is told to wait when there is no room for its request
 
 T = TypeVar("T")
 
@@ -51,7 +51,7 @@ class WorkerOptions:
 
     Attributes:
         queue: requests that may wait beside those that run; one more is refused with 429.
-        seconds: the longest time a request may take, from its arrival.
+        seconds: the longest time a request may take, from its arrival; one that has not begun by then is refused.
     """
 
     queue: int = 64
@@ -296,6 +296,14 @@ class ModelWorker:
         self._jobs |= {request: (job, index) for index, request in enumerate(made)}
         self._metrics.prompt_tokens.inc(len(prompt.ids))
 
+    def _too_late(self) -> Refused:
+        """A request's time has ended before its answer began."""
+        return Refused(
+            f"{self._options.seconds:g} s were not enough to begin an answer; try again in {RETRY_SECONDS} s",
+            status=503,
+            retry_after=RETRY_SECONDS,
+        )
+
     def _end(self, request: Request) -> None:
         """Nothing more comes of an answer; where it runs still, it is stopped."""
         request.cancel()
@@ -309,7 +317,8 @@ class ModelWorker:
                 self._end(request)
             elif now - job.arrived > self._options.seconds:
                 self._end(request)
-                deliver([(job, [Piece(index, "", "length")])])
+                last = Piece(index, request.answer.cut("length"), "length") if job.last else self._too_late()
+                deliver([(job, [last])])
         try:
             made = self._engine.step()
         except Exception as error:
