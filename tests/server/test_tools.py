@@ -1,4 +1,4 @@
-"""Tool calls: what a required one must be."""
+"""Tool calls: what a required one must be, and how they are read from an answer, whole or as it streams."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from headrace.runtime.grammar import Grammars
 from headrace.server.generation import Refused
-from headrace.server.tools import tool_use
+from headrace.server.tools import CLOSE, OPEN, ToolText, split_calls, tool_use
 from headrace.text.tokenizer_folder import load_tokenizer
 from tests.text.vocabularies import byte_level_tokenizer
 
@@ -69,3 +71,63 @@ def test_parameters_that_are_no_schema_are_refused() -> None:
     tool = {"type": "function", "function": {"name": "depth", "parameters": "city"}}
     with pytest.raises(Refused, match="the parameters of 'depth' are 'city'; expected a schema"):
         tool_use([tool], "required")
+
+
+def _call(arguments: dict[str, Any], space: str = "\n") -> str:
+    return f"{OPEN}{space}{json.dumps({'name': 'f', 'arguments': arguments})}{space}{CLOSE}"
+
+
+def _streamed(pieces: list[str]) -> tuple[str, list[str]]:
+    stream, text, arguments = ToolText(True), "", []
+    for number, piece in enumerate(pieces):
+        said, calls = stream.push(piece, last=number == len(pieces) - 1)
+        text += said
+        arguments += [call.arguments for call in calls]
+    return text, arguments
+
+
+MARKED: dict[str, Any] = {"a": f'{CLOSE}"\\', "b": [f"{OPEN}{{", 1.5]}
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "arguments"),
+    [
+        (_call(MARKED), "", [MARKED]),
+        (_call(MARKED, space=""), "", [MARKED]),
+        (f"Well.\n{_call({})}\n{_call(MARKED)}\n", "Well.", [{}, MARKED]),
+        (f"Well. {_call({})}\nDone. ", "Well. \nDone.", [{}]),
+        (f"\n{_call({})}\nDone.", "Done.", [{}]),
+        (f"{OPEN}{_call({})}", OPEN, [{}]),
+        (f"{OPEN}no call{CLOSE} {_call({})}", f"{OPEN}no call{CLOSE}", [{}]),
+        (f'{OPEN}{{"name": "f{CLOSE} {_call({})}', f'{OPEN}{{"name": "f{CLOSE}', [{}]),
+        (f'{OPEN}["f"]{CLOSE}', f'{OPEN}["f"]{CLOSE}', []),
+        (f'{OPEN}{{"name": "f"}} and{CLOSE}', f'{OPEN}{{"name": "f"}} and{CLOSE}', []),
+        (f'{OPEN}{{"name": "f", "arguments": {{"a": {"9" * 5000}}}}}{CLOSE}', None, []),
+        (f"{OPEN}{'[' * 100_000}{CLOSE}", None, []),
+        (_call({})[:-1], None, []),
+        (" No call.\n", None, []),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_calls_are_taken_out_of_the_text(answer: str, text: str | None, arguments: list[Any]) -> None:
+    """None: all of it stays."""
+    said, calls = split_calls(answer)
+    assert said == (answer if text is None else text)
+    assert [json.loads(call.arguments) for call in calls] == arguments
+
+
+@given(
+    st.lists(st.sampled_from([OPEN, CLOSE, _call({}), _call(MARKED), '{"name": "f"}', *'{}[]"\\,:1 \nx<'])), st.data()
+)
+def test_an_answer_is_the_same_however_it_streams(parts: list[str], data: st.DataObject) -> None:
+    answer = "".join(parts)
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(answer)))))
+    text, calls = split_calls(answer)
+    pieces = [answer[a:b] for a, b in zip([0, *cuts], [*cuts, len(answer)], strict=True)]
+    assert _streamed(pieces) == _streamed(list(answer) or [""]) == (text, [call.arguments for call in calls])
+
+
+def test_what_is_no_call_is_told_as_soon_as_that_is_certain() -> None:
+    stream = ToolText(True)
+    assert stream.push(f"Write {OPEN}a call{CLOSE} around it", last=False)[0] == f"Write {OPEN}a call{CLOSE} around it"
+    assert stream.push(f' or{OPEN}{{"name": "{CLOSE}', last=False) == (" or", [])

@@ -5,7 +5,6 @@ Qwen templates teach; and the grammar of an answer that has to be one. Knows no 
 from __future__ import annotations
 
 import json
-import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ __all__ = ["NO_TOOLS", "ToolCall", "ToolText", "ToolUse", "choice_of", "split_ca
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 # What stands around a call's name and arguments, as texts of a Lark grammar.
 _BEFORE, _ARGUMENTS, _BEHIND = map(json.dumps, (f'{OPEN}\n{{"name": ', ', "arguments": ', f"}}\n{CLOSE}"))
-_BLOCK = re.compile(re.escape(OPEN) + r"\s*(.*?)\s*" + re.escape(CLOSE), re.DOTALL)
+_JSON = json.JSONDecoder()
 
 
 @dataclass(frozen=True)
@@ -103,22 +102,13 @@ class ToolCall:
 
 
 def split_calls(text: str) -> tuple[str, list[ToolCall]]:
-    """The text outside of calls, and the calls. A block that is no call stays in the text."""
-    calls: list[ToolCall] = []
-
-    def replace(match: re.Match[str]) -> str:
-        call = _parse(match[1])
-        if call is None:
-            return match[0]
-        calls.append(call)
-        return ""
-
-    rest = _BLOCK.sub(replace, text)
-    return (rest.strip() if calls else rest), calls
+    """The text outside of calls, and the calls: what `ToolText` makes of a whole answer."""
+    return ToolText(True).push(text, last=True)
 
 
 class ToolText:
-    """Text as it streams, with calls taken out once they are whole.
+    """Text as it streams, with calls taken out once they are whole, and the space around them where no text is behind.
+    What stands between the marks and is no call stays in the text.
 
     Args:
         active: look for calls at all.
@@ -126,30 +116,42 @@ class ToolText:
 
     def __init__(self, active: bool) -> None:
         self._active = active
-        self._held = ""
+        self._held = ""  # from where a call may begin
+        self._space = ""  # at the end of the text before it
+        self._said = self._called = False
 
     def push(self, text: str, *, last: bool) -> tuple[str, list[ToolCall]]:
         """Text that is certainly no part of a call, and the calls that became whole; everything left on the last."""
         if not self._active:
             return text, []
         self._held += text
-        said, calls = "", []
+        said, calls = "", list[ToolCall]()
         while (start := self._held.find(OPEN)) >= 0:
-            stop = self._held.find(CLOSE, start)
-            if stop < 0:
-                break
-            block = self._held[start : stop + len(CLOSE)]
-            call = _parse(block[len(OPEN) : -len(CLOSE)].strip())
-            said += self._held[:start] + ("" if call else block)
-            if call:
+            try:
+                call, stop = _call_at(self._held, start)
+            except EOFError:
+                if not last:
+                    break
+                call, stop = None, start + len(OPEN)
+            said += self._told(self._held[: stop if call is None else start])
+            if call is not None:
+                self._called = True
                 calls.append(call)
-            self._held = self._held[stop + len(CLOSE) :].lstrip("\n") if call else self._held[stop + len(CLOSE) :]
-        if last:
-            said, self._held = said + self._held, ""
-        else:
-            keep = start if start >= 0 else len(self._held) - _possible_opening(self._held)
-            said, self._held = said + self._held[:keep], self._held[keep:]
-        return said, calls
+            self._held = self._held[stop:]
+        keep = len(self._held) if last else start if start >= 0 else len(self._held) - _possible_opening(self._held)
+        said += self._told(self._held[:keep])
+        self._held = self._held[keep:]
+        return (said + self._space if last and not self._called else said), calls
+
+    def _told(self, text: str) -> str:
+        """Text without the space at its end, which is told with what follows."""
+        text = self._space + text
+        told = text.rstrip()
+        self._space = text[len(told) :]
+        if self._called and not self._said:
+            told = told.lstrip()
+        self._said |= bool(told)
+        return told
 
 
 def _possible_opening(text: str) -> int:
@@ -157,12 +159,43 @@ def _possible_opening(text: str) -> int:
     return next((n for n in range(min(len(OPEN) - 1, len(text)), 0, -1) if OPEN.startswith(text[-n:])), 0)
 
 
-def _parse(block: str) -> ToolCall | None:
+def _call_at(text: str, start: int) -> tuple[ToolCall | None, int]:
+    """The call whose opening mark is at `start`, or None, and where the text goes on behind it. Its arguments may have
+    the marks in them.
+
+    Raises:
+        EOFError: more of the text must come before that is certain.
+    """
+    none = None, start + len(OPEN)
+    close = text.find(CLOSE, start)
+    if close < 0:
+        raise EOFError
     try:
-        raw = json.loads(block)
-        name, arguments = raw["name"], raw.get("arguments", raw.get("parameters", {}))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raw, stop = _JSON.raw_decode(text, _behind_space(text, start + len(OPEN)))
+    except json.JSONDecodeError as error:
+        # It may be wrong only for not being whole yet, with the closing mark in one of its strings.
+        if error.pos > close or error.msg.startswith("Unterminated string"):
+            raise EOFError from None
+        return none
+    except (ValueError, RecursionError):
+        return none
+    stop = _behind_space(text, stop)
+    if not text.startswith(CLOSE, stop):
+        if CLOSE.startswith(text[stop:]):
+            raise EOFError
+        return none
+    call = _call_of(raw)
+    return none if call is None else (call, stop + len(CLOSE))
+
+
+def _behind_space(text: str, at: int) -> int:
+    return len(text) - len(text[at:].lstrip())
+
+
+def _call_of(raw: Any) -> ToolCall | None:
+    if not isinstance(raw, dict):
         return None
+    name, arguments = raw.get("name"), raw.get("arguments", raw.get("parameters", {}))
     if not isinstance(name, str) or not isinstance(arguments, dict):
         return None
     return ToolCall(uuid.uuid4().hex[:9], name, json.dumps(arguments, ensure_ascii=False))
