@@ -49,10 +49,18 @@ def test_sizes_as_people_write_them(text: str, size: int) -> None:
     assert read_size("--size", text) == size
 
 
-@pytest.mark.parametrize("text", ["", "MB", "lots", "1TB", "-5MB", "1,5GB", "5 M B", "0x10", "\u0661MB", "1e9", "5iB"])
+@pytest.mark.parametrize(
+    "text", ["", "MB", "lots", "1TB", "-5MB", "1,5GB", "5 M B", "0x10", "\u0661MB", "1e9", "5iB", "9" * 5000]
+)
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(UserError, match=r"--size .* is not possible; expected a number of bytes, such as 105MB"):
         read_size("--size", text)
+
+
+@pytest.mark.parametrize("option", ["windows", "context"])
+def test_whole_numbers_too_long_to_read(run: Any, option: str) -> None:
+    with pytest.raises(UserError, match=f"--{option} .*999.* is not possible; expected .*whole number"):
+        run(**{option: "9" * 5000})
 
 
 def test_several_contexts(run: Any) -> None:

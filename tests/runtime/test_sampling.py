@@ -255,7 +255,7 @@ def test_an_unknown_option_gets_a_hint() -> None:
 
 def test_a_bias_names_tokens() -> None:
     assert SamplingOptions(logit_bias={"7": 1, 3: -2.0}).logit_bias == ((3, -2.0), (7, 1))  # type: ignore[arg-type]
-    for wrong in ("x", "-1", 1.5, True):
+    for wrong in ("x", "-1", 1.5, True, "9" * 5000):
         with pytest.raises(UserError, match=r"logit_bias names token .*; expected a token id"):
             SamplingOptions(logit_bias={wrong: 1})  # type: ignore[arg-type]
     with pytest.raises(UserError, match="logit_bias names token 90; expected 0 to 89"):

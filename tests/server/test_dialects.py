@@ -339,6 +339,8 @@ def test_models_and_services(address: str, client: openai.OpenAI) -> None:
         ({"tool_choice": "required"}, "tool_choice is 'required'; expected a function of tools"),
         ({"tool_choice": {"type": "function", "function": {"name": "x"}}, "tools": [TOOL]}, "tool_choice is 'x'"),
         ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": {"9" * 5000: 1}}, r"logit_bias has '9+\.+9+': 1; expected token ids"),
+        ({"logit_bias": {"5": 10**4000}}, "logit_bias has '5': 1000+"),
         ({"stop": ["x"] * 99}, "stop"),
         ({"model": "other"}, "not served here; expected tiny"),
     ],
@@ -351,7 +353,9 @@ def test_what_is_wrong_is_named(address: str, change: dict[str, Any], field: str
     assert re.search(field, error["message"]), error
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"x"', b"\xff", b"[" * 100_000, b'{"messages": 1e999}'])
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b'"x"', b"\xff", b"[" * 100_000, b'{"messages": 1e999}', b"9" * 5000]
+)
 def test_bodies_of_anything(address: str, body: bytes) -> None:
     for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/api/chat", "/tokenize"):
         answer = httpx.post(address + path, content=body)

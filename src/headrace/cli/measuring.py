@@ -121,7 +121,9 @@ def bench(
             bundle,
             prompts=() if prompts == "0" else read_lengths("--prompts", prompts),
             tokens=tokens,
-            depths=[int(d) for d in depth.split(",")] if re.fullmatch(r"\d+(,\d+)*", depth) else _no_depths(depth),
+            depths=[int(d) for d in depth.split(",")]
+            if re.fullmatch(r"\d{1,18}(,\d{1,18})*", depth)
+            else _no_depths(depth),
             repeats=repeats,
             runner=runner,
             threads=threads,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["ExportOptions", "flag", "read_lengths", "read_size", "spelled"]
 
 Reader = Callable[[str, Any], Any]  # (the option as it is spelled on the command line, a value) → what it means
+MAX_DIGITS = 18  # of a whole number as text; Python reads none of thousands of them
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 
 
@@ -78,12 +79,16 @@ def _truth(option: str, value: Any) -> bool:
 
 def _count(least: int) -> Reader:
     def read(option: str, value: Any) -> int:
-        whole = value if isinstance(value, int) else int(value) if str(value).strip().isdecimal() else least - 1
+        whole = value if isinstance(value, int) else int(value) if _is_whole(str(value).strip()) else least - 1
         if isinstance(value, bool) or whole < least:
             raise UserError(f"{option} {value} is not possible; expected a whole number, {least} or more")
         return whole
 
     return read
+
+
+def _is_whole(text: str) -> bool:
+    return text.isdecimal() and text.isascii() and len(text) <= MAX_DIGITS
 
 
 def _bits(option: str, value: Any) -> float:
@@ -102,7 +107,7 @@ def read_size(option: str, value: Any) -> int:
     Raises:
         UserError: the value is anything else.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*((?:[kmg]i?)?)b?", str(value).strip(), re.ASCII | re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*((?:[kmg]i?)?)b?", str(value).strip(), re.ASCII | re.IGNORECASE)
     if match is None:
         raise UserError(f"{option} {value!r} is not possible; expected a number of bytes, such as 105MB or 5.06GB")
     return int(float(match[1]) * _UNITS[match[2].lower()])
@@ -116,7 +121,7 @@ def read_lengths(option: str, value: Any) -> tuple[int, ...]:
     """
     items = value.split(",") if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
     texts = [str(item).strip() for item in items]
-    if not texts or not all(text.isdecimal() and text.isascii() and int(text) > 0 for text in texts):
+    if not texts or not all(_is_whole(text) and int(text) > 0 for text in texts):
         shown = ",".join(texts)
         raise UserError(f"{option} {shown!r} is not possible; expected whole numbers above 0, separated by commas")
     return tuple(sorted({int(text) for text in texts}))

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from headrace.errors import HeadraceError, UserError, did_you_mean
+from headrace.errors import HeadraceError, UserError, did_you_mean, shown
 
 __all__ = ["Sampler", "SamplingOptions", "log_probabilities", "usable_settings"]
 
@@ -24,6 +24,7 @@ LOOKS = (256, 4096, 0)  # candidates looked at for top-p, until they suffice; 0:
 ROW = 128  # logits looked at together when the largest are sought, or summed up
 SAMPLED = ("temperature", "top_k", "top_p")  # a generation_config.json has a say in these only where do_sample is true
 LARGEST = 3e38  # of a float32
+MAX_DIGITS = 18  # of a token id as text; Python reads no number of thousands of them
 HF_TOP_K = 50  # what Hugging Face's generation takes when it samples and the configuration says nothing
 
 
@@ -326,8 +327,8 @@ def _number(name: str, value: float, valid: Callable[[float], bool], expected: s
 def _token(token: Any) -> int:
     """A key of logit_bias as a token id; JSON has keys as text."""
     text = str(token)
-    if isinstance(token, bool) or not text.isascii() or not text.isdecimal():
-        raise UserError(f"logit_bias names token {token!r}; expected a token id, 0 or more")
+    if isinstance(token, bool) or not text.isascii() or not text.isdecimal() or len(text) > MAX_DIGITS:
+        raise UserError(f"logit_bias names token {shown(token)}; expected a token id, 0 or more")
     return int(text)
 
 

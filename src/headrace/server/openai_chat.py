@@ -25,6 +25,7 @@ IGNORED = (
     "prompt_cache_retention", "reasoning_effort", "verbosity",
 )  # fmt: skip
 MAX_LOGIT_BIAS = 100.0
+MAX_DIGITS = 18  # of a token id; Python makes no number of thousands of them
 
 
 @dataclass(frozen=True)
@@ -307,9 +308,10 @@ def bias_of(raw: Mapping[str, Any] | None) -> dict[int, float] | None:
         return None
     bias = {}
     for key, value in raw.items():
-        if not key.isdecimal() or not isinstance(value, int | float) or not abs(value) <= MAX_LOGIT_BIAS:
+        known = key.isdecimal() and len(key) <= MAX_DIGITS
+        if not known or not isinstance(value, int | float) or not abs(value) <= MAX_LOGIT_BIAS:
             raise Refused(
-                f"logit_bias has {key!r}: {value!r}; expected token ids and numbers from −100 to 100",
+                f"logit_bias has {shown(key)}: {shown(value)}; expected token ids and numbers from −100 to 100",
                 field="logit_bias",
             )
         bias[int(key)] = float(value)
