@@ -151,6 +151,27 @@ def test_a_call_can_be_required(address: str, client: openai.OpenAI, model: Scri
     assert (model.seen[-1].tools, model.seen[-1].grammar) == ((), None)
 
 
+@pytest.mark.parametrize(
+    ("path", "form", "wrong"),
+    [
+        ("/v1/chat/completions", {"response_format": {"type": "json_object"}}, {"response_format": {"type": "xml"}}),
+        ("/v1/responses", {"text": {"format": {"type": "text"}}}, {"text": {"format": {"type": "xml"}}}),
+        ("/api/chat", {"format": "json"}, {"format": "xml"}),
+    ],
+)
+def test_a_form_beside_a_required_call(
+    address: str, model: ScriptedModel, path: str, form: dict[str, Any], wrong: dict[str, Any]
+) -> None:
+    """It is about what is said, and the call is what is asked for; one that is none is refused all the same."""
+    flat = {"type": "function", "name": "weather", "parameters": WEATHER}
+    asked = {"input": "Weather?", "tools": [flat]} if "responses" in path else {"messages": ASK, "tools": [TOOL]}
+    asked |= {"tool_choice": "required"}
+    assert httpx.post(address + path, json=asked | form).status_code == 200
+    assert model.seen[-1].grammar is not None and model.seen[-1].grammar[0] == "lark"
+    told = httpx.post(address + path, json=asked | wrong)
+    assert told.status_code == 400 and "'xml'; expected" in told.text
+
+
 def test_openai_schema(client: openai.OpenAI, model: ScriptedModel) -> None:
     schema: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": WEATHER}}
     client.chat.completions.create(model="tiny", messages=ASK, response_format=schema)
@@ -248,6 +269,7 @@ def _talk_as_ollama(client: ollama.Client, address: str, model: ScriptedModel) -
     assert [m.model for m in client.list().models] == ["tiny:latest"]
     assert [m.model for m in client.ps().models] == ["tiny:latest"]
     assert client.show("tiny").modelinfo is not None
+    assert httpx.post(f"{address}/api/show", json={"model": "tiny", "name": "tiny"}).status_code == 200
     assert httpx.get(f"{address}/api/version").json()["version"]
     with pytest.raises(ollama.ResponseError, match="not served"):
         client.chat(model="other", messages=ASK)

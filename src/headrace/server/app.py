@@ -111,7 +111,8 @@ def _model_routes(app: FastAPI, door: Door) -> None:
     async def show(request: Request) -> dict[str, Any]:
         """Ollama: one model."""
         body = Body(await door.body(request), ("verbose", "system", "template", "options"))
-        served = door.model(body.take("model", str, default="") or body.take("name", str, default=""))
+        model, older = body.take("model", str, default=""), body.take("name", str, default="")
+        served = door.model(model or older)
         body.done()
         properties = dict(served.properties())
         return {

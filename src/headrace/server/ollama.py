@@ -130,6 +130,7 @@ def _call(body: Body, prompt: Any, *, chat: bool, tools: ToolUse = NO_TOOLS) -> 
         ours: inside.whole(theirs, 0, 1 << 62) if theirs in ("top_k", "seed") else inside.number(theirs, -2, 100)
         for theirs, ours in OPTIONS.items()
     }
+    wanted = _grammar(body.take("format", str, dict, default=""))
     limit = inside.whole("num_predict", -2, 1 << 20)
     request = GenerationRequest(
         prompt=prompt,
@@ -137,7 +138,7 @@ def _call(body: Body, prompt: Any, *, chat: bool, tools: ToolUse = NO_TOOLS) -> 
         sampling={name: value for name, value in sampling.items() if value is not None},
         stop=inside.strings("stop"),
         tools=tools.tools,
-        grammar=tools.grammar or _grammar(body.take("format", str, dict, default="")),
+        grammar=tools.grammar or wanted,
     )
     call = OllamaCall(body.take("model", str, default=""), request, body.flag("stream", True), chat, time.monotonic())
     body.done()

@@ -178,6 +178,7 @@ def _call(
     echo: str = "",
 ) -> Call:
     options = body.take("stream_options", dict, default={})
+    wanted = grammar_of(body.take("response_format", dict, default={"type": "text"}))
     limit = body.whole("max_completion_tokens", 1, 1 << 20)
     older = body.whole("max_tokens", 1, 1 << 20)
     sampling = {
@@ -199,7 +200,7 @@ def _call(
         n=body.whole("n", 1, MAX_ANSWERS) or 1,
         top_logprobs=top,
         tools=tools.tools,
-        grammar=tools.grammar or grammar_of(body.take("response_format", dict, default={"type": "text"})),
+        grammar=tools.grammar or wanted,
     )
     return Call(
         model=body.take("model", str, default=""),

@@ -149,13 +149,13 @@ def response_call(raw: object) -> ResponseCall:
     use = tool_use(tools, choice_of(choice, choice))
     body.only("background", False)
     sampling = {"temperature": body.number("temperature", 0, 2), "top_p": body.number("top_p", 0, 1)}
-    text = body.take("text", dict, default={})
+    wanted = grammar_of(body.take("text", dict, default={}).get("format") or {"type": "text"})
     request = GenerationRequest(
         prompt=messages,
         max_tokens=body.whole("max_output_tokens", 1, 1 << 20),
         sampling={name: value for name, value in sampling.items() if value is not None},
         tools=use.tools,
-        grammar=use.grammar or grammar_of(text.get("format") or {"type": "text"}),
+        grammar=use.grammar or wanted,
     )
     call = ResponseCall(body.take("model", str, default=""), request, body.flag("stream"), instructions)
     body.done()
