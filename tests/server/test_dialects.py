@@ -189,6 +189,36 @@ def test_openai_completions(client: openai.OpenAI, model: ScriptedModel) -> None
     assert [r.prompt for r in model.seen] == ["Once", [1, 2, 3]]
 
 
+def test_a_list_of_one_prompt_is_that_prompt(address: str, model: ScriptedModel) -> None:
+    for prompt in ("Once", [1, 2, 3]):
+        assert httpx.post(f"{address}/v1/completions", json={"prompt": [prompt]}).status_code == 200
+        assert model.seen[-1].prompt == prompt
+    for wrong in (["a", "b"], [[1], [2]], [[]], [[[1]]], [["a"]], [], [True]):
+        told = httpx.post(f"{address}/v1/completions", json={"prompt": wrong})
+        assert told.status_code == 400 and "expected one text or a list of token ids" in told.text, wrong
+
+
+SAMPLED = {
+    "/v1/chat/completions": {"messages": ASK},
+    "/v1/completions": {"prompt": "x"},
+    "/v1/responses": {"input": "x"},
+    "/v1/messages": {"max_tokens": 9, "messages": ASK[1:]},
+    "/api/chat": {"messages": ASK},
+}
+
+
+@pytest.mark.parametrize("path", SAMPLED)
+def test_no_probability_and_any_seed_are_taken(address: str, model: ScriptedModel, path: str) -> None:
+    """As OpenAI takes them; a seed of -1 asks Ollama for a new one."""
+    least, most = -(1 << 63), (1 << 63) - 1
+    for seed in (least, -1, most) if path not in ("/v1/responses", "/v1/messages") else (None,):
+        wanted = {"top_p": 0, "seed": seed}
+        told = httpx.post(address + path, json=SAMPLED[path] | ({"options": wanted} if "/api/" in path else wanted))
+        assert told.status_code == 200, told.text
+        given = None if "/api/" in path and seed == -1 else seed
+        assert model.seen[-1].sampling == {"top_p": 0} | ({} if given is None else {"seed": given})
+
+
 def test_openai_responses(client: openai.OpenAI, model: ScriptedModel) -> None:
     made = client.responses.create(model="tiny", input="Capital of France?", instructions="Be brief.")
     assert (made.output_text, made.status) == ("Paris.", "completed")
@@ -335,6 +365,10 @@ def test_models_and_services(address: str, client: openai.OpenAI) -> None:
     rendered = post(f"{address}/apply-template", json={"messages": ASK}).json()
     assert rendered["prompt"] == "Be brief.Capital of France?"
     assert httpx.get(f"{address}/health").json() == {"status": "ok"}
+    for path in ("/health", "/", "/props", "/v1/models", "/v1/models/tiny", "/metrics", "/api/tags", "/api/version"):
+        head = httpx.head(address + path)
+        assert (head.status_code, head.content) == (200, b""), path
+    assert httpx.head(f"{address}/v1/models/other").status_code == 404
     assert httpx.get(f"{address}/props").json()["models"]["tiny"]["context_length"] == CONTEXT
     client.chat.completions.create(model="tiny", messages=ASK)
     text = httpx.get(f"{address}/metrics").text

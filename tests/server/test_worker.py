@@ -78,6 +78,19 @@ def test_seeded_answers_do_not_depend_on_what_else_runs(serving: Callable[..., M
     assert among[1][0].text == among[3][0].text == first
 
 
+def test_no_probability_is_that_of_the_likeliest_token(serving: Callable[..., ModelWorker]) -> None:
+    requests = [ask("The river", sampling=s) for s in (GREEDY, {"temperature": 5.0, "top_p": 0})]
+    greedy, least = asyncio.run(answers(serving(), requests))
+    assert greedy[0].text == least[0].text
+
+
+def test_a_seed_below_0_is_one_of_its_own(serving: Callable[..., ModelWorker]) -> None:
+    seeds = (-1, -1, 1, -(1 << 63), (1 << 63) - 1)
+    requests = [ask("The river", n=2, sampling={"temperature": 5.0, "seed": seed}) for seed in seeds]
+    one, again, *others = ([a.text for a in made] for made in asyncio.run(answers(serving(), requests)))
+    assert one == again and all(one != other for other in others)
+
+
 def test_several_answers_of_one_prompt(serving: Callable[..., ModelWorker]) -> None:
     worker = serving()
     request = ask("The river", n=3, sampling={"temperature": 1.5, "seed": 1})
@@ -255,7 +268,10 @@ def test_limits(serving: Callable[..., ModelWorker]) -> None:
     with pytest.raises(UserError, match="the prompt is empty"):
         asyncio.run(answers(worker, [ask("", prompt=[])]))
     with pytest.raises(UserError, match="top_p"):
-        asyncio.run(answers(worker, [ask("x", sampling={"top_p": 0.0})]))
+        asyncio.run(answers(worker, [ask("x", sampling={"top_p": 1.5})]))
+    with pytest.raises(Refused, match="logit_bias names token 1000000") as wrong:
+        asyncio.run(answers(worker, [ask("x", sampling={"logit_bias": {10**6: 1.0}})]))
+    assert wrong.value.field == "logit_bias"
     with pytest.raises(Refused, match="outside of the vocabulary"):
         asyncio.run(answers(worker, [ask("", prompt=[10**6])]))
 

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException
@@ -73,6 +74,8 @@ def create_app(models: Mapping[str, ServedModel], options: ServerOptions, metric
     async def page() -> Response:
         return Response((web / "index.html").read_text(encoding="utf-8"), media_type="text/html")
 
+    for route in [route for route in app.routes if isinstance(route, APIRoute) and "GET" in (route.methods or ())]:
+        app.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
     return app
 
 

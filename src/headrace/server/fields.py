@@ -13,11 +13,12 @@ from headrace.errors import UserError, did_you_mean, shown
 from headrace.server.generation import Refused
 from headrace.text.turns import message_text
 
-__all__ = ["MAX_ANSWERS", "MAX_TOP_LOGPROBS", "Body", "text_of"]
+__all__ = ["MAX_ANSWERS", "MAX_SEED", "MAX_TOP_LOGPROBS", "Body", "text_of"]
 
 MAX_STOPS = 16
 MAX_ANSWERS = 16
 MAX_TOP_LOGPROBS = 20
+MAX_SEED = (1 << 63) - 1
 
 
 class Body:

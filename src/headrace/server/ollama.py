@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from headrace.server.fields import Body, text_of
+from headrace.server.fields import MAX_SEED, Body, text_of
 from headrace.server.generation import Answer, GenerationRequest, Generator, Refused, Usage
 from headrace.server.openai_chat import calls_of, tools_of
 from headrace.server.tools import NO_TOOLS, ToolCall, ToolText, ToolUse, split_calls
@@ -125,17 +125,16 @@ def generate_call(raw: object) -> OllamaCall:
 
 def _call(body: Body, prompt: Any, *, chat: bool, tools: ToolUse = NO_TOOLS) -> OllamaCall:
     options = body.take("options", dict, default={})
-    inside = Body({key: options[key] for key in (*OPTIONS, "num_predict", "stop") if key in options})
-    sampling = {
-        ours: inside.whole(theirs, 0, 1 << 62) if theirs in ("top_k", "seed") else inside.number(theirs, -2, 100)
-        for theirs, ours in OPTIONS.items()
-    }
+    known = {key: options[key] for key in (*OPTIONS, "num_predict", "stop") if key in options}
+    inside = Body({key: value for key, value in known.items() if (key, value) != ("seed", -1)})  # -1 asks for a new one
+    own = {"top_k": inside.whole("top_k", 0, 1 << 62), "seed": inside.whole("seed", -MAX_SEED - 1, MAX_SEED)}
+    rest = {ours: inside.number(theirs, -2, 100) for theirs, ours in OPTIONS.items() if theirs not in own}
     wanted = _grammar(body.take("format", str, dict, default=""))
     limit = inside.whole("num_predict", -2, 1 << 20)
     request = GenerationRequest(
         prompt=prompt,
         max_tokens=limit if limit and limit > 0 else None,
-        sampling={name: value for name, value in sampling.items() if value is not None},
+        sampling={name: value for name, value in (own | rest).items() if value is not None},
         stop=inside.strings("stop"),
         tools=tools.tools,
         grammar=tools.grammar or wanted,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from headrace.errors import shown
-from headrace.server.fields import MAX_ANSWERS, MAX_TOP_LOGPROBS, Body, text_of
+from headrace.server.fields import MAX_ANSWERS, MAX_SEED, MAX_TOP_LOGPROBS, Body, text_of
 from headrace.server.generation import Answer, GenerationRequest, Generator, Piece, Refused, Usage
 from headrace.server.tools import NO_TOOLS, ToolCall, ToolText, ToolUse, choice_of, split_calls, tool_use
 
@@ -155,11 +155,10 @@ def completion_call(raw: object) -> Call:
     """
     body = Body(raw, IGNORED)
     prompt = body.take("prompt", str, list, required=True, expected="a text or a list of token ids")
-    if isinstance(prompt, list):
-        if len(prompt) == 1 and isinstance(prompt[0], str):
-            prompt = prompt[0]
-        elif not prompt or not all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
-            raise Refused("prompt is a list of several texts; expected one text or a list of token ids", field="prompt")
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+        prompt = prompt[0]
+    if isinstance(prompt, list) and not (prompt and all(type(i) is int for i in prompt)):
+        raise Refused(f"prompt is {shown(prompt)}; expected one text or a list of token ids", field="prompt")
     body.only("suffix", "")
     body.only("best_of", 1)
     echo = prompt if body.flag("echo") and isinstance(prompt, str) else ""
@@ -189,7 +188,7 @@ def _call(
         "repetition_penalty": body.number("repetition_penalty", 0.01, 10),
         "presence_penalty": body.number("presence_penalty", -2, 2),
         "frequency_penalty": body.number("frequency_penalty", -2, 2),
-        "seed": body.whole("seed", 0, (1 << 63) - 1),
+        "seed": body.whole("seed", -MAX_SEED - 1, MAX_SEED),
         "logit_bias": bias_of(body.take("logit_bias", dict, default=None)),
     }
     request = GenerationRequest(

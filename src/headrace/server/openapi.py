@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from headrace.server import anthropic_messages, ollama, openai_chat, openai_responses
-from headrace.server.fields import MAX_ANSWERS, MAX_STOPS, MAX_TOP_LOGPROBS
+from headrace.server.fields import MAX_ANSWERS, MAX_SEED, MAX_STOPS, MAX_TOP_LOGPROBS
 
 __all__ = ["BODIES", "UNKNOWN", "described"]
 
@@ -61,7 +61,9 @@ def _ignored(names: Sequence[str]) -> dict[str, Schema]:
     return dict.fromkeys(names, ANYTHING)
 
 
-SHARE: Schema = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
+SHARE = _number(0, 1)
+SEED = _whole(-MAX_SEED - 1, MAX_SEED)
+IDS = _list(_whole(0, MOST_TOKENS), 1)
 STOP = _either({"type": "string", "minLength": 1}, _list({"type": "string", "minLength": 1}, most=MAX_STOPS))
 PARTS = _list(
     _object({"type": _one_of("text", "input_text", "output_text"), "text": TEXT}, ["type", "text"], open_=True)
@@ -101,7 +103,7 @@ _OPENAI = {
     "repetition_penalty": _number(0.01, 10),
     "presence_penalty": _number(-2, 2),
     "frequency_penalty": _number(-2, 2),
-    "seed": _whole(0, (1 << 63) - 1),
+    "seed": SEED,
     "logit_bias": {
         "type": "object",
         "propertyNames": {"pattern": "^[0-9]+$"},
@@ -127,7 +129,7 @@ _OLLAMA = {
         {
             **dict.fromkeys(ollama.OPTIONS, _number(-2, 100)),
             "top_k": _whole(0, MOST_TOKENS),
-            "seed": _whole(0, (1 << 62) - 1),
+            "seed": SEED,
             "num_predict": _whole(-2, MOST_TOKENS),
             "stop": STOP,
         },
@@ -146,7 +148,7 @@ BODIES: Mapping[str, Schema] = {
     "/v1/completions": _body(
         _OPENAI
         | {
-            "prompt": _either(TEXT, _list(_whole(0, MOST_TOKENS), 1), _list(TEXT, 1, 1)),
+            "prompt": _either(TEXT, IDS, _list(_either(TEXT, IDS), 1, 1)),
             "suffix": _one_of(""),
             "best_of": _whole(1, 1),
             "echo": FLAG,

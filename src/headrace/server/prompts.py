@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from sys import float_info
+from typing import Any
 
 from headrace.errors import ContextFull, UserError
 from headrace.language_model import LanguageModel
@@ -66,10 +68,24 @@ def prepare(model: LanguageModel, request: GenerationRequest) -> Prompt:
     room = model.context - len(rendered.ids)
     if room < 1:
         raise ContextFull(len(rendered.ids), model.context)
-    options = model.sampling_options(**request.sampling)
-    options.check_vocabulary(model.engine.runner.vocab_size)
+    options = model.sampling_options(**_sampling(request.sampling))
+    try:
+        options.check_vocabulary(model.engine.runner.vocab_size)
+    except UserError as error:
+        raise Refused(str(error), field="logit_bias") from None
     limits = Limits(min(request.max_tokens or room, room), rendered.stop_ids, request.stop)
     return Prompt(rendered.ids, rendered.continues, limits, options)
+
+
+def _sampling(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Sampling as the engine takes it. Clients also ask for no probability, which is the least above it, that of the
+    likeliest token alone, and for seeds below 0, of which generators of random numbers know none."""
+    taken = dict(asked)
+    if taken.get("top_p") == 0:
+        taken["top_p"] = float_info.min
+    if "seed" in taken:
+        taken["seed"] %= 1 << 64
+    return taken
 
 
 def render(model: LanguageModel, request: GenerationRequest) -> Rendered:
