@@ -250,6 +250,41 @@ def test_openai_responses_tools(client: openai.OpenAI, model: ScriptedModel) -> 
     assert [m["role"] for m in asked] == ["user", "assistant", "tool"]
 
 
+@pytest.mark.parametrize("words", [[CALL], ["Well. ", CALL], [CALL, "Done."], ["Par", "is."], [""]])
+def test_a_stream_says_what_a_whole_answer_does(
+    address: str, client: openai.OpenAI, model: ScriptedModel, words: list[str]
+) -> None:
+    """A call alone has no message beside it."""
+    model.words = words
+    flat: Any = {"type": "function", "name": "weather", "parameters": WEATHER, "strict": True}
+
+    def told(output: Any) -> list[Any]:
+        return [item.arguments if item.type == "function_call" else item.content[0].text for item in output]
+
+    whole = client.responses.create(model="tiny", input="Weather?", tools=[flat])
+    with client.responses.stream(model="tiny", input="Weather?", tools=[flat]) as stream:
+        events = list(stream)
+        final = stream.get_final_response()
+    assert told(final.output) == told(whole.output)
+    opened = [event.item.type for event in events if event.type == "response.output_item.added"]
+    assert opened == [item.type for item in whole.output]
+    theirs: Any = {"name": "weather", "input_schema": WEATHER}
+    asked: Any = {"model": "tiny", "max_tokens": 9, "messages": ASK[1:], "tools": [theirs]}
+    with anthropic.Anthropic(base_url=address, api_key="none", max_retries=0) as other:
+        with other.messages.stream(**asked) as messages:
+            streamed = messages.get_final_message().content
+        blocks: Any = (streamed, other.messages.create(**asked).content)
+    one, two = ([b.text if b.type == "text" else (b.name, b.input) for b in content] for content in blocks)
+    assert one == two
+
+
+@pytest.mark.parametrize("choice", ["auto", "none", "required", {"type": "function", "name": "weather"}])
+def test_a_response_tells_how_tools_were_asked_for(client: openai.OpenAI, model: ScriptedModel, choice: Any) -> None:
+    tool: Any = {"type": "function", "name": "weather", "parameters": WEATHER, "strict": True}
+    made = client.responses.create(model="tiny", input="Weather?", tools=[tool], tool_choice=choice)
+    assert made.to_dict()["tool_choice"] == choice and made.to_dict()["tools"] == [tool]
+
+
 def test_anthropic(address: str, model: ScriptedModel) -> None:
     with anthropic.Anthropic(base_url=address, api_key="none", max_retries=0) as client:
         asked: Any = [{"role": "user", "content": "Capital of France?"}]

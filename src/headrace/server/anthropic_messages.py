@@ -46,18 +46,21 @@ class MessagesCall:
         """(event, data) of each server-sent event."""
         start = self._message(generator.usage) | {"content": [], "stop_reason": None, "usage": _usage(generator.usage)}
         yield _event("message_start", message=start)
-        yield _event("content_block_start", index=0, content_block={"type": "text", "text": ""})
         stream = ToolText(bool(self.request.tools))
         called: list[ToolCall] = []
-        finish = "stop"
+        finish, opened = "stop", False
         async for piece in generator:
             text, calls = stream.push(piece.text, last=piece.finish is not None)
             called += calls
             finish = piece.finish or finish
+            if not opened and (text or (piece.finish is not None and not called)):
+                opened = True
+                yield _event("content_block_start", index=0, content_block={"type": "text", "text": ""})
             if text:
                 yield _event("content_block_delta", index=0, delta={"type": "text_delta", "text": text})
-        yield _event("content_block_stop", index=0)
-        for index, call in enumerate(called, 1):
+        if opened:
+            yield _event("content_block_stop", index=0)
+        for index, call in enumerate(called, int(opened)):
             yield _event("content_block_start", index=index, content_block=_call_block(call) | {"input": {}})
             delta = {"type": "input_json_delta", "partial_json": call.arguments}
             yield _event("content_block_delta", index=index, delta=delta)

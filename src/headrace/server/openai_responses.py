@@ -31,12 +31,14 @@ def _identity(prefix: str) -> str:
 
 @dataclass(frozen=True)
 class ResponseCall:
-    """A body of POST /v1/responses, read."""
+    """A body of POST /v1/responses, read; with the tools and the choice of them as they came, for the response."""
 
     model: str
     request: GenerationRequest
     stream: bool
     instructions: str | None
+    tools: Sequence[Mapping[str, Any]]
+    tool_choice: str | Mapping[str, Any]
     id: str = field(default_factory=lambda: _identity("resp"))
     message_id: str = field(default_factory=lambda: _identity("msg"))
     created: int = field(default_factory=lambda: int(time.time()))
@@ -62,24 +64,28 @@ class ResponseCall:
         yield event("response.created", response=begun)
         yield event("response.in_progress", response=begun)
         place = {"item_id": self.message_id, "output_index": 0, "content_index": 0}
-        opened = self._message("") | {"status": "in_progress", "content": []}
-        yield event("response.output_item.added", output_index=0, item=opened)
-        yield event("response.content_part.added", **place, part=_part(""))
         stream = ToolText(bool(self.request.tools))
-        text, finish = "", "stop"
+        text, finish, opened = "", "stop", False
         called: list[ToolCall] = []
+        output: list[dict[str, Any]] = []
         async for piece in generator:
             more, calls = stream.push(piece.text, last=piece.finish is not None)
             called += calls
             finish = piece.finish or finish
+            if not opened and (more or (piece.finish is not None and not called)):
+                opened = True
+                message = self._message("") | {"status": "in_progress", "content": []}
+                yield event("response.output_item.added", output_index=0, item=message)
+                yield event("response.content_part.added", **place, part=_part(""))
             if more:
                 text += more
                 yield event("response.output_text.delta", **place, delta=more, logprobs=[])
-        yield event("response.output_text.done", **place, text=text, logprobs=[])
-        yield event("response.content_part.done", **place, part=_part(text))
-        yield event("response.output_item.done", output_index=0, item=self._message(text))
-        output = [self._message(text)]
-        for index, call in enumerate(called, 1):
+        if opened:
+            output.append(self._message(text))
+            yield event("response.output_text.done", **place, text=text, logprobs=[])
+            yield event("response.content_part.done", **place, part=_part(text))
+            yield event("response.output_item.done", output_index=0, item=output[0])
+        for index, call in enumerate(called, len(output)):
             item = _call_item(call)
             output.append(item)
             where = {"item_id": item["id"], "output_index": index}
@@ -126,8 +132,8 @@ class ResponseCall:
             "parallel_tool_calls": True,
             "temperature": sampling.get("temperature"),
             "top_p": sampling.get("top_p"),
-            "tool_choice": "auto",
-            "tools": [{"type": "function", "strict": None, **t["function"]} for t in self.request.tools],
+            "tool_choice": self.tool_choice,
+            "tools": [{"strict": None, **tool} for tool in self.tools],
             "usage": used,
         }
 
@@ -144,9 +150,8 @@ def response_call(raw: object) -> ResponseCall:
     messages = [{"role": "user", "content": given}] if isinstance(given, str) else _messages(given)
     if instructions:
         messages.insert(0, {"role": "system", "content": instructions})
-    tools = tuple(_tool(tool, number) for number, tool in enumerate(body.take("tools", list, default=[])))
-    choice = body.take("tool_choice", str, dict, default="auto")
-    use = tool_use(tools, choice_of(choice, choice))
+    tools, choice = body.take("tools", list, default=[]), body.take("tool_choice", str, dict, default="auto")
+    use = tool_use([_tool(tool, number) for number, tool in enumerate(tools)], choice_of(choice, choice))
     body.only("background", False)
     sampling = {"temperature": body.number("temperature", 0, 2), "top_p": body.number("top_p", 0, 1)}
     wanted = grammar_of(body.take("text", dict, default={}).get("format") or {"type": "text"})
@@ -157,7 +162,8 @@ def response_call(raw: object) -> ResponseCall:
         tools=use.tools,
         grammar=use.grammar or wanted,
     )
-    call = ResponseCall(body.take("model", str, default=""), request, body.flag("stream"), instructions)
+    model, stream = body.take("model", str, default=""), body.flag("stream")
+    call = ResponseCall(model, request, stream, instructions, tools, choice)
     body.done()
     return call
 
