@@ -75,6 +75,9 @@ def test_openai_chat_stream(client: openai.OpenAI) -> None:
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
     assert chunks[-1].usage is not None and chunks[-1].usage.total_tokens == 10
     assert len({c.id for c in chunks}) == 1
+    assert all(c.to_dict()["usage"] is None for c in chunks[:-1])
+    chunks = list(client.chat.completions.create(model="tiny", messages=ASK, stream=True))
+    assert not any("usage" in c.to_dict() for c in chunks)
 
 
 def test_openai_async(address: str) -> None:
@@ -451,6 +454,14 @@ def test_bodies_of_anything(address: str, body: bytes) -> None:
     for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/api/chat", "/tokenize"):
         answer = httpx.post(address + path, content=body)
         assert answer.status_code == 400 and "error" in answer.json(), (path, answer.text)
+
+
+def test_a_model_that_is_not_there_is_told_as_openai_does(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="model 'other' is not served here") as answered:
+        client.chat.completions.create(model="other", messages=ASK)
+    with pytest.raises(openai.NotFoundError) as listed:
+        client.models.retrieve("other")
+    assert answered.value.code == listed.value.code == "model_not_found"
 
 
 def test_a_prompt_that_does_not_fit_says_both_numbers(address: str) -> None:

@@ -229,7 +229,8 @@ class Door:
             return next(iter(self.models.values()))
         if name not in self.models:
             known = ", ".join(self.models)
-            raise Refused(f"model {name!r} is not served here; expected {known}", status=404, field="model")
+            wrong = f"model {shown(name)} is not served here; expected {known}"
+            raise Refused(wrong, status=404, field="model", code="model_not_found")
         return self.models[name]
 
     async def answer(
@@ -283,8 +284,11 @@ def error_object(error: Exception) -> dict[str, Any]:
     status, message = _status(error)
     kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "api_error")
-    field = _short(error.field) if isinstance(error, Refused) and error.field is not None else None
-    code = "context_length_exceeded" if isinstance(error, ContextFull) else None
+    field = code = None
+    if isinstance(error, Refused):
+        field, code = None if error.field is None else _short(error.field), error.code
+    elif isinstance(error, ContextFull):
+        code = "context_length_exceeded"
     return {"error": {"message": message, "type": kind, "param": field, "code": code}}
 
 

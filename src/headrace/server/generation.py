@@ -18,13 +18,23 @@ class Refused(UserError):
         status: HTTP status code.
         field: the name of the field that is wrong, or None.
         retry_after: seconds after which it may succeed, or None.
+        code: OpenAI's word for what is wrong, or None.
     """
 
-    def __init__(self, message: str, *, status: int = 400, field: str | None = None, retry_after: int | None = None):
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        field: str | None = None,
+        retry_after: int | None = None,
+        code: str | None = None,
+    ):
         super().__init__(message)
         self.status = status
         self.field = field
         self.retry_after = retry_after
+        self.code = code
 
 
 @dataclass(frozen=True)

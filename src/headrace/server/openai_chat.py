@@ -59,6 +59,7 @@ class Call:
     async def chunks(self, generator: Generator) -> AsyncIterator[str]:
         """The data of each server-sent event, `[DONE]` last."""
         envelope = self._envelope("chat.completion.chunk" if self.chat else "text_completion")
+        envelope |= {"usage": None} if self.include_usage else {}
         streams = [ToolText(bool(self.request.tools)) for _ in range(self.request.n)]
         called = [0] * self.request.n
         if self.chat:
