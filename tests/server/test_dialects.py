@@ -343,6 +343,43 @@ def _talk_as_ollama(client: ollama.Client, address: str, model: ScriptedModel) -
         client.chat(model="other", messages=ASK)
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "place"),
+    [
+        ("/v1/chat/completions", {"messages": ASK}, ("choices", 0, "delta", "content")),
+        ("/v1/completions", {"prompt": "x"}, ("choices", 0, "text")),
+        ("/v1/responses", {"input": "x"}, ("delta",)),
+        ("/v1/messages", {"messages": ASK[1:], "max_tokens": 9}, ("delta", "text")),
+        ("/api/chat", {"messages": ASK}, ("message", "content")),
+        ("/api/generate", {"prompt": "x"}, ("response",)),
+    ],
+)
+def test_no_character_of_an_answer_ends_a_line_of_its_stream(
+    address: str, model: ScriptedModel, path: str, body: dict[str, Any], place: tuple[Any, ...]
+) -> None:
+    """Clients cut a stream at whatever Unicode calls a line's end, Ollama's and everybody with httpx."""
+    model.words = ["a\x0b", "\x1c\x85b", "\u2028 百😀\u2029"]
+    said = ""
+    with httpx.stream("POST", address + path, json=body | {"stream": True}) as answer:
+        for line in answer.iter_lines():
+            data = line.removeprefix("data: ")
+            if data.startswith("{"):
+                said += str(_at(json.loads(data), place) or "")
+            else:
+                assert not data or data == "[DONE]" or data.startswith("event: "), line
+    assert said == "".join(model.words)
+
+
+def _at(found: Any, place: tuple[Any, ...]) -> Any:
+    """What stands at a place of a JSON value; None where there is nothing."""
+    for step in place:
+        try:
+            found = found[step]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return found
+
+
 def test_a_stream_that_breaks_says_so(address: str, client: openai.OpenAI, model: ScriptedModel) -> None:
     """As each client expects it, and without what went wrong inside."""
     model.breaks = True

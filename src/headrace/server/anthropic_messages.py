@@ -182,4 +182,4 @@ def _usage(usage: Usage) -> dict[str, int]:
 
 
 def _event(kind: str, **fields: Any) -> tuple[str, str]:
-    return kind, json.dumps({"type": kind, **fields}, ensure_ascii=False)
+    return kind, json.dumps({"type": kind, **fields})

@@ -160,4 +160,4 @@ def now() -> str:
 
 
 def _text(line: Mapping[str, Any]) -> str:
-    return json.dumps(line, ensure_ascii=False) + "\n"
+    return json.dumps(line) + "\n"

@@ -83,7 +83,7 @@ class Call:
                 choice["logprobs"] = self._logprobs([piece])
             if delta_is_empty(choice):
                 continue
-            yield json.dumps(envelope | {"choices": [choice]}, ensure_ascii=False)
+            yield json.dumps(envelope | {"choices": [choice]})
         if self.include_usage:
             yield json.dumps(envelope | {"choices": [], "usage": usage_object(generator.usage)})
         yield "[DONE]"

@@ -58,7 +58,7 @@ class ResponseCall:
             nonlocal number
             number += 1
             body = {"type": kind, "sequence_number": number - 1, **fields}
-            return kind, json.dumps(body, ensure_ascii=False)
+            return kind, json.dumps(body)
 
         begun = self._response(None, [], None)
         yield event("response.created", response=begun)
