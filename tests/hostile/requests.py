@@ -81,6 +81,9 @@ def _open(path: Path) -> None:
     dialect, _, text = path.read_text().partition("\n")
     call = CALLS[dialect](json.loads(text))
     request = call.request
+    if request is None:  # asked for nothing but the model
+        assert dialect.startswith("ollama")
+        return
     assert 1 <= request.n <= 16 and isinstance(call.stream, bool)
     json.dumps(request.prompt)
     SamplingOptions.from_generation_config({}, request.sampling)

@@ -343,6 +343,27 @@ def _talk_as_ollama(client: ollama.Client, address: str, model: ScriptedModel) -
         client.chat(model="other", messages=ASK)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_ollama_is_asked_to_load_a_model(address: str, model: ScriptedModel, stream: bool) -> None:
+    """By an empty prompt, as its documentation says; nothing is generated, and no field goes unread."""
+    client = ollama.Client(host=address)
+    with client._client:
+        for made in (
+            client.generate(model="tiny", stream=stream),
+            client.generate(model="tiny", prompt="", system="Be brief.", raw=True, keep_alive="5m", stream=stream),
+            client.chat(model="tiny", stream=stream),
+            client.chat(model="tiny", messages=[], stream=stream),
+        ):
+            (told,) = made if stream else (made,)
+            assert (told.done, told.done_reason, told.eval_count) == (True, "load", None)
+            assert (told.response if isinstance(told, ollama.GenerateResponse) else told.message.content) == ""
+        with pytest.raises(ollama.ResponseError, match="not served"):
+            client.generate(model="other")
+        with pytest.raises(ollama.ResponseError, match="temperature"):
+            client.generate(model="tiny", options={"temperature": 999}, stream=False)
+    assert model.seen == []
+
+
 @pytest.mark.parametrize(
     ("path", "body", "place"),
     [

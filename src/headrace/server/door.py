@@ -103,7 +103,7 @@ class Call(Protocol):
 
     Attributes:
         model: the model asked for, or nothing.
-        request: what to generate.
+        request: what to generate; None: nothing, and `whole` is the response.
         stream: answer piece by piece.
     """
 
@@ -113,7 +113,7 @@ class Call(Protocol):
     def model(self) -> str: ...
 
     @property
-    def request(self) -> GenerationRequest: ...
+    def request(self) -> GenerationRequest | None: ...
 
     @property
     def stream(self) -> bool: ...
@@ -249,10 +249,13 @@ class Door:
         call = read(await self.body(request))
         served = self.model(call.model)
         call = call if call.model else replace(call, model=served.name)
-        generator = await served.submit(call.request)
+        asked = call.request
+        if asked is None:
+            return JSONResponse(call.whole((), Usage(0)))
+        generator = await served.submit(asked)
         if call.stream:
             return streamed(call, generator)
-        answers = await self._whole(request, generator, call.request.n)
+        answers = await self._whole(request, generator, asked.n)
         return JSONResponse(call.whole(answers, generator.usage))
 
     async def _whole(self, request: Request, generator: Generator, n: int) -> list[Answer]:

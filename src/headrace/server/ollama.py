@@ -30,23 +30,25 @@ OPTIONS = {
 
 @dataclass(frozen=True)
 class OllamaCall:
-    """A body of POST /api/chat or /api/generate, read."""
+    """A body of POST /api/chat or /api/generate, read; without a prompt it asks only that the model be in memory."""
 
     model: str
-    request: GenerationRequest
+    request: GenerationRequest | None
     stream: bool
     chat: bool
     started: float
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
         """The last line, with the whole answer."""
+        if self.request is None:
+            return self._line("", []) | {"done": True, "done_reason": "load"}
         answer = answers[0]
         text, calls = split_calls(answer.text) if self.request.tools else (answer.text, [])
         return self._line(text, calls) | self._end(answer.finish, usage)
 
     async def lines(self, generator: Generator) -> AsyncIterator[str]:
         """JSON lines, newline included."""
-        stream = ToolText(bool(self.request.tools))
+        stream = ToolText(self.request is not None and bool(self.request.tools))
         finish = "stop"
         async for piece in generator:
             text, calls = stream.push(piece.text, last=piece.finish is not None)
@@ -88,7 +90,7 @@ def chat_call(raw: object) -> OllamaCall:
     """
     body = Body(raw, IGNORED)
     messages = []
-    for number, item in enumerate(body.take("messages", list, required=True)):
+    for number, item in enumerate(body.take("messages", list, default=[])):
         where = f"messages[{number}]"
         role = item.get("role") if isinstance(item, dict) else None
         if role not in ("system", "user", "assistant", "tool"):
@@ -101,8 +103,6 @@ def chat_call(raw: object) -> OllamaCall:
         if role == "tool":
             message["tool_call_id"] = str(item.get("tool_call_id", ""))
         messages.append(message)
-    if not messages:
-        raise Refused("messages is empty; expected at least one message", field="messages")
     return _call(body, messages, chat=True, tools=tools_of(body))
 
 
@@ -117,7 +117,7 @@ def generate_call(raw: object) -> OllamaCall:
     system = body.take("system", str, default="")
     body.only("suffix", "")
     body.only("images", [])
-    if body.flag("raw"):
+    if body.flag("raw") or not text:
         return _call(body, text, chat=False)
     messages = [{"role": "system", "content": system}] if system else []
     return _call(body, [*messages, {"role": "user", "content": text}], chat=False)
@@ -139,9 +139,9 @@ def _call(body: Body, prompt: Any, *, chat: bool, tools: ToolUse = NO_TOOLS) -> 
         tools=tools.tools,
         grammar=tools.grammar or wanted,
     )
-    call = OllamaCall(body.take("model", str, default=""), request, body.flag("stream", True), chat, time.monotonic())
+    model, stream = body.take("model", str, default=""), body.flag("stream", True)
     body.done()
-    return call
+    return OllamaCall(model, request if prompt else None, stream, chat, time.monotonic())
 
 
 def _grammar(form: str | Mapping[str, Any]) -> tuple[str, str] | None:

@@ -216,10 +216,8 @@ BODIES: Mapping[str, Schema] = {
         ["messages", "max_tokens"],
     ),
     "/api/chat": _body(
-        _OLLAMA
-        | {"messages": _list(_message("system", "user", "assistant", "tool", tool_calls=_list(CALL)), 1)}
-        | _TOOLS,
-        ["messages"],
+        _OLLAMA | {"messages": _list(_message("system", "user", "assistant", "tool", tool_calls=_list(CALL)))} | _TOOLS,
+        [],
     ),
     "/api/generate": _body(
         _OLLAMA
