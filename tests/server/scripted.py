@@ -34,6 +34,7 @@ class ScriptedModel:
     Attributes:
         words: the answer.
         finish: how it ends.
+        stop: the stop string that it ends at.
         seen: the requests.
         full: refuse as when the queue is full.
         delay: seconds between two pieces.
@@ -44,6 +45,7 @@ class ScriptedModel:
 
     words: list[str] = field(default_factory=lambda: ["Par", "is", "."])
     finish: str = "stop"
+    stop: str | None = None
     name: str = "tiny"
     created: int = 1_700_000_000
     seen: list[GenerationRequest] = field(default_factory=list)
@@ -107,10 +109,11 @@ class ScriptedGeneration:
                 await asyncio.sleep(self._model.delay)
                 self.usage.completion_tokens += 1
                 self._model.said += 1
-                finish = self._model.finish if number == len(self._model.words) - 1 else None
+                last = number == len(self._model.words) - 1
+                finish, stop = (self._model.finish, self._model.stop) if last else (None, None)
                 told = self._request.top_logprobs is not None
                 top = (Logprob(word, -0.5), Logprob("x", -1.5)) if told else ()
-                yield Piece(choice, word, finish, word, -0.5 if told else None, top)
+                yield Piece(choice, word, finish, stop, word, -0.5 if told else None, top)
             if self._model.breaks:
                 raise RuntimeError("a secret of the machine")
 

@@ -314,6 +314,28 @@ def test_anthropic(address: str, model: ScriptedModel) -> None:
             client.messages.create(model="tiny", max_tokens=9, messages=[{"role": "user", "content": "x" * 20_000}])
 
 
+@pytest.mark.parametrize(
+    ("words", "finish", "stop", "told"),
+    [
+        (["Paris"], "stop", "\n\n", ("stop_sequence", "\n\n")),
+        (["Paris"], "stop", None, ("end_turn", None)),
+        (["Paris"], "length", None, ("max_tokens", None)),
+        (["Well. ", CALL], "stop", "\n\n", ("tool_use", None)),
+    ],
+)
+def test_anthropic_is_told_why_an_answer_ended(
+    address: str, model: ScriptedModel, words: list[str], finish: str, stop: str | None, told: tuple[str, str | None]
+) -> None:
+    model.words, model.finish, model.stop = words, finish, stop
+    tool: Any = {"name": "weather", "input_schema": WEATHER}
+    asked: Any = {"model": "tiny", "max_tokens": 9, "messages": ASK[1:], "tools": [tool], "stop_sequences": ["\n\n"]}
+    with anthropic.Anthropic(base_url=address, api_key="none", max_retries=0) as client:
+        made = client.messages.create(**asked)
+        with client.messages.stream(**asked) as stream:
+            final = stream.get_final_message()
+    assert (made.stop_reason, made.stop_sequence) == (final.stop_reason, final.stop_sequence) == told
+
+
 def test_ollama(address: str, model: ScriptedModel) -> None:
     client = ollama.Client(host=address)
     with client._client:

@@ -111,6 +111,15 @@ def test_logprobs_are_those_of_the_model(serving: Callable[..., ModelWorker], ex
     assert made.pieces[0].logprob == pytest.approx(expected, abs=1e-4)  # float32 logits
 
 
+def test_the_stop_string_of_an_answer_is_told(serving: Callable[..., ModelWorker]) -> None:
+    worker = serving()
+    plain = asyncio.run(answers(worker, [ask("The river")]))[0][0]
+    assert plain.stop is None and len(plain.text) > 3
+    stop = plain.text[2:4]
+    cut = asyncio.run(answers(worker, [ask("The river", stop=("☃", stop))]))[0][0]
+    assert (cut.text, cut.finish, cut.stop) == (plain.text.partition(stop)[0], "stop", stop)
+
+
 def test_an_answer_follows_its_schema(serving: Callable[..., ModelWorker]) -> None:
     """Beside an answer without one; a schema that is none is refused by its field."""
     schema = {

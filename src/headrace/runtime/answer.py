@@ -60,6 +60,7 @@ class Token:
         id: the token.
         text: text that became certain with it; may be empty. All texts joined are the answer.
         finish: on the last one, why: "stop" (an end token or stop string), "length" (max_tokens) or "context".
+        stop: the stop string it ended at, or None.
         usage: on the last one, what the answer took.
         likelihood: where it was asked for.
     """
@@ -67,6 +68,7 @@ class Token:
     id: int
     text: str
     finish: str | None = None
+    stop: str | None = None
     usage: Usage | None = field(default=None, compare=False)
     likelihood: Likelihood | None = None
 
@@ -143,9 +145,10 @@ class Answer:
         self.usage.tokens += 1
         if token in self.limits.stop_ids:
             return self.end(Token(token, "", likelihood=likelihood), "stop")
-        made = Token(token, self._stream.push(token), likelihood=likelihood)
+        text = self._stream.push(token)
+        made = Token(token, text, stop=self._stream.stop, likelihood=likelihood)
         complete = self.grammar is not None and self.grammar.take(token)
-        if self._stream.stopped or complete:
+        if made.stop is not None or complete:
             return self.end(made, "stop")
         return self.end(made, "length") if self.usage.tokens >= self.limits.max_tokens else made
 

@@ -38,7 +38,7 @@ class MessagesCall:
         content += [_call_block(call) for call in calls]
         return self._message(usage) | {
             "content": content,
-            "stop_reason": _stop_reason(answer.finish, bool(calls)),
+            **_stopped(answer.finish, answer.stop, bool(calls)),
             "usage": _usage(usage),
         }
 
@@ -49,10 +49,11 @@ class MessagesCall:
         stream = ToolText(bool(self.request.tools))
         called: list[ToolCall] = []
         finish, opened = "stop", False
+        stop: str | None = None
         async for piece in generator:
             text, calls = stream.push(piece.text, last=piece.finish is not None)
             called += calls
-            finish = piece.finish or finish
+            finish, stop = piece.finish or finish, piece.stop
             if not opened and (text or (piece.finish is not None and not called)):
                 opened = True
                 yield _event("content_block_start", index=0, content_block={"type": "text", "text": ""})
@@ -65,8 +66,7 @@ class MessagesCall:
             delta = {"type": "input_json_delta", "partial_json": call.arguments}
             yield _event("content_block_delta", index=index, delta=delta)
             yield _event("content_block_stop", index=index)
-        reason = {"stop_reason": _stop_reason(finish, bool(called)), "stop_sequence": None}
-        yield _event("message_delta", delta=reason, usage=_usage(generator.usage))
+        yield _event("message_delta", delta=_stopped(finish, stop, bool(called)), usage=_usage(generator.usage))
         yield _event("message_stop")
 
     def _message(self, usage: Usage) -> dict[str, Any]:
@@ -166,10 +166,15 @@ def _call_block(call: ToolCall) -> dict[str, Any]:
     return {"type": "tool_use", "id": call.id, "name": call.name, "input": json.loads(call.arguments)}
 
 
-def _stop_reason(finish: str, called: bool) -> str:
-    if called and finish == "stop":
-        return "tool_use"
-    return {"stop": "end_turn", "length": "max_tokens", "context": "max_tokens"}.get(finish, "end_turn")
+def _stopped(finish: str, stop: str | None, called: bool) -> dict[str, str | None]:
+    """Why an answer ended; one with a call is waited for, whatever ended it behind the call."""
+    if finish in ("length", "context"):
+        reason = "max_tokens"
+    elif called and finish == "stop":
+        reason = "tool_use"
+    else:
+        reason = "end_turn" if stop is None else "stop_sequence"
+    return {"stop_reason": reason, "stop_sequence": stop if reason == "stop_sequence" else None}
 
 
 def _usage(usage: Usage) -> dict[str, int]:

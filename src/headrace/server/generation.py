@@ -83,6 +83,7 @@ class Piece:
         choice: which of the n answers.
         text: text that became certain; may be empty.
         finish: on the last piece, "stop", "length", "context" or "cancelled".
+        stop: on the last piece, the stop string that the answer ended at, or None.
         token: the token's own text.
         logprob: its log probability, when asked for.
         top: the likeliest tokens at this place, when asked for.
@@ -91,6 +92,7 @@ class Piece:
     choice: int
     text: str
     finish: str | None = None
+    stop: str | None = None
     token: str = ""
     logprob: float | None = None
     top: tuple[Logprob, ...] = ()
@@ -127,6 +129,7 @@ class Answer:
 
     text: str = ""
     finish: str = "stop"
+    stop: str | None = None
     pieces: list[Piece] = field(default_factory=list)
 
 
@@ -138,5 +141,5 @@ async def collect(generator: Generator, n: int) -> list[Answer]:
         answer.text += piece.text
         answer.pieces.append(piece)
         if piece.finish is not None:
-            answer.finish = piece.finish
+            answer.finish, answer.stop = piece.finish, piece.stop
     return answers

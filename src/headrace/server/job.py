@@ -70,10 +70,10 @@ class Job:
             metrics.drafted_tokens.inc(took.drafted_tokens)
             metrics.accepted_tokens.inc(took.accepted_tokens)
         if token.likelihood is None:
-            return Piece(index, token.text, token.finish)
+            return Piece(index, token.text, token.finish, token.stop)
         told = token.likelihood
         top = tuple(Logprob(_spelled(tokenizer, other), logprob) for other, logprob in told.top)
-        return Piece(index, token.text, token.finish, _spelled(tokenizer, token.id), told.logprob, top)
+        return Piece(index, token.text, token.finish, token.stop, _spelled(tokenizer, token.id), told.logprob, top)
 
 
 Delivery: TypeAlias = list[tuple[Job, list[Piece | Exception]]]

@@ -27,6 +27,9 @@ class TextStream:
         continues: the text goes on from a prompt, so a leading space is part of it (see `Tokenizer.decode`).
         may_stop: asked with the whole text before a stop string whether it may end there; None: it always may.
 
+    Attributes:
+        stop: the stop string that came, or None; behind it, whatever is pushed gives no text.
+
     Raises:
         UserError: a stop string is empty.
     """
@@ -48,12 +51,7 @@ class TextStream:
         self._may_stop = may_stop
         self._given = ""  # all text given out, where somebody will ask for it
         self._held = ""
-        self._stopped = False
-
-    @property
-    def stopped(self) -> bool:
-        """A stop string came; whatever is pushed from now on gives no text."""
-        return self._stopped
+        self.stop: str | None = None
 
     def push(self, token: int) -> str:
         """The text that is certain after one more token; often empty."""
@@ -70,12 +68,12 @@ class TextStream:
         return text + rest
 
     def _give(self, text: str) -> str:
-        if self._stopped:
+        if self.stop is not None:
             return ""
         held = self._held + text
-        for _, at in sorted((at + len(stop), at) for stop in self._stops for at in _places(held, stop)):
+        for end, at in sorted((at + len(stop), at) for stop in self._stops for at in _places(held, stop)):
             if self._may_stop is None or self._may_stop(self._given + held[:at]):
-                self._stopped, self._held = True, ""
+                self.stop, self._held = held[at:end], ""
                 return held[:at]
         keep = max((_overlap(held, stop) for stop in self._stops), default=0)
         self._held = held[len(held) - keep :]
