@@ -47,6 +47,10 @@ def test_texts_joined_are_the_answer(tokenizer: Tokenizer, words: str) -> None:
     tokens = answer(tokenizer, [*ids, 2], max_tokens=200, context=300)
     assert [t.id for t in tokens] == [*ids, 2]
     assert text(tokens) == words
+    assert b"".join(t.raw for t in tokens).decode() == words
+    assert all(
+        b"".join(t.raw for t in tokens[:i]).decode(errors="ignore") == words[: t.start] for i, t in enumerate(tokens)
+    )
     assert "�" not in text(tokens)
     assert [t.finish for t in tokens] == [None] * len(ids) + ["stop"]
     assert tokens[-1].text == ""

@@ -111,9 +111,10 @@ class ScriptedGeneration:
                 self._model.said += 1
                 last = number == len(self._model.words) - 1
                 finish, stop = (self._model.finish, self._model.stop) if last else (None, None)
-                told = self._request.top_logprobs is not None
-                top = (Logprob(word, -0.5), Logprob("x", -1.5)) if told else ()
-                yield Piece(choice, word, finish, stop, word, -0.5 if told else None, top)
+                raw = word.encode()
+                top = (Logprob(word, raw, -0.5), Logprob("x", b"x", -1.5))
+                told = (Logprob(word, raw, -0.5, len("".join(self._model.words[:number])), top),)
+                yield Piece(choice, word, finish, stop, told if self._request.top_logprobs is not None else ())
             if self._model.breaks:
                 raise RuntimeError("a secret of the machine")
 

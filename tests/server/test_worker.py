@@ -7,6 +7,7 @@ import json
 import re
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from headrace.language_model import LanguageModel, load
 from headrace.runtime.grammar import Grammar
 from headrace.server.generation import Answer, GenerationRequest, Piece, Refused, collect
 from headrace.server.metrics import Metrics
+from headrace.server.openai_chat import Call, chat_call, completion_call
 from headrace.server.tools import split_calls, tool_use
 from headrace.server.worker import ModelWorker, WorkerOptions
 from headrace.text.turns import Message
@@ -103,12 +105,68 @@ def test_several_answers_of_one_prompt(serving: Callable[..., ModelWorker]) -> N
 
 def test_logprobs_are_those_of_the_model(serving: Callable[..., ModelWorker], exports: Exports) -> None:
     made = asyncio.run(answers(serving(), [ask("The river", top_logprobs=3)]))[0][0]
-    assert all(p.logprob is not None and len(p.top) == 3 and p.top[0].logprob == p.logprob for p in made.pieces)
+    assert all(len(t.top) == 3 and t.top[0].logprob == t.logprob for t in made.tokens)
     with load(exports.bundle("tied"), runner="host") as model:
         ids = model.turns.render([Message("user", "The river")], CONTEXT)
         row = model.logits(ids)[-1].astype(np.float64)
     expected = row.max() - np.log(np.exp(row).sum())
-    assert made.pieces[0].logprob == pytest.approx(expected, abs=1e-4)  # float32 logits
+    assert made.tokens[0].logprob == pytest.approx(expected, abs=1e-4)  # float32 logits
+
+
+def told(worker: ModelWorker, call: Call) -> tuple[str, dict[str, Any]]:
+    """The text of an answer and its logprobs, as OpenAI's clients get them: whole and in chunks they are the same."""
+
+    async def both() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        generation = await worker.submit(call.request)
+        whole = call.whole(await collect(generation, 1), generation.usage)["choices"][0]
+        data = [json.loads(d) async for d in call.chunks(await worker.submit(call.request)) if d != "[DONE]"]
+        return whole, [chunk["choices"][0] for chunk in data]
+
+    whole, chunks = asyncio.run(both())
+    text = whole["message"]["content"] if call.chat else whole["text"]
+    streamed = [c["delta"].get("content", "") if call.chat else c["text"] for c in chunks]
+    assert "".join(streamed) == text
+    for name, listed in whole["logprobs"].items():
+        assert [one for chunk in chunks if "logprobs" in chunk for one in chunk["logprobs"][name]] == listed
+    return text, whole["logprobs"]
+
+
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "The river"}], "temperature": 0, "logprobs": True}
+
+
+@pytest.mark.parametrize("text", ["🦕😀", "百川龘", "é~"])
+def test_bytes_of_a_characters_tokens_joined_are_the_character(serving: Callable[..., ModelWorker], text: str) -> None:
+    call = chat_call(CHAT | {"top_logprobs": 2})
+    call = replace(call, request=replace(call.request, grammar=("regex", text)))
+    said, logprobs = told(serving(), call)
+    tokens = logprobs["content"]
+    assert said == text and len(tokens) > len(text)
+    assert bytes(byte for token in tokens for byte in token["bytes"]) == text.encode()
+    assert all(token["token"].encode() == bytes(token["bytes"]) or "\\x" in token["token"] for token in tokens)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_tokens_that_are_told_are_those_of_the_text(serving: Callable[..., ModelWorker], seed: int) -> None:
+    """Neither the end token nor a stop string's, which completions tell alone."""
+    worker, hot = serving(), {"temperature": 1.0, "seed": seed, "max_tokens": 60}
+    plain, logprobs = told(worker, chat_call(CHAT | hot))
+    for stop in ([], [plain[5:7]], ["".join(t["token"] for t in logprobs["content"][4:6])]):
+        text, logprobs = told(worker, chat_call(CHAT | hot | {"stop": stop}))
+        joined = b"".join(bytes(token["bytes"]) for token in logprobs["content"])
+        assert text == plain.partition(stop[0])[0] if stop else plain
+        assert joined.decode(errors="replace").startswith(text)
+        last = bytes(logprobs["content"][-1]["bytes"]) if logprobs["content"] else b""
+        assert not joined or len(joined) - len(last) < len(text.encode())
+        assert stop or joined.decode(errors="replace") == text
+
+
+def test_completions_tell_the_token_that_was_drawn_beside_the_likeliest(serving: Callable[..., ModelWorker]) -> None:
+    body = {"prompt": "The river", "temperature": 2, "seed": 1, "max_tokens": 40, "logprobs": 5}
+    _, logprobs = told(serving(), completion_call(body))
+    places = list(zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True))
+    assert all(top[token] == logprob for token, logprob, top in places)
+    assert {len(top) for *_, top in places} == {5, 6}, "no two tokens are spelled alike"
+    assert any(re.fullmatch(r"bytes:.*\\x[0-9a-f]{2}.*", token) for token in logprobs["tokens"])
 
 
 def test_the_stop_string_of_an_answer_is_told(serving: Callable[..., ModelWorker]) -> None:
@@ -300,7 +358,7 @@ def test_an_answer_whose_time_ends_loses_nothing(serving: Callable[..., ModelWor
 
     async def cut(stop: str) -> tuple[Answer, int]:
         worker._options = WorkerOptions()
-        generation = await worker.submit(ask("The river", max_tokens=150, stop=(stop,)))
+        generation = await worker.submit(ask("The river", max_tokens=150, stop=(stop,), top_logprobs=0))
 
         async def pieces() -> AsyncIterator[Piece]:
             async for piece in generation:
@@ -312,6 +370,7 @@ def test_an_answer_whose_time_ends_loses_nothing(serving: Callable[..., ModelWor
     whole = asyncio.run(answers(worker, [ask("The river", max_tokens=150)]))[0][0].text
     answer, tokens = asyncio.run(cut(f"{whole}☃"))
     assert answer.finish == "length" and tokens < 100 and answer.text
+    assert len(answer.tokens) == tokens and b"".join(one.raw for one in answer.tokens).startswith(answer.text.encode())
     worker._options = WorkerOptions()
     assert answer.text == asyncio.run(answers(worker, [ask("The river", max_tokens=tokens)]))[0][0].text
 

@@ -63,6 +63,8 @@ class Token:
         stop: the stop string it ended at, or None.
         usage: on the last one, what the answer took.
         likelihood: where it was asked for.
+        raw: the bytes it adds to the text; none for an end token. Its text comes once they are whole characters.
+        start: the character of the answer that these bytes begin, or go on with; exact in valid UTF-8.
     """
 
     id: int
@@ -71,6 +73,8 @@ class Token:
     stop: str | None = None
     usage: Usage | None = field(default=None, compare=False)
     likelihood: Likelihood | None = None
+    raw: bytes = b""
+    start: int = 0
 
 
 class Limits(NamedTuple):
@@ -143,10 +147,11 @@ class Answer:
         if self.finish is not None:
             raise ValueError(f"the answer has ended ({self.finish}); it takes no more tokens")
         self.usage.tokens += 1
+        stream, start = self._stream, self._stream.length
         if token in self.limits.stop_ids:
-            return self.end(Token(token, "", likelihood=likelihood), "stop")
-        text = self._stream.push(token)
-        made = Token(token, text, stop=self._stream.stop, likelihood=likelihood)
+            return self.end(Token(token, "", likelihood=likelihood, start=start), "stop")
+        text = stream.push(token)
+        made = Token(token, text, stop=stream.stop, likelihood=likelihood, raw=stream.raw, start=start)
         complete = self.grammar is not None and self.grammar.take(token)
         if made.stop is not None or complete:
             return self.end(made, "stop")

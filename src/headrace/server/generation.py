@@ -69,10 +69,21 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Logprob:
-    """A token and the natural logarithm of its probability."""
+    """A token and how likely it was.
+
+    Attributes:
+        text: its own text; bytes that are no whole character are spelled \\xf0, special tokens as the vocabulary does.
+        raw: the bytes it stands for in the text; none for special tokens.
+        logprob: the natural logarithm of its probability.
+        start: the character of the answer's text that it begins, or goes on with.
+        top: the likeliest tokens at its place, without a start.
+    """
 
     text: str
+    raw: bytes
     logprob: float
+    start: int = 0
+    top: tuple[Logprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,18 +95,15 @@ class Piece:
         text: text that became certain; may be empty.
         finish: on the last piece, "stop", "length", "context" or "cancelled".
         stop: on the last piece, the stop string that the answer ended at, or None.
-        token: the token's own text.
-        logprob: its log probability, when asked for.
-        top: the likeliest tokens at this place, when asked for.
+        tokens: where log probabilities were asked for, the tokens that have a part in the text so far and were not told
+            yet; at last also the end token.
     """
 
     choice: int
     text: str
     finish: str | None = None
     stop: str | None = None
-    token: str = ""
-    logprob: float | None = None
-    top: tuple[Logprob, ...] = ()
+    tokens: tuple[Logprob, ...] = ()
 
 
 @dataclass
@@ -130,7 +138,7 @@ class Answer:
     text: str = ""
     finish: str = "stop"
     stop: str | None = None
-    pieces: list[Piece] = field(default_factory=list)
+    tokens: list[Logprob] = field(default_factory=list)
 
 
 async def collect(generator: Generator, n: int) -> list[Answer]:
@@ -139,7 +147,7 @@ async def collect(generator: Generator, n: int) -> list[Answer]:
     async for piece in generator:
         answer = answers[piece.choice]
         answer.text += piece.text
-        answer.pieces.append(piece)
+        answer.tokens += piece.tokens
         if piece.finish is not None:
             answer.finish, answer.stop = piece.finish, piece.stop
     return answers

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from headrace.runtime.answer import Token
@@ -23,6 +23,22 @@ from headrace.server.prompts import Prompt
 from headrace.text.tokenizer import Tokenizer
 
 __all__ = ["Delivery", "Generation", "Job", "deliver"]
+
+
+@dataclass
+class _Telling:
+    """Tokens of an answer and how likely they were, each told once text of it was given out: a token of a stop string
+    is none of the answer."""
+
+    given: int = 0  # characters
+    waiting: list[Logprob] = field(default_factory=list)
+
+    def tell(self, text: str, ended: bool) -> tuple[Logprob, ...]:
+        """What is told with the next text of the answer; where it ends, tokens without text too."""
+        self.given += len(text)
+        told = tuple(one for one in self.waiting if one.start < self.given or (ended and not one.raw))
+        self.waiting = [one for one in self.waiting if one.start >= self.given]
+        return told
 
 
 @dataclass
@@ -39,6 +55,7 @@ class Job:
         arrived: when it came, by the monotonic clock.
         answers: as the engine has them.
         last: when each answer's newest token came.
+        telling: of each answer, the tokens that are told with their probabilities.
         gone: nobody waits any more.
     """
 
@@ -51,6 +68,7 @@ class Job:
     arrived: float = field(default_factory=time.monotonic)
     answers: list[Request] = field(default_factory=list)
     last: dict[int, float] = field(default_factory=dict)
+    telling: dict[int, _Telling] = field(default_factory=dict)
     gone: bool = False
 
     def piece(self, index: int, token: Token, tokenizer: Tokenizer, metrics: ModelMetrics) -> Piece:
@@ -71,9 +89,19 @@ class Job:
             metrics.accepted_tokens.inc(took.accepted_tokens)
         if token.likelihood is None:
             return Piece(index, token.text, token.finish, token.stop)
-        told = token.likelihood
-        top = tuple(Logprob(_spelled(tokenizer, other), logprob) for other, logprob in told.top)
-        return Piece(index, token.text, token.finish, token.stop, _spelled(tokenizer, token.id), told.logprob, top)
+        own = _logprob(tokenizer, token.id, token.raw, token.likelihood.logprob)
+        top = tuple(
+            own if other == token.id else _logprob(tokenizer, other, tokenizer.piece_bytes(other), logprob)
+            for other, logprob in token.likelihood.top
+        )
+        telling = self.telling.setdefault(index, _Telling())
+        telling.waiting.append(replace(own, start=token.start, top=top))
+        return Piece(index, token.text, token.finish, token.stop, telling.tell(token.text, token.finish is not None))
+
+    def cut(self, index: int, text: str) -> Piece:
+        """The last piece of an answer that is stopped before its end; text: what was held back of it."""
+        told = self.telling.get(index, _Telling()).tell(text, ended=False)
+        return Piece(index, text, "length", tokens=told)
 
 
 Delivery: TypeAlias = list[tuple[Job, list[Piece | Exception]]]
@@ -120,8 +148,7 @@ def _take_all(items: Sequence[tuple[Job, list[Piece | Exception]]]) -> None:
             job.pieces.put_nowait(piece)
 
 
-def _spelled(tokenizer: Tokenizer, token: int) -> str:
-    """A token's own text; special ones have none, and are told as the vocabulary spells them."""
-    if token in tokenizer.special_ids:
-        return tokenizer.id_to_piece(token)
-    return tokenizer.decode([token], continues=True)
+def _logprob(tokenizer: Tokenizer, token: int, raw: bytes, logprob: float) -> Logprob:
+    """A token as it is told; one without text, such as a special one, as the vocabulary spells it, or by its number."""
+    text = raw.decode("utf-8", errors="backslashreplace") or tokenizer.id_to_piece(token) or f"<{token}>"
+    return Logprob(text, raw, logprob)

@@ -14,7 +14,7 @@ from typing import Any
 
 from headrace.errors import shown
 from headrace.server.fields import MAX_ANSWERS, MAX_SEED, MAX_TOP_LOGPROBS, Body, text_of
-from headrace.server.generation import Answer, GenerationRequest, Generator, Piece, Refused, Usage
+from headrace.server.generation import Answer, GenerationRequest, Generator, Logprob, Refused, Usage
 from headrace.server.tools import NO_TOOLS, ToolCall, ToolText, ToolUse, choice_of, split_calls, tool_use
 
 __all__ = ["Call", "calls_of", "chat_call", "completion_call", "messages_of"]
@@ -80,7 +80,7 @@ class Call:
             else:
                 choice = {"index": piece.choice, "text": text, "finish_reason": finish}
             if self.request.top_logprobs is not None:
-                choice["logprobs"] = self._logprobs([piece])
+                choice["logprobs"] = self._logprobs(piece.tokens)
             if delta_is_empty(choice):
                 continue
             yield json.dumps(envelope | {"choices": [choice]})
@@ -98,23 +98,23 @@ class Call:
             choice["message"] = message
         else:
             choice["text"] = self.echo + text
-        choice["logprobs"] = None if self.request.top_logprobs is None else self._logprobs(answer.pieces)
+        choice["logprobs"] = None if self.request.top_logprobs is None else self._logprobs(answer.tokens)
         return choice
 
-    def _logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-        told = [piece for piece in pieces if piece.logprob is not None]
-        if self.chat:
+    def _logprobs(self, tokens: Sequence[Logprob]) -> dict[str, Any]:
+        if self.chat:  # the tokens of the content: not those that have no text
             return {
                 "content": [
-                    token_object(p.token, p.logprob)
-                    | {"top_logprobs": [token_object(t.text, t.logprob) for t in p.top]}
-                    for p in told
+                    token_object(t) | {"top_logprobs": [token_object(other) for other in t.top]}
+                    for t in tokens
+                    if t.raw
                 ]
             }
         return {
-            "tokens": [p.token for p in told],
-            "token_logprobs": [p.logprob for p in told],
-            "top_logprobs": [{t.text: t.logprob for t in p.top} for p in told],
+            "tokens": [_key(t) for t in tokens],
+            "token_logprobs": [t.logprob for t in tokens],
+            "top_logprobs": [{_key(one): one.logprob for one in (*t.top, t)} for t in tokens],
+            "text_offset": [t.start for t in tokens],
         }
 
     def _envelope(self, kind: str) -> dict[str, Any]:
@@ -343,9 +343,14 @@ def call_object(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def token_object(text: str, logprob: float | None) -> dict[str, Any]:
+def token_object(token: Logprob) -> dict[str, Any]:
     """A token with its probability."""
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.raw) or None}
+
+
+def _key(token: Logprob) -> str:
+    """A token as completions spell it: one that is no whole characters says so."""
+    return f"bytes:{token.text}" if token.raw and token.text.encode() != token.raw else token.text
 
 
 def delta_is_empty(choice: Mapping[str, Any]) -> bool:

@@ -317,7 +317,7 @@ class ModelWorker:
                 self._end(request)
             elif now - job.arrived > self._options.seconds:
                 self._end(request)
-                last = Piece(index, request.answer.cut("length"), "length") if job.last else self._too_late()
+                last = job.cut(index, request.answer.cut("length")) if job.last else self._too_late()
                 deliver([(job, [last])])
         try:
             made = self._engine.step()

@@ -29,6 +29,8 @@ class TextStream:
 
     Attributes:
         stop: the stop string that came, or None; behind it, whatever is pushed gives no text.
+        raw: the bytes that the last token added.
+        length: characters that are whole, given out or not.
 
     Raises:
         UserError: a stop string is empty.
@@ -51,15 +53,19 @@ class TextStream:
         self._may_stop = may_stop
         self._given = ""  # all text given out, where somebody will ask for it
         self._held = ""
+        self.raw = b""
+        self.length = 0
         self.stop: str | None = None
 
     def push(self, token: int) -> str:
         """The text that is certain after one more token; often empty."""
-        raw = self._tokenizer.piece_bytes(token)
-        if self._at_start and raw:
-            raw = raw.removeprefix(b" ")
+        self.raw = self._tokenizer.piece_bytes(token)
+        if self._at_start and self.raw:
+            self.raw = self.raw.removeprefix(b" ")
             self._at_start = False
-        return self._give(self._decoder.decode(raw))
+        text = self._decoder.decode(self.raw)
+        self.length += len(text)
+        return self._give(text)
 
     def finish(self) -> str:
         """What was held back: an unfinished character as U+FFFD, and the beginning of a stop string as text."""
