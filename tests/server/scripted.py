@@ -104,6 +104,8 @@ class ScriptedGeneration:
         self.usage = Usage(7, 3)
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
+        if self._request.echo:
+            yield Piece(0, str(self._request.prompt))
         for number, word in enumerate(self._model.words):
             for choice in range(self._request.n):
                 await asyncio.sleep(self._model.delay)

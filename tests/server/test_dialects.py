@@ -189,7 +189,14 @@ def test_openai_completions(client: openai.OpenAI, model: ScriptedModel) -> None
     assert made.choices[0].logprobs is not None and made.choices[0].logprobs.tokens == ["Par", "is", "."]
     stream = client.completions.create(model="tiny", prompt=[1, 2, 3], stream=True)
     assert "".join(c.choices[0].text for c in stream) == "Paris."
-    assert [r.prompt for r in model.seen] == ["Once", [1, 2, 3]]
+    stream = client.completions.create(model="tiny", prompt=["Once"], echo=True, stream=True)
+    assert "".join(c.choices[0].text for c in stream) == "OnceParis."
+    client.completions.create(model="tiny", prompt=[[1, 2]], max_tokens=0)
+    assert [r.prompt for r in model.seen] == ["Once", [1, 2, 3], "Once", [1, 2]]
+    assert [r.max_tokens for r in model.seen] == [16, 16, 16, 0]
+    for several in ([], ["a", "b"], [[1], [2]], [[]], [1, "a"], [["a"]], [True]):
+        with pytest.raises(openai.BadRequestError, match="expected one text or list of token ids"):
+            client.completions.create(model="tiny", prompt=several)  # type: ignore[arg-type]
 
 
 def test_a_list_of_one_prompt_is_that_prompt(address: str, model: ScriptedModel) -> None:
@@ -198,7 +205,7 @@ def test_a_list_of_one_prompt_is_that_prompt(address: str, model: ScriptedModel)
         assert model.seen[-1].prompt == prompt
     for wrong in (["a", "b"], [[1], [2]], [[]], [[[1]]], [["a"]], [], [True]):
         told = httpx.post(f"{address}/v1/completions", json={"prompt": wrong})
-        assert told.status_code == 400 and "expected one text or a list of token ids" in told.text, wrong
+        assert told.status_code == 400 and "expected one text or list of token ids" in told.text, wrong
 
 
 SAMPLED = {

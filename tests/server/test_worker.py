@@ -16,6 +16,8 @@ import pytest
 
 from headrace.errors import ContextFull, UserError
 from headrace.language_model import LanguageModel, load
+from headrace.measure.likelihood import likelihoods
+from headrace.measure.questions import following
 from headrace.runtime.grammar import Grammar
 from headrace.server.generation import Answer, GenerationRequest, Piece, Refused, collect
 from headrace.server.metrics import Metrics
@@ -167,6 +169,71 @@ def test_completions_tell_the_token_that_was_drawn_beside_the_likeliest(serving:
     assert all(top[token] == logprob for token, logprob, top in places)
     assert {len(top) for *_, top in places} == {5, 6}, "no two tokens are spelled alike"
     assert any(re.fullmatch(r"bytes:.*\\x[0-9a-f]{2}.*", token) for token in logprobs["tokens"])
+
+
+LONG = "The river 百川 runs to the sea. " * 2  # several steps of the runner
+SCORED: dict[str, Any] = {"temperature": 0, "echo": True, "logprobs": 1, "max_tokens": 1}
+
+
+@pytest.mark.parametrize("prompt", [LONG, "T", "百🦕"])
+@pytest.mark.parametrize("as_ids", [False, True])
+@pytest.mark.parametrize("max_tokens", [0, 1, 5])
+def test_an_echo_is_the_prompt_and_how_likely_its_tokens_are(
+    serving: Callable[..., ModelWorker], exports: Exports, prompt: str, as_ids: bool, max_tokens: int
+) -> None:
+    """As much as `logits` says, also where the cache holds the prompt."""
+    with load(exports.bundle("tied"), runner="host") as model:
+        ids = model.encode_raw(prompt)
+        rows = model.logits(ids)[:-1].astype(np.float64)
+    worker = serving()
+    asyncio.run(answers(worker, [ask("", prompt=prompt)]))
+    given = [ids] if as_ids else prompt
+    text, logprobs = told(worker, completion_call(SCORED | {"prompt": given, "max_tokens": max_tokens}))
+    assert text.startswith(prompt) and (max_tokens or text == prompt)
+    assert len(ids) <= len(logprobs["tokens"]) <= len(ids) + max_tokens
+    expected = [row[token] - np.log(np.exp(row).sum()) for row, token in zip(rows, ids[1:])]
+    assert logprobs["token_logprobs"][: len(ids)] == [None, *(pytest.approx(one, abs=1e-4) for one in expected)]
+    tops = logprobs["top_logprobs"]
+    assert tops[0] is None
+    likeliest = [one == max(top.values()) for one, top in zip(logprobs["token_logprobs"][1:], tops[1:])]
+    assert likeliest[: len(rows)] == [row.argmax() == token for row, token in zip(rows, ids[1:])]
+    for token, at in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
+        assert text[at:].startswith(token) or token.startswith(("bytes:", "<"))
+
+
+def test_a_prompt_is_scored_as_the_harness_scores_it(serving: Callable[..., ModelWorker], exports: Exports) -> None:
+    """lm-evaluation-harness, local-completions: a list of one list of ids, and the last of the tokens is the answer's;
+    the sum over a continuation is what its own model class for bundles gives."""
+    with load(exports.bundle("tied"), runner="host") as model:
+        context, continuation = model.encode_raw("The river runs"), model.tokenizer.encode(" to the sea")
+        (expected,) = likelihoods([(context, continuation)], following(model))
+    _, logprobs = told(serving(), completion_call(SCORED | {"prompt": [context + continuation], "seed": 1234}))
+    assert sum(logprobs["token_logprobs"][len(context) : -1]) == pytest.approx(expected.log, abs=1e-3)
+
+
+def test_every_answer_echoes_a_prompt_that_is_read_once(serving: Callable[..., ModelWorker]) -> None:
+    worker = serving()
+    call = completion_call(SCORED | {"prompt": LONG, "n": 2, "temperature": 2, "seed": 1, "max_tokens": 9})
+    made = asyncio.run(answers(worker, [call.request]))[0]
+    assert all(answer.text.startswith(LONG) for answer in made) and made[0].text != made[1].text
+    size = next(place for place, token in enumerate(made[0].tokens) if token.start >= len(LONG))
+    assert made[0].tokens[:size] == made[1].tokens[:size]
+
+    async def cached() -> int:
+        generation = await worker.submit(ask("", prompt=LONG))
+        await collect(generation, 1)
+        return generation.usage.cached_tokens
+
+    assert asyncio.run(cached()) > size // 2, "others may use its cache"
+
+
+def test_no_tokens_are_no_answer(serving: Callable[..., ModelWorker]) -> None:
+    async def made() -> tuple[Answer, int]:
+        generation = await worker.submit(completion_call({"prompt": "The river", "max_tokens": 0}).request)
+        return (await collect(generation, 1))[0], generation.usage.completion_tokens
+
+    worker = serving()
+    assert asyncio.run(made()) == (Answer(finish="length"), 0)
 
 
 def test_the_stop_string_of_an_answer_is_told(serving: Callable[..., ModelWorker]) -> None:
@@ -370,7 +437,8 @@ def test_an_answer_whose_time_ends_loses_nothing(serving: Callable[..., ModelWor
     whole = asyncio.run(answers(worker, [ask("The river", max_tokens=150)]))[0][0].text
     answer, tokens = asyncio.run(cut(f"{whole}☃"))
     assert answer.finish == "length" and tokens < 100 and answer.text
-    assert len(answer.tokens) == tokens and b"".join(one.raw for one in answer.tokens).startswith(answer.text.encode())
+    assert len(answer.tokens) == tokens
+    assert b"".join(one.raw for one in answer.tokens).decode(errors="replace") == answer.text
     worker._options = WorkerOptions()
     assert answer.text == asyncio.run(answers(worker, [ask("The river", max_tokens=tokens)]))[0][0].text
 

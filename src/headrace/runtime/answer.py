@@ -102,10 +102,12 @@ class Answer:
         limits: where the answer ends.
         continues: the answer goes on from the prompt's text (see `Tokenizer.decode`).
         logprobs: tell how likely each token was, and so many of the likeliest at its place; None: tell nothing.
+        prompt_logprobs: with `logprobs`, tell the same of the prompt's tokens, all of which are then computed.
         grammar: what the text must be; a stop string then ends it only where it is complete.
 
     Attributes:
-        limits, logprobs: as given.
+        limits, logprobs, prompt_logprobs: as given.
+        prompt: how likely each token of the prompt was, where that was asked for; None for the first.
         grammar: where the text is in its grammar, or None.
         usage: what it took so far.
         tokens: prompt and answer so far as the model has them before it, where an engine answers.
@@ -122,10 +124,13 @@ class Answer:
         *,
         continues: bool = False,
         logprobs: int | None = None,
+        prompt_logprobs: bool = False,
         grammar: Grammar | None = None,
     ) -> None:
         self.limits = limits
         self.logprobs = logprobs
+        self.prompt_logprobs = prompt_logprobs and logprobs is not None
+        self.prompt: list[Likelihood | None] = []
         self.usage = Usage()
         self.tokens: list[int] = []
         self.finish: str | None = None

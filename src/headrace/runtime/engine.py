@@ -278,7 +278,8 @@ class Engine:
             keep.add(slot)
             ids = tuple(sequence.tokens[sequence.held : sequence.held + self._chunk(sequence.pending)])
             whole = len(ids) == sequence.pending
-            wanted = tuple(range(len(ids) - 1, len(ids) + len(draft))) if whole else ()
+            first = 0 if sequence.hears is not None else len(ids) - 1 if whole else len(ids)
+            wanted = tuple(range(first, len(ids) + len(draft)))
             spans.append(Span(slot, sequence.held, (*ids, *draft), wanted))
         if not spans:
             return []
@@ -289,6 +290,12 @@ class Engine:
             sequence.held = min(span.stop, len(sequence.tokens))
             rows = logits[at : at + len(span.wanted)]
             at += len(rows)
+            if sequence.hears is not None:
+                count = sequence.held - span.start
+                sequence.hears(span.start, rows[:count])
+                rows = rows[count if sequence.pending else count - 1 :]
+                if not sequence.pending:  # from now on it is a sequence like any other
+                    sequence.hears, sequence.reuses = None, True
             sequence.last = rows[0] if len(rows) else None
             sequence.answered = sequence.answered or bool(len(rows))
             out.append(rows if len(rows) else None)

@@ -49,8 +49,10 @@ class Request:
             raise UserError(f"max_tokens is {answer.limits.max_tokens}; expected 1 or more")
         check_ids(prompt, vocab_size)
         options.check_vocabulary(vocab_size)
-        self.sequence = Sequence(prompt)
+        hears = self._hear if answer.prompt_logprobs else None
+        self.sequence = Sequence(prompt, reuses=hears is None, hears=hears)
         self.answer = answer
+        self.answer.prompt = [None] * len(prompt) if answer.prompt_logprobs else []
         self.answer.usage.prompt_tokens = len(prompt)
         self.answer.tokens = self.sequence.tokens
         self.after = after
@@ -110,6 +112,12 @@ class Request:
             self.answer.usage.drafted_tokens += len(drafts)
             self.answer.usage.accepted_tokens += accepted
         return made
+
+    def _hear(self, start: int, logits: Logits) -> None:
+        """Note how likely the prompt's tokens behind a place were."""
+        prompt = self.sequence.tokens
+        for place, (row, token) in enumerate(zip(logits, prompt[start + 1 :]), start + 1):
+            self.answer.prompt[place] = self._likelihood(row, token)
 
     def _choose(self, logits: Logits) -> Token | None:
         """The next token; None when the request failed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 
 from headrace.runtime.runner import Logits
@@ -20,9 +21,13 @@ class Sequence:
         answered: its prompt has been computed; what is pending from then on is the answer's.
         released: the engine may give its slot away; it takes no part in any step again.
         reuses: what others hold of it need not be computed again, and others may use what it holds.
+        hears: told a position and the logits (n, V) after it and those that follow, as its prompt is computed; None
+            behind that.
     """
 
-    def __init__(self, ids: Items[int] = (), *, reuses: bool = True) -> None:
+    def __init__(
+        self, ids: Items[int] = (), *, reuses: bool = True, hears: Callable[[int, Logits], None] | None = None
+    ) -> None:
         self.tokens = [int(i) for i in ids]
         self.slot: int | None = None
         self.held = 0
@@ -30,6 +35,7 @@ class Sequence:
         self.answered = False
         self.released = False
         self.reuses = reuses
+        self.hears = hears
 
     @property
     def pending(self) -> int:

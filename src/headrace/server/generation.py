@@ -43,11 +43,13 @@ class GenerationRequest:
 
     Attributes:
         prompt: token ids, a text to continue, or a conversation as {"role", "content", …} messages.
-        max_tokens: most tokens of an answer; None: as many as the context leaves.
+        max_tokens: most tokens of an answer, 0 where only the prompt's are of interest; None: as many as the context
+            leaves.
         sampling: fields of SamplingOptions that differ from the model's own.
         stop: strings that end an answer.
         n: how many answers.
         top_logprobs: how many alternatives are told with each token; None tells no probabilities.
+        echo: the prompt's text is given before each answer, and where probabilities are told, those of its tokens too.
         tools: functions the model may call, as OpenAI's {"type": "function", "function": …}.
         grammar: ("json_schema" | "json_object" | "regex" | "lark", source), or None.
     """
@@ -58,6 +60,7 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     n: int = 1
     top_logprobs: int | None = None
+    echo: bool = False
     tools: tuple[Mapping[str, Any], ...] = ()
     grammar: tuple[str, str] | None = None
 
@@ -74,14 +77,14 @@ class Logprob:
     Attributes:
         text: its own text; bytes that are no whole character are spelled \\xf0, special tokens as the vocabulary does.
         raw: the bytes it stands for in the text; none for special tokens.
-        logprob: the natural logarithm of its probability.
+        logprob: the natural logarithm of its probability; None for a prompt's first token, which nothing predicts.
         start: the character of the answer's text that it begins, or goes on with.
         top: the likeliest tokens at its place, without a start.
     """
 
     text: str
     raw: bytes
-    logprob: float
+    logprob: float | None
     start: int = 0
     top: tuple[Logprob, ...] = ()
 

@@ -14,12 +14,13 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
-from headrace.runtime.answer import Token
+from headrace.runtime.answer import Likelihood, Token
 from headrace.runtime.grammar import Grammar
 from headrace.runtime.request import Request
 from headrace.server.generation import GenerationRequest, Logprob, Piece, Usage
 from headrace.server.metrics import ModelMetrics
 from headrace.server.prompts import Prompt
+from headrace.text.streaming import TextStream
 from headrace.text.tokenizer import Tokenizer
 
 __all__ = ["Delivery", "Generation", "Job", "deliver"]
@@ -28,9 +29,16 @@ __all__ = ["Delivery", "Generation", "Job", "deliver"]
 @dataclass
 class _Telling:
     """Tokens of an answer and how likely they were, each told once text of it was given out: a token of a stop string
-    is none of the answer."""
+    is none of the answer.
 
-    given: int = 0  # characters
+    Attributes:
+        begins: characters of the prompt that are given before it.
+        given: characters so far, these included.
+        waiting: tokens whose text was not given yet.
+    """
+
+    begins: int
+    given: int
     waiting: list[Logprob] = field(default_factory=list)
 
     def tell(self, text: str, ended: bool) -> tuple[Logprob, ...]:
@@ -74,6 +82,7 @@ class Job:
     def piece(self, index: int, token: Token, tokenizer: Tokenizer, metrics: ModelMetrics) -> Piece:
         """What a token adds to answer `index`; it is counted, and so is the time until it came."""
         now, took = time.monotonic(), self.answers[index].answer.usage
+        echo = self._echo(tokenizer) if self.request.echo and index not in self.last else Piece(index, "")
         if index in self.last:
             metrics.between_tokens.observe(now - self.last[index])
         elif not self.last:
@@ -82,26 +91,34 @@ class Job:
             metrics.first_token.observe(now - self.arrived)
             metrics.cached_tokens.inc(took.cached_tokens)
         self.last[index] = now
+        if self.request.max_tokens == 0:
+            return replace(echo, choice=index, finish="length")
         self.usage.completion_tokens += 1
         metrics.generated_tokens.inc()
         if token.finish is not None:
             metrics.drafted_tokens.inc(took.drafted_tokens)
             metrics.accepted_tokens.inc(took.accepted_tokens)
-        if token.likelihood is None:
-            return Piece(index, token.text, token.finish, token.stop)
-        own = _logprob(tokenizer, token.id, token.raw, token.likelihood.logprob)
-        top = tuple(
-            own if other == token.id else _logprob(tokenizer, other, tokenizer.piece_bytes(other), logprob)
-            for other, logprob in token.likelihood.top
-        )
-        telling = self.telling.setdefault(index, _Telling())
-        telling.waiting.append(replace(own, start=token.start, top=top))
-        return Piece(index, token.text, token.finish, token.stop, telling.tell(token.text, token.finish is not None))
+        tokens: tuple[Logprob, ...] = ()
+        if token.likelihood is not None:
+            telling = self.telling.setdefault(index, _Telling(len(echo.text), len(echo.text)))
+            start = telling.begins + token.start
+            telling.waiting.append(_logprob(tokenizer, token.id, token.raw, start, token.likelihood))
+            tokens = telling.tell(token.text, token.finish is not None)
+        return Piece(index, echo.text + token.text, token.finish, token.stop, (*echo.tokens, *tokens))
 
     def cut(self, index: int, text: str) -> Piece:
         """The last piece of an answer that is stopped before its end; text: what was held back of it."""
-        told = self.telling.get(index, _Telling()).tell(text, ended=False)
-        return Piece(index, text, "length", tokens=told)
+        telling = self.telling.get(index)
+        return Piece(index, text, "length", tokens=telling.tell(text, ended=False) if telling else ())
+
+    def _echo(self, tokenizer: Tokenizer) -> Piece:
+        """The prompt's text, with its tokens where they are told."""
+        said, stream, tokens = self.request.prompt, TextStream(tokenizer), []
+        for token, likelihood in zip(self.prompt.ids, self.answers[0].answer.prompt):
+            start = stream.length
+            stream.push(token)
+            tokens.append(_logprob(tokenizer, token, stream.raw, start, likelihood))
+        return Piece(0, said if isinstance(said, str) else tokenizer.decode(self.prompt.ids), tokens=tuple(tokens))
 
 
 Delivery: TypeAlias = list[tuple[Job, list[Piece | Exception]]]
@@ -148,7 +165,17 @@ def _take_all(items: Sequence[tuple[Job, list[Piece | Exception]]]) -> None:
             job.pieces.put_nowait(piece)
 
 
-def _logprob(tokenizer: Tokenizer, token: int, raw: bytes, logprob: float) -> Logprob:
-    """A token as it is told; one without text, such as a special one, as the vocabulary spells it, or by its number."""
-    text = raw.decode("utf-8", errors="backslashreplace") or tokenizer.id_to_piece(token) or f"<{token}>"
-    return Logprob(text, raw, logprob)
+def _logprob(tokenizer: Tokenizer, token: int, raw: bytes, start: int, likelihood: Likelihood | None) -> Logprob:
+    """A token as it is told, with the likeliest at its place."""
+    if likelihood is None:
+        return Logprob(_spelled(tokenizer, token, raw), raw, None, start)
+    top = []
+    for other, logprob in likelihood.top:
+        theirs = raw if other == token else tokenizer.piece_bytes(other)
+        top.append(Logprob(_spelled(tokenizer, other, theirs), theirs, logprob))
+    return Logprob(_spelled(tokenizer, token, raw), raw, likelihood.logprob, start, tuple(top))
+
+
+def _spelled(tokenizer: Tokenizer, token: int, raw: bytes) -> str:
+    """A token's own text; one without, such as a special one, as the vocabulary spells it, or by its number."""
+    return raw.decode("utf-8", errors="backslashreplace") or tokenizer.id_to_piece(token) or f"<{token}>"

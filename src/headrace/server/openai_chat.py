@@ -38,7 +38,6 @@ class Call:
         stream: answer in chunks.
         include_usage: a last chunk tells the tokens used.
         chat: chat.completion, or else text_completion.
-        echo: the prompt's text stands before the answer.
     """
 
     model: str
@@ -46,7 +45,6 @@ class Call:
     stream: bool
     include_usage: bool
     chat: bool
-    echo: str = ""
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
         """The response object."""
@@ -97,7 +95,7 @@ class Call:
                 message["tool_calls"] = [call_object(call) for call in calls]
             choice["message"] = message
         else:
-            choice["text"] = self.echo + text
+            choice["text"] = text
         choice["logprobs"] = None if self.request.top_logprobs is None else self._logprobs(answer.tokens)
         return choice
 
@@ -113,7 +111,9 @@ class Call:
         return {
             "tokens": [_key(t) for t in tokens],
             "token_logprobs": [t.logprob for t in tokens],
-            "top_logprobs": [{_key(one): one.logprob for one in (*t.top, t)} for t in tokens],
+            "top_logprobs": [
+                None if t.logprob is None else {_key(one): one.logprob for one in (*t.top, t)} for t in tokens
+            ],
             "text_offset": [t.start for t in tokens],
         }
 
@@ -159,11 +159,11 @@ def completion_call(raw: object) -> Call:
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
         prompt = prompt[0]
     if isinstance(prompt, list) and not (prompt and all(type(i) is int for i in prompt)):
-        raise Refused(f"prompt is {shown(prompt)}; expected one text or a list of token ids", field="prompt")
+        raise Refused(f"prompt is {shown(prompt)}; expected one text or list of token ids", field="prompt")
     body.only("suffix", "")
     body.only("best_of", 1)
-    echo = prompt if body.flag("echo") and isinstance(prompt, str) else ""
-    call = _call(body, prompt, chat=False, top=body.whole("logprobs", 0, MAX_TOP_LOGPROBS), echo=echo)
+    top = body.whole("logprobs", 0, MAX_TOP_LOGPROBS)
+    call = _call(body, prompt, chat=False, top=top, echo=body.flag("echo"))
     body.done()
     return call
 
@@ -175,12 +175,12 @@ def _call(
     chat: bool,
     top: int | None,
     tools: ToolUse = NO_TOOLS,
-    echo: str = "",
+    echo: bool = False,
 ) -> Call:
     options = body.take("stream_options", dict, default={})
     wanted = grammar_of(body.take("response_format", dict, default={"type": "text"}))
     limit = body.whole("max_completion_tokens", 1, 1 << 20)
-    older = body.whole("max_tokens", 1, 1 << 20)
+    older = body.whole("max_tokens", 1 if chat else 0, 1 << 20)
     sampling = {
         "temperature": body.number("temperature", 0, 2),
         "top_p": body.number("top_p", 0, 1),
@@ -194,11 +194,12 @@ def _call(
     }
     request = GenerationRequest(
         prompt=prompt,
-        max_tokens=limit or older or (None if chat else 16),
+        max_tokens=next((most for most in (limit, older) if most is not None), None if chat else 16),
         sampling={name: value for name, value in sampling.items() if value is not None},
         stop=body.strings("stop"),
         n=body.whole("n", 1, MAX_ANSWERS) or 1,
         top_logprobs=top,
+        echo=echo,
         tools=tools.tools,
         grammar=tools.grammar or wanted,
     )
@@ -208,7 +209,6 @@ def _call(
         stream=body.flag("stream"),
         include_usage=bool(options.get("include_usage")),
         chat=chat,
-        echo=echo,
     )
 
 

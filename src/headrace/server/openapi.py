@@ -69,6 +69,7 @@ PARTS = _list(
     _object({"type": _one_of("text", "input_text", "output_text"), "text": TEXT}, ["type", "text"], open_=True)
 )
 CONTENT = _either(TEXT, PARTS)
+IDS = _list(_whole(0, MOST_TOKENS), 1)
 FUNCTION = _object({"name": TEXT, "description": TEXT, "parameters": OBJECT}, ["name"], open_=True)
 CALL = _object(
     {"id": TEXT, "function": _object({"name": TEXT, "arguments": OBJECT}, ["name", "arguments"])},
@@ -149,6 +150,7 @@ BODIES: Mapping[str, Schema] = {
         _OPENAI
         | {
             "prompt": _either(TEXT, IDS, _list(_either(TEXT, IDS), 1, 1)),
+            "max_tokens": _whole(0, MOST_TOKENS),
             "suffix": _one_of(""),
             "best_of": _whole(1, 1),
             "echo": FLAG,

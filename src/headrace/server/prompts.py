@@ -73,7 +73,9 @@ def prepare(model: LanguageModel, request: GenerationRequest) -> Prompt:
         options.check_vocabulary(model.engine.runner.vocab_size)
     except UserError as error:
         raise Refused(str(error), field="logit_bias") from None
-    limits = Limits(min(request.max_tokens or room, room), rendered.stop_ids, request.stop)
+    # Of an answer of no tokens one is drawn, and nobody is told.
+    most = room if request.max_tokens is None else min(max(request.max_tokens, 1), room)
+    limits = Limits(most, rendered.stop_ids, request.stop)
     return Prompt(rendered.ids, rendered.continues, limits, options)
 
 

@@ -281,6 +281,7 @@ class ModelWorker:
                     prompt.limits,
                     continues=prompt.continues,
                     logprobs=job.request.top_logprobs,
+                    prompt_logprobs=job.request.echo and index == 0,
                     grammar=job.grammar,
                 )
                 made.append(self._engine.submit(prompt.ids, options, answer, after=made[0] if made else None))
