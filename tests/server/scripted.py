@@ -113,9 +113,7 @@ class ScriptedGeneration:
                 self._model.said += 1
                 last = number == len(self._model.words) - 1
                 finish, stop = (self._model.finish, self._model.stop) if last else (None, None)
-                raw = word.encode()
-                top = (Logprob(word, raw, -0.5), Logprob("x", b"x", -1.5))
-                told = (Logprob(word, raw, -0.5, len("".join(self._model.words[:number])), top),)
+                told = _told(word, len("".join(self._model.words[:number])))
                 yield Piece(choice, word, finish, stop, told if self._request.top_logprobs is not None else ())
             if self._model.breaks:
                 raise RuntimeError("a secret of the machine")
@@ -123,6 +121,15 @@ class ScriptedGeneration:
     async def aclose(self) -> None:
         """Count it."""
         self._model.closed += 1
+
+
+def _told(word: str, start: int) -> tuple[Logprob, ...]:
+    """A word's tokens: one, or where it is not ASCII each of its bytes."""
+    tokens = []
+    for raw in [word.encode()] if word.isascii() else [bytes([byte]) for byte in word.encode()]:
+        text = raw.decode(errors="backslashreplace")
+        tokens.append(Logprob(text, raw, -0.5, start, (Logprob(text, raw, -0.5), Logprob("x", b"x", -1.5))))
+    return tuple(tokens)
 
 
 @contextmanager

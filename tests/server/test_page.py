@@ -182,13 +182,15 @@ def test_settings_reach_the_model(page: Any, model: ScriptedModel) -> None:
         page.find_element(By.ID, name).send_keys(value + Keys.TAB)
     page.find_element(By.ID, "show_probabilities").click()
     shot(page, "settings")
+    model.words = [*ANSWER, "🦕"]
     say(page, "Hi")
     answered(page)
     asked = model.seen[-1]
     assert asked.sampling == {"temperature": 0.5, "seed": 7} and asked.max_tokens == 30
     assert asked.prompt[0] == {"role": "system", "content": "Be brief."}
     tokens = page.find_elements(By.CSS_SELECTOR, ".token")
-    assert len(tokens) == len(ANSWER) and "60.7 %" in tokens[0].get_attribute("title")
+    assert len(tokens) == len(ANSWER) + len("🦕".encode()) and "60.7 %" in tokens[0].get_attribute("title")
+    assert "".join(token.get_attribute("textContent") for token in tokens) == "".join(model.words)
     shot(page, "probabilities")
 
 

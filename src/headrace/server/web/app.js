@@ -125,17 +125,23 @@ function messageNode(message, index) {
 function fill(body, message) {
   if (message.role === "user") body.textContent = message.content;
   else if (message.error) body.replaceChildren(...markdown(message.content, strings()), element("p", { className: "error", textContent: message.error }));
-  else if (state.settings.show_probabilities && message.tokens?.length) body.replaceChildren(...message.tokens.map(tokenNode));
+  else if (state.settings.show_probabilities && message.tokens?.length) body.replaceChildren(...tokenNodes(message.tokens));
   else body.replaceChildren(...markdown(message.content, strings()));
 }
 
 const percent = (logprob) => `${(100 * Math.exp(logprob)).toFixed(1)} %`;
 
-function tokenNode(token) {
+/** A character of several tokens stands where its last one is. */
+function tokenNodes(tokens) {
+  const decoder = new TextDecoder();
+  return tokens.map((token) => tokenNode(token, decoder.decode(new Uint8Array(token.bytes ?? []), { stream: true })));
+}
+
+function tokenNode(token, text) {
   const p = Math.exp(token.logprob);
   const level = p > 0.9 ? 0 : p > 0.6 ? 1 : p > 0.3 ? 2 : p > 0.1 ? 3 : 4;
   const others = (token.top_logprobs ?? []).map((t) => `${JSON.stringify(t.token)}  ${percent(t.logprob)}`).join("\n");
-  return element("span", { className: `token p${level}`, textContent: token.token, title: `${percent(token.logprob)}\n${others}` });
+  return element("span", { className: `token p${level}`, textContent: text, title: `${percent(token.logprob)}\n${others}` });
 }
 
 function statsText({ stats, finish }) {
