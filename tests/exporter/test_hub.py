@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -216,6 +217,69 @@ def test_another_revision_replaces_what_pull_wrote(hub: Served, fetch: Fetch, tm
         assert open_checkpoint(tmp_path / "mine").config.num_layers == layers
 
 
+def test_another_revision_leaves_no_file_of_the_old_one(hub: Served, fetch: Fetch, tmp_path: Path) -> None:
+    """A single file of weights comes before shards, so that what is left of it would be the model."""
+    endpoint, handler = hub
+    old = write_llama(tmp_path / "hub" / "org" / "tiny@v1", shards=1, seed=3)
+    (old / "added_tokens.json").write_text("{}")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    assert fetch(endpoint, "org/tiny", "-o", "mine", "--revision", "v1").returncode == 0
+    handler.spoil = SECOND
+    refused(fetch(endpoint, "org/tiny", "-o", "mine"))
+    assert "model.safetensors" not in names(tmp_path / "mine"), "what a pull leaves that stopped is of one commit too"
+    handler.spoil = None
+    done = fetch(endpoint, "org/tiny", "-o", "mine")
+    assert done.returncode == 0, done.stderr
+    assert names(tmp_path / "mine") == {
+        "config.json", "generation_config.json", "tokenizer.model", "LICENSE", "model.safetensors.index.json",
+        FIRST, SECOND, "notes.txt",
+    }  # fmt: skip
+    assert open_checkpoint(tmp_path / "mine").digest() == open_checkpoint(tmp_path / "hub" / "org" / "tiny").digest()
+
+
+@pytest.mark.parametrize("sizes", [True, False])
+@pytest.mark.parametrize("name", ["config.json", "added_tokens.json"])
+@pytest.mark.parametrize("revision", ["v1", "main"])
+def test_a_file_that_was_changed_by_hand_is_neither_replaced_nor_removed(
+    hub: Served, fetch: Fetch, tmp_path: Path, sizes: bool, name: str, revision: str
+) -> None:
+    endpoint, handler = hub
+    handler.sizes = sizes
+    old = write_llama(tmp_path / "hub" / "org" / "tiny@v1", layers=2, seed=3)
+    (old / "added_tokens.json").write_text("{}")
+    assert fetch(endpoint, "org/tiny", "-o", "mine", "--revision", "v1").returncode == 0
+    changed = tmp_path / "mine" / name
+    changed.write_text(f"{changed.read_text()}\n")
+    here = {each: (tmp_path / "mine" / each).read_bytes() for each in names(tmp_path / "mine")}
+    line = refused(fetch(endpoint, "org/tiny", "-o", "mine", "--revision", revision))
+    assert line == (
+        f"error: mine/{name} was changed since pull wrote it and would be replaced; move it away, or choose another "
+        "folder, -o"
+    )
+    assert {each: (tmp_path / "mine" / each).read_bytes() for each in names(tmp_path / "mine")} == here
+    changed.unlink()
+    done = fetch(endpoint, "org/tiny", "-o", "mine", "--revision", revision)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("way", ["../outside.txt", "link/outside.txt"])
+def test_a_record_that_names_a_file_outside_removes_nothing(
+    hub: Served, fetch: Fetch, tmp_path: Path, way: str
+) -> None:
+    endpoint, _ = hub
+    write_llama(tmp_path / "hub" / "org" / "tiny@v1", layers=2, seed=3)
+    assert fetch(endpoint, "org/tiny", "-o", "mine", "--revision", "v1").returncode == 0
+    (tmp_path / "outside.txt").write_text("mine")
+    (tmp_path / "mine" / "link").symlink_to(tmp_path)
+    path = tmp_path / "mine" / ".cache" / "headrace" / "pull.json"
+    record = json.loads(path.read_text())
+    record["files"][way] = {"size": 4, "content": hashlib.sha256(b"mine").hexdigest()}
+    path.write_text(json.dumps(record))
+    assert "was changed since pull wrote it" in refused(fetch(endpoint, "org/tiny", "-o", "mine"))
+    assert (tmp_path / "outside.txt").read_text() == "mine"
+
+
 def test_files_of_another_origin_are_left_alone(hub: Served, fetch: Fetch, tmp_path: Path) -> None:
     endpoint, _ = hub
     (tmp_path / "mine").mkdir()
@@ -318,5 +382,7 @@ def test_one_of_several_gguf(hub: Served, fetch: Fetch, tmp_path: Path) -> None:
     assert done.stdout == "quants/tiny-Q8_0.gguf\n"
     assert names(tmp_path / "quants") == {"tiny-Q8_0.gguf", "README.md"}
     assert open_checkpoint(tmp_path / "quants").config.num_layers == 3
+    assert fetch(endpoint, "org/quants", "--file", "q4_0").returncode == 0
+    assert names(tmp_path / "quants") == {"tiny-Q4_0.gguf", "tiny-Q8_0.gguf", "README.md"}, "both are of one commit"
     line = refused(fetch(endpoint, "org/quants", "--file", "Q2_K"))
     assert line == ("error: --file 'Q2_K' is no file of the repository; expected one of tiny-Q4_0.gguf, tiny-Q8_0.gguf")

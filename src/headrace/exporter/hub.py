@@ -81,7 +81,8 @@ def pull_repository(
 
     Raises:
         CheckpointError: the repository, the revision or the model is not there or needs a token; the hub cannot be
-            reached; a file did not come whole; the disk is too full; files of another origin are in the way.
+            reached; a file did not come whole; the disk is too full; files of another origin, or that were changed
+            since pull wrote them, are in the way.
     """
     import huggingface_hub
     from huggingface_hub.errors import OfflineModeIsEnabled
@@ -125,13 +126,14 @@ def _fetch(name: str, info: Any, folder: Path, file: str | None, revision: str |
         for sibling in info.siblings or []
     ]
     by_name = {each.name: each for each in listed}
-    made = dict(before.files) if before else {}
-    beside, weights = choose(listed, file, lambda index: hub.read_index(folder, by_name[index], made))
+    beside, weights = choose(listed, file, lambda index: hub.read_index(folder, by_name[index], before))
     model = weights[0].name if weights[0].name.endswith(".gguf") else None
-    record = Record(name, commit, revision, _license(info.card_data), made, model)
     chosen = [*beside, *weights]
-    missing = [each for each in chosen if not hub.is_there(folder, each, made)]
+    missing = [each for each in chosen if not hub.is_there(folder, each, before)]
     _check_room(folder, missing)
+    # First of all, so that at no time the folder holds files of one commit and a record of another.
+    made = _without_others(folder, before, commit, by_name) if before else {}
+    record = Record(name, commit, revision, _license(info.card_data), made, model)
     _write_record(folder, record)
     whole, done = max(-(-sum(each.size or 0 for each in missing) // MEGABYTE), 1), 0
     for each in missing:
@@ -155,28 +157,29 @@ class _Hub:
         """How the record tells a file that is there."""
         return {"size": (folder / file.name).stat().st_size, "content": file.sha256 or file.blob or self.commit}
 
-    def is_there(self, folder: Path, file: RepositoryFile, made: dict[str, dict[str, Any]]) -> bool:
-        """Whether a file is there already; one that pull did not write and that differs is never replaced."""
+    def is_there(self, folder: Path, file: RepositoryFile, before: Record | None) -> bool:
+        """Whether a file is there already; one with other content than pull wrote is never replaced."""
         path = folder / file.name
         if not path.exists():
             return False
+        made = before.files if before else {}
         if path.is_file() and made.get(file.name) == self.written(folder, file):
             return True
         found, expected = _hash_of(path, file) if path.is_file() else (None, "a file")
-        same = found == expected and found is not None
-        if not same and file.name not in made:
+        if found == expected and found is not None:
+            return True
+        if before is None or file.name not in made:
             raise CheckpointError(
                 f"{path} is there with other content, which pull did not write; choose another folder, -o"
             )
-        return same
+        _refuse_changed(folder, file.name, before)
+        return False
 
     def fetch(self, folder: Path, file: RepositoryFile, progress: Any) -> None:
         """A file, under its name when it is whole and its hash is right."""
         target = folder / file.name
         part = self._part(folder, file)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if part.exists() and (file.size is None or part.stat().st_size > file.size):
-            part.unlink()
         with part.open("ab") as out:
             self._download(file, out, progress)
             out.flush()
@@ -190,9 +193,9 @@ class _Hub:
         sync(part)
         part.replace(target)
 
-    def read_index(self, folder: Path, file: RepositoryFile, made: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def read_index(self, folder: Path, file: RepositoryFile, before: Record | None) -> dict[str, Any]:
         """A JSON file, fetched if need be, but not yet given its name."""
-        if self.is_there(folder, file, made):
+        if self.is_there(folder, file, before):
             return read_json(folder / file.name, error=CheckpointError, advice="tell the repository's authors")
         if (file.size or 0) > INDEX_LIMIT:
             raise CheckpointError(f"{file.name} of {self.name} has {file.size} bytes; expected at most {INDEX_LIMIT}")
@@ -202,10 +205,12 @@ class _Hub:
         return read_json(part, error=CheckpointError, advice="tell the repository's authors")
 
     def _part(self, folder: Path, file: RepositoryFile) -> Path:
-        """Where a file grows; other content has another name."""
+        """Where a file grows; other content has another name. What cannot be gone on with begins anew."""
         identity = file.sha256 or file.blob or f"{self.commit}/{file.name}"
         part = folder / RECORD.parent / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.part"
         part.parent.mkdir(parents=True, exist_ok=True)
+        if part.exists() and (file.size is None or part.stat().st_size > file.size):
+            part.unlink()
         return part
 
     def _download(self, file: RepositoryFile, out: IO[bytes], progress: Any) -> None:
@@ -223,6 +228,41 @@ class _Hub:
                 headers=build_hf_headers(library_name="headrace"),
                 expected_size=file.size,
             )
+
+
+def _without_others(
+    folder: Path, before: Record, commit: str, listed: dict[str, RepositoryFile]
+) -> dict[str, dict[str, Any]]:
+    """Remove what pull wrote of another commit and this one does not have; what pull wrote and that stays."""
+    if before.revision == commit:
+        return dict(before.files)
+    stays = {
+        name: written
+        for name, written in before.files.items()
+        if name in listed and written.get("content") in (listed[name].sha256, listed[name].blob)
+    }
+    gone = [name for name in before.files if name not in stays and (folder / name).exists()]
+    for name in gone:
+        _refuse_changed(folder, name, before)
+    for name in gone:
+        (folder / name).unlink()
+    return stays
+
+
+def _refuse_changed(folder: Path, name: str, record: Record) -> None:
+    """Raise CheckpointError when a file is no longer what pull wrote."""
+    path, written = folder / name, record.files[name]
+    content = str(written.get("content"))
+    same = path.is_file() and path.resolve().is_relative_to(folder.resolve())
+    same = same and path.stat().st_size == written.get("size")
+    if same and content != record.revision:  # a hub that states no hash
+        of_git = len(content) == 40
+        found, expected = _hash_of(path, RepositoryFile(name, None, None if of_git else content, content))
+        same = found == expected
+    if not same:
+        raise CheckpointError(
+            f"{path} was changed since pull wrote it and would be replaced; move it away, or choose another folder, -o"
+        )
 
 
 class _Watched:
