@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,30 @@ def test_killed_while_the_bundle_was_replaced(run: Any, exports: Exports, tmp_pa
     assert json.loads((old / MANIFEST).read_text())["plan"]["parts"] == 5
     run(tmp_path / "out", parts=3, resume=True)
     assert json.loads((old / MANIFEST).read_text())["plan"]["parts"] == 3
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("options", [{"bits": 5.0}, {"method": "best"}], ids=["costs", "gradients"])
+@pytest.mark.parametrize("removed", range(4))
+def test_stopped_while_the_work_folder_was_cleared(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: int, options: dict[str, Any]
+) -> None:
+    """The bundle is at its place, and some of what was kept for going on is gone."""
+    real, calls = workspace.clear, 0
+
+    def clear(path: Path, kept: Sequence[str]) -> None:
+        nonlocal calls
+        calls += 1
+        real(path, kept[:removed] if calls == 2 else kept)
+        if calls == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(workspace, "clear", clear)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", **options)
+    assert not (tmp_path / "out.partial" / "bundle").exists()
+    run(tmp_path / "out", resume=removed == 0, **options)
+    assert check_files(tmp_path / "out") == []
     assert names(tmp_path) == ["out"]
 
 

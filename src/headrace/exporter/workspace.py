@@ -40,6 +40,7 @@ __all__ = ["Workspace", "differences", "output_folder", "refuse_full_disk", "wor
 
 STATE, HIDDEN, SENSITIVITY, GRADIENTS = "state.json", "states.bin", "sensitivity.json", "gradients.npz"
 BUNDLE, DEVICE, REPLACED = "bundle", "device", "replaced"
+# state.json is removed first: without it the others are no work, also where a process is killed in between.
 _FILES = (STATE, HIDDEN, SENSITIVITY, GRADIENTS)
 _NAMES = (*_FILES, *(temporary_name(Path(name)).name for name in _FILES), BUNDLE, DEVICE, REPLACED)
 
@@ -138,7 +139,8 @@ class Workspace:
     @property
     def has_work(self) -> bool:
         """There is something that took long and need not be done again."""
-        return bool(self.layers) or (self.root / SENSITIVITY).exists() or (self.root / GRADIENTS).exists()
+        kept = bool(self.layers) or (self.root / SENSITIVITY).exists() or (self.root / GRADIENTS).exists()
+        return kept and (self.root / STATE).exists()
 
     def energy(self) -> dict[str, NDArray[np.float32]] | None:
         """What was measured by `quantize.gradients.gradient_energy`, or None."""
@@ -226,8 +228,10 @@ def workspace(out: Path, identity: Mapping[str, Any], *, resume: bool, restart: 
         if not has_work:
             clear(root, _NAMES)
             found.layers.clear()
-            found.bundle.mkdir()
             found._save()
+        if not found.bundle.exists():  # it is new, or has gone to its place just before a run was interrupted
+            clear(root, [HIDDEN])  # of layers that went with it
+            found.bundle.mkdir()
         try:
             yield found
             done = True
