@@ -280,6 +280,19 @@ def test_another_checkpoint_is_told(exports: Exports, tmp_path: Path) -> None:
     assert contents(resumed) == contents(fresh)
 
 
+def test_a_template_in_a_folder_of_its_own_is_the_checkpoints(exports: Exports, tmp_path: Path) -> None:
+    options = {**SMALL, "calibration": [exports.text]}
+    folder = write_checkpoint(tmp_path / "c")
+    template = folder / "additional_chat_templates" / "default.jinja"
+    template.parent.mkdir()
+    template.write_text("{{ messages[0]['content'] }}")
+    with pytest.raises(Stop):
+        export(folder, tmp_path / "out", progress=stop_at("quantizing layers", 3), **options)
+    template.write_text("{{ messages[-1]['content'] }}")
+    with pytest.raises(BundleError, match=r"differs: the checkpoint's additional_chat_templates/default\.jinja; ask"):
+        export(folder, tmp_path / "out", resume=True, **options)
+
+
 def test_killed_with_nine_and_resumed(run: Any, exports: Exports, tmp_path: Path) -> None:
     """A child process that kills itself while the bytes of a layer are being written."""
     code = f"""

@@ -33,6 +33,7 @@ from headrace.targets.qualcomm.compile_cost import estimate_compile
 from headrace.targets.qualcomm.genie_bundle import refuse_contexts
 from headrace.targets.qualcomm.soc import find_soc
 from headrace.targets.qualcomm.toolchain import find_toolchain
+from headrace.text.tokenizer_config import template_files
 
 __all__ = ["ExportSettings", "settle"]
 
@@ -141,9 +142,10 @@ class ExportSettings:
         """What an interrupted export must still be to go on: the options, the program, the checkpoint's files."""
         # Everything beside the weights too: tokenizer and generation settings become part of the bundle.
         root = self.checkpoint.path
-        beside = [file for file in root.iterdir() if file.is_file()] if root.is_dir() else []
-        found = {file: file.stat() for file in sorted({*self.checkpoint.files, *beside})}
-        files = {file.name: [stat.st_size, stat.st_mtime_ns] for file, stat in found.items()}
+        beside = [*root.iterdir(), *template_files(root).values()] if root.is_dir() else []
+        found = {file: file.stat() for file in sorted({*self.checkpoint.files, *filter(Path.is_file, beside)})}
+        at = root if root.is_dir() else root.parent
+        files = {file.relative_to(at).as_posix(): [stat.st_size, stat.st_mtime_ns] for file, stat in found.items()}
         return {"headrace": __version__, "bundle format": FORMAT, "checkpoint": files, **self.asked()}
 
 

@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 from headrace.errors import TokenizerError, shown
 from headrace.files import read_json, read_text
 
-__all__ = ["MAX_ID", "AddedPiece", "TokenizerConfig"]
+__all__ = ["MAX_ID", "AddedPiece", "TokenizerConfig", "template_files"]
 
 MAX_ID = (1 << 24) - 1  # the largest vocabularies have some 260,000 tokens
 # The tokens that transformers names, and hands to chat templates under these names.
 MARKS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 ADDITIONAL = "additional_special_tokens"
+TEMPLATE_FILE = "chat_template.jinja"  # the template for conversations
 # Hugging Face's own Llama classes put a space before a text only at its very beginning, unless they are told otherwise;
 # the SentencePiece classes that models bring along put one before every stretch of text between special tokens.
 LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
@@ -227,17 +228,21 @@ def _templates(told: object, folder: Path, where: Path) -> dict[str, str]:
             raise TokenizerError(f"{where}: chat_template is a {type(template).__name__}; expected text")
         if template:
             templates[name] = template
-    files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-    if (own := folder / "chat_template.jinja").is_file():
-        files["default"] = own
-    templates |= {name: read_text(path, error=TokenizerError) for name, path in files.items()}
+    templates |= {name: read_text(path, error=TokenizerError) for name, path in template_files(folder).items()}
     if templates and "default" not in templates:
         names = ", ".join(map(shown, sorted(templates)))
         raise TokenizerError(
             f"{folder} has chat templates named {names}; expected one named default: copy the one for conversations to "
-            f"{own}"
+            f"{folder / TEMPLATE_FILE}"
         )
     return templates
+
+
+def template_files(folder: Path) -> dict[str, Path]:
+    """Chat templates that are files of their own, by name."""
+    files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    own = folder / TEMPLATE_FILE
+    return files | ({"default": own} if own.is_file() else {})
 
 
 def _named(names: Mapping[str, Any], marks: Mapping[str, str | list[str]], where: Path) -> dict[int, AddedPiece]:
