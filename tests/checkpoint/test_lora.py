@@ -190,10 +190,14 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[UserError], str]] = {
     "truncated": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"short"), CheckpointError, "5 bytes"),
     "prefix tuning": (lambda f: edit(f, peft_type="PREFIX_TUNING"), ConfigError, "peft_type is 'PREFIX_TUNING'"),
     "dora": (lambda f: edit(f, use_dora=True), ConfigError, "use_dora is True: DoRA scales whole weights"),
+    "kasa": (lambda f: edit(f, kasa_config={"beta": 1e-4}), ConfigError, "KaSA cuts singular values off the model"),
     "biases": (lambda f: edit(f, bias="lora_only"), ConfigError, "bias is 'lora_only': trained biases"),
     "pair with bias": (lambda f: edit(f, lora_bias=True), ConfigError, "lora_bias is True"),
     "whole modules": (lambda f: edit(f, modules_to_save=["lm_head"]), ConfigError, "modules_to_save is"),
-    "pissa": (lambda f: edit(f, init_lora_weights="pissa_niter_4"), ConfigError, "which changes the model too"),
+    **{
+        start: (lambda f, start=start: edit(f, init_lora_weights=start), ConfigError, "which changes the model too")
+        for start in ("pissa", "pissa_niter_4", "OLoRA", "corda", "loftq", "lora_ga")
+    },
     "unknown module": (
         lambda f: rename(f, "q_proj", "q_porj"), CheckpointError, r"does not have; did you mean 'layers\.\d\.self_attn",
     ),

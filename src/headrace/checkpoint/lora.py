@@ -45,7 +45,7 @@ DEFAULT_RANK, DEFAULT_ALPHA = 8, 8.0  # LoraConfig's
 # base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight; an embedding's pair has no ".weight".
 TENSOR = re.compile(r"base_model\.model\.(?:model\.)?(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
 # Starts that change the base weights too: what the adapter is to be added to is not the published model.
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,7 @@ def _refuse_more(folder: Path, raw: Mapping[str, Any]) -> None:
         "layer_replication": "it repeats layers",
         "alora_invocation_tokens": "it acts from a certain token on",
         "use_qalora": "its inputs are pooled",
+        "kasa_config": "KaSA cuts singular values off the model",
     }
     for key, reason in reasons.items():
         if raw.get(key):
