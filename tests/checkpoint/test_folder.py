@@ -399,8 +399,36 @@ ROPE: dict[str, tuple[dict[str, Any], str | tuple[float, str | None]]] = {
     "older linear": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, (50000.0, "linear")),
     "both names": ({"rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 2}}, (50000.0, "linear")),
     "null type": ({"rope_scaling": {"rope_type": None}}, (50000.0, None)),
-    "parameters": ({"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 7e5}}, (7e5, "linear")),
-    "parameters win": ({"rope_parameters": {"rope_theta": 7e5}, "rope_scaling": {"type": "yarn"}}, (7e5, None)),
+    "parameters": (
+        {"rope_theta": ..., "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 7e5}},
+        (7e5, "linear"),
+    ),
+    "both": (
+        {
+            "rope_theta": 7e5, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 7e5},
+            "rope_scaling": {"type": "linear", "factor": 4},
+        },
+        (7e5, "linear"),
+    ),
+    "two kinds": (
+        {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 4.0}},
+        "rope_parameters and rope_scaling state different scalings; expected one;",
+    ),
+    "two factors": (
+        {
+            "rope_parameters": {"rope_type": "linear", "factor": 2.0},
+            "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        },
+        "rope_parameters and rope_scaling state different scalings; expected one;",
+    ),
+    "the older is not supported": (
+        {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "yarn"}}, "'yarn' is not supported",
+    ),
+    "two bases": ({"rope_theta": 5e4, "rope_parameters": {"rope_theta": 7e5}}, "is 50000 in config.json and 700000 in"),
+    "two bases, both newer": (
+        {"rope_theta": None, "rope_parameters": {"rope_theta": 7e5}, "rope_scaling": {"rope_theta": 1e6}},
+        r"rope_theta is 700000 in rope_parameters and 1e\+06 in rope_scaling; expected one value;",
+    ),
     "theta is null": ({"rope_theta": None}, (10000.0, None)),
     "yarn": (
         {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},

@@ -86,27 +86,45 @@ def rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """Rotary base and scaling, from rope_theta and rope_scaling, or from the newer rope_parameters.
 
     Raises:
-        ConfigError: the scaling is neither linear nor llama3, only a part of a head is turned, or a number is missing.
+        ConfigError: the scaling is neither linear nor llama3, only a part of a head is turned, a number is missing, or
+            two places differ.
     """
-    section = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(section, Mapping):
-        raise ConfigError(f"rope_scaling is {shown(section)}; expected an object or null")
-    if any(isinstance(value, Mapping) for value in section.values()):
-        raise ConfigError(f"rope_parameters differ by layer ({shown(list(section))}); expected one kind for all layers")
-    theta = number(section, "rope_theta", number(raw, "rope_theta", DEFAULT_ROPE_THETA))
-    turned = number(section, "partial_rotary_factor", number(raw, "partial_rotary_factor", 1.0))
-    if turned != 1.0:
-        raise ConfigError(f"partial_rotary_factor is {turned}, which is not supported; expected 1: whole heads turned")
+    sections = {key: raw[key] for key in ("rope_parameters", "rope_scaling") if raw.get(key)}
+    for key, section in sections.items():
+        if not isinstance(section, Mapping):
+            raise ConfigError(f"{key} is {shown(section)}; expected an object or null")
+        if any(isinstance(value, Mapping) for value in section.values()):
+            raise ConfigError(f"{key} differ by layer ({shown(list(section))}); expected one kind for all layers")
+    places = {"config.json": raw, **sections}
+    thetas = {key: number(at, "rope_theta", 0.0) for key, at in places.items() if at.get("rope_theta") is not None}
+    if len(set(thetas.values())) > 1:
+        told = " and ".join(f"{theta:g} in {key}" for key, theta in thetas.items())
+        raise ConfigError(f"rope_theta is {told}; expected one value; keep in config.json what the model has")
+    for place in places.values():
+        if (turned := number(place, "partial_rotary_factor", 1.0)) != 1.0:
+            raise ConfigError(
+                f"partial_rotary_factor is {turned}, which is not supported; expected 1: whole heads turned"
+            )
+    scalings = {_scaling(raw, section) for section in sections.values()} or {None}
+    if len(scalings) > 1:  # transformers takes the older one, others the newer
+        raise ConfigError(
+            "rope_parameters and rope_scaling state different scalings; expected one; keep in config.json the section "
+            "that the model has"
+        )
+    return next(iter(thetas.values()), DEFAULT_ROPE_THETA), scalings.pop()
+
+
+def _scaling(raw: Mapping[str, Any], section: Mapping[str, Any]) -> RopeScaling | None:
+    """What one section says of the scaling."""
     # Some configs have both keys, and the older one tells mrope where the newer one says default.
     kinds = [section[key] for key in ("type", "rope_type") if section.get(key) not in (None, "default")]
     if not kinds:
-        if "mrope_section" in section:
-            kinds = ["mrope"]
-        else:
-            return theta, None
+        if "mrope_section" not in section:
+            return None
+        kinds = ["mrope"]
     kind = kinds[0]
     if kind == "linear":
-        return theta, RopeScaling("linear", number(section, "factor", 0.0))
+        return RopeScaling("linear", number(section, "factor", 0.0))
     if kind == "llama3":
         scaling = RopeScaling(
             "llama3",
@@ -120,7 +138,7 @@ def rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
                 f"rope_scaling high_freq_factor {scaling.high_freq_factor} is not above "
                 f"low_freq_factor {scaling.low_freq_factor}"
             )
-        return theta, scaling
+        return scaling
     advice = _without(raw, section, kind)
     raise ConfigError(f"rope_scaling {shown(kind)} is not supported; expected 'default', 'linear' or 'llama3'{advice}")
 
