@@ -153,8 +153,28 @@ def test_a_window_ends_the_context(tmp_path: Path) -> None:
     edit_config(folder, sliding_window=...)
     assert open_checkpoint(folder).config.max_context == 4096, "MistralConfig's default window"
     assert open_checkpoint(write_qwen2(tmp_path / "q")).config.max_context == MAX_POSITIONS
-    sliding = open_checkpoint(write_qwen2(tmp_path / "s", use_sliding_window=True)).config
-    assert (sliding.max_context, sliding.sliding_window) == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "slides"),
+    [
+        ({}, False),  # the writer's 3 layers and max_window_layers 21
+        ({"max_window_layers": 3}, False),
+        ({"max_window_layers": 2}, True),
+        ({"max_window_layers": 0}, True),
+        ({"max_window_layers": ...}, False),
+        ({"max_window_layers": ..., "num_hidden_layers": 29}, True),
+        ({"max_window_layers": 0, "sliding_window": None}, False),
+        ({"max_window_layers": 0, "layer_types": ["full_attention"] * 3}, False),
+        ({"layer_types": ["full_attention", "full_attention", "sliding_attention"]}, True),
+        ({"layer_types": ["sliding_attention"] * 3, "use_sliding_window": False}, False),
+    ],
+)
+def test_a_window_of_no_layer_does_not_end_the_context(tmp_path: Path, changes: dict[str, Any], slides: bool) -> None:
+    folder = write_qwen2(tmp_path / "m", layers=changes.get("num_hidden_layers", 3), use_sliding_window=True)
+    edit_config(folder, **changes)
+    config = open_checkpoint(folder).config
+    assert (config.max_context, config.sliding_window) == ((32, 32) if slides else (MAX_POSITIONS, None))
 
 
 def test_provenance(tmp_path: Path) -> None:

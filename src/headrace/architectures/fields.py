@@ -9,7 +9,7 @@ from typing import Any
 from headrace.config import RopeScaling, positive_int
 from headrace.errors import ConfigError, shown
 
-__all__ = ["DEFAULT_CONTEXT", "boolean", "context", "integer", "number", "require_silu", "rope"]
+__all__ = ["DEFAULT_CONTEXT", "boolean", "context", "integer", "number", "require_silu", "rope", "sliding_window"]
 
 DEFAULT_ROPE_THETA = 10000.0  # RoFormer's base, what every model that names none was trained with
 DEFAULT_CONTEXT = 2048  # LlamaConfig's max_position_embeddings
@@ -69,6 +69,16 @@ def context(raw: Mapping[str, Any], default: int = DEFAULT_CONTEXT) -> int:
         ConfigError: the value is out of range.
     """
     return integer(raw, *CONTEXT_KEYS, default=default)
+
+
+def sliding_window(raw: Mapping[str, Any], default: int) -> int | None:
+    """sliding_window, tokens; null says that there is none, and a config without the key has the default.
+
+    Raises:
+        ConfigError: the value is out of range.
+    """
+    none = "sliding_window" in raw and raw["sliding_window"] is None
+    return None if none else integer(raw, "sliding_window", default=default)
 
 
 def require_silu(raw: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from headrace.architectures.fields import integer
+from headrace.architectures.fields import sliding_window
 from headrace.architectures.geometry import llama_geometry
 from headrace.architectures.source import Source, llama_sources
 from headrace.config import ModelConfig
@@ -30,10 +30,12 @@ def config(raw: Mapping[str, Any]) -> ModelConfig:
     Raises:
         ConfigError: a key is missing or out of range, or asks for something the decoder does not have.
     """
-    none = "sliding_window" in raw and raw["sliding_window"] is None
-    window = None if none else integer(raw, "sliding_window", default=DEFAULT_SLIDING_WINDOW)
     return llama_geometry(
-        raw, "mistral", default_context=DEFAULT_CONTEXT, default_kv_heads=DEFAULT_KV_HEADS, window=window
+        raw,
+        "mistral",
+        default_context=DEFAULT_CONTEXT,
+        default_kv_heads=DEFAULT_KV_HEADS,
+        window=sliding_window(raw, DEFAULT_SLIDING_WINDOW),
     )
 
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from headrace.architectures.fields import boolean, integer
+from headrace.architectures.fields import boolean, integer, number, sliding_window
 from headrace.architectures.geometry import llama_geometry
 from headrace.architectures.source import Source, llama_sources
 from headrace.config import ModelConfig
+from headrace.errors import ConfigError, shown
 from headrace.model.weights import Role
 
 __all__ = ["FUSED", "config", "sources"]
 
 FUSED: Mapping[str, tuple[Role, ...]] = {}
 DEFAULT_SLIDING_WINDOW = 4096  # Qwen2Config's; it is used only where use_sliding_window says so
+DEFAULT_MAX_WINDOW_LAYERS = 28  # Qwen2Config's
 DEFAULT_CONTEXT = 32_768  # Qwen2Config's max_position_embeddings
 
 
@@ -28,9 +30,20 @@ def config(raw: Mapping[str, Any]) -> ModelConfig:
     Raises:
         ConfigError: a key is missing or out of range, or asks for something the decoder does not have.
     """
-    slides = boolean(raw, "use_sliding_window", False)
-    window = integer(raw, "sliding_window", default=DEFAULT_SLIDING_WINDOW) if slides else None
+    window = sliding_window(raw, DEFAULT_SLIDING_WINDOW) if _slides(raw) else None
     return llama_geometry(raw, "qwen2", default_context=DEFAULT_CONTEXT, window=window, qkv_bias=True)
+
+
+def _slides(raw: Mapping[str, Any]) -> bool:
+    """Whether any layer has the window: layer_types says which, else it is those from max_window_layers on."""
+    if not boolean(raw, "use_sliding_window", False):
+        return False
+    kinds = raw.get("layer_types")
+    if kinds is not None:
+        if not isinstance(kinds, list):
+            raise ConfigError(f"layer_types is {shown(kinds)}; expected a list of one kind for each layer")
+        return any(kind != "full_attention" for kind in kinds)
+    return number(raw, "max_window_layers", DEFAULT_MAX_WINDOW_LAYERS) < integer(raw, "num_hidden_layers")
 
 
 def sources(config: ModelConfig, raw: Mapping[str, Any]) -> dict[str, Source]:
