@@ -9,7 +9,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from headrace.checkpoint.gguf_model import read_gguf_model
 from headrace.checkpoint.layout import shard_set
 from headrace.checkpoint.quantized import quantization
 from headrace.checkpoint.raw import RawModel
-from headrace.checkpoint.tensor import ELEMENTS, FLOATS, LazyTensor, select_rows, unit_rows
+from headrace.checkpoint.tensor import ELEMENTS, FLOATS, LazyTensor, same_values, select_rows, unit_rows
 from headrace.config import ModelConfig
 from headrace.errors import CheckpointError, ConfigError, did_you_mean, shown
 
@@ -82,7 +82,7 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a Hugging Face folder or a GGUF file; a folder whose only weights are one GGUF is that GGUF.
 
-    Only headers are read; weights are mapped and read when they are used.
+    Only headers are read, and a head that is stored although it is tied; other weights when they are used.
 
     Raises:
         CheckpointError: a file is missing, damaged or hostile, or a tensor is missing or has a wrong shape.
@@ -99,8 +99,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     config = _config(path, raw)
     if config.num_layers > len(tensors):  # before a table of that many layers is made
         raise ConfigError(f"{path} states {config.num_layers} layers, but has {len(tensors)} tensors")
-    if config.tied_head and EMBEDDING not in tensors and HEAD in tensors:
-        tensors[EMBEDDING] = tensors[HEAD]  # the two are one; some writers keep it under the head's name
+    if config.tied_head and HEAD in tensors:
+        embedding = tensors.setdefault(EMBEDDING, tensors[HEAD])  # some writers keep the one under the head's name
+        if not same_values(embedding, tensors[HEAD]):  # transformers too takes the file's word for it
+            _log.warning("%s ties head and embedding, but they differ in the file; taken as they are there", path)
+            config = replace(config, tied_head=False)
     table = architecture_for(raw.config.get("model_type")).sources(config, raw.config)
     bound = {name: _bind(path, source, tensors) for name, source in table.items()}
     used = {source.name for source in table.values()}

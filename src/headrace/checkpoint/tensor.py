@@ -23,6 +23,7 @@ __all__ = [
     "from_storage",
     "let_go",
     "map_file",
+    "same_values",
     "select_rows",
     "unit_rows",
 ]
@@ -144,6 +145,18 @@ def select_rows(tensor: LazyTensor, first: int, last: int) -> LazyTensor:
         (last - first, *tensor.shape[1:]),
         tensor.dtype,
         lambda start, stop: tensor.read(first + start, min(first + stop, last)),
+    )
+
+
+def same_values(a: LazyTensor, b: LazyTensor) -> bool:
+    """Whether two tensors have the same shape and values; a stretch of each is in memory at a time."""
+    rows = a.shape[0] if a.shape else 1
+    return a is b or (
+        a.shape == b.shape
+        and all(
+            np.array_equal(a.read(start, stop), b.read(start, stop), equal_nan=True)
+            for start, stop in ((first, min(first + _ROWS, rows)) for first in range(0, rows, _ROWS))
+        )
     )
 
 
