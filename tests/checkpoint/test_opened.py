@@ -152,6 +152,16 @@ def test_a_gguf_of_any_architecture_is_its_folder(tmp_path: Path, kind: str) -> 
         np.testing.assert_array_equal(weight, expected[name], err_msg=name)
 
 
+@pytest.mark.parametrize(("vocab", "second"), [(64_000, False), (64_256, False), (125_696, True), (125_760, True)])
+def test_a_vocabulary_with_tokens_of_its_own_is_of_the_nearer_generation(
+    tmp_path: Path, vocab: int, second: bool
+) -> None:
+    shape = BAICHUAN2 | {"vocab": vocab}
+    path = write_gguf(tmp_path / "m.gguf", architecture="baichuan", **shape, kv_heads=2, head_dim=8)
+    head = open_checkpoint(path).tensor("lm_head.weight").read(0, 4)
+    assert np.allclose(np.linalg.norm(head, axis=1), 1) == second
+
+
 def test_a_head_that_is_normalised_already_stays(tmp_path: Path) -> None:
     """Some converters wrote Baichuan2's head normalised: dividing by 1 changes nothing that float32 would show."""
     folder = write_baichuan(tmp_path, 2)

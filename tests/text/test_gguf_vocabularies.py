@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import sentencepiece
 from hypothesis import given, settings
+from sentencepiece import sentencepiece_model_pb2
 
 from headrace.errors import TokenizerError
 from headrace.text.tokenizer import Tokenizer
 from headrace.text.tokenizer_folder import load_tokenizer, save_tokenizer
+from headrace.text.tokenizer_gguf import gguf_vocabulary
 from tests.text.vocabularies import ANY_TEXT, TEXT, byte_level_metadata, sentencepiece_model
 
 
@@ -52,6 +54,17 @@ def sentencepiece_metadata(library: Any, **changes: Any) -> dict[str, Any]:
         "tokenizer.ggml.eos_token_id": 2,
     }
     return metadata | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
+
+
+@pytest.mark.parametrize(("size", "first"), [(64_000, True), (64_256, True), (125_696, False), (125_760, False)])
+def test_a_space_before_a_text_of_the_first_baichuan(size: int, first: bool) -> None:
+    library = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
+    metadata = sentencepiece_metadata(library) | {"general.architecture": "baichuan"}
+    more = size - library.GetPieceSize()
+    for key, value in (("tokens", ""), ("scores", 0.0), ("token_type", 5)):
+        metadata[f"tokenizer.ggml.{key}"] = [*metadata[f"tokenizer.ggml.{key}"], *[value] * more]
+    _, content, _ = gguf_vocabulary(metadata)
+    assert sentencepiece_model_pb2.ModelProto.FromString(content).normalizer_spec.add_dummy_prefix == first
 
 
 def test_a_gguf_sentencepiece_vocabulary_with_padding_and_a_loose_end(tmp_path: Path) -> None:

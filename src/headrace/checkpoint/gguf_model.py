@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.architectures.fields import integer
+from headrace.baichuan import is_second_generation
 from headrace.checkpoint.gguf_file import GgufFile, GgufTensor, read_gguf
 from headrace.checkpoint.raw import RawModel
 from headrace.errors import CheckpointError, ConfigError, did_you_mean, shown
 
 __all__ = ["read_gguf_model"]
-
-BAICHUAN2_VOCABULARY = 125_696  # of all models of the second generation; the first one's have 64,000
 
 # Architectures, and whether the converter interleaves the halves of their q and k heads.
 INTERLEAVED = {"llama": True, "baichuan": True, "qwen2": False}
@@ -127,7 +127,7 @@ def _config(path: Path, file: GgufFile, architecture: str) -> dict[str, Any]:
         "w_pack": False,
     }
     if architecture == "baichuan":
-        second = config["vocab_size"] == BAICHUAN2_VOCABULARY
+        second = is_second_generation(integer(config, "vocab_size"))
         config["architectures"] = ["BaichuanForCausalLM" if second else "BaiChuanForCausalLM"]
     missing = [key for key in ("intermediate_size", "num_hidden_layers", "max_position_embeddings") if not config[key]]
     if missing:

@@ -15,6 +15,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from headrace.baichuan import is_second_generation
 from headrace.errors import TokenizerError, did_you_mean, shown
 from headrace.text.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 from headrace.text.tokenizer_config import AddedPiece, TokenizerConfig
@@ -24,7 +25,6 @@ __all__ = ["gguf_vocabulary"]
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 LARGEST_SCORE = 3e38  # of a float32
-BAICHUAN2_TOKENS = 125_696  # of all models of the second generation; the first one's have 64,000
 MARK_KEYS = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -89,7 +89,7 @@ def _sentencepiece(metadata: Mapping[str, Any], pieces: list[str], kinds: list[i
     normalizer.name = "identity"
     # Files that do not say so: llama.cpp puts a space before a text, and so does the first Baichuan (its published ids
     # match only with one), but not the second.
-    second = _is_baichuan(metadata) and len(pieces) == BAICHUAN2_TOKENS
+    second = _is_baichuan(metadata) and is_second_generation(len(pieces))
     normalizer.add_dummy_prefix = _flag(metadata, "add_space_prefix", not second)
     normalizer.remove_extra_whitespaces = _flag(metadata, "remove_extra_whitespaces", False)
     normalizer.escape_whitespaces = True
