@@ -16,6 +16,7 @@ import pytest
 
 from headrace.bundle.folder import MANIFEST, check_files
 from headrace.bundle.work_folder import MARK
+from headrace.cli.main import _run
 from headrace.errors import BundleError
 from headrace.exporter import job, workspace
 from headrace.exporter.job import export
@@ -116,6 +117,36 @@ def test_a_users_file_in_a_bundle_is_not_lost(run: Any, tmp_path: Path) -> None:
     (out / ".DS_Store").write_bytes(b"")
     run(out)
     assert check_files(out) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("README.md", "my words"),
+        ("measurements/notes.txt", "mine"),
+        ("measurements/mine.json", '{"format": "mine"}'),
+        ("measurements/broken.json", "{"),
+        ("measurements/deep/photo.png", "mine"),
+    ],
+)
+def test_a_users_file_where_headrace_writes_later_is_not_lost(run: Any, tmp_path: Path, name: str, text: str) -> None:
+    out = run(tmp_path / "out")
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    (out / name).write_text(text)
+    with pytest.raises(BundleError, match=f"out holds {name}, which is not the bundle's; choose another"):
+        run(out)
+    assert (out / name).read_text() == text
+
+
+def test_what_was_measured_of_a_bundle_goes_with_it(run: Any, tmp_path: Path) -> None:
+    out = run(tmp_path / "out")
+    assert _run(["bench", str(out), "--save", "--prompts", "4", "--depth", "4", "--tokens", "2", "--repeats", "1"]) == 0
+    assert _run(["card", str(out)]) == 0
+    for name in (".bench-host.json.part", "ttft.svg", "decode.png"):
+        (out / "measurements" / name).write_text("")
+    assert (out / "README.md").exists() and list((out / "measurements").glob("*.json"))
+    run(out)
+    assert check_files(out) == [] and not (out / "README.md").exists()
 
 
 def test_a_users_file_in_the_work_folder_is_not_lost(run: Any, tmp_path: Path) -> None:

@@ -23,9 +23,12 @@ from headrace.files import exchange, read_json, sha256_file, sync, sync_below, t
 from headrace.plan import Part, plan_parts
 
 __all__ = [
+    "CARD",
+    "CARD_MARK",
     "FORMAT",
     "MANIFEST",
     "MEASUREMENTS",
+    "PICTURES",
     "Bundle",
     "check_files",
     "is_bundle",
@@ -36,12 +39,15 @@ __all__ = [
 FORMAT = 2
 MANIFEST = "headrace.json"
 MEASUREMENTS = "measurements"  # what was measured of the finished bundle, and the card's pictures
+PICTURES = ("ttft", "decode")  # of the card, each as .svg and .png
+CARD = "README.md"
+CARD_MARK = "\n<!-- headrace-card\n"  # before the facts at a card's end: headrace wrote it
 _SYSTEMS_OWN = (".DS_Store", "Thumbs.db", "desktop.ini")  # file managers leave these in any folder
 LARGEST_SCALE = 3e38  # of a float32
 LONGEST_NAME = 200  # characters of a file's name in a manifest
 HASHED_WHOLE = 64 << 10  # bytes of a file that opening hashes; of larger ones it looks at some blocks
 LONGEST_CONTEXT = 1 << 20  # tokens; tables of all places are made when a bundle is opened
-UNLISTED = ("README.md", MANIFEST)  # the card may be edited; the manifest has its own digest
+UNLISTED = (CARD, MANIFEST)  # the card may be edited; the manifest has its own digest
 _HALF = tuple(
     temporary_name(Path(name)).name for name in UNLISTED
 )  # of a process that was killed; the next one goes on
@@ -279,7 +285,7 @@ def refuse_foreign(out: Path) -> None:
     listed = read_json(out / MANIFEST).get("files") if is_bundle(out) else None
     if not isinstance(listed, dict):
         raise BundleError(f"{out} exists and is no bundle; choose another -o or remove it")
-    for name in _unlisted(out, listed):
+    for name in (*_unlisted(out, listed), *_written_by_hand(out)):
         raise BundleError(f"{out} holds {name}, which is not the bundle's; choose another -o or move it away")
 
 
@@ -292,6 +298,29 @@ def _unlisted(path: Path, listed: Collection[str]) -> list[str]:
         if name not in listed and not later:
             found.append(name)
     return found
+
+
+def _written_by_hand(path: Path) -> list[str]:
+    """What lies where headrace writes once a bundle is made, and is no card, measurement or picture of its own."""
+    found = []
+    card = path / CARD
+    if card.is_file() and CARD_MARK.encode() not in card.read_bytes():
+        found.append(CARD)
+    for file in sorted(file for file in (path / MEASUREMENTS).rglob("*") if not file.is_dir()):
+        picture = file.suffix in (".svg", ".png") and file.stem in PICTURES
+        half = file.name.startswith(".") and file.name.endswith(".json.part")  # of a process that was killed
+        if file.name not in _SYSTEMS_OWN and not picture and not half and not _is_record(file):
+            found.append(file.relative_to(path).as_posix())
+    return found
+
+
+def _is_record(file: Path) -> bool:
+    if file.suffix != ".json":
+        return False
+    try:
+        return str(read_json(file).get("format")).startswith("headrace-")
+    except (BundleError, OSError):
+        return False
 
 
 def _manifest(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined, Template
 
-from headrace.bundle.folder import MEASUREMENTS, open_bundle
+from headrace.bundle.folder import CARD, CARD_MARK, MEASUREMENTS, PICTURES, open_bundle
 from headrace.errors import BundleError, UserError, one_line, shown
 from headrace.files import read_text, write_file
 from headrace.measure.claims import claim_problems
@@ -30,17 +30,16 @@ from headrace.measure.record import kept_records
 
 __all__ = ["CARD", "GIVEN", "card_problems", "compare_bundles", "gather_facts", "make_card", "write_card"]
 
-CARD = "README.md"
 VERSION = 1  # of the block of facts
 GIVEN = ("title", "base_model", "license", "license_name", "license_link", "languages")
-_BEGIN, _END = "\n<!-- headrace-card\n", "\n-->"
+_END = "\n-->"
 CARD_LIMIT = 128 << 10  # bytes; one has some 12 KB
 _LICENCES = {
     "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "cc0-1.0", "cc-by-4.0",
     "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "openrail", "gemma", "llama2", "llama3", "llama3.1", "llama3.2",
     "llama3.3", "unknown", "other",
 }  # fmt: skip
-_PICTURES = (("Time to first token", "ttft"), ("Decoding over depth", "decode"))
+_PICTURES = tuple(zip(("Time to first token", "Decoding over depth"), PICTURES, strict=True))
 
 
 def write_card(root: Path, given: Mapping[str, str], *, pictures: bool = True) -> Path:
@@ -96,7 +95,7 @@ def make_card(root: Path, given: Mapping[str, str]) -> str:
     lines = ",\n".join(f"{json.dumps(n)}: {json.dumps(v, ensure_ascii=False)}" for n, v in facts.to_dict().items())
     # Two hyphens would end an HTML comment.
     block = f'{{"version": {VERSION}, "facts": {{\n{lines}\n}}}}'.replace("--", "-\\u002d")
-    return f"{text}\n\n<!-- headrace-card\n{block}\n-->\n"
+    return f"{text}\n{CARD_MARK}{block}{_END}\n"
 
 
 @cache
@@ -204,7 +203,7 @@ def _claims(text: str) -> list[tuple[int, str]]:
 
 def _parts(text: str) -> tuple[str, str | None]:
     """A card's text, and the facts at its end; None where they are not there."""
-    body, mark, rest = text.partition(_BEGIN)
+    body, mark, rest = text.partition(CARD_MARK)
     block = rest.removesuffix("\n")
     return (body, block.removesuffix(_END)) if mark and block.endswith(_END) else (text, None)
 
