@@ -299,3 +299,8 @@ def test_loading(exports: Exports, tmp_path: Path) -> None:
         headrace.load(tmp_path / "absent")
     with pytest.raises(TargetError, match="runner 'hots' is unknown"):
         headrace.load(exports.bundle(), runner="hots")
+
+
+def test_a_negative_count_of_logprobs_is_refused(models: dict[str, LanguageModel]) -> None:
+    with pytest.raises(UserError, match=r"logprobs is -1; expected 0 or more"):
+        list(next(iter(models.values())).generate("a", logprobs=-1))

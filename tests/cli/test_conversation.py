@@ -17,7 +17,6 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import pytest
 from hypothesis import given
@@ -27,9 +26,10 @@ from prompt_toolkit.document import Document
 from rich.console import Console
 
 import headrace
+from headrace.cli import running
 from headrace.cli.answer_view import AnswerView
 from headrace.cli.console import print_answer
-from headrace.cli.conversation import HELP, Conversation, _Commands
+from headrace.cli.conversation import HELP, Conversation, _Commands, _History
 from headrace.cli.interruption import interruptible, uninterrupted
 from headrace.cli.main import _run
 from headrace.errors import UserError
@@ -388,22 +388,6 @@ def test_every_command_that_changes_the_conversation_tells_its_context(exports: 
         assert chat.used == len(model.turns.render(chat.messages, model.context)) > after_one
 
 
-def test_what_was_cleared_is_no_longer_in_the_session(exports: Exports, tmp_path: Path) -> None:
-    file = tmp_path / "talk.session"
-    with headrace.load(exports.bundle(), runner="host") as model:
-        chat = model.chat()
-        list(chat.say("The river", max_tokens=2))
-        chat.save(file)
-        with (
-            mock.patch("headrace.cli.running._converse", lambda talk, *_: talk.messages.clear()),
-            mock.patch("headrace.cli.running.sys.stdin") as stdin,
-        ):
-            stdin.isatty.return_value = True
-            assert _run(["chat", str(exports.bundle()), "--session", str(file), "--runner", "host"]) == 0
-        assert read_session(file).messages == ()
-        assert model.chat(session=file).messages == []
-
-
 def test_an_answer_that_is_not_given_again_stays(capsys: pytest.CaptureFixture[str]) -> None:
     """Where the second answer fails, or is stopped before it begins, the conversation is as it was."""
     chat = FakeChat()
@@ -490,3 +474,26 @@ def test_the_help_fits_a_terminal_and_names_every_command() -> None:
     talk, _ = talking(lambda text: iter(()))
     assert max(map(len, HELP.splitlines())) < 80
     assert [name for name in talk.names if f"\n{name} " not in f"\n{HELP}" and name != "/help"] == []
+
+
+def test_what_was_cleared_leaves_the_session_file(
+    exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "talk.session"
+    arguments = ["chat", str(exports.bundle("tied")), "--session", str(file), "--runner", "host", "-n", "2"]
+    assert _run([*arguments, "-p", "Water?"]) == 0
+    assert len(read_session(file).messages) == 2
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(running, "_converse", lambda talk, answer, plain: setattr(talk, "messages", []))
+    assert _run(arguments) == 0
+    assert not read_session(file).messages
+    assert _run(arguments) == 0
+
+
+def test_a_history_that_cannot_be_used_is_told_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    history = _History(str(tmp_path))  # a folder in its place
+    assert list(history.load_history_strings()) == []
+    history.append_string("one")
+    history.append_string("two")
+    assert history.get_strings() == ["one", "two"]
+    assert capfd.readouterr().err.count("is not remembered") == 1

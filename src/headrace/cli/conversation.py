@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Generator, Iterable
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ from rich.console import Console
 from headrace.cli.answer_view import AnswerView
 from headrace.cli.console import note
 from headrace.cli.interruption import interruptible, unechoed
-from headrace.errors import UserError
+from headrace.errors import UserError, reason
 from headrace.runtime.answer import Token
 from headrace.text.turns import Message
 
@@ -225,7 +225,7 @@ def converse(conversation: Conversation, history: Path | None = None) -> None:
         event.current_buffer.insert_text("\n")
 
     session: PromptSession[str] = PromptSession(
-        history=FileHistory(str(history)) if history is not None else InMemoryHistory(),
+        history=_History(str(history)) if history is not None else InMemoryHistory(),
         key_bindings=keys,
         completer=_Commands(conversation.names, sentence=True),
         complete_while_typing=False,
@@ -255,6 +255,30 @@ def converse(conversation: Conversation, history: Path | None = None) -> None:
                 note("(stopped)")
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+class _History(FileHistory):
+    """Lines of earlier conversations; where their file cannot be used, a note says so once, and the talk goes on."""
+
+    _works = True
+
+    def load_history_strings(self) -> Iterable[str]:
+        with self._told():
+            return list(super().load_history_strings())
+        return []
+
+    def store_string(self, string: str) -> None:
+        with self._told():
+            super().store_string(string)
+
+    @contextmanager
+    def _told(self) -> Generator[None]:
+        try:
+            yield
+        except OSError as error:
+            if self._works:
+                note(f"what you type is not remembered: {self.filename!s} cannot be used ({reason(error)})")
+            self._works = False
 
 
 class _Commands(WordCompleter):

@@ -47,6 +47,8 @@ class Request:
             raise ContextFull(len(prompt), context)
         if answer.limits.max_tokens < 1:
             raise UserError(f"max_tokens is {answer.limits.max_tokens}; expected 1 or more")
+        if answer.logprobs is not None and answer.logprobs < 0:
+            raise UserError(f"logprobs is {answer.logprobs}; expected 0 or more, or None")
         check_ids(prompt, vocab_size)
         options.check_vocabulary(vocab_size)
         hears = self._hear if answer.prompt_logprobs else None
