@@ -497,3 +497,15 @@ def test_a_history_that_cannot_be_used_is_told_once(tmp_path: Path, capfd: pytes
     history.append_string("two")
     assert history.get_strings() == ["one", "two"]
     assert capfd.readouterr().err.count("is not remembered") == 1
+
+
+def test_a_file_that_is_no_session_is_not_saved_over(tmp_path: Path) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("mine")
+    chat = FakeChat()
+    talk, _ = talking(remembered(chat), chat)
+    talk.take("one")
+    for place, message in ((notes, "is no session"), (tmp_path, "is a folder")):
+        with pytest.raises(UserError, match=message):
+            talk.take(f"/save {place}")
+    assert notes.read_text() == "mine"

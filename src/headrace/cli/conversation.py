@@ -24,8 +24,10 @@ from rich.console import Console
 from headrace.cli.answer_view import AnswerView
 from headrace.cli.console import note
 from headrace.cli.interruption import interruptible, unechoed
+from headrace.cli.options import refuse_place
 from headrace.errors import UserError, reason
 from headrace.runtime.answer import Token
+from headrace.runtime.session import read_session
 from headrace.text.turns import Message
 
 if TYPE_CHECKING:
@@ -170,6 +172,9 @@ class Conversation:
 
     def _save(self, file: str) -> None:
         path = _path("save", file)
+        refuse_place("/save", path)
+        if path.exists():
+            read_session(path)  # a session may be written again, a file of another kind not
         self.chat.save(path)
         note(f"saved to {path}")
 
