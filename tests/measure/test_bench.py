@@ -205,6 +205,9 @@ def test_what_changed_beyond_noise(record: dict[str, Any]) -> None:
     differences, _ = compare_records(before, other)
     assert differences[0] == f"runner: {before['runner']} → another"
     assert any(line.startswith("onnxruntime: ") and line.endswith("→ 9.9") for line in differences)
+    del other["step"]["samples"]
+    with pytest.raises(UserError, match=r"a record lacks what bench writes .*'samples'"):
+        compare_records(before, other)
     with pytest.raises(UserError, match="expected headrace-bench"):
         compare_records({"format": "headrace-text"}, before)
 

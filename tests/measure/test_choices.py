@@ -114,6 +114,16 @@ def test_spaces_belong_to_what_follows() -> None:
     assert split_pair(encode, "a", " b") == (encode("a"), encode(" b"))
 
 
+def test_a_letter_that_joins_the_text_before_it_is_asked_for() -> None:
+    """A vocabulary with "：A": nothing would follow, and that letter be certain."""
+
+    def joined(text: str) -> list[int]:
+        return encode(text.replace("：A", "Ä"))
+
+    assert split_pair(joined, "答案：", "A") == (joined("答案"), joined("：A"))
+    assert split_pair(joined, "答案：", "B") == (joined("答案："), joined("B"))
+
+
 def test_likelihoods_are_those_of_one_pass(exports: Exports) -> None:
     rng = np.random.default_rng(3)
     prefix = rng.integers(3, 400, 40).tolist()

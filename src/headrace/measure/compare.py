@@ -57,13 +57,17 @@ def compare_records(before: Mapping[str, Any], after: Mapping[str, Any]) -> tupl
         if record.get("format") != "headrace-bench":
             raise UserError(f"a record of format {record.get('format')!r} has no times; expected headrace-bench")
     changes = []
-    ours, theirs = _numbers(before), _numbers(after)
+    try:
+        ours, theirs = _numbers(before), _numbers(after)
+        differences = _differences(before, after)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"a record lacks what bench writes ({error}); measure again with --save") from None
     for what, samples in ours.items():
         if what in theirs:
             changes.append(_change(what, samples, theirs[what]))
     if not changes:
         raise UserError("the measurements have no prompt length and no depth in common; measure with the same -p, -d")
-    return _differences(before, after), changes
+    return differences, changes
 
 
 def rank_test(a: Sequence[float], b: Sequence[float]) -> float:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.model.fidelity import log_softmax
+from headrace.runtime.sequence import common_prefix
 
 __all__ = ["Encode", "Likelihood", "NextLogits", "likelihoods", "split_pair"]
 
@@ -32,10 +33,13 @@ def split_pair(encode: Encode, context: str, continuation: str) -> tuple[list[in
     """The tokens of a context, and those that follow it when the continuation is added.
 
     The text is encoded as a whole, so that a letter is the token it is within a text; spaces at the context's end
-    belong to what follows (lm-evaluation-harness, TemplateLM._encode_pair).
+    belong to what follows (lm-evaluation-harness, TemplateLM._encode_pair). Where the vocabulary joins the two so that
+    nothing would follow, the token that holds both follows.
     """
-    start = encode(context.rstrip())
-    return start, encode(context + continuation)[len(start) :]
+    start, whole = encode(context.rstrip()), encode(context + continuation)
+    if len(whole) <= len(start):
+        start = start[: common_prefix(start, whole)]
+    return start, whole[len(start) :]
 
 
 def likelihoods(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], following: NextLogits) -> list[Likelihood]:
