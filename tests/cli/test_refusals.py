@@ -125,11 +125,11 @@ def test_bad_chat_options(run: Run, exports: Exports, options: list[str], parts:
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (["-p", "100000"], ["the prompt has 100000 tokens"]),
+        (["-p", "100000"], ["a prompt of 100000 tokens does not fit the context of"]),
         (["-p", "x"], ["--prompts 'x' is not possible"]),
         (["-p", "0,8", "-d", "8", "-n", "4"], ["--prompts '0,8' is not possible; expected whole numbers above 0"]),
         (["-p", "8,-5"], ["--prompts '8,-5' is not possible"]),
-        (["-p", "8", "-d", "190", "-n", "100"], ["290"]),
+        (["-p", "8", "-d", "190", "-n", "100"], ["100 tokens behind 190 do not fit the context of"]),
     ],
     ids=lambda v: " ".join(v),
 )
