@@ -201,10 +201,11 @@ def test_what_changed_beyond_noise(record: dict[str, Any]) -> None:
         assert found.real is real, factor
         assert not any(c.real for c in changes if c is not found)
     other = changed(record, 1.0)
-    other["runner"], other["versions"]["onnxruntime"] = "another", "9.9"
+    other["runner"], other["versions"]["onnxruntime"], other["versions"]["new"] = "another", "9.9", "1"
     differences, _ = compare_records(before, other)
     assert differences[0] == f"runner: {before['runner']} → another"
     assert any(line.startswith("onnxruntime: ") and line.endswith("→ 9.9") for line in differences)
+    assert "new: None → 1" in differences
     del other["step"]["samples"]
     with pytest.raises(UserError, match=r"a record lacks what bench writes .*'samples'"):
         compare_records(before, other)

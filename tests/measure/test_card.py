@@ -241,6 +241,9 @@ def test_a_foreign_card_is_held_against_the_geometry(bundle: Path, card: str, tm
     # Our own card makes the same kind of claims, and they hold without its facts too.
     foreign.write_text(card[: card.index(BLOCK)], encoding="utf-8")
     assert card_problems(bundle, foreign) == []
+    foreign.write_text("# My own card\n\nA model of 12 rivers.\n", encoding="utf-8")
+    (told,) = card_problems(bundle, foreign)
+    assert told.startswith("nothing of the model is stated; expected a card with its layers")
 
 
 def test_what_was_given_stays_and_what_is_not_ours_is_not_written_over(

@@ -21,7 +21,7 @@ _SCALES = {"K": 1e3, "M": 1e6, "B": 1e9}
 def claim_problems(
     text: str, config: ModelConfig, parts: Sequence[Part], prompt_length: int, context: int
 ) -> list[str]:
-    """Claims that cannot be true of this model: a line for each.
+    """Claims that cannot be true of this model: a line for each, or one where there is no claim to check.
 
     Args:
         text: the card.
@@ -45,11 +45,17 @@ def claim_problems(
         ),
         ("tokens into the token generator's first part", f"token generator {first}", _ids(config, parts, 1, context)),
     )
-    problems = [
-        f"{what}: the card says {found}; the model has {expected}"
+    claims = [
+        (what, int(found), expected)
         for what, pattern, expected in counted
         for found in re.findall(pattern, text, re.IGNORECASE)
-        if int(found) != expected
+    ]
+    if not claims and "number of parameters:" not in text.lower():
+        return ["nothing of the model is stated; expected a card with its layers, heads, parts or parameters"]
+    problems = [
+        f"{what}: the card says {found}; the model has {expected}"
+        for what, found, expected in claims
+        if found != expected
     ]
     return problems + _parameters(text, config) + _times(text, prompt_length, context)
 

@@ -111,7 +111,10 @@ def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[st
         ("processor", before["machine"]["processor"], after["machine"]["processor"]),
         ("bundle", before["bundle"]["digest"][:12], after["bundle"]["digest"][:12]),
         ("weights", before["bundle"]["weight_bytes"], after["bundle"]["weight_bytes"]),
-        *((package, v, after["versions"].get(package)) for package, v in before["versions"].items()),
+        *(
+            (package, before["versions"].get(package), after["versions"].get(package))
+            for package in {**before["versions"], **after["versions"]}
+        ),
     ):
         if x != y:
             told.append(f"{name}: {x} → {y}")
