@@ -22,9 +22,13 @@ from headrace.server.generation import GenerationRequest, Logprob, Piece, Refuse
 from headrace.server.metrics import Metrics
 from headrace.server.serve import http_config
 
-__all__ = ["ScriptedModel", "running"]
+__all__ = ["ASK", "CALL", "CONTEXT", "TOOL", "WEATHER", "ScriptedModel", "running"]
 
 CONTEXT = 100
+ASK: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Capital of France?"}]
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "北京"}}\n</tool_call>'
+WEATHER = {"type": "object", "properties": {"city": {"type": "string"}}}
+TOOL: Any = {"type": "function", "function": {"name": "weather", "description": "", "parameters": WEATHER}}
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +19,7 @@ from headrace.cli.options import (
     limit_threads,
 )
 from headrace.errors import UserError, VerificationFailed, reason
-from headrace.exporter.options import read_lengths
+from headrace.exporter.options import is_whole, read_lengths
 
 __all__ = ["bench", "card", "evaluate", "verify"]
 
@@ -121,9 +120,7 @@ def bench(
             bundle,
             prompts=() if prompts == "0" else read_lengths("--prompts", prompts),
             tokens=tokens,
-            depths=[int(d) for d in depth.split(",")]
-            if re.fullmatch(r"\d{1,18}(,\d{1,18})*", depth)
-            else _no_depths(depth),
+            depths=[int(d) for d in depth.split(",")] if all(map(is_whole, depth.split(","))) else _no_depths(depth),
             repeats=repeats,
             runner=runner,
             threads=threads,

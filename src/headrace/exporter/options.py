@@ -20,7 +20,7 @@ from headrace.errors import RecipeError, UserError, did_you_mean
 if TYPE_CHECKING:
     from headrace.bundle.recipe import Recipe
 
-__all__ = ["ExportOptions", "flag", "read_lengths", "read_size", "spelled"]
+__all__ = ["ExportOptions", "flag", "is_whole", "read_lengths", "read_size", "spelled"]
 
 Reader = Callable[[str, Any], Any]  # (the option as it is spelled on the command line, a value) → what it means
 MAX_DIGITS = 18  # of a whole number as text; Python reads none of thousands of them
@@ -79,7 +79,7 @@ def _truth(option: str, value: Any) -> bool:
 
 def _count(least: int) -> Reader:
     def read(option: str, value: Any) -> int:
-        whole = value if isinstance(value, int) else int(value) if _is_whole(str(value).strip()) else least - 1
+        whole = value if isinstance(value, int) else int(value) if is_whole(str(value).strip()) else least - 1
         if isinstance(value, bool) or whole < least:
             raise UserError(f"{option} {value} is not possible; expected a whole number, {least} or more")
         return whole
@@ -87,7 +87,8 @@ def _count(least: int) -> Reader:
     return read
 
 
-def _is_whole(text: str) -> bool:
+def is_whole(text: str) -> bool:
+    """Whether a text is a whole number, 0 or more, that Python reads."""
     return text.isdecimal() and text.isascii() and len(text) <= MAX_DIGITS
 
 
@@ -107,10 +108,10 @@ def read_size(option: str, value: Any) -> int:
     Raises:
         UserError: the value is anything else.
     """
-    match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*((?:[kmg]i?)?)b?", str(value).strip(), re.ASCII | re.IGNORECASE)
-    if match is None:
+    match = re.fullmatch(r"(\d+)(\.\d+)?\s*((?:[kmg]i?)?)b?", str(value).strip(), re.ASCII | re.IGNORECASE)
+    if match is None or not is_whole(match[1]):
         raise UserError(f"{option} {value!r} is not possible; expected a number of bytes, such as 105MB or 5.06GB")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    return int(float(match[1] + (match[2] or "")) * _UNITS[match[3].lower()])
 
 
 def read_lengths(option: str, value: Any) -> tuple[int, ...]:
@@ -121,7 +122,7 @@ def read_lengths(option: str, value: Any) -> tuple[int, ...]:
     """
     items = value.split(",") if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
     texts = [str(item).strip() for item in items]
-    if not texts or not all(_is_whole(text) and int(text) > 0 for text in texts):
+    if not texts or not all(is_whole(text) and int(text) > 0 for text in texts):
         shown = ",".join(texts)
         raise UserError(f"{option} {shown!r} is not possible; expected whole numbers above 0, separated by commas")
     return tuple(sorted({int(text) for text in texts}))

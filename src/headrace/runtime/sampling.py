@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from headrace.errors import HeadraceError, UserError, did_you_mean, shown
 
-__all__ = ["Sampler", "SamplingOptions", "log_probabilities", "usable_settings"]
+__all__ = ["Sampler", "SamplingOptions", "log_probabilities", "token_key", "usable_settings"]
 
 LOOKS = (256, 4096, 0)  # candidates looked at for top-p, until they suffice; 0: the whole vocabulary
 ROW = 128  # logits looked at together when the largest are sought, or summed up
@@ -65,7 +65,7 @@ class SamplingOptions:
         for name in ("presence_penalty", "frequency_penalty"):
             _number(name, getattr(self, name), lambda v: -2 <= v <= 2, "-2 to 2")
         pairs = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias
-        object.__setattr__(self, "logit_bias", tuple(sorted((_token(id), bias) for id, bias in pairs)))
+        object.__setattr__(self, "logit_bias", tuple(sorted((token_key(id), bias) for id, bias in pairs)))
         for token, bias in self.logit_bias:
             _number(f"logit_bias of token {token}", bias, lambda v: -100 <= v <= 100, "-100 to 100")
         _whole("top_k", self.top_k, "a whole number, 0 (all) or more")
@@ -324,8 +324,12 @@ def _number(name: str, value: float, valid: Callable[[float], bool], expected: s
         raise UserError(f"{name} is {value!r}; expected {expected}")
 
 
-def _token(token: Any) -> int:
-    """A key of logit_bias as a token id; JSON has keys as text."""
+def token_key(token: Any) -> int:
+    """A key of logit_bias as a token id; JSON has keys as text.
+
+    Raises:
+        UserError: it is none.
+    """
     text = str(token)
     if isinstance(token, bool) or not text.isascii() or not text.isdecimal() or len(text) > MAX_DIGITS:
         raise UserError(f"logit_bias names token {shown(token)}; expected a token id, 0 or more")

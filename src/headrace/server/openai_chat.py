@@ -12,7 +12,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from headrace.errors import shown
+from headrace.errors import UserError, shown
+from headrace.runtime.sampling import token_key
 from headrace.server.fields import MAX_ANSWERS, MAX_SEED, MAX_TOP_LOGPROBS, Body, text_of
 from headrace.server.generation import Answer, GenerationRequest, Generator, Logprob, Refused, Usage
 from headrace.server.tools import NO_TOOLS, ToolCall, ToolText, ToolUse, choice_of, split_calls, tool_use
@@ -25,7 +26,6 @@ IGNORED = (
     "prompt_cache_retention", "reasoning_effort", "verbosity",
 )  # fmt: skip
 MAX_LOGIT_BIAS = 100.0
-MAX_DIGITS = 18  # of a token id; Python makes no number of thousands of them
 
 
 @dataclass(frozen=True)
@@ -303,19 +303,22 @@ def bias_of(raw: Mapping[str, Any] | None) -> dict[int, float] | None:
     """logit_bias: token id → what is added to its logit.
 
     Raises:
-        Refused: a key is no id or a value no number within −100 … 100.
+        Refused: a key is no id, or a value no number within −100 … 100.
     """
     if raw is None:
         return None
     bias = {}
     for key, value in raw.items():
-        known = key.isdecimal() and len(key) <= MAX_DIGITS
-        if not known or not isinstance(value, int | float) or not abs(value) <= MAX_LOGIT_BIAS:
+        try:
+            token = token_key(key)
+        except UserError as error:
+            raise Refused(str(error), field="logit_bias") from None
+        if not isinstance(value, int | float) or not abs(value) <= MAX_LOGIT_BIAS:
             raise Refused(
-                f"logit_bias has {shown(key)}: {shown(value)}; expected token ids and numbers from −100 to 100",
+                f"logit_bias adds {shown(value)} to token {token}; expected −100 to 100",
                 field="logit_bias",
             )
-        bias[int(key)] = float(value)
+        bias[token] = float(value)
     return bias
 
 
